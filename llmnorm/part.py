@@ -9,9 +9,9 @@ That union is the registry, the validation, the documentation and the JSON schem
 written `norm: rms`, `norm: {name: rms, eps: 1e-5}` or, for a class that lives outside the package,
 `norm: my_pkg.my_norm:MyNormSettings`.
 
-What would surprise: settings are read before torch is imported, so this file and every `settings.py`
-import only the standard library and pydantic; and an import path is imported only where the caller
-allows it (validation context `{"imports": ...}`, see `Imports`).
+What would surprise: settings are read before torch is imported, so this file and every
+`settings.py` import only the standard library and pydantic; and an import path is imported only
+where the caller allows it (validation context `{"imports": ...}`, see `Imports`).
 """
 
 import ast
@@ -35,6 +35,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
@@ -56,7 +57,7 @@ class Imports(Enum):
 
 
 class Settings(BaseModel):
-    """Base of all settings: unknown keys, nan, inf and silent bool/number/text conversions refused."""
+    """Base of all settings: unknown keys, nan, inf and bool/number/text mix-ups are refused."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
@@ -178,8 +179,8 @@ class Part:
             classes = part_classes(source)
             mappings = []
             for name, cls in classes.items():
-                # The mapping's reference to a definition cannot say that `name` may be left out only
-                # by the default part, so each class gets an inline schema.
+                # A reference to a definition could not say that only the default part may leave
+                # out `name`, so each class gets an inline schema.
                 schema = (
                     cls.model_json_schema()
                 )  # its own "$defs" are hoisted by config.json_schema
@@ -209,6 +210,11 @@ def part_classes(annotation: Any) -> dict[str, type[Settings]]:
     return {part_name(cls): cls for cls in found if issubclass(cls, Settings)}
 
 
+def part_of(field: FieldInfo | None) -> Part | None:
+    """The part annotation of a settings field, if it has one."""
+    return next((m for m in field.metadata if isinstance(m, Part)), None) if field else None
+
+
 def part_name(cls: type[Settings]) -> str:
     """What a configuration writes for this class: its literal `name`, else its import path."""
     field = cls.model_fields.get("name")
@@ -224,7 +230,7 @@ def _import_part(path: str, imports: Imports) -> type[Settings]:
     if module is None and imports is Imports.LOADED:
         raise PydanticCustomError(
             "part",
-            "'{path}' is not imported; `import {module}` first (loading a model never imports code)",
+            "'{path}' is not imported; `import {module}` first (loading never imports code)",
             {"path": path, "module": module_name},
         )
     if module is None:
@@ -274,7 +280,7 @@ def explain(error: ValidationError, cls: type[Settings]) -> list[dict[str, Any]]
             found.append({"loc": loc, "msg": f"unknown key; {hint}", "type": item["type"]})
         else:
             found.append({"loc": loc, "msg": _message(item), "type": item["type"]})
-    # Where one branch of a union got further into the value than another, its error is the telling one.
+    # Of a union's branches, the one that got furthest into the value tells what was meant.
     telling = [e for e in found if not _has_deeper(e["loc"], found)]
     return list({e["loc"]: e for e in reversed(telling)}.values())[::-1]
 
@@ -354,7 +360,7 @@ def settings_in(annotation: Any) -> list[type[Settings]]:
 
 @cache
 def field_docs(cls: type[Settings]) -> dict[str, str]:
-    """The docstring under every field, read from the source so that validation need not pay for it."""
+    """The docstring under every field, from the source (validation need not pay for it)."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not (issubclass(base, Settings) and base is not Settings):

@@ -1,0 +1,217 @@
+"""The configuration of a run: its sections, and what two configurations differ in.
+
+The tree is the registry: a part's field is a union of settings classes (`llmnorm/part.py`). How a
+YAML file becomes such a tree is in `config_file.py`. Nothing here imports torch, so that a mistake
+is answered at once.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from llmnorm.data.settings import DataSettings, TokenizerSettings
+from llmnorm.nn.settings import ModelSettings
+from llmnorm.optim.settings import AdamWSettings, CosineSettings, Optimizer, Schedule
+from llmnorm.part import Settings
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class TrainingSettings(Settings):
+    """Length, batch and arithmetic of a run. Exactly one of steps, tokens, epochs is the length."""
+
+    steps: Count | None = None
+    """Length in global batches."""
+    tokens: Count | None = None
+    """Length in tokens, rounded up to whole global batches."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length in passes over the training rows, rounded up to whole global batches."""
+    global_batch: Count = 32
+    """Rows a step, over all processes."""
+    micro_batch: Count | None = None
+    """Rows that one process runs at once; left out, all of its share of the global batch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: matrix products in bfloat16; weights, optimizer state, norm statistics, rotary
+    angles, softmax, loss and reductions stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU if there is one."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time (slower on a GPU)."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global norm; 0 = never (the norm is still logged)."""
+    max_skipped_steps: Count = 5
+    """The run stops after this many steps in a row with a non-finite loss or gradient."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingSettings":
+        given = [k for k in ("steps", "tokens", "epochs") if getattr(self, k) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"training.{k}" for k in given) if given else "none"
+            raise ValueError(
+                f"give exactly one of training.steps, training.tokens, training.epochs; got {found}"
+            )
+        if self.micro_batch is not None and self.global_batch % self.micro_batch:
+            divisors = [d for d in range(1, self.global_batch + 1) if self.global_batch % d == 0]
+            close = min(divisors, key=lambda d: abs(d - (self.micro_batch or 0)))
+            raise ValueError(
+                f"training.micro_batch {self.micro_batch} does not divide training.global_batch "
+                f"{self.global_batch}; the nearest that does is {close}"
+            )
+        return self
+
+
+class EvaluationSettings(Settings):
+    """Validation: loss, perplexity and bits per byte of every source. Always done at the end."""
+
+    every: Count | None = None
+    """Steps between two evaluations; left out, only at the end."""
+    micro_batch: Count | None = None
+    """Rows that one process runs at once; left out, as in training."""
+
+
+class CheckpointSettings(Settings):
+    """Checkpoints of a run. One is always written at the end and on SIGTERM or SIGINT."""
+
+    every: Count | None = None
+    """Steps between two checkpoints; left out, only at the end."""
+    keep: int = Field(default=2, ge=2)
+    """How many of the newest are kept."""
+    keep_every: Count | None = None
+    """Checkpoints of steps that this divides are never removed."""
+    keep_best: bool = True
+    """Keep the one with the lowest validation loss too."""
+    asynchronous: bool = False
+    """Copy the state and write it in the background while training goes on."""
+
+
+class ParallelSettings(Settings):
+    """How the model is laid out over processes, and the per-block switches."""
+
+    sharding: Literal["auto", "none", "ddp"] = "auto"
+    """`auto`: what the launch file asks for; `none`: one process; `ddp`: plain data parallelism."""
+    compile: bool = False
+    """torch.compile every block (wants a C++ compiler on a CPU)."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and recompute the rest in the backward pass."""
+
+
+class LoggingSettings(Settings):
+    """What a run writes down."""
+
+    every: Count = 1
+    """Steps between two lines of metrics.jsonl."""
+
+
+class GenerationSettings(Settings):
+    """Sampling of `llmnorm generate`."""
+
+    max_new_tokens: Count = 64
+    """Tokens generated at most."""
+    temperature: float = Field(default=0.8, ge=0)
+    """0 is greedy."""
+    top_k: Count | None = None
+    """Sample from this many likeliest tokens."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Sample from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+class RunConfig(Settings):
+    """The whole of a run."""
+
+    run_dir: Path | None = None
+    """Where the run lives; left out, `runs/<name of the configuration file>`."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights and of all randomness in training."""
+    data: DataSettings
+    """The corpus and the rows made of it."""
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    """Text to tokens."""
+    model: ModelSettings = ModelSettings()
+    """The transformer."""
+    optimizer: Optimizer = AdamWSettings()
+    """The update rule."""
+    schedule: Schedule = CosineSettings()
+    """The learning rate's course."""
+    training: TrainingSettings
+    """Length, batch and arithmetic."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Validation."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """What is saved when."""
+    parallel: ParallelSettings = ParallelSettings()
+    """Processes and per-block switches."""
+    logging: LoggingSettings = LoggingSettings()
+    """Metrics."""
+    generation: GenerationSettings = GenerationSettings()
+    """Sampling."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.data.context_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.context_length {self.data.context_length} is more than "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        warmup = getattr(self.schedule, "warmup", 0)
+        if self.training.steps is not None and warmup >= self.training.steps and warmup > 1:
+            raise ValueError(
+                f"schedule.warmup {warmup} is not less than training.steps {self.training.steps}"
+            )
+        return self
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the order of the rows."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+
+# What `train RUN_DIR key=value` may change without making it another run.
+CHANGEABLE = (
+    "training.steps",
+    "training.tokens",
+    "training.epochs",
+    "training.micro_batch",
+    "training.device",
+    "evaluation",
+    "checkpoint",
+    "parallel",
+    "logging",
+    "generation",
+    "run_dir",
+)
+
+
+def to_tree(config: Settings) -> dict[str, Any]:
+    """The resolved settings as plain JSON values."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved settings as YAML; reading it back gives the same settings."""
+    tree = to_tree(config)
+    return yaml.safe_dump(tree, sort_keys=False, width=100, allow_unicode=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key path -> (old value, new value) for every leaf that differs."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = dict.fromkeys([*before, *after])
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def changeable(key: str) -> bool:
+    """Whether `train RUN_DIR key=value` may change this key of an existing run."""
+    return any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)

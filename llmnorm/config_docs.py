@@ -1,0 +1,140 @@
+"""What the configuration documents about itself: the JSON schema for editors, the list of parts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from llmnorm.config import RunConfig
+from llmnorm.part import (
+    InputError,
+    Part,
+    Settings,
+    field_docs,
+    nearest,
+    part_classes,
+    part_of,
+    settings_in,
+)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration file, for editors."""
+    schema = RunConfig.model_json_schema()
+    definitions = schema.setdefault("$defs", {})
+
+    def tidy(node: Any) -> None:
+        """Hoist the definitions of nested schemas: references point to the root."""
+        if isinstance(node, dict):
+            if node is not schema and isinstance(node.get("$defs"), dict):
+                nested = node.pop("$defs")
+                for value in nested.values():
+                    tidy(value)
+                definitions.update(nested)
+            for value in list(node.values()):
+                tidy(value)
+        elif isinstance(node, list):
+            for value in node:
+                tidy(value)
+
+    tidy(schema)
+    _describe(schema, RunConfig)
+    for cls in _all_settings(RunConfig):
+        if cls.__name__ in definitions:
+            _describe(definitions[cls.__name__], cls)
+    base = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    schema["properties"] = {
+        "base": {**base, "description": "File or files, relative to this one, applied first."},
+        **schema["properties"],
+    }
+    # A file with a `base` leaves out what the base gives.
+    schema.pop("required", None)
+    for definition in definitions.values():
+        definition.pop("required", None)
+    for node in _nodes(schema):
+        # `${NAME}` is text until it is expanded.
+        if node.get("type") in ("integer", "number", "boolean") and "const" not in node:
+            kind = {
+                k: node.pop(k) for k in list(node) if k not in ("title", "description", "default")
+            }
+            node["anyOf"] = [kind, {"type": "string", "pattern": r"^\$\{\w+\}$"}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _nodes(node: Any) -> Iterator[dict[str, Any]]:
+    children = (
+        list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+    )
+    for child in children:
+        yield from _nodes(child)
+    if isinstance(node, dict):
+        yield node
+
+
+def _describe(schema: dict[str, Any], cls: type[Settings]) -> None:
+    docs = field_docs(cls)
+    for name, property_schema in schema.get("properties", {}).items():
+        if name in docs and isinstance(property_schema, dict):
+            property_schema["description"] = docs[name]
+
+
+def _all_settings(cls: type[Settings]) -> list[type[Settings]]:
+    found = [cls]
+    for field in cls.model_fields.values():
+        for inner in settings_in(field.annotation):
+            found += [c for c in _all_settings(inner) if c not in found]
+    return found
+
+
+def parts() -> dict[str, tuple[Part, dict[str, type[Settings]]]]:
+    """Every part of the tree: key path -> (its annotation, its classes by name)."""
+    found: dict[str, tuple[Part, dict[str, type[Settings]]]] = {}
+
+    def walk(cls: type[Settings], path: str) -> None:
+        for name, field in cls.model_fields.items():
+            key = f"{path}.{name}" if path else name
+            part = part_of(field)
+            if part is not None:
+                found[key] = (part, part_classes(field.annotation))
+            else:
+                for inner in settings_in(field.annotation):
+                    walk(inner, key)
+
+    walk(RunConfig, "")
+    return found
+
+
+def describe_parts(name: str | None = None) -> str:
+    """The text of `llmnorm parts [NAME]`: every part with settings, defaults and source.
+
+    Raises:
+        InputError: no part and no key is called `name`.
+    """
+    lines: list[str] = []
+    everything = parts()
+    for key, (part, classes) in everything.items():
+        chosen = {
+            n: c for n, c in classes.items() if name in (None, n, key, key.rpartition(".")[2])
+        }
+        if not chosen:
+            continue
+        lines.append(
+            f"{key}: (default: {part.default}"
+            + (", a list repeats over the layers)" if part.many else ")")
+        )
+        for part_name, cls in chosen.items():
+            doc = [line.strip() for line in (cls.__doc__ or "").strip().splitlines()]
+            lines.append(f"  {part_name}: {' '.join(line for line in doc if line)}")
+            docs = field_docs(cls)
+            for field_name, field in cls.model_fields.items():
+                if field_name != "name":
+                    default = field.get_default(call_default_factory=False)
+                    if isinstance(default, Settings):
+                        default = default.model_dump(mode="json")
+                    lines.append(
+                        f"    {field_name} = {default!r}  {docs.get(field_name, '')}".rstrip()
+                    )
+        lines.append("")
+    if not lines:
+        names = [n for _, classes in everything.values() for n in classes]
+        raise InputError(f"no part is called '{name}'; {nearest(str(name), [*names, *everything])}")
+    lines.append("A part of your own: write module:SettingsClass for the name.")
+    return "\n".join(lines)

@@ -1,0 +1,372 @@
+"""From a YAML file and overrides to a validated configuration, or to one line per mistake.
+
+A run's tree is built in three steps. Plain mappings are merged: the files named under `base`, then
+the file itself, then the overrides `key.sub=value`, left to right; wherever a part's name changes,
+the old part's keys drop out at that moment. Pydantic validates the result. Then parts that are
+given as import paths are imported and the tree is validated again.
+
+What would surprise: YAML is read with the 1.2 core rules only (no dates, no `on`, no `1_000`;
+`1e-3` is a number; a key given twice is refused), every scalar's written text is kept, and where a
+field wants text it gets what was typed (`run_dir=2024_01`, `007`).
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from llmnorm.config import RunConfig
+from llmnorm.part import (
+    Imports,
+    InputError,
+    Part,
+    Settings,
+    explain,
+    key_path,
+    part_classes,
+    part_of,
+    settings_in,
+)
+
+
+class Mark(NamedTuple):
+    """What was written for a scalar, and where."""
+
+    text: str
+    where: str
+
+
+Marks = dict[tuple[Any, ...], Mark]
+
+_CORE = [
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+]
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A safe loader with the resolvers of the YAML 1.2 core schema."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+
+
+for _tag, _pattern, _first in _CORE:
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def _scalar(node: yaml.ScalarNode, tag: str) -> Any:
+    text = node.value
+    match tag.rpartition(":")[2]:
+        case "null":
+            return None
+        case "bool":
+            return text.lower() == "true"
+        case "int":
+            return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+        case "float":
+            special = text.lower().endswith((".inf", ".nan"))
+            return float(text.lower().replace(".", "") if special else text)
+        case "str":
+            return text
+    raise InputError(f"the YAML tag {tag} is not understood")
+
+
+def _parse(text: str, where: str, *, line_numbers: bool) -> tuple[Any, Marks]:
+    """YAML text as plain values, with the marks of its scalars."""
+    marks: Marks = {}
+    loader = _Loader(text)
+
+    def place(node: yaml.Node) -> str:
+        return f"{where}:{node.start_mark.line + 1}" if line_numbers else where
+
+    def build(node: yaml.Node, path: tuple[Any, ...]) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            values: dict[str, Any] = {}
+            marks[path] = Mark("", place(node))
+            for key_node, value_node in node.value:
+                key = str(key_node.value)
+                if key in values:
+                    raise InputError(f"{place(key_node)}: {key_path((*path, key))} is given twice")
+                values[key] = build(value_node, (*path, key))
+                if not isinstance(value_node, yaml.ScalarNode):
+                    marks[(*path, key)] = Mark("", place(key_node))
+            return values
+        if isinstance(node, yaml.SequenceNode):
+            marks[path] = Mark("", place(node))
+            return [build(item, (*path, i)) for i, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
+        tag, plain = node.tag, node.style is None
+        if "${" in node.value:
+            node.value = _expand(node.value, place(node))
+            if plain:
+                tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+        value = _scalar(node, tag)
+        marks[path] = Mark(node.value, place(node))
+        return value
+
+    try:
+        node = loader.get_single_node()
+        return (None if node is None else build(node, ())), marks
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None and line_numbers else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}{line}: not valid YAML: {problem}") from None
+    finally:
+        loader.dispose()
+
+
+def _expand(text: str, where: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise InputError(f"{where}: the environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def _with_names(tree: Any, classes: list[type[Settings]]) -> Any:
+    """Every `part: x` becomes `part: {name: x}`."""
+    if not isinstance(tree, dict):
+        return tree
+    result = {}
+    for key, value in tree.items():
+        field = next((c.model_fields[key] for c in classes if key in c.model_fields), None)
+        part = part_of(field)
+
+        def named(one: Any, part: Part | None = part, field: Any = field) -> Any:
+            if part is None:
+                return one
+            one = {"name": one} if isinstance(one, str) else one
+            return _with_names(one, _chosen(field, part, one))
+
+        if part is not None:
+            result[key] = [named(v) for v in value] if isinstance(value, list) else named(value)
+        else:
+            inner = settings_in(field.annotation) if field else []
+            result[key] = _with_names(value, inner) if isinstance(value, dict) else value
+    return result
+
+
+def _chosen(field: FieldInfo, part: Part, value: Any) -> list[type[Settings]]:
+    """The settings class that a part's mapping names (none for an import path)."""
+    name = value.get("name", part.default) if isinstance(value, dict) else part.default
+    cls = part_classes(field.annotation).get(name)
+    return [cls] if cls else []
+
+
+def _merge(
+    tree: Any,
+    patch: Any,
+    classes: list[type[Settings]],
+    marks: Marks,
+    patch_marks: Marks,
+    path: tuple[Any, ...] = (),
+    dropped: list[tuple[Any, ...]] | None = None,
+) -> Any:
+    """`patch` over `tree`, both with named parts; marks of what is replaced are replaced too."""
+    if isinstance(tree, list) and isinstance(patch, dict) and patch and _indices(patch):
+        items = list(tree)
+        for key, value in patch.items():
+            if int(key) >= len(items):
+                raise InputError(
+                    f"{_where(patch_marks, (*path, key))}: {key_path((*path, key))}: the list has "
+                    f"{len(items)} items, the last index is {len(items) - 1}"
+                )
+            moved = {
+                (*path, int(key), *p[len(path) + 1 :]): m
+                for p, m in patch_marks.items()
+                if p[: len(path) + 1] == (*path, key)
+            }
+            items[int(key)] = _merge(
+                items[int(key)], value, classes, marks, moved, (*path, int(key)), dropped
+            )
+        return items
+    if not (isinstance(tree, dict) and isinstance(patch, dict)):
+        for old in [p for p in marks if p[: len(path)] == path]:
+            del marks[old]
+        marks |= {p: m for p, m in patch_marks.items() if p[: len(path)] == path}
+        return patch
+    result = dict(tree)
+    for key, value in patch.items():
+        field = next((c.model_fields[key] for c in classes if key in c.model_fields), None)
+        part = part_of(field)
+        below = (*path, key)
+        inner = settings_in(field.annotation) if field else []
+        if part is not None and field is not None and isinstance(value, dict):
+            old = result.get(key, {})
+            old_name = old.get("name", part.default) if isinstance(old, dict) else None
+            if value.get("name", old_name) != old_name:
+                if dropped is not None and isinstance(old, dict):
+                    dropped += [
+                        (*below, k)
+                        for k in old
+                        if k != "name" and _where(marks, (*below, k)) == COMMAND_LINE
+                    ]
+                for stale in [p for p in marks if p[: len(below)] == below]:
+                    del marks[stale]
+                result[key] = {}
+            inner = _chosen(field, part, {"name": value.get("name", old_name)})
+        result[key] = _merge(result.get(key), value, inner, marks, patch_marks, below, dropped)
+    return result
+
+
+def _indices(patch: Mapping[Any, Any]) -> bool:
+    return all(str(key).isdigit() for key in patch)
+
+
+COMMAND_LINE = "command line"
+
+
+def _override(text: str) -> tuple[Any, Marks]:
+    """`a.b=value` as a tree with one leaf."""
+    key, equals, value = text.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"{COMMAND_LINE}: '{text}' is not an override; write key.sub=value")
+    try:
+        leaf, leaf_marks = _parse(value, COMMAND_LINE, line_numbers=False)
+    except InputError as error:
+        # A value that is no YAML (`a: b`, `[x`) can only be meant as text.
+        if "not valid YAML" not in str(error):
+            raise
+        leaf, leaf_marks = value, {}
+    marks = {(*keys, *path): mark for path, mark in leaf_marks.items()}
+    if not isinstance(leaf, dict | list):
+        marks[tuple(keys)] = Mark(_expand(value, COMMAND_LINE), COMMAND_LINE)
+    tree: Any = leaf
+    for name in reversed(keys):
+        tree = {name: tree}
+    return tree, marks
+
+
+def _where(marks: Marks, loc: tuple[Any, ...]) -> str:
+    """The place of a key, or of the nearest mapping around it."""
+    for length in range(len(loc), -1, -1):
+        if loc[:length] in marks:
+            return marks[loc[:length]].where
+    return COMMAND_LINE
+
+
+class Loaded(NamedTuple):
+    """A validated configuration and what the user should be told about it."""
+
+    config: RunConfig
+    notes: list[str]
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
+    """Read, merge and validate the configuration at `path` (a YAML file or a run directory).
+
+    Raises:
+        InputError: one line per mistake, each with its place, key, value and nearest valid choice.
+    """
+    if path.is_dir():
+        if not (path / "config.yaml").is_file():
+            raise InputError(
+                f"{path}: is a directory without config.yaml, so it is no run directory"
+            )
+        path = path / "config.yaml"
+    marks: Marks = {}
+    tree = _read(path, marks, seen=())
+    dropped: list[tuple[Any, ...]] = []
+    for text in overrides:
+        patch, patch_marks = _override(text)
+        patch = _with_names(patch, [RunConfig])
+        tree = _merge(tree, patch, [RunConfig], marks, patch_marks, dropped=dropped)
+    notes = [f"{key_path(p)} was dropped: a later override chose another part" for p in dropped]
+    config = _validate(tree, marks, path)
+    if config.run_dir is None:
+        config = config.model_copy(update={"run_dir": Path("runs") / path.stem})
+    return Loaded(config, notes)
+
+
+def _read(path: Path, marks: Marks, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's tree with the files under its `base` below it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(str(path), beside, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise InputError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if path.resolve() in seen:
+        raise InputError(f"{path}: 'base' leads back to this file")
+    own, own_marks = _parse(text, str(path), line_numbers=True)
+    if own is None:
+        raise InputError(f"{path}: the file is empty")
+    if not isinstance(own, dict):
+        raise InputError(f"{path}: expected a mapping of sections, got {type(own).__name__}")
+    bases = own.pop("base", [])
+    if not isinstance(bases, str | list) or not all(isinstance(b, str) for b in bases):
+        raise InputError(
+            f"{_where(own_marks, ('base',))}: base: expected a file or a list of files"
+        )
+    tree: Any = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        base_marks: Marks = {}
+        below = _read(path.parent / base, base_marks, (*seen, path.resolve()))
+        tree = _merge(tree, below, [RunConfig], marks, base_marks)
+    return _merge(tree, _with_names(own, [RunConfig]), [RunConfig], marks, own_marks)
+
+
+def _validate(tree: Any, marks: Marks, path: Path) -> RunConfig:
+    try:
+        RunConfig.model_validate(tree, context={"imports": Imports.OPAQUE})
+    except ValidationError as error:
+        errors = explain(error, RunConfig)
+        typed = [e for e in errors if e["type"] in ("string_type", "path_type")]
+        typed = [e for e in typed if marks.get(e["loc"], Mark("", "")).text]
+        if typed:
+            for e in typed:
+                tree = _replaced(tree, e["loc"], marks[e["loc"]].text)
+                marks[e["loc"]] = marks[e["loc"]]._replace(text="")
+            return _validate(tree, marks, path)
+        raise InputError("\n".join(_line(e, marks, path) for e in errors)) from None
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a console script has not got it
+    try:
+        return RunConfig.model_validate(tree, context={"imports": Imports.ALLOWED})
+    except ValidationError as error:
+        raise InputError(
+            "\n".join(_line(e, marks, path) for e in explain(error, RunConfig))
+        ) from None
+
+
+def _replaced(tree: Any, loc: tuple[Any, ...], value: Any) -> Any:
+    if not loc:
+        return value
+    copy = list(tree) if isinstance(tree, list) else dict(tree)
+    copy[loc[0]] = _replaced(copy[loc[0]], loc[1:], value)
+    return copy
+
+
+def _line(error: dict[str, Any], marks: Marks, path: Path) -> str:
+    loc, message = error["loc"], error["msg"]
+    # An impossible pair names its keys in the message: point at the one that was typed last.
+    named = [tuple(k.split(".")) for k in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message)]
+    typed = [k for k in named if k in marks]
+    if typed and error["type"] == "value_error":
+        typed.sort(key=lambda k: marks[k].where != COMMAND_LINE)
+        return f"{marks[typed[0]].where}: {message}"
+    where = _where(marks, loc) if any(loc[:n] in marks for n in range(len(loc) + 1)) else str(path)
+    if not loc:
+        return f"{path}: {message}"
+    return f"{where}: {key_path(loc)}: {message}"
