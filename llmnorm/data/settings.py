@@ -1,0 +1,101 @@
+"""Settings of the data room: where text comes from and how it becomes tokens.
+
+Imports only the standard library, pydantic and `llmnorm.part`, so that a mistake in a configuration
+is answered before torch is loaded.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from llmnorm.part import Settings
+
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+
+class SourceSettings(Settings):
+    """A named corpus in the mixture: files (`path`) or a Hugging Face dataset (`dataset`)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """What the source is called in metrics and plots: letters, digits, `_`, `-` and `.`."""
+    path: str | None = None
+    """A file or a glob (`**` allowed) of .txt (a file is a document), .jsonl, .parquet or .arrow files
+    (a record is); .txt and .jsonl may end in .gz or .zst. Relative to the working directory."""
+    dataset: str | None = None
+    """Instead of `path`: a dataset's name on the Hugging Face hub (streamed while preparing), or a local
+    directory that `datasets` saved or can load."""
+    subset: str | None = None
+    """The dataset's configuration name, for datasets that have several."""
+    split: str = "train"
+    """Which split of the dataset is read."""
+    text_field: str = "text"
+    """The field of a record that holds the text."""
+    weight: int | None = Field(default=None, ge=1, lt=2**31)
+    """Share of this source among all rows, as a whole number; left out by all sources: proportional to
+    their rows, so that an epoch shows every row once."""
+    validation: str | None = None
+    """File or glob of the source's own validation text; left out: about 2 % of the source is held out."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "SourceSettings":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("exactly one of 'path' and 'dataset' must be given")
+        if self.subset is not None and self.dataset is None:
+            raise ValueError("'subset' belongs to 'dataset', not to 'path'")
+        return self
+
+
+class DataSettings(Settings):
+    """What the run reads."""
+
+    sources: Literal["default"] | list[SourceSettings] = "default"
+    """The corpora of the mixture; `default` is the corpus of six that `llmnorm data` fetches."""
+    context_length: int = Field(default=1024, ge=2)
+    """Labels in a row; a row holds one token more."""
+    validation_bytes: int = Field(default=4_000_000, ge=1)
+    """At most this much text of each source is held out for validation."""
+    seed: int | None = Field(default=None, ge=0)
+    """Seed of the order of rows; left out: the run's seed."""
+    dir: Path = Path("data")
+    """Where the default corpus and the tokens are kept, relative to the working directory."""
+    processes: int | None = Field(default=None, ge=1)
+    """How many texts are tokenised at once; left out: one a core."""
+
+    @field_validator("sources")
+    @classmethod
+    def _sources_agree(cls, sources: str | list[SourceSettings]) -> str | list[SourceSettings]:
+        if isinstance(sources, str):
+            return sources
+        if not sources:
+            raise ValueError("the list is empty; name a source, or write 'default'")
+        names = [source.name for source in sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources are called '{twice[0]}'; names must differ")
+        if missing := [source.name for source in sources if source.weight is None]:
+            if len(missing) < len(sources):
+                raise ValueError(f"'{missing[0]}' has no weight; give all sources one, or none")
+        elif sum(source.weight or 0 for source in sources) >= 2**31:
+            raise ValueError("the weights must sum to less than 2147483648 (2**31)")
+        return sources
+
+
+class TokenizerSettings(Settings):
+    """How text becomes tokens: a byte-level BPE trained on the sources, or a tokenizer that exists."""
+
+    vocab_size: int = Field(default=32768, ge=SMALLEST_VOCABULARY)
+    """Tokens of the byte-level BPE that is trained, the three special ones included."""
+    path: Path | None = None
+    """A local Hugging Face tokenizer directory to use instead of training one."""
+    train_bytes: int = Field(default=32_000_000, ge=1)
+    """At most this much text, shared evenly by the sources, is read to train the BPE."""
+
+    @model_validator(mode="after")
+    def _train_or_load(self) -> "TokenizerSettings":
+        # A run's saved configuration holds every default, so a default counts as left out.
+        fields = type(self).model_fields
+        for name in ("vocab_size", "train_bytes"):
+            if self.path is not None and getattr(self, name) != fields[name].default:
+                raise ValueError(f"'{name}' belongs to a tokenizer that is trained, not to 'path'")
+        return self
