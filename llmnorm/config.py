@@ -157,11 +157,9 @@ class RunConfig(Settings):
                 f"data.context_length {self.data.context_length} is more than "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
-        warmup = getattr(self.schedule, "warmup", 0)
-        if self.training.steps is not None and warmup >= self.training.steps and warmup > 1:
-            raise ValueError(
-                f"schedule.warmup {warmup} is not less than training.steps {self.training.steps}"
-            )
+        warmup, steps = getattr(self.schedule, "warmup", 0), self.training.steps
+        if steps is not None and warmup >= max(steps, 2):
+            raise ValueError(f"schedule.warmup {warmup} is not less than training.steps {steps}")
         return self
 
     @property
@@ -187,8 +185,22 @@ CHANGEABLE = (
 
 
 def to_tree(config: Settings) -> dict[str, Any]:
-    """The resolved settings as plain JSON values."""
-    return config.model_dump(mode="json")
+    """The resolved settings as plain JSON values.
+
+    What is derived from other fields (a default factory, as of `head_dim`) is left out unless it
+    was written, so that it follows when the others are overridden later.
+    """
+    tree = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if field.default_factory is not None and name not in config.model_fields_set:
+            del tree[name]
+        elif isinstance(value, Settings):
+            names = {"name": tree[name]["name"]} if "name" in tree[name] else {}
+            tree[name] = names | to_tree(value)
+        elif isinstance(value, list):
+            tree[name] = [to_tree(v) if isinstance(v, Settings) else v for v in tree[name]]
+    return tree
 
 
 def to_yaml(config: RunConfig) -> str:

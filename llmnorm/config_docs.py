@@ -19,27 +19,6 @@ from llmnorm.part import (
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a configuration file, for editors."""
     schema = RunConfig.model_json_schema()
-    definitions = schema.setdefault("$defs", {})
-
-    def tidy(node: Any) -> None:
-        """Hoist the definitions of nested schemas: references point to the root."""
-        if isinstance(node, dict):
-            if node is not schema and isinstance(node.get("$defs"), dict):
-                nested = node.pop("$defs")
-                for value in nested.values():
-                    tidy(value)
-                definitions.update(nested)
-            for value in list(node.values()):
-                tidy(value)
-        elif isinstance(node, list):
-            for value in node:
-                tidy(value)
-
-    tidy(schema)
-    _describe(schema, RunConfig)
-    for cls in _all_settings(RunConfig):
-        if cls.__name__ in definitions:
-            _describe(definitions[cls.__name__], cls)
     base = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     schema["properties"] = {
         "base": {**base, "description": "File or files, relative to this one, applied first."},
@@ -47,7 +26,7 @@ def json_schema() -> dict[str, Any]:
     }
     # A file with a `base` leaves out what the base gives.
     schema.pop("required", None)
-    for definition in definitions.values():
+    for definition in schema["$defs"].values():
         definition.pop("required", None)
     for node in _nodes(schema):
         # `${NAME}` is text until it is expanded.
@@ -67,21 +46,6 @@ def _nodes(node: Any) -> Iterator[dict[str, Any]]:
         yield from _nodes(child)
     if isinstance(node, dict):
         yield node
-
-
-def _describe(schema: dict[str, Any], cls: type[Settings]) -> None:
-    docs = field_docs(cls)
-    for name, property_schema in schema.get("properties", {}).items():
-        if name in docs and isinstance(property_schema, dict):
-            property_schema["description"] = docs[name]
-
-
-def _all_settings(cls: type[Settings]) -> list[type[Settings]]:
-    found = [cls]
-    for field in cls.model_fields.values():
-        for inner in settings_in(field.annotation):
-            found += [c for c in _all_settings(inner) if c not in found]
-    return found
 
 
 def parts() -> dict[str, tuple[Part, dict[str, type[Settings]]]]:
@@ -138,3 +102,20 @@ def describe_parts(name: str | None = None) -> str:
         raise InputError(f"no part is called '{name}'; {nearest(str(name), [*names, *everything])}")
     lines.append("A part of your own: write module:SettingsClass for the name.")
     return "\n".join(lines)
+
+
+def key_paths() -> list[str]:
+    """Every key path of the tree, a part's keys over all its classes."""
+    found: list[str] = []
+
+    def walk(cls: type[Settings], path: str) -> None:
+        for name, field in cls.model_fields.items():
+            key = f"{path}.{name}" if path else name
+            inner = settings_in(field.annotation)
+            if part_of(field) or not inner:
+                found.append(key)
+            for below in inner:
+                walk(below, key)
+
+    walk(RunConfig, "")
+    return list(dict.fromkeys(found))

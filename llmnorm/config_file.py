@@ -201,6 +201,8 @@ def _merge(
         for old in [p for p in marks if p[: len(path)] == path]:
             del marks[old]
         marks |= {p: m for p, m in patch_marks.items() if p[: len(path)] == path}
+        if path[-1:] == ("name",) and path not in marks and path[:-1] in patch_marks:
+            marks[path] = marks[path[:-1]] = patch_marks[path[:-1]]  # was written `part: x`
         return patch
     result = dict(tree)
     for key, value in patch.items():
@@ -361,8 +363,8 @@ def _replaced(tree: Any, loc: tuple[Any, ...], value: Any) -> Any:
 def _line(error: dict[str, Any], marks: Marks, path: Path) -> str:
     loc, message = error["loc"], error["msg"]
     # An impossible pair names its keys in the message: point at the one that was typed last.
-    named = [tuple(k.split(".")) for k in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message)]
-    typed = [k for k in named if k in marks]
+    words = [tuple(word.split(".")) for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message)]
+    typed = [key for word in words for key in (word, (*loc, *word)) if key in marks]
     if typed and error["type"] == "value_error":
         typed.sort(key=lambda k: marks[k].where != COMMAND_LINE)
         return f"{marks[typed[0]].where}: {message}"

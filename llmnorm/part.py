@@ -70,6 +70,34 @@ class Settings(BaseModel):
         _refuse_conversion(value, result)
         return result
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The fields' docstrings are their descriptions."""
+        built = handler.resolve_ref_schema(handler(schema))
+        for name, text in field_docs(cls).items():
+            if name in cls.model_fields:
+                built["properties"][name]["description"] = text
+        return built
+
+
+def _inlined(schema: JsonSchemaValue) -> JsonSchemaValue:
+    """The schema with its definitions in the place of the references to them."""
+    definitions = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            node = {**definitions[node["$ref"].rpartition("/")[2]], **node}
+            del node["$ref"]
+        return {key: inline(value) for key, value in node.items()}
+
+    return inline(schema)
+
 
 def _refuse_conversion(given: Any, got: Any) -> None:
     """Lax pydantic turns `seed: true` into 1 and `lr: "3"` into 3.0; neither was meant."""
@@ -181,9 +209,7 @@ class Part:
             for name, cls in classes.items():
                 # A reference to a definition could not say that only the default part may leave
                 # out `name`, so each class gets an inline schema.
-                schema = (
-                    cls.model_json_schema()
-                )  # its own "$defs" are hoisted by config.json_schema
+                schema = _inlined(cls.model_json_schema())
                 schema["properties"] = {
                     "name": {"const": name, "type": "string"},
                     **{k: v for k, v in schema["properties"].items() if k != "name"},

@@ -54,8 +54,12 @@ Multiplier = Callable[[int], float]
 class WarmupSettings(Settings):
     """Linear warm-up: step s (from 0) has the factor (s + 1) / warmup, never 0."""
 
-    warmup: int = Field(default=100, ge=0)
-    """Steps until the peak is reached."""
+    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Steps until the peak is reached; below 1 it is a share of all steps."""
+
+    def warmup_steps(self, steps: int) -> int:
+        """The warm-up of a run of `steps` steps, in steps."""
+        return self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps)
 
 
 class ConstantSettings(WarmupSettings):
@@ -67,7 +71,7 @@ class ConstantSettings(WarmupSettings):
         """Step (from 0) -> factor on the peak learning rate."""
         from llmnorm.optim import schedule
 
-        return schedule.constant(steps, self.warmup)
+        return schedule.constant(steps, self.warmup_steps(steps))
 
 
 class CosineSettings(WarmupSettings):
@@ -84,7 +88,7 @@ class CosineSettings(WarmupSettings):
         """Step (from 0) -> factor on the peak learning rate."""
         from llmnorm.optim import schedule
 
-        return schedule.cosine(steps, self.warmup, self.final)
+        return schedule.cosine(steps, self.warmup_steps(steps), self.final)
 
 
 class LinearSettings(WarmupSettings):
@@ -101,7 +105,7 @@ class LinearSettings(WarmupSettings):
         """Step (from 0) -> factor on the peak learning rate."""
         from llmnorm.optim import schedule
 
-        return schedule.linear(steps, self.warmup, self.final)
+        return schedule.linear(steps, self.warmup_steps(steps), self.final)
 
 
 class WSDSettings(WarmupSettings):
@@ -122,7 +126,7 @@ class WSDSettings(WarmupSettings):
         """Step (from 0) -> factor on the peak learning rate."""
         from llmnorm.optim import schedule
 
-        return schedule.wsd(steps, self.warmup, self.decay, self.shape, self.final)
+        return schedule.wsd(steps, self.warmup_steps(steps), self.decay, self.shape, self.final)
 
 
 Schedule = Annotated[

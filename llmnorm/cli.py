@@ -1,0 +1,200 @@
+"""The command line: arguments -> one function call a command; no logic.
+
+Torch is imported only by the commands that compute, after the configuration has been validated, so
+that help and every mistake are answered at once.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from llmnorm.part import InputError, nearest
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (2 for a mistake that the user can mend)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    # argparse cannot have `key=value` both before and after options; they are told by their shape.
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    try:
+        parser = _parser()
+        parsed = parser.parse_args([word for word in words if not OVERRIDE.match(word)])
+        if parsed.command is None:
+            parser.print_help()
+            return 0
+        return int(parsed.run(parsed, overrides) or 0)
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            for line in str(error).splitlines():
+                print(f"llmnorm: error: {line}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `llmnorm parts | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def train(parsed: argparse.Namespace, overrides: list[str]) -> int:
+    """`llmnorm train`."""
+    from llmnorm.config_file import load
+    from llmnorm.doctor import check_gpu
+    from llmnorm.training import run_directory
+
+    config = _told(load(parsed.config, overrides))
+    run = run_directory.agree(config, going_on=parsed.config.is_dir())
+    if run_directory.finished(run, config):
+        print(f"{run.path} is finished (step {run.done.read_text().strip()})")
+        print(run_directory.next_commands(run))
+        return 0
+    check_gpu(config.training.device)
+
+    from llmnorm.training.loop import train
+
+    command = " ".join(["llmnorm data", str(parsed.config), *overrides])
+    code = train(config, run, data_command=command, dry_run=parsed.dry_run)
+    if os.environ.get("RANK", "0") == "0" and not parsed.dry_run:
+        print(run_directory.next_commands(run))
+    return code
+
+
+def data(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """`llmnorm data`."""
+    from llmnorm.config_file import load
+
+    config = _told(load(parsed.config, overrides))
+
+    from llmnorm.data import packing
+
+    packed = packing.prepare(config.data, config.tokenizer, seed=config.data_seed)
+    if parsed.show:
+        packing.show(packed, parsed.show)
+    if parsed.stats or not parsed.show:
+        packing.stats(packed, config.training)
+
+
+def config(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """`llmnorm config`."""
+    if parsed.schema:
+        import json
+
+        from llmnorm.config_docs import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+        return
+    if parsed.config is None:
+        raise InputError("config: name a configuration file or run directory, or ask for --schema")
+    from llmnorm.config import to_yaml
+    from llmnorm.config_file import load
+
+    print(to_yaml(_told(load(parsed.config, overrides))), end="")
+
+
+def parts(parsed: argparse.Namespace, _: list[str]) -> None:
+    """`llmnorm parts`."""
+    from llmnorm.config_docs import describe_parts
+
+    print(describe_parts(parsed.name))
+
+
+def generate(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """`llmnorm generate`."""
+    from llmnorm.config_file import load
+
+    config = _told(load(parsed.run_dir, overrides))
+
+    from llmnorm.generation.sampling import generate
+    from llmnorm.training.loading import load_run
+
+    model, tokenizer = load_run(parsed.run_dir, config, parsed.checkpoint)
+    for text in generate(model, tokenizer, parsed.prompt or [""], config.generation):
+        print(text, end="\n\n")
+
+
+def doctor(_: argparse.Namespace, __: list[str]) -> None:
+    """`llmnorm doctor`."""
+    from llmnorm.doctor import report
+
+    print(report())
+
+
+def _told(loaded: "object") -> "object":
+    """The configuration, after its notes have been said."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in loaded.notes:
+            print(f"llmnorm: note: {note}", file=sys.stderr)
+    return loaded.config
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest choice."""
+
+    def error(self, message: str) -> NoReturn:
+        match = re.match(r"argument \S+: invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if match:
+            choices = re.findall(r"[\w-]+", match[2])
+            message = f"'{match[1]}' is not a command; {nearest(match[1], choices)}"
+        raise InputError(f"{message} (`{self.prog} --help` shows the usage)")
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        from llmnorm.doctor import versions
+
+        print(versions())
+        raise SystemExit(0)
+
+
+class _Completion(argparse.Action):
+    def __call__(self, _: object, __: object, shell: object, ___: object = None) -> NoReturn:
+        from llmnorm.completion import script
+
+        print(script(str(shell), _parser()))
+        raise SystemExit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="llmnorm",
+        description="Pretrain transformers whose parts are swapped in one line of YAML.",
+        epilog="CONFIG is a YAML file or a run directory; key.sub=value overrides a setting.",
+    )
+    parser.add_argument("--version", nargs=0, action=_Version, help="of llmnorm, torch and CUDA")
+    parser.add_argument(
+        "--completion",
+        choices=["bash", "zsh"],
+        action=_Completion,
+        help="print a completion script",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, help: str, run: object) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("train", "train, or go on with a run", train)
+    sub.add_argument("config", type=Path, metavar="CONFIG", help="YAML file or run directory")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="stop after the checks before the first step"
+    )
+    sub = command("data", "prepare the corpus: tokenizer and packed rows", data)
+    sub.add_argument("config", type=Path, metavar="CONFIG", help="YAML file or run directory")
+    sub.add_argument("--show", type=int, metavar="N", help="print N rows as the model sees them")
+    sub.add_argument("--stats", action="store_true", help="documents, tokens, epochs")
+    sub = command("config", "print the resolved settings", config)
+    sub.add_argument("config", type=Path, metavar="CONFIG", nargs="?", help="YAML file or run")
+    sub.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
+    sub = command("parts", "list the swappable parts with their settings", parts)
+    sub.add_argument("name", metavar="NAME", nargs="?", help="one part or one key")
+    sub = command("generate", "continue text with a trained run", generate)
+    sub.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    sub.add_argument("--prompt", action="append", help="text to continue; may be given repeatedly")
+    sub.add_argument(
+        "--checkpoint", default="latest", metavar="latest|best|STEP", help="which checkpoint"
+    )
+    command("doctor", "report what this machine can run, for a bug report", doctor)
+    return parser

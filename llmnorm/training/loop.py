@@ -1,0 +1,367 @@
+"""The training loop: one straight function from a configuration to a trained run directory.
+
+A step takes the next `global_batch` rows, sums the loss over all real labels, divides by their
+global number, clips, and updates. So neither accumulation nor the number of processes changes what
+a step computes. Everything a step needs is a function of its number: rows, learning rate, noise;
+a checkpoint holds weights, optimizer state and counts, nothing else.
+"""
+
+import math
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmnorm.config import RunConfig, to_tree
+from llmnorm.data import packing
+from llmnorm.data.loader import Batch, Loader
+from llmnorm.data.packing import PackedData
+from llmnorm.models.flops import flops_per_token
+from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.optim.groups import named_state, split
+from llmnorm.part import InputError
+from llmnorm.training import metrics as record
+from llmnorm.training.checkpoint import Checkpoints, RunLock
+from llmnorm.training.evaluation import evaluate
+from llmnorm.training.metrics import Metrics
+from llmnorm.training.parallel import Parallel
+from llmnorm.training.run_directory import RunDirectory, mark, version, write_config
+from llmnorm.training.signals import StopRequest
+
+
+def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: bool = False) -> int:
+    """Train until the configured length or a signal.
+
+    Args:
+        config: resolved settings that agree with the run directory.
+        run: where the run lives; its newest whole checkpoint is gone on from.
+        data_command: what prepares the data, for the message where it is missing.
+        dry_run: stop after the checks that precede the first step.
+
+    Returns:
+        The exit code: 0, or 143 / 130 after SIGTERM / SIGINT.
+
+    Raises:
+        InputError: something that the user can mend, in one line.
+    """
+    with ExitStack() as stack:
+        parallel = Parallel(config.parallel, config.training)
+        stack.callback(parallel.close)
+        packed = _data(config, parallel, data_command)
+        global_batch = config.training.global_batch
+        micro_batch = _micro_batch(config, parallel)
+        steps = total_steps(config, packed)
+
+        # Model, layout, optimizer, schedule.
+        model = LlmNormForCausalLM.build(config.model, packed.vocab_size, seed=config.seed)
+        model.to(parallel.device).train()
+        replica = parallel.prepare(model, model.model.layers)
+        groups = split(model)
+        parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
+        optimizer = config.optimizer.build(groups)
+        learning_rate = config.schedule.build(steps)
+        parallel.check()
+
+        # The run directory, and the newest whole checkpoint in it.
+        if parallel.is_main and not dry_run:
+            write_config(run, config)
+            stack.enter_context(RunLock(run.path))
+            mark(run)
+        parallel.barrier()
+        checkpoints = Checkpoints(
+            run.checkpoints, config.checkpoint, rank=parallel.rank, world=parallel.world
+        )
+        state = _state(model, optimizer)
+        progress = _resume(checkpoints, state, packed, parallel)
+        step, tokens, skipped, in_a_row = (
+            progress[key] for key in ("step", "tokens", "skipped_steps", "skipped_in_a_row")
+        )
+        if step >= steps:
+            _say(parallel, f"{run.path} is finished: step {step} of {steps}")
+            return 0
+
+        loader = Loader(
+            packed,
+            seed=config.data_seed,
+            global_batch=global_batch,
+            rank=parallel.rank,
+            world=parallel.world,
+            micro_batch=micro_batch,
+        )
+        batches = loader.batches(step * global_batch)
+        _say(parallel, f"{parallel.describe()}; {_size(model, groups)}; {steps} steps")
+        _dry_step(replica, parameters, loader, step * global_batch, micro_batch, parallel)
+        if dry_run:
+            _say(parallel, "dry run: every check passed, nothing was trained")
+            return 0
+
+        # The steps.
+        if parallel.is_main:
+            record.cut(run.metrics, step)
+        stop = stack.enter_context(StopRequest())
+        metrics = stack.enter_context(
+            Metrics(
+                run.metrics,
+                steps=steps,
+                start=step,
+                flops_per_token=flops_per_token(model, config.data.context_length),
+                device=parallel.device,
+                world=parallel.world,
+                enabled=parallel.is_main,
+                seconds=progress["seconds"],
+            )
+        )
+        exit_code = 0
+        while step < steps and not exit_code:
+            micro_batches = next(batches)
+            _seed(config.seed, step, parallel.rank)
+            labels = _count_labels(micro_batches, parallel)
+            loss = _forward_backward(replica, micro_batches, labels, parallel)
+            norm = float(parallel.clip(parameters, config.training.max_grad_norm))
+
+            # One reduction serves the loss and the agreement to stop.
+            reduced = torch.stack([loss / parallel.world, loss.new_tensor(stop.exit_code)])
+            mean_loss, stopping = parallel.reduce(reduced).tolist()
+            exit_code = round(stopping) and (stop.exit_code or 143)
+            factor = learning_rate(step)
+            if math.isfinite(mean_loss) and math.isfinite(norm):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+                optimizer.step()
+                in_a_row = 0
+            else:
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                metrics.say(f"step {step + 1}: loss {mean_loss}, gradient norm {norm}: skipped")
+            optimizer.zero_grad(set_to_none=True)
+            step, tokens = step + 1, tokens + labels
+            metrics.count(labels, mean_loss)
+
+            if in_a_row >= config.training.max_skipped_steps:
+                checkpoints.wait()
+                raise InputError(_diverged(step, in_a_row, global_batch, checkpoints))
+            if step % config.logging.every == 0 or step == steps:
+                metrics.log_step(
+                    {
+                        "step": step,
+                        "tokens": tokens,
+                        "loss": mean_loss,
+                        "grad_norm": norm,
+                        "lr": config.optimizer.lr * factor,
+                        "skipped_steps": skipped,
+                    }
+                )
+            figures: dict[str, Any] | None = None
+            if _due(step, config.evaluation.every) or step == steps:
+                with metrics.pause():
+                    figures = evaluate(
+                        model,
+                        packed,
+                        micro_batch=config.evaluation.micro_batch or micro_batch,
+                        parallel=parallel,
+                    )
+                metrics.log_evaluation(step, tokens, figures)
+            if _due(step, config.checkpoint.every) or step == steps or exit_code:
+                meta = {
+                    "step": step,
+                    "tokens": tokens,
+                    "skipped_steps": skipped,
+                    "skipped_in_a_row": in_a_row,
+                    "seconds": metrics.seconds,
+                    "data": packed.identity,
+                    "environment": _environment(parallel),
+                    "config": to_tree(config),
+                    "llmnorm": version(),
+                }
+                with metrics.pause():
+                    loss_there = figures["loss"] if figures else None
+                    checkpoints.save(step, state, meta, validation_loss=loss_there)
+        checkpoints.wait()
+        if parallel.is_main:
+            finished = step >= steps
+            mark(run, done=step if finished else None, preempted=None if finished else step)
+        return 0 if step >= steps else exit_code
+
+
+def total_steps(config: RunConfig, packed: PackedData) -> int:
+    """The run's length in global batches, from steps, tokens or epochs."""
+    training, rows = config.training, sum(source.rows for source in packed.sources)
+    if training.steps is not None:
+        return training.steps
+    if training.tokens is not None:
+        return math.ceil(training.tokens / (training.global_batch * packed.context_length))
+    assert training.epochs is not None
+    return math.ceil(training.epochs * rows / training.global_batch)
+
+
+def _data(config: RunConfig, parallel: Parallel, data_command: str) -> PackedData:
+    packed = packing.find(config.data, config.tokenizer, seed=config.data_seed)
+    if packed is not None:
+        return packed
+    if parallel.world > 1:
+        raise InputError(f"data: not prepared yet; run once, by itself: {data_command}")
+    return packing.prepare(config.data, config.tokenizer, seed=config.data_seed)
+
+
+def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
+    """Rows that one process runs at once; the batch must divide evenly."""
+    total, world = config.training.global_batch, parallel.world
+    if total % world:
+        raise InputError(
+            f"training.global_batch: {total} rows do not divide over {world} processes; "
+            f"the nearest that does is {max(1, round(total / world)) * world}"
+        )
+    share = total // world
+    micro_batch = config.training.micro_batch or share
+    if share % micro_batch:
+        nearest = min(
+            (d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - micro_batch)
+        )
+        raise InputError(
+            f"training.micro_batch: {micro_batch} does not divide the {share} rows of a process "
+            f"(training.global_batch {total} over {world}); the nearest that does is {nearest}"
+        )
+    return micro_batch
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds, by name: the tensors themselves, a tied one once."""
+    saved = model.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {
+        **{f"model.{name}": tensor for name, tensor in (weights | buffers).items()},
+        **{f"optimizer.{name}": t for name, t in named_state(optimizer, model).items()},
+    }
+
+
+def _resume(
+    checkpoints: Checkpoints, state: dict[str, torch.Tensor], packed: PackedData, parallel: Parallel
+) -> dict[str, Any]:
+    """Copy the newest whole checkpoint into `state`; returns its counts (zeros at the start)."""
+    start = {"step": 0, "tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "seconds": 0.0}
+    path = checkpoints.find("latest")
+    if path is None:
+        return start
+    meta = checkpoints.read_meta(path)
+    if meta["data"] != packed.identity:
+        raise InputError(
+            f"{path}: was trained on the data {meta['data']}, this run's data is now "
+            f"{packed.identity} ({packed.directory}); restore the corpus or start a new run_dir"
+        )
+    here, there = _environment(parallel), meta["environment"]
+    changed = [f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k)]
+    if changed:
+        _say(parallel, f"the last bits may differ from an uninterrupted run: {', '.join(changed)}")
+    checkpoints.load(path, state)
+    _say(parallel, f"going on from {path}")
+    return {key: meta[key] for key in start}
+
+
+def _environment(parallel: Parallel) -> dict[str, Any]:
+    """What the last bits of a run depend on besides its configuration."""
+    cuda = parallel.device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "processes": parallel.world,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(parallel.device) if cuda else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _forward_backward(
+    replica: nn.Module, micro_batches: list[Batch], labels: int, parallel: Parallel
+) -> torch.Tensor:
+    """Gradients of the global mean loss over this process's micro-batches.
+
+    Returns:
+        This process's share of the loss times the number of processes, 0-dim float32.
+    """
+    total = torch.zeros((), device=parallel.device)
+    for number, batch in enumerate(micro_batches):
+        with parallel.accumulate(last=number == len(micro_batches) - 1):
+            loss = replica(
+                input_ids=batch["input_ids"].to(parallel.device, non_blocking=True),
+                position_ids=batch["position_ids"].to(parallel.device, non_blocking=True),
+                shift_labels=batch["shift_labels"].to(parallel.device, non_blocking=True),
+                # Replicas average their gradients, hence tokens a process.
+                num_items_in_batch=max(labels, 1) / parallel.world,
+                use_cache=False,
+            ).loss
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _count_labels(micro_batches: list[Batch], parallel: Parallel) -> int:
+    """Real labels of the step over all processes."""
+    count = sum(int((batch["shift_labels"] != -100).sum()) for batch in micro_batches)
+    return int(parallel.reduce(torch.tensor(count, device=parallel.device)))
+
+
+def _dry_step(
+    replica: nn.Module,
+    parameters: list[nn.Parameter],
+    loader: Loader,
+    row: int,
+    micro_batch: int,
+    parallel: Parallel,
+) -> None:
+    """Run a step's forward and backward pass without an update.
+
+    Finds what would end the run at its first step: memory, compilation, a weight without gradient.
+    Weights, statistics, random states and optimizer state are as before afterwards.
+    """
+    buffers = {name: buffer.clone() for name, buffer in replica.named_buffers()}
+    devices = [parallel.device] if parallel.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            micro_batches = next(loader.batches(row))
+            _forward_backward(
+                replica, micro_batches, _count_labels(micro_batches, parallel), parallel
+            )
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"training.micro_batch: {micro_batch} rows do not fit into the memory of "
+            f"{parallel.device}; try training.micro_batch={max(1, micro_batch // 2)} or "
+            f"parallel.activation_checkpointing=true ({str(error).splitlines()[0]})"
+        ) from None
+    without = [n for n, p in replica.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without, f"trainable, but without a gradient: {without}"
+    for name, buffer in replica.named_buffers():
+        buffer.copy_(buffers[name])
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    """Noise of a step is a function of (seed, step, rank), so that no generator is ever saved."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = int(torch.randint(2**31, (), generator=generator)) * 1_000_003 + step * 65_537 + rank
+    torch.manual_seed(mixed)
+
+
+def _diverged(step: int, in_a_row: int, global_batch: int, checkpoints: Checkpoints) -> str:
+    rows = f"{(step - in_a_row) * global_batch}-{step * global_batch - 1}"
+    kept = checkpoints.find("latest")
+    return (
+        f"training: stopped at step {step}: {in_a_row} steps in a row with a non-finite loss or "
+        f"gradient (rows {rows}); last good checkpoint: {kept or 'none'}; try a lower optimizer.lr"
+    )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _size(model: nn.Module, groups: Any) -> str:
+    total = sum(p.numel() for p in model.parameters())
+    hidden = sum(p.numel() for p in groups.matrices.values())
+    return f"{total / 1e6:.2f}M parameters ({hidden / 1e6:.2f}M in hidden matrices)"
+
+
+def _say(parallel: Parallel, text: str) -> None:
+    if parallel.is_main:
+        print(text, file=sys.stderr, flush=True)

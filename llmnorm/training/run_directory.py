@@ -1,0 +1,154 @@
+"""The run directory: what it belongs to, whether this configuration may go on with it.
+
+A run directory holds config.yaml (the resolved settings), metrics.jsonl, checkpoints/, plots/, and
+a file DONE or PREEMPT that says how the last process ended (launchers turn every exit code into 1).
+Nothing here imports torch: a configuration that contradicts the directory is answered at once, and
+by every process alike, before any of them writes.
+"""
+
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from llmnorm.config import RunConfig, changeable, differences, to_tree, to_yaml
+from llmnorm.config_file import load
+from llmnorm.part import InputError
+
+
+class RunDirectory(NamedTuple):
+    """The paths of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """A line a logged step or evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One directory a checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        """Pictures."""
+        return self.path / "plots"
+
+    @property
+    def done(self) -> Path:
+        """There when the run has reached its last step; holds the step."""
+        return self.path / "DONE"
+
+    @property
+    def preempted(self) -> Path:
+        """There when the last process was stopped by a signal; holds the step."""
+        return self.path / "PREEMPT"
+
+
+def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
+    """Check that `config` may use its run directory; nothing is written.
+
+    Args:
+        going_on: the user named the run directory itself, so that length, intervals, logging,
+            micro batch and layout may change.
+
+    Raises:
+        InputError: the directory holds something else; the differing keys are listed.
+    """
+    assert config.run_dir is not None
+    run = RunDirectory(config.run_dir)
+    if not run.path.exists():
+        return run
+    if not run.path.is_dir():
+        raise InputError(f"run_dir: {run.path} is a file")
+    if not run.config.exists():
+        if any(run.path.iterdir()):
+            raise InputError(
+                f"run_dir: {run.path} holds other files and no config.yaml; "
+                f"a free directory is {_free(run.path)}"
+            )
+        return run
+    changed = differences(to_tree(load(run.config).config), to_tree(config))
+    changed.pop("run_dir", None)
+    if going_on:
+        changed = {key: values for key, values in changed.items() if not changeable(key)}
+    if changed:
+        listed = ", ".join(
+            f"{key} ({old} there, {new} here)" for key, (old, new) in changed.items()
+        )
+        what = (
+            "an existing run cannot change this key; start another with"
+            if going_on
+            else "is another run; go on with the old settings, or start a new one with"
+        )
+        raise InputError(f"run_dir: {run.path}: {listed}: {what} run_dir={_free(run.path)}")
+    return run
+
+
+def finished(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether the run has reached its end, and `config` asks for no other length."""
+    if not run.done.exists():
+        return False
+    changed = differences(to_tree(load(run.config).config), to_tree(config))
+    return not any(f"training.{key}" in changed for key in ("steps", "tokens", "epochs"))
+
+
+def next_commands(run: RunDirectory) -> str:
+    """What one does next with this run."""
+    return (
+        f"everything lies in {run.path}: config.yaml, metrics.jsonl, checkpoints/, plots/\n"
+        f"  generate text: llmnorm generate {run.path} --prompt 'Once upon a time'\n"
+        f"  train longer:  llmnorm train {run.path} training.steps=N"
+    )
+
+
+def write_config(run: RunDirectory, config: RunConfig) -> None:
+    """Make the directory and write the resolved settings, whole or not at all.
+
+    Raises:
+        InputError: the directory cannot be written.
+    """
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        temporary = run.config.with_suffix(".tmp")
+        temporary.write_text(f"# llmnorm {version()}\n{to_yaml(config)}", encoding="utf-8")
+        temporary.replace(run.config)
+        run.plots.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir: {run.path} cannot be written: {error.strerror}") from None
+
+
+def mark(run: RunDirectory, *, done: int | None = None, preempted: int | None = None) -> None:
+    """Say how this process ended; with neither, that it is under way."""
+    for path, step in ((run.done, done), (run.preempted, preempted)):
+        if step is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_text(f"{step}\n", encoding="utf-8")
+
+
+def version() -> str:
+    """The installed package's version, and the commit where it runs from a checkout."""
+    found = metadata.version("llmnorm")
+    head = Path(__file__).parents[2] / ".git" / "HEAD"
+    try:
+        reference = head.read_text(encoding="utf-8").strip()
+        if reference.startswith("ref: "):
+            reference = (head.parent / reference[5:]).read_text(encoding="utf-8").strip()
+        return f"{found} ({reference[:12]})"
+    except OSError:
+        return found
+
+
+def _free(path: Path) -> Path:
+    number = 2
+    while os.path.lexists(f"{path}-{number}"):
+        number += 1
+    return Path(f"{path}-{number}")
