@@ -1,0 +1,55 @@
+"""The lock that lets one process at a time train in a run directory.
+
+What would surprise: the kernel holds the lock, not the file, so it is free the moment its owner is
+gone, however it went; the file stays, and its text only tells others whom they are waiting for.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from pathlib import Path
+
+from llmnorm.part import InputError
+
+log = logging.getLogger(__name__)
+
+
+class RunLock:
+    """Context manager that holds `<run_dir>/run.lock`, making the directory where it is not there.
+
+    Raises:
+        InputError: on entry, where another process holds it; names that process and its host.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "run.lock"
+        self._descriptor = -1
+
+    def __enter__(self) -> "RunLock":
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, _me().encode(), 0)
+        except BlockingIOError:
+            owner = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip()
+            os.close(self._descriptor)
+            raise InputError(
+                f"{self._path.parent}: {owner or 'another process'} is training in this directory; "
+                "wait for it, stop it, or set another run_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise InputError(f"{self._path}: cannot be locked ({error.strerror})") from None
+            log.warning("%s: this file system has no locks; let no other run use it", self._path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}\n"
