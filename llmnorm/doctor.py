@@ -40,16 +40,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 # Extras with compiled parts, which break at import, not at installation: the report imports them.
 COMPILED = ("deepspeed", "flash", "fla", "quant")
-PACKAGES = [
-    "torch",
-    "accelerate",
-    "transformers",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "pydantic",
-    "numpy",
-]
+PACKAGES = ["torch", "accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy"]
 # The CUDA builds of torch that the message may name: the newest that a driver runs, newest first.
 TORCH_INDEXES = (((13, 0), "cu130"), ((12, 6), "cu126"))
 FREE_GPU_MIB = 1024  # a GPU on which no more than this is in use counts as free
@@ -191,12 +182,15 @@ def launch_hint(arguments: Sequence[str]) -> str | None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return None
-    free = [gpu for gpu in visible_gpus() if gpu.used_mib <= FREE_GPU_MIB]
+    gpus = visible_gpus()
+    free = [gpu for gpu in gpus if gpu.used_mib <= FREE_GPU_MIB]
     if len(free) < 2:
         return None
+    chosen = f"CUDA_VISIBLE_DEVICES={','.join(str(gpu.index) for gpu in free)} "
     return (
         f"one process was started and {len(free)} GPUs are free; for all of them: "
-        f"accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes {len(free)} "
+        f"{'' if free == gpus else chosen}accelerate launch "
+        f"--config_file launch/accelerate/ddp.yaml --num_processes {len(free)} "
         f"-m llmnorm train {' '.join(arguments)}".rstrip()
     )
 

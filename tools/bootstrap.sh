@@ -94,19 +94,19 @@ make_venv() {
 }
 
 install_torch() {
-    local found
     if [[ -n ${LLMNORM_TORCH_INDEX:-} && $LLMNORM_TORCH_INDEX != "$(cat "$index_file" 2>/dev/null)" ]]; then
         "$python" -m pip uninstall --quiet --yes torch
+    elif torch_version=$(torch_there); then
+        say "torch $torch_version is there and fits"
+        return
+    fi
+    if [[ -n ${LLMNORM_TORCH_INDEX:-} ]]; then
         pip_install "$TORCH_PIN" --index-url "$LLMNORM_TORCH_INDEX"
         printf '%s\n' "$LLMNORM_TORCH_INDEX" >"$index_file"
-    elif found=$(torch_there); then
-        say "torch $found is there and fits"
-    elif [[ -n ${LLMNORM_TORCH_INDEX:-} ]]; then
-        pip_install "$TORCH_PIN" --index-url "$LLMNORM_TORCH_INDEX"
     else
         pip_install "$TORCH_PIN" -c constraints.txt
     fi
-    torch_there >/dev/null || fail "the torch in .venv does not work: $("$python" -c 'import torch' 2>&1 | tail -n 1)"
+    torch_version=$(torch_there) || fail "the torch in .venv does not work: $("$python" -c 'import torch' 2>&1 | tail -n 1)"
 }
 
 install_package() {
@@ -117,7 +117,7 @@ install_package() {
         pip_install hatchling ninja packaging psutil wheel
         isolation=(--no-build-isolation)
     fi
-    sed "s/^torch==.*/torch==$(torch_there)/" constraints.txt >.venv/llmnorm-constraints.txt
+    sed "s/^torch==.*/torch==$torch_version/" constraints.txt >.venv/llmnorm-constraints.txt
     pip_install ${isolation[@]+"${isolation[@]}"} -c .venv/llmnorm-constraints.txt -e "$target"
 }
 

@@ -1,0 +1,197 @@
+"""The plan of the house, held by reading every import, those inside functions too."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from llmnorm.doctor import EXTRAS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llmnorm"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+GROUND = 0
+FLOORS = {
+    "nn": 1,
+    "models": 2,
+    "optim": 2,
+    "data": 3,
+    "selection": 3,
+    "training": 4,
+    "generation": 4,
+    "serving": 5,
+    "analysis": 5,
+}
+# Files beside the rooms. doctor.py is used by setup and by training, so it stands low.
+TOP = {"cli": 6, "__main__": 6, "completion": 6}
+EMPTY = ("nn", "optim", "data", "selection")
+DISTRIBUTED = {
+    "optim/sharded.py",
+    "training/parallel.py",
+    "training/checkpoint.py",
+    "data/loader.py",
+    "doctor.py",  # its collective test, two processes of its own
+}
+BEFORE_TORCH = {"pydantic", "pydantic_core", "annotated_types", "yaml"}
+# Modules that compile or load GPU code; an extra's modules may be missing altogether.
+LATE = {"triton", "causal_conv1d", "mamba_ssm", "torchao"} | {
+    m for ms in EXTRAS.values() for m in ms
+}
+
+
+class Import(NamedTuple):
+    module: str
+    inside: bool  # a function or `if TYPE_CHECKING`: not run when the file is imported
+    line: int
+
+
+def imports(source: str) -> Iterator[Import]:
+    """The modules that a source imports; of `from a import b` both a and a.b (b may be one)."""
+
+    def visit(node: ast.AST, inside: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, inside, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            yield Import(str(node.module), inside, node.lineno)
+            for alias in node.names:
+                yield Import(f"{node.module}.{alias.name}", inside, node.lineno)
+        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name):
+            inside = inside or node.test.id == "TYPE_CHECKING"
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    return visit(ast.parse(source), False)
+
+
+def place(path: str) -> tuple[int, str]:
+    """The floor and the room of a file or module, given as a path below the package."""
+    parts = path.removesuffix(".py").split("/")
+    if parts[-1] == "settings":
+        return GROUND, parts[0]
+    if parts[0] in FLOORS:
+        return FLOORS[parts[0]], parts[0]
+    return TOP.get(parts[0], GROUND), ""
+
+
+def mistakes(path: str, source: str) -> list[str]:
+    """What a file (its path below the package) imports against the plan."""
+    floor, room = place(path)
+    found = []
+    for module, inside, line in imports(source):
+        root = module.partition(".")[0]
+        where = f"{path}:{line}: {module}"
+        if root == "llmnorm":
+            target = module.removeprefix("llmnorm").lstrip(".").replace(".", "/")
+            if not target or not is_module(target):
+                continue
+            other, other_room = place(target)
+            own_part = path.endswith("settings.py") and inside and room == other_room
+            if other > floor and not own_part:
+                found.append(f"{where} stands on a higher floor")
+            elif other == floor != GROUND and room != other_room:
+                found.append(f"{where} is another room on the same floor")
+            elif path == "doctor.py" and target != "part":
+                found.append(f"{where}: doctor.py imports only part.py")
+            continue
+        if root in sys.stdlib_module_names:
+            if root in ("pickle", "shelve", "marshal"):
+                found.append(f"{where}: nothing is pickled")
+            continue
+        if not inside and root in LATE:
+            found.append(f"{where} is imported at import time")
+        if floor == GROUND and root not in BEFORE_TORCH and not (path == "doctor.py" and inside):
+            found.append(f"{where} is more than the ground floor may import")
+        if room == "nn" and floor != GROUND and root != "torch":
+            found.append(f"{where}: nn imports torch alone")
+        if module.startswith("torch.distributed") and path not in DISTRIBUTED:
+            found.append(f"{where}: take a `reduce` function instead")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}"
+            if name == "torch.distributed" and path not in DISTRIBUTED:
+                found.append(f"{path}:{node.lineno}: {name}: take a `reduce` function instead")
+            if name == "torch.load":
+                found.append(f"{path}:{node.lineno}: {name}: nothing is unpickled")
+    return found
+
+
+def is_module(target: str) -> bool:
+    """Whether a path below the package names a module, not a class inside one."""
+    if target.partition("/")[0] in (*FLOORS, *TOP) and "/" not in target:
+        return True
+    return (PACKAGE / f"{target}.py").exists() or (PACKAGE / target).is_dir()
+
+
+@pytest.mark.parametrize("path", [str(f.relative_to(PACKAGE)) for f in FILES])
+def test_imports_keep_to_the_floors(path: str) -> None:
+    """Oracle: the floors and nevers of the plan, stated above."""
+    assert mistakes(path, (PACKAGE / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("nn/block.py", "from llmnorm.models import flops", "higher floor"),
+        ("nn/block.py", "def f():\n    from llmnorm.optim import groups", "higher floor"),
+        ("nn/block.py", "import numpy", "nn imports torch alone"),
+        ("optim/groups.py", "import llmnorm.models", "another room"),
+        ("data/order.py", "import torch.distributed as dist", "reduce"),
+        ("data/order.py", "def f():\n    from torch import distributed", "reduce"),
+        ("training/metrics.py", "import torch\ntorch.distributed.get_rank()", "reduce"),
+        ("config.py", "import torch", "ground floor"),
+        ("optim/settings.py", "def build():\n    import torch", "ground floor"),
+        ("optim/settings.py", "from llmnorm.optim import groups", "higher floor"),
+        ("part.py", "from llmnorm.training import metrics", "higher floor"),
+        ("doctor.py", "from llmnorm.config import RunConfig", "only part.py"),
+        ("nn/norms/layer.py", "import triton", "import time"),
+        ("models/modeling.py", "from flash_attn import flash_attn_func", "import time"),
+        ("training/checkpoint.py", "import pickle", "pickled"),
+        ("models/convert.py", "import torch\ntorch.load('x')", "unpickled"),
+    ],
+)
+def test_a_wrong_import_is_found(path: str, source: str, complaint: str) -> None:
+    """Oracle: imports that break one rule each."""
+    assert any(complaint in mistake for mistake in mistakes(path, source))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("optim/settings.py", "def build():\n    from llmnorm.optim import groups"),
+        ("training/loop.py", "from llmnorm.optim import groups\nimport transformers"),
+        ("models/modeling.py", "def f():\n    from flash_attn import flash_attn_func"),
+        ("training/parallel.py", "import torch.distributed"),
+    ],
+)
+def test_a_right_import_is_let_through(path: str, source: str) -> None:
+    """Oracle: imports that the plan names as allowed."""
+    assert mistakes(path, source) == []
+
+
+def test_package_files_of_the_lower_rooms_are_empty() -> None:
+    """Oracle: zero bytes."""
+    inits = [
+        PACKAGE / "__init__.py",
+        *(f for room in EMPTY for f in (PACKAGE / room).rglob("__init__.py")),
+    ]
+    assert [str(f) for f in inits if f.stat().st_size] == []
+
+
+def test_the_ground_floor_does_not_load_torch() -> None:
+    """Oracle: sys.modules of a fresh interpreter that imported every ground-floor file."""
+    modules = [
+        ".".join(("llmnorm", *f.relative_to(PACKAGE).with_suffix("").parts))
+        for f in FILES
+        if place(str(f.relative_to(PACKAGE)))[0] == GROUND and f.name != "__init__.py"
+    ]
+    assert "llmnorm.part" in modules and "llmnorm.config" in modules
+    code = f"import {', '.join(modules)}, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
