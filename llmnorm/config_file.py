@@ -110,7 +110,7 @@ def _parse(text: str, where: str, *, line_numbers: bool) -> tuple[Any, Marks]:
             marks[path] = Mark("", place(node))
             return [build(item, (*path, i)) for i, item in enumerate(node.value)]
         assert isinstance(node, yaml.ScalarNode)
-        tag, plain = node.tag, node.style is None
+        tag, plain = node.tag, not node.style
         if "${" in node.value:
             node.value = _expand(node.value, place(node))
             if plain:
@@ -250,7 +250,9 @@ def _override(text: str) -> tuple[Any, Marks]:
         leaf, leaf_marks = value, {}
     marks = {(*keys, *path): mark for path, mark in leaf_marks.items()}
     if not isinstance(leaf, dict | list):
-        marks[tuple(keys)] = Mark(_expand(value, COMMAND_LINE), COMMAND_LINE)
+        written = leaf if value[:1] in ("'", '"') else _expand(value, COMMAND_LINE)
+        marks[tuple(keys)] = Mark(str(written), COMMAND_LINE)
+        leaf = written if isinstance(leaf, str) else leaf  # a command line has no comments: `a #b`
     tree: Any = leaf
     for name in reversed(keys):
         tree = {name: tree}
@@ -258,7 +260,11 @@ def _override(text: str) -> tuple[Any, Marks]:
 
 
 def _where(marks: Marks, loc: tuple[Any, ...]) -> str:
-    """The place of a key, or of the nearest mapping around it."""
+    """The place of a key, else of what is below it, else of the nearest mapping around it."""
+    if loc not in marks:
+        for path, mark in marks.items():
+            if path[: len(loc)] == loc:
+                return mark.where
     for length in range(len(loc), -1, -1):
         if loc[:length] in marks:
             return marks[loc[:length]].where
@@ -368,7 +374,9 @@ def _line(error: dict[str, Any], marks: Marks, path: Path) -> str:
     if typed and error["type"] == "value_error":
         typed.sort(key=lambda k: marks[k].where != COMMAND_LINE)
         return f"{marks[typed[0]].where}: {message}"
-    where = _where(marks, loc) if any(loc[:n] in marks for n in range(len(loc) + 1)) else str(path)
-    if not loc:
-        return f"{path}: {message}"
-    return f"{where}: {key_path(loc)}: {message}"
+    return f"{_where(marks, loc)}: {key_path(loc)}: {message}" if loc else f"{path}: {message}"
+
+
+def read_yaml(path: Path) -> Any:
+    """One file's plain values, without its base."""
+    return _parse(path.read_text(encoding="utf-8"), str(path), line_numbers=True)[0]

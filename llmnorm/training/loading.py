@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmnorm.config import RunConfig
-from llmnorm.data import packing
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.part import InputError
-from llmnorm.training.checkpoint import Checkpoints
+from llmnorm.training.checkpoint import Checkpoints, read_meta
 from llmnorm.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def load_run(
     path: Path, config: RunConfig, checkpoint: str
 ) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
-    """The model of a checkpoint in evaluation mode, on the configured device, and the tokenizer.
+    """The model of a checkpoint, in evaluation mode on the configured device, and the tokenizer.
 
     Args:
         path: the run directory.
@@ -27,6 +26,23 @@ def load_run(
         checkpoint: `latest`, `best` or a step.
 
     Raises:
-        InputError: no such checkpoint, or the tokenizer is gone.
+        InputError: there is no such checkpoint, or the tokenizer is gone.
     """
     from transformers import AutoTokenizer
+
+    run = RunDirectory(path)
+    if not run.tokenizer.is_dir():
+        raise InputError(f"{run.tokenizer}: the run has no tokenizer; was it ever trained?")
+    checkpoints = Checkpoints(run.checkpoints)
+    if not checkpoints.steps():
+        raise InputError(f"{run.checkpoints}: no checkpoint yet; `llmnorm train {path}` makes one")
+    if checkpoint not in ("latest", "best") and not checkpoint.isdigit():
+        raise InputError(f"--checkpoint: '{checkpoint}' is neither latest, best nor a step")
+    found = checkpoints.find(int(checkpoint) if checkpoint.isdigit() else checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
+    vocab_size = read_meta(found)["vocab_size"]
+    model = LlmNormForCausalLM.build(config.model, vocab_size, seed=None)
+    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    checkpoints.load(found, weights, strict=False)
+    cuda = config.training.device != "cpu" and torch.cuda.is_available()
+    return model.to("cuda" if cuda else "cpu").eval(), tokenizer

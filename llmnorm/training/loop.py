@@ -23,11 +23,13 @@ from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.optim.groups import named_state, split
 from llmnorm.part import InputError
 from llmnorm.training import metrics as record
-from llmnorm.training.checkpoint import Checkpoints, RunLock
+from llmnorm.training import run_directory
+from llmnorm.training.checkpoint import Checkpoints, read_meta
 from llmnorm.training.evaluation import evaluate
 from llmnorm.training.metrics import Metrics
 from llmnorm.training.parallel import Parallel
-from llmnorm.training.run_directory import RunDirectory, mark, version, write_config
+from llmnorm.training.run_directory import RunDirectory
+from llmnorm.training.run_lock import RunLock
 from llmnorm.training.signals import StopRequest
 
 
@@ -66,12 +68,17 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
 
         # The run directory, and the newest whole checkpoint in it.
         if parallel.is_main and not dry_run:
-            write_config(run, config)
             stack.enter_context(RunLock(run.path))
-            mark(run)
+            run_directory.begin(run, config, packed.tokenizer_directory)
         parallel.barrier()
         checkpoints = Checkpoints(
-            run.checkpoints, config.checkpoint, rank=parallel.rank, world=parallel.world
+            run.checkpoints,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            keep_best=config.checkpoint.keep_best,
+            asynchronous=config.checkpoint.asynchronous,
+            rank=parallel.rank,
+            world=parallel.world,
         )
         state = _state(model, optimizer)
         progress = _resume(checkpoints, state, packed, parallel)
@@ -172,15 +179,17 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
                     "data": packed.identity,
                     "environment": _environment(parallel),
                     "config": to_tree(config),
-                    "llmnorm": version(),
+                    "vocab_size": packed.vocab_size,
+                    "llmnorm": run_directory.version(),
                 }
                 with metrics.pause():
                     loss_there = figures["loss"] if figures else None
-                    checkpoints.save(step, state, meta, validation_loss=loss_there)
+                    # Replicas hold the same: one of them writes.
+                    written = state if parallel.is_main else {}
+                    checkpoints.save(step, written, meta, validation_loss=loss_there)
         checkpoints.wait()
         if parallel.is_main:
-            finished = step >= steps
-            mark(run, done=step if finished else None, preempted=None if finished else step)
+            run_directory.end(run, step, done=step >= steps)
         return 0 if step >= steps else exit_code
 
 
@@ -241,10 +250,10 @@ def _resume(
 ) -> dict[str, Any]:
     """Copy the newest whole checkpoint into `state`; returns its counts (zeros at the start)."""
     start = {"step": 0, "tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "seconds": 0.0}
-    path = checkpoints.find("latest")
-    if path is None:
+    if not checkpoints.steps():
         return start
-    meta = checkpoints.read_meta(path)
+    path = checkpoints.find("latest")
+    meta = read_meta(path)
     if meta["data"] != packed.identity:
         raise InputError(
             f"{path}: was trained on the data {meta['data']}, this run's data is now "
@@ -345,10 +354,10 @@ def _seed(seed: int, step: int, rank: int) -> None:
 
 def _diverged(step: int, in_a_row: int, global_batch: int, checkpoints: Checkpoints) -> str:
     rows = f"{(step - in_a_row) * global_batch}-{step * global_batch - 1}"
-    kept = checkpoints.find("latest")
+    kept = checkpoints.find("latest") if checkpoints.steps() else "none"
     return (
         f"training: stopped at step {step}: {in_a_row} steps in a row with a non-finite loss or "
-        f"gradient (rows {rows}); last good checkpoint: {kept or 'none'}; try a lower optimizer.lr"
+        f"gradient (rows {rows}); last good checkpoint: {kept}; try a lower optimizer.lr"
     )
 
 

@@ -7,6 +7,7 @@ by every process alike, before any of them writes.
 """
 
 import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,11 @@ class RunDirectory(NamedTuple):
     def checkpoints(self) -> Path:
         """One directory a checkpoint."""
         return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, so that the run can be used without its data."""
+        return self.path / "tokenizer"
 
     @property
     def plots(self) -> Path:
@@ -109,8 +115,8 @@ def next_commands(run: RunDirectory) -> str:
     )
 
 
-def write_config(run: RunDirectory, config: RunConfig) -> None:
-    """Make the directory and write the resolved settings, whole or not at all.
+def begin(run: RunDirectory, config: RunConfig, tokenizer: Path) -> None:
+    """Make the directory; write the resolved settings, whole or not at all, and the tokenizer.
 
     Raises:
         InputError: the directory cannot be written.
@@ -121,17 +127,16 @@ def write_config(run: RunDirectory, config: RunConfig) -> None:
         temporary.write_text(f"# llmnorm {version()}\n{to_yaml(config)}", encoding="utf-8")
         temporary.replace(run.config)
         run.plots.mkdir(exist_ok=True)
+        shutil.copytree(tokenizer, run.tokenizer, dirs_exist_ok=True)
+        for sign in (run.done, run.preempted):
+            sign.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"run_dir: {run.path} cannot be written: {error.strerror}") from None
 
 
-def mark(run: RunDirectory, *, done: int | None = None, preempted: int | None = None) -> None:
-    """Say how this process ended; with neither, that it is under way."""
-    for path, step in ((run.done, done), (run.preempted, preempted)):
-        if step is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_text(f"{step}\n", encoding="utf-8")
+def end(run: RunDirectory, step: int, *, done: bool) -> None:
+    """Say how this process ended: at the run's last step, or stopped by a signal."""
+    (run.done if done else run.preempted).write_text(f"{step}\n", encoding="utf-8")
 
 
 def version() -> str:
