@@ -21,11 +21,11 @@ class SourceSettings(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """What the source is called in metrics and plots: letters, digits, `_`, `-` and `.`."""
     path: str | None = None
-    """A file or a glob (`**` allowed) of .txt (a file is a document), .jsonl, .parquet or .arrow files
-    (a record is); .txt and .jsonl may end in .gz or .zst. Relative to the working directory."""
+    """A file or a glob (`**` allowed) of .txt (a file is a document), .jsonl, .parquet or .arrow (a
+    record is); .txt and .jsonl may end in .gz or .zst. Relative to the working directory."""
     dataset: str | None = None
-    """Instead of `path`: a dataset's name on the Hugging Face hub (streamed while preparing), or a local
-    directory that `datasets` saved or can load."""
+    """Instead of `path`: a dataset's name on the Hugging Face hub (streamed while preparing), or a
+    local directory that `datasets` saved or can load."""
     subset: str | None = None
     """The dataset's configuration name, for datasets that have several."""
     split: str = "train"
@@ -33,10 +33,10 @@ class SourceSettings(Settings):
     text_field: str = "text"
     """The field of a record that holds the text."""
     weight: int | None = Field(default=None, ge=1, lt=2**31)
-    """Share of this source among all rows, as a whole number; left out by all sources: proportional to
-    their rows, so that an epoch shows every row once."""
+    """Share of this source among all rows, as a whole number; left out by all sources: as many as
+    they have rows, so that an epoch shows every row once."""
     validation: str | None = None
-    """File or glob of the source's own validation text; left out: about 2 % of the source is held out."""
+    """File or glob of the source's own validation text; left out: 2 % of the source is held out."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SourceSettings":
@@ -82,7 +82,7 @@ class DataSettings(Settings):
 
 
 class TokenizerSettings(Settings):
-    """How text becomes tokens: a byte-level BPE trained on the sources, or a tokenizer that exists."""
+    """How text becomes tokens: a byte-level BPE trained on the sources, or one that exists."""
 
     vocab_size: int = Field(default=32768, ge=SMALLEST_VOCABULARY)
     """Tokens of the byte-level BPE that is trained, the three special ones included."""
