@@ -122,7 +122,7 @@ install_package() {
 }
 
 check_gpu() {
-    "$python" -c 'import sys; from llmnorm.doctor import main; sys.exit(main())' check-gpu "${LLMNORM_DEVICE:-auto}"
+    "$python" -m llmnorm.gpus "${LLMNORM_DEVICE:-auto}"
 }
 
 start=$SECONDS
