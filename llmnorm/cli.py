@@ -9,9 +9,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from llmnorm.part import InputError, nearest
+
+if TYPE_CHECKING:
+    from llmnorm.config import RunConfig
+    from llmnorm.config_file import Loaded
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -41,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     """`llmnorm train`."""
     from llmnorm.config_file import load
-    from llmnorm.doctor import check_gpu
+    from llmnorm.gpus import check_gpu
     from llmnorm.training import run_directory
 
     config = _told(load(parsed.config, overrides))
@@ -103,13 +107,15 @@ def parts(parsed: argparse.Namespace, _: list[str]) -> None:
 def generate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """`llmnorm generate`."""
     from llmnorm.config_file import load
+    from llmnorm.training import run_directory
 
+    run = run_directory.existing(parsed.run_dir)
     config = _told(load(parsed.run_dir, overrides))
 
     from llmnorm.generation.sampling import generate
     from llmnorm.training.loading import load_run
 
-    model, tokenizer = load_run(parsed.run_dir, config, parsed.checkpoint)
+    model, tokenizer = load_run(run, config, parsed.checkpoint)
     for text in generate(model, tokenizer, parsed.prompt or [""], config.generation):
         print(text, end="\n\n")
 
@@ -121,7 +127,7 @@ def doctor(_: argparse.Namespace, __: list[str]) -> None:
     print(report())
 
 
-def _told(loaded: "object") -> "object":
+def _told(loaded: "Loaded") -> "RunConfig":
     """The configuration, after its notes have been said."""
     if os.environ.get("RANK", "0") == "0":
         for note in loaded.notes:

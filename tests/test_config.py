@@ -1,4 +1,4 @@
-"""The configuration: overrides, messages, the saved tree, the schema, and that no torch is loaded."""
+"""The configuration: overrides, messages, the saved tree, the schema, no torch."""
 
 import json
 import subprocess

@@ -1,6 +1,5 @@
 """A trained run as a model and its tokenizer, for the commands that read one."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def load_run(
-    path: Path, config: RunConfig, checkpoint: str
+    run: RunDirectory, config: RunConfig, checkpoint: str
 ) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
     """The model of a checkpoint, in evaluation mode on the configured device, and the tokenizer.
 
     Args:
-        path: the run directory.
+        run: the run directory.
         config: its settings.
         checkpoint: `latest`, `best` or a step.
 
@@ -30,12 +29,11 @@ def load_run(
     """
     from transformers import AutoTokenizer
 
-    run = RunDirectory(path)
     if not run.tokenizer.is_dir():
         raise InputError(f"{run.tokenizer}: the run has no tokenizer; was it ever trained?")
     checkpoints = Checkpoints(run.checkpoints)
     if not checkpoints.steps():
-        raise InputError(f"{run.checkpoints}: no checkpoint yet; `llmnorm train {path}` makes one")
+        raise InputError(f"{run.checkpoints}: no checkpoint yet; `llmnorm train {run.path}` makes one")
     if checkpoint not in ("latest", "best") and not checkpoint.isdigit():
         raise InputError(f"--checkpoint: '{checkpoint}' is neither latest, best nor a step")
     found = checkpoints.find(int(checkpoint) if checkpoint.isdigit() else checkpoint)

@@ -58,6 +58,18 @@ class RunDirectory(NamedTuple):
         return self.path / "PREEMPT"
 
 
+def existing(path: Path) -> RunDirectory:
+    """The run at `path`, for the commands that read one.
+
+    Raises:
+        InputError: it is no run directory.
+    """
+    run = RunDirectory(path)
+    if not run.config.is_file():
+        raise InputError(f"{path}: is no run directory (it has no config.yaml)")
+    return run
+
+
 def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
     """Check that `config` may use its run directory; nothing is written.
 

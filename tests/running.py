@@ -1,0 +1,74 @@
+"""Runs in processes of their own, and what is compared of two runs.
+
+A child process forks from a server that has imported torch and the training room already, so that a
+killed or resumed run costs its steps, not its imports.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the children are bit-equal only at equal threads
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "configs" / "smoke.yaml"
+
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["llmnorm.cli", "llmnorm.training.loop", "accelerate"])
+
+# Fields of metrics.jsonl that may differ between two runs of the same numbers.
+TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
+
+
+def _command(arguments: list[str], log: Path) -> None:
+    from llmnorm.cli import main
+
+    os.chdir(ROOT)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.exit(main(arguments))
+
+
+class Child:
+    """One `llmnorm` command in a process of its own; `log` holds what it has printed."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.log = log
+        self.process = CHILDREN.Process(target=_command, args=(arguments, log))
+        self.process.start()
+
+    def finish(self, seconds: float = 300) -> int:
+        """Its exit code; minus the signal's number where a signal ended it."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running: {self.log.read_text()}"
+        return self.process.exitcode
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without times, rates and memory."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def state_of(run: Path, step: int) -> dict[str, Any]:
+    """Every tensor of a checkpoint by name."""
+    state: dict[str, Any] = {}
+    for file in sorted((run / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")):
+        state |= load_file(file)
+    return state
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Weights, optimizer state and metrics are equal to the bit."""
+    first, second = state_of(one, step), state_of(other, step)
+    assert first.keys() == second.keys()
+    assert any(k.startswith("optimizer.") for k in first)
+    for name, tensor in first.items():
+        assert tensor.equal(second[name]), name
+    assert metrics_of(one) == metrics_of(other)

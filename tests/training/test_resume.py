@@ -1,0 +1,116 @@
+"""A run that is killed at any moment goes on to the same numbers; oracle: the uninterrupted run."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.running import SMOKE, Child, assert_same_run, metrics_of
+
+STEPS = 24
+LENGTH = [f"training.steps={STEPS}", "checkpoint.every=2", "evaluation.every=6"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
+
+    directory = tmp_path_factory.mktemp("whole")
+    run = directory / "run"
+    words = ["train", str(SMOKE), f"run_dir={run}", f"data.dir={smoke_data}", *LENGTH]
+    child = Child(words, directory / "log.txt")
+    assert child.finish() == 0, child.log.read_text()
+    return run
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+def test_twenty_kills_and_then_to_the_end(start, tmp_path, uninterrupted, asynchronous) -> None:
+    run = tmp_path / "run"
+    chance = random.Random(asynchronous)
+    words = ["train", SMOKE, f"run_dir={run}", *LENGTH]
+    if asynchronous:
+        words.append("checkpoint.asynchronous=true")
+    kills, seen = 0, set()
+    while kills < 10:
+        child = start(*words)
+        time.sleep(chance.uniform(0.3, 2.0))
+        if child.process.is_alive():
+            os.kill(child.process.pid, signal.SIGKILL)
+        kills += child.finish() == -signal.SIGKILL
+        seen.add(len(metrics_of(run)) if (run / "metrics.jsonl").exists() else 0)
+        if (run / "DONE").exists():
+            break
+    child = start(*words)
+    assert child.finish() == 0, child.log.read_text()
+    assert kills >= 3
+    assert_same_run(run, uninterrupted, STEPS)
+    leftovers = [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
+    assert leftovers == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_numbers(
+    start, tmp_path, uninterrupted, number, code
+) -> None:
+    run = tmp_path / "run"
+    words = ["train", SMOKE, f"run_dir={run}", *LENGTH, "checkpoint.every=1000"]
+    child = start(*words)
+    while not (run / "metrics.jsonl").exists() or len(metrics_of(run)) < 3:
+        assert child.process.is_alive(), child.log.read_text()
+        time.sleep(0.02)
+    os.kill(child.process.pid, number)
+    assert child.finish() == code, child.log.read_text()
+    stopped = int((run / "PREEMPT").read_text())
+    assert metrics_of(run)[-1]["step"] == stopped < STEPS
+    assert start("train", run).finish() == 0
+    assert (run / "DONE").read_text() == f"{STEPS}\n" and not (run / "PREEMPT").exists()
+    assert_same_run(run, uninterrupted, STEPS)
+
+
+def test_a_torn_line_of_metrics_is_cut(start, tmp_path, uninterrupted) -> None:
+    run = tmp_path / "run"
+    words = ["train", SMOKE, f"run_dir={run}", *LENGTH]
+    assert start(*words, "training.steps=12", "schedule=constant").finish() == 0
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 13, "loss": 1.0}) + '\n{"step": 14, "lo')
+    assert start("train", run, "training.steps=13").finish() == 0
+    assert [line["step"] for line in metrics_of(run) if "loss" in line] == list(range(1, 14))
+
+
+def test_longer_after_the_end_and_finished_said(start, tmp_path) -> None:
+    run = tmp_path / "run"
+    words = ["train", SMOKE, f"run_dir={run}", "training.steps=6", "schedule=constant"]
+    assert start(*words).finish() == 0
+    child = start(*words)
+    assert child.finish() == 0
+    assert "is finished (step 6)" in child.log.read_text()
+    assert start("train", run, "training.steps=9").finish() == 0
+    straight = tmp_path / "straight"
+    words = ["train", SMOKE, f"run_dir={straight}", "training.steps=9", "schedule=constant"]
+    assert start(*words).finish() == 0
+    trained = [line for line in metrics_of(run) if "loss" in line]
+    assert trained == [line for line in metrics_of(straight) if "loss" in line]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    start, tmp_path, uninterrupted, damage
+) -> None:
+    run = tmp_path / "run"
+    words = ["train", SMOKE, f"run_dir={run}", *LENGTH, "training.steps=12", "checkpoint.every=4"]
+    assert start(*words).finish() == 0
+    file = next((run / "checkpoints" / "step_00000012").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        content = content[:-7]
+    else:
+        content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    child = start("train", run, f"training.steps={STEPS}")
+    assert child.finish() == 0
+    said = child.log.read_text()
+    assert str(file.relative_to(run)) in said or file.name in said
+    assert "going on from" in said and "step_00000008" in said
