@@ -50,7 +50,7 @@ def files(pattern: str, key: str) -> list[Path]:
     if not paths:
         raise InputError(f"{key}: no file matches {pattern}")
     for path in paths:
-        _kind(path, key)
+        kind(path, key)
     return paths
 
 
@@ -91,29 +91,30 @@ def read_files(paths: list[Path], field: str) -> Iterator[str]:
         InputError: a file is damaged, binary or not UTF-8, or a record has no such text field.
     """
     for path in paths:
-        kind = _kind(path, str(path))
+        of = kind(path, str(path))
         try:
-            if kind == ".txt":
+            if of == ".txt":
                 yield _read_text(path)
-            elif kind == ".jsonl":
+            elif of == ".jsonl":
                 yield from _read_jsonl(path, field)
             else:
-                yield from _read_table(path, field, kind)
+                yield from _read_table(path, field, of)
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise InputError(f"{path}: cannot be read ({reason})") from error
 
 
-def _kind(path: Path, key: str) -> str:
+def kind(path: Path, key: str = "") -> str:
+    """Which of `KINDS` a file is, by its name."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
-    kind = suffixes[-1] if suffixes else ""
+    last = suffixes[-1] if suffixes else ""
     compressed = path.suffix in COMPRESSED
-    if kind not in KINDS or (compressed and kind not in KINDS[:2]):
+    if last not in KINDS or (compressed and last not in KINDS[:2]):
         raise InputError(
             f"{key}: {path.name} is not of a kind that is read; "
             f"valid: {', '.join(KINDS)}, and {', '.join(COMPRESSED)} after the first two"
         )
-    return kind
+    return last
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -189,12 +190,12 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
             yield _field(record, field, where)
 
 
-def _read_table(path: Path, field: str, kind: str) -> Iterator[str]:
+def _read_table(path: Path, field: str, of: str) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     def batches() -> Iterator[Any]:
-        if kind == ".parquet":
+        if of == ".parquet":
             table = pq.ParquetFile(path)
             _has_field(table.schema_arrow.names, field, str(path))
             yield from table.iter_batches(columns=[field])
@@ -217,7 +218,7 @@ def _read_table(path: Path, field: str, kind: str) -> Iterator[str]:
                 yield _field({field: value}, field, f"{path}: record {number}")
     except pa.ArrowInvalid as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: not a readable {kind} file ({reason})") from None
+        raise InputError(f"{path}: not a readable {of} file ({reason})") from None
 
 
 def _has_field(names: list[str], field: str, where: str) -> None:
@@ -277,7 +278,7 @@ def _read_dataset(source: SourceSettings, key: str, skip: int = 0, **options: An
         yield _field(record, source.text_field, f"{key}: record {number} of {source.dataset}")
 
 
-def revision(source: SourceSettings, key: str) -> str:
+def commit(source: SourceSettings, key: str) -> str:
     """The commit that a dataset of the hub has now.
 
     Raises:
@@ -294,13 +295,13 @@ def revision(source: SourceSettings, key: str) -> str:
         ) from error
 
 
-def stream(source: SourceSettings, key: str, spool: Path, commit: str) -> None:
+def stream(source: SourceSettings, key: str, spool: Path, revision: str) -> None:
     """Writes a dataset of the hub to `spool` as `.jsonl.zst` parts; goes on where it was stopped."""
     spool.mkdir(parents=True, exist_ok=True)
     if (spool / "complete").exists():
         return
     parts = len(list(spool.glob("*.jsonl.zst")))
-    records = _read_dataset(source, f"{key}.dataset", skip=parts * STREAM_PART, revision=commit)
+    records = _read_dataset(source, f"{key}.dataset", skip=parts * STREAM_PART, revision=revision)
     for part in itertools.count(parts):
         block = list(itertools.islice(records, STREAM_PART))
         if not block:
@@ -313,7 +314,7 @@ def stream(source: SourceSettings, key: str, spool: Path, commit: str) -> None:
     write_file(spool / "complete", b"")
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes | memoryview) -> None:
     """Writes a file whole or not at all: beside its place, fsynced, then renamed."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:

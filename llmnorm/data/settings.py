@@ -99,3 +99,8 @@ class TokenizerSettings(Settings):
             if self.path is not None and getattr(self, name) != fields[name].default:
                 raise ValueError(f"'{name}' belongs to a tokenizer that is trained, not to 'path'")
         return self
+
+
+def source_keys(sources: list[SourceSettings]) -> list[str]:
+    """What messages call the sources: key and name."""
+    return [f"data.sources.{index} ({source.name})" for index, source in enumerate(sources)]

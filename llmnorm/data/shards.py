@@ -95,21 +95,20 @@ class TokenStream:
         self._open: dict[int, tuple[NDArray[Any], NDArray[np.int64]]] = {}
         self.tokens = self._offsets[-1]
 
-    def read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens start .. stop-1 as int64, and the places among them where documents start."""
-        out = np.empty(stop - start, np.int64)
+    def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Fills `out` with the tokens from `start` on; returns where in it documents start."""
         found = []
         shard = bisect.bisect_right(self._offsets, start) - 1
-        place = start
-        while place < stop:
-            offset = self._offsets[shard]
-            end = min(stop, self._offsets[shard + 1])
+        filled = 0
+        while filled < len(out):
+            place = start + filled - self._offsets[shard]
+            size = min(len(out) - filled, self._offsets[shard + 1] - start - filled)
             tokens, starts = self._shard(shard)
-            out[place - start : end - start] = tokens[place - offset : end - offset]
-            low, high = np.searchsorted(starts, (place - offset, end - offset))
-            found.append(starts[low:high] + (offset - start))
-            place, shard = end, shard + 1
-        return out, found[0] if len(found) == 1 else np.concatenate(found)
+            out[filled : filled + size] = tokens[place : place + size]
+            low, high = np.searchsorted(starts, (place, place + size))
+            found.append(starts[low:high] - (place - filled))
+            filled, shard = filled + size, shard + 1
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _shard(self, shard: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         if shard not in self._open:
