@@ -29,9 +29,8 @@ llmnorm() { .venv/bin/python -m llmnorm "$@"; }
 
 stage "setup" bash tools/bootstrap.sh
 
-# One process may use every core; without this accelerate gives it one.
-cores=$(.venv/bin/python -c 'import psutil; print(psutil.cpu_count(logical=False) or 1)')
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
+# One process may use every core, as torch alone would; accelerate would give it one.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python -c 'import torch; print(torch.get_num_threads())')}
 
 # Read before any work, so that a mistake in an override is answered at once.
 resolved=$(llmnorm config "$config" "$@")

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from llmnorm.config import RunConfig
 from llmnorm.config_file import load
-from llmnorm.data.packing import PackedData, find
+from llmnorm.data.packed import PackedData
+from llmnorm.data.packing import find
 from llmnorm.part import InputError
 from llmnorm.training.run_directory import RunDirectory
 

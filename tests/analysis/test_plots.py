@@ -19,7 +19,7 @@ from llmnorm.analysis.plots import (
     smoothed,
     table,
 )
-from llmnorm.data.packing import PackedData
+from llmnorm.data.packed import PackedData
 from llmnorm.part import InputError
 
 REFERENCES = {
