@@ -105,7 +105,7 @@ class TokenStream:
             size = min(len(out) - filled, self._offsets[shard + 1] - start - filled)
             tokens, starts = self._shard(shard)
             out[filled : filled + size] = tokens[place : place + size]
-            low, high = np.searchsorted(starts, (place, place + size))
+            low, high = starts.searchsorted((place, place + size))
             found.append(starts[low:high] - (place - filled))
             filled, shard = filled + size, shard + 1
         return found[0] if len(found) == 1 else np.concatenate(found)
