@@ -1,0 +1,202 @@
+"""The ragged slot cache: what decoding carries, for rows with lengths of their own.
+
+A row is a slot. A layer keeps keys and values in (rows, kv_heads, capacity, head_dim) and writes a
+row's new tokens at the row's own length, so nothing is ever moved or padded. The verbs are the same
+for every mixer: `append`, `rollback`, `admit`, `release`, `select`.
+
+Invariants: the slot of a token is its position in the row; a query at position i sees slots 0..i
+and nothing else, so what lies beyond a row's length (rejected tokens, padding, a former tenant) is
+never read before it is overwritten. Buffers start as zeros, since 0 * NaN from uninitialised memory
+would pass through any mask.
+
+Shapes: new tokens (rows, new, kv_heads, head_dim), as mixers make them; `real` (rows, new), False
+for padding. Example: rows of length 5 and 2, new tokens real = [[1, 1, 1], [0, 1, 1]]
+-> index [[5, 6, 7], [4, 2, 3]] (padding goes behind the real ones), counts [3, 2].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where one forward pass's new tokens go; made once a pass, used by every layer."""
+
+    index: Tensor
+    """(rows, new) slot, and position, of every new token."""
+    counts: list[int]
+    """Real new tokens of each row."""
+    start: int | None
+    """Where all rows start if they are of one length and without padding, else None."""
+    width: int
+    """Slots to attend over: the longest row after this pass, padding included."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether this pass fills empty rows without padding: plain causal attention."""
+        return self.start == 0
+
+    def mask(self) -> Tensor | None:
+        """(rows or 1, 1, new, width), True where a query may look; None: causality is enough."""
+        if self.causal or (self.start is not None and self.index.shape[1] == 1):
+            return None
+        index = self.index[:1] if self.start is not None else self.index
+        return (torch.arange(self.width, device=index.device) <= index[..., None]).unsqueeze(1)
+
+
+class KeyValues:
+    """One attention layer's keys and values."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.lengths: list[int] = []
+
+    def places(self, new: int, device: torch.device, real: Tensor | None = None) -> Places:
+        """Where `new` more tokens a row go; `real` (rows, new) is False for padding."""
+        if real is not None and bool(real.all()):
+            real = None
+        rows = len(self.lengths)
+        if real is None and len(set(self.lengths)) == 1:
+            start = self.lengths[0]
+            index = torch.arange(start, start + new, device=device).expand(rows, new)
+            return Places(index, [new] * rows, start, start + new)
+        real = torch.ones(rows, new, dtype=torch.bool, device=device) if real is None else real
+        counts = real.sum(1)
+        rank = torch.where(real, real.cumsum(1) - 1, counts[:, None] + (~real).cumsum(1) - 1)
+        index = torch.tensor(self.lengths, device=device)[:, None] + rank
+        return Places(index, counts.tolist(), None, max(self.lengths) + new)
+
+    def append(self, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """Write new tokens (rows, new, kv_heads, head_dim); return all keys and values.
+
+        The result is two views (rows, kv_heads, width, head_dim). Gradients do not flow through the
+        cache; writes are cast to the dtype of the first ones.
+        """
+        kept_keys = self._room(self.keys, keys, places.width)
+        kept_values = self._room(self.values, values, places.width)
+        self.keys, self.values = kept_keys, kept_values
+        for kept, fresh in ((kept_keys, keys), (kept_values, values)):
+            fresh = fresh.detach().to(kept.dtype)
+            if places.start is not None:
+                kept[:, :, places.start : places.width] = fresh.transpose(1, 2)
+            else:
+                rows = torch.arange(len(self.lengths), device=fresh.device)[:, None]
+                kept[rows, :, places.index] = fresh
+        self.lengths = [a + b for a, b in zip(self.lengths, places.counts, strict=True)]
+        return kept_keys[:, :, : places.width], kept_values[:, :, : places.width]
+
+    def _room(self, kept: Tensor | None, fresh: Tensor, width: int) -> Tensor:
+        """`kept`, or a larger copy of it, with a slot for every row and at least `width` tokens."""
+        rows = len(self.lengths)
+        if kept is not None and kept.shape[0] >= rows and kept.shape[2] >= width:
+            return kept
+        old = 0 if kept is None else kept.shape[2]
+        # Doubling keeps the copies of a growing row at two per token.
+        capacity = old if old >= width else max(-(-width // 64) * 64, 2 * old)
+        _, _, heads, head_dim = fresh.shape
+        dtype = fresh.dtype if kept is None else kept.dtype
+        larger = torch.zeros(rows, heads, capacity, head_dim, dtype=dtype, device=fresh.device)
+        if kept is not None:
+            larger[: kept.shape[0], :, :old] = kept
+        return larger
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Drop each row's last tokens: the pointer moves, nothing is copied."""
+        lengths = [a - b for a, b in zip(self.lengths, counts, strict=True)]
+        if min(counts, default=0) < 0 or min(lengths, default=0) < 0:
+            raise ValueError(f"rollback of {list(counts)} tokens from rows of {self.lengths}")
+        self.lengths = lengths
+
+    def admit(self, row: int, source: "KeyValues | None", source_row: int) -> None:
+        """Let `row` (one more than there are, or a released one) begin, as a copy of a source's."""
+        if row == len(self.lengths):
+            self.lengths.append(0)
+        assert self.lengths[row] == 0, "a row is admitted to a free slot"
+        if source is None or not source.lengths[source_row]:
+            return
+        length = source.lengths[source_row]
+        assert source.keys is not None and source.values is not None
+        like = source.keys[:1].transpose(1, 2)
+        self.keys = self._room(self.keys, like, length)
+        self.values = self._room(self.values, source.values[:1].transpose(1, 2), length)
+        self.keys[row, :, :length] = source.keys[source_row, :, :length].to(self.keys.dtype)
+        self.values[row, :, :length] = source.values[source_row, :, :length].to(self.values.dtype)
+        self.lengths[row] = length
+
+    def release(self, row: int) -> None:
+        """Empty a row; its memory stays for the next tenant."""
+        self.lengths[row] = 0
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows in this order; a row may come more than once (beam search)."""
+        if self.keys is not None and self.values is not None:
+            index = torch.tensor(list(rows), device=self.keys.device, dtype=torch.long)
+            self.keys = self.keys.index_select(0, index)
+            self.values = self.values.index_select(0, index)
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+class RaggedCache:
+    """The layers' caches under one set of verbs."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = [KeyValues() for _ in range(layers)]
+        self.free: list[int] = []
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held by each row."""
+        return self.layers[0].lengths
+
+    def places(
+        self, rows: int, new: int, device: torch.device, real: Tensor | None = None
+    ) -> Places:
+        """Where `new` tokens a row go; an empty cache takes in `rows` rows first.
+
+        Released rows take part in the pass but hold nothing afterwards. The layers' `append` with
+        these places makes the rows longer.
+        """
+        if not self.lengths:
+            for _ in range(rows):
+                self.admit()
+        if rows != len(self.lengths):
+            raise ValueError(f"a batch of {rows} rows for a cache of {len(self.lengths)}")
+        if self.free:
+            real = torch.ones(rows, new, dtype=torch.bool, device=device) if real is None else real
+            real = real.clone()
+            real[self.free] = False
+        return self.layers[0].places(new, device, real)
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Drop each row's last tokens (rejected drafts)."""
+        for layer in self.layers:
+            layer.rollback(counts)
+
+    def admit(self, source: "RaggedCache | None" = None, source_row: int = 0) -> int:
+        """Give a free row, or a new one, to a sequence; return its number.
+
+        With `source`, a cache in which the prompt was run, the row starts as a copy of that row.
+        """
+        row = self.free.pop(0) if self.free else len(self.lengths)
+        for number, layer in enumerate(self.layers):
+            layer.admit(row, None if source is None else source.layers[number], source_row)
+        return row
+
+    def release(self, row: int) -> None:
+        """Free a row whose sequence has ended."""
+        if row in self.free or not 0 <= row < len(self.lengths):
+            raise ValueError(f"row {row} is not in use")
+        self.free.append(row)
+        self.free.sort()
+        for layer in self.layers:
+            layer.release(row)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows in this order; a row may come more than once (beam search)."""
+        self.free = [new for new, old in enumerate(rows) if old in self.free]
+        for layer in self.layers:
+            layer.select(rows)

@@ -1,0 +1,157 @@
+"""Linear cross-entropy in chunks: the loss of a language model's head without its full logits.
+
+Shapes: hidden (tokens, hidden), weight (vocabulary, hidden), labels (tokens,), -100 = not counted.
+The logits exist for one chunk of tokens at a time; both gradients are computed there too, in the
+forward pass, since softmax(logits) - onehot(label) is at hand, so that nothing is computed twice
+and what is kept for the backward pass has the size of `hidden` and `weight`.
+
+Surprises: the weight's gradient is accumulated in float32 (float64 for float64) over the chunks
+also where the products are bf16; the division by the number of tokens is applied to narrow tensors,
+not to the logits; gradients are made only for inputs that want them.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100
+
+
+class LanguageHead(nn.Linear):
+    """The output head: logits, or the loss itself when labels are given.
+
+    The loss is computed inside this module's forward, where wrappers that shard parameters have the
+    weight whole.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, labels: Tensor | None = None, items: Tensor | float | None = None
+    ) -> Tensor:
+        """Logits (..., vocabulary) of hidden (..., hidden), or the loss against labels (...)."""
+        if labels is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten(), items)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    items: Tensor | float | None = None,
+    *,
+    chunk: int | None = None,
+) -> Tensor:
+    """Sum of the real labels' cross-entropies over `items`, a scalar in float32 (or float64).
+
+    Args:
+        hidden: (tokens, hidden), last hidden states.
+        weight: (vocabulary, hidden), the head.
+        labels: (tokens,), already shifted; -100 is not counted.
+        items: what to divide by, e.g. the real labels of all micro batches and processes; the real
+            labels of this call if None (1 if there are none).
+        chunk: tokens at a time; `chunk_size(vocabulary)` if None.
+    """
+    if items is None:
+        items = (labels != IGNORED).sum().clamp(min=1)
+    elif not isinstance(items, Tensor):
+        items = torch.tensor(float(items), device=hidden.device)
+    chunk = chunk or chunk_size(weight.shape[0])
+    device = hidden.device.type
+    product = (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    )
+    with torch.autocast(device, enabled=False):
+        return _Loss.apply(hidden, weight, labels, items, chunk, product)
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of every token (tokens,), 0 where the label is -100; without gradients."""
+    losses = [
+        _chunk(part, weight, part_labels)[1]
+        for part, part_labels in zip(
+            hidden.split(chunk_size(weight.shape[0])),
+            labels.split(chunk_size(weight.shape[0])),
+            strict=True,
+        )
+    ]
+    return torch.cat(losses)
+
+
+def chunk_size(vocabulary: int) -> int:
+    """Tokens at a time, from the vocabulary alone: about 2 million logits, at least 256 tokens.
+
+    Measured on a CPU against logits + F.cross_entropy, forward and backward (tools/bench/loss.py):
+    under 256 tokens re-reading the weight's gradient costs more than the chunks save; above, a
+    vocabulary of 4k gains a few percent from 512 and nothing from more.
+    """
+    return max(256, 2**21 // vocabulary)
+
+
+def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (tokens, vocabulary) and losses (tokens,), in float32 or float64.
+
+    The normaliser is taken from the largest logit and its probability, log sum exp(l) = max l -
+    log(max p), which cannot underflow as -log(p[label]) can: two reads instead of a pass of exp.
+    """
+    logits = hidden.to(weight.dtype) @ weight.t()
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    probabilities = F.softmax(logits, -1, dtype=wide)
+    normaliser = logits.amax(-1).to(wide) - probabilities.amax(-1).log_()
+    picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return probabilities, (normaliser - picked).masked_fill_(labels == IGNORED, 0)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        items: Tensor,
+        chunk: int,
+        product: torch.dtype,
+    ) -> Tensor:
+        wide = torch.float64 if product == torch.float64 else torch.float32
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        head = weight.to(product)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        scale = 1 / items.to(wide)
+        real = (labels != IGNORED).to(wide).mul_(scale).unsqueeze(1)
+        rows = torch.arange(min(chunk, len(labels)), device=hidden.device)
+        for first in range(0, len(labels), chunk):
+            part = slice(first, first + chunk)
+            gradient, losses = _chunk(hidden[part], head, labels[part])
+            total += losses.sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            gradient[rows[: len(losses)], labels[part].clamp(min=0)] -= 1
+            gradient = gradient.to(product)
+            if hidden_grad is not None:
+                hidden_grad[part] = (gradient @ head).to(wide).mul_(real[part])
+            if weight_grad is not None:
+                scaled = hidden[part].to(wide).mul(real[part]).to(product)
+                if product == wide:
+                    weight_grad.addmm_(gradient.t(), scaled)
+                else:
+                    weight_grad.add_(gradient.t() @ scaled)
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        if hidden_grad is not None:
+            hidden_grad = (hidden_grad * grads[0]).to(hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad = (weight_grad * grads[0]).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None, None, None

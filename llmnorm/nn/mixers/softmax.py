@@ -1,0 +1,129 @@
+"""Softmax attention with grouped query heads: y_i = sum_j softmax_j(q_i k_j / sqrt(head_dim)) v_j.
+
+Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2; grouped heads: Ainslie et al. 2023
+(arXiv 2305.13245); rotary positions: rotary.py; norm of queries and keys before the rotation, per
+head: Qwen3 (arXiv 2505.09388).
+
+Shapes: q (batch, length, heads, head_dim), k and v (batch, length, kv_heads, head_dim); query head
+h reads kv head h // (heads / kv_heads). Keys are cached after the rotation.
+
+Rows that hold several documents: each document by itself (no work is spent on pairs that must not
+see each other, and isolation is exact), in one kernel on a GPU; a mask only where the model asks
+for fixed shapes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmnorm.nn.cache import KeyValues
+from llmnorm.nn.mixers.contract import Context, Mixer, causal_mask, document_mask
+from llmnorm.nn.mixers.rotary import rotate
+from llmnorm.nn.mixers.varlen import varlen_attention
+from llmnorm.nn.norms.rms import RMSNorm
+
+
+class SoftmaxParameters(NamedTuple):
+    """q (batch, length, heads, head_dim), k and v (batch, length, kv_heads, head_dim)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class SoftmaxAttention(Mixer):
+    """Causal softmax attention; the projections carry Hugging Face's names."""
+
+    causal = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+        )
+        width, kv_width = self.heads * head_dim, self.kv_heads * head_dim
+        self.q_proj = nn.Linear(hidden_size, width, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, kv_width, bias=qkv_bias)
+        self.o_proj = nn.Linear(width, hidden_size, bias=output_bias)
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(head_dim, eps=qk_norm_eps)
+            self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps)
+        self.qk_norm = qk_norm_eps is not None
+
+    def prepare(self, x: Tensor, context: Context) -> SoftmaxParameters:
+        """Project, norm if asked, rotate."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = context.cos, context.sin
+        return SoftmaxParameters(rotate(q, cos, sin), rotate(k, cos, sin), v)
+
+    def mix(
+        self, parameters: SoftmaxParameters, context: Context, cache: KeyValues | None = None
+    ) -> Tensor:
+        """Attend over the new tokens, or over the cache after appending them."""
+        if context.documents is not None:
+            return self._mix_documents(parameters, context)
+        if cache is None:
+            keys, values = parameters.k.transpose(1, 2), parameters.v.transpose(1, 2)
+        else:
+            assert context.places is not None
+            keys, values = cache.append(parameters.k, parameters.v, context.places)
+        causal = context.mask is None and context.causal
+        return self._attend(parameters.q.transpose(1, 2), keys, values, context.mask, causal)
+
+    def _mix_documents(self, parameters: SoftmaxParameters, context: Context) -> Tensor:
+        assert context.documents is not None
+        q, k, v = (t.flatten(0, 1) for t in parameters)
+        if context.boundaries is not None and q.dtype in (torch.bfloat16, torch.float16):
+            longest = max(context.documents)
+            return varlen_attention(q, k, v, context.boundaries, longest).view_as(parameters.q)
+        # `split`, not slices: its backward is one concatenation.
+        pieces = [t.transpose(0, 1).unsqueeze(0).split(context.documents, 2) for t in (q, k, v)]
+        mixed = [
+            self._attend(q, k, v, None, True).squeeze(0) for q, k, v in zip(*pieces, strict=True)
+        ]
+        return torch.cat(mixed).view_as(parameters.q)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """(batch, heads, length, head_dim) -> (batch, length, heads, head_dim)."""
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads
+        )
+        return mixed.transpose(1, 2)
+
+    def materialize(self, parameters: SoftmaxParameters, context: Context) -> Tensor:
+        """The attention weights (batch, heads, length, length)."""
+        q, k, _ = parameters
+        visible = context.mask
+        if context.documents is not None:
+            visible = document_mask(context.documents, len(q), q.device)
+        if visible is None:
+            visible = causal_mask(q.shape[1], q.device)
+        k = k.repeat_interleave(self.heads // self.kv_heads, dim=2)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * self.head_dim**-0.5
+        return scores.masked_fill(~visible, -torch.inf).softmax(-1)
+
+    def finish(self, y: Tensor, x: Tensor, parameters: SoftmaxParameters) -> Tensor:
+        """Join the heads and project."""
+        return self.o_proj(y.reshape(*x.shape[:-1], -1))
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Scores and weighted sum over the whole context (PaLM credits no causality)."""
+        return 4.0 * self.heads * self.head_dim * context_length

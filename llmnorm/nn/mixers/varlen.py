@@ -1,0 +1,36 @@
+"""Causal attention over documents laid end to end, in one GPU kernel: flash-attn's or torch's own.
+
+Shapes: q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), boundaries (documents +
+1,) int32. Both kernels want bf16 or fp16 and neither has a CPU form, so the imports wait for a GPU.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> Tensor:
+    """Each document's causal attention, (tokens, heads, head_dim); `longest`: its most tokens."""
+    if find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(
+            q, k, v, boundaries, boundaries, longest, longest, causal=True
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    # A window of (-1, 0) is everything before and the token itself.
+    mixed = varlen_attn(
+        q,
+        k,
+        v,
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        window_size=(-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(mixed, torch.Tensor)
+    return mixed

@@ -1,0 +1,215 @@
+"""The model's settings: the only list of its fields, with Hugging Face's names.
+
+Derived defaults (head_dim, intermediate_size, ...) are computed from the fields before them and are
+not part of a run's own YAML unless written there, so that `model.hidden_size=512` moves them along.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from llmnorm.nn.mixers.settings import Mixer, MixerSettings, SoftmaxSettings
+from llmnorm.nn.norms.settings import Norm, RMSNormSettings
+from llmnorm.part import Part, Settings
+
+if TYPE_CHECKING:
+    from llmnorm.nn.mlp import GELU, SwiGLU
+
+
+class SwiGLUSettings(Settings):
+    """Gated MLP: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    name: Literal["swiglu"] = "swiglu"
+    bias: bool = False
+    """Offsets on the three projections."""
+
+    def default_intermediate_size(self, hidden_size: int) -> int:
+        """8/3 of the width, rounded up to a multiple of 64: as many weights as a plain MLP of 4."""
+        return -(-8 * hidden_size // (3 * 64)) * 64
+
+    def build(self, hidden_size: int, intermediate_size: int) -> "SwiGLU":
+        """The MLP from and to `hidden_size`."""
+        from llmnorm.nn.mlp import SwiGLU
+
+        return SwiGLU(hidden_size, intermediate_size, bias=self.bias)
+
+
+class GELUSettings(Settings):
+    """Plain MLP: down(gelu(up(x))) (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
+
+    name: Literal["gelu"] = "gelu"
+    bias: bool = False
+    """Offsets on the two projections."""
+
+    def default_intermediate_size(self, hidden_size: int) -> int:
+        """Four times the width."""
+        return 4 * hidden_size
+
+    def build(self, hidden_size: int, intermediate_size: int) -> "GELU":
+        """The MLP from and to `hidden_size`."""
+        from llmnorm.nn.mlp import GELU
+
+        return GELU(hidden_size, intermediate_size, bias=self.bias)
+
+
+Mlp = Annotated[SwiGLUSettings | GELUSettings, Part(default="swiglu")]
+
+# What each kind of rotary scaling needs and may have besides rope_type and rope_theta, as in
+# transformers' modeling_rope_utils.
+_ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "llama3": (
+        {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+        set(),
+    ),
+    "longrope": (
+        {"short_factor", "long_factor", "original_max_position_embeddings"},
+        {"factor", "attention_factor"},
+    ),
+}
+
+
+class RopeParameters(Settings):
+    """Rotary positions and how they are stretched, in Hugging Face's keys."""
+
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
+    """The kind of scaling; `default` is none."""
+    rope_theta: float = Field(10_000.0, gt=1)
+    """Base of the wavelengths."""
+    factor: float | None = Field(None, ge=1)
+    """How many times the original context is stretched (all kinds but `default`)."""
+    original_max_position_embeddings: int | None = Field(None, ge=1)
+    """Context of the original training (yarn, llama3, longrope)."""
+    attention_factor: float | None = Field(None, gt=0)
+    """Multiplies cos and sin (yarn, longrope); the paper's value if not given."""
+    beta_fast: float | None = Field(None, gt=0)
+    """yarn: rotations above which a frequency stays as it is (32 if not given)."""
+    beta_slow: float | None = Field(None, gt=0)
+    """yarn: rotations below which a frequency is stretched in full (1 if not given)."""
+    mscale: float | None = Field(None, ge=0)
+    """yarn: weight of log(factor) in the numerator of attention_factor."""
+    mscale_all_dim: float | None = Field(None, ge=0)
+    """yarn: the same in its denominator."""
+    truncate: bool | None = None
+    """yarn: round the range of the ramp to whole dimensions (true if not given)."""
+    low_freq_factor: float | None = Field(None, gt=0)
+    """llama3: wavelengths above original context / this are stretched in full."""
+    high_freq_factor: float | None = Field(None, gt=0)
+    """llama3: wavelengths below original context / this stay as they are."""
+    short_factor: list[float] | None = None
+    """longrope: divisor of each frequency up to the original context, head_dim/2 numbers."""
+    long_factor: list[float] | None = None
+    """longrope: the same beyond it."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_kind(self) -> "RopeParameters":
+        required, optional = _ROPE_KEYS[self.rope_type]
+        given = {k for k, v in self if v is not None} - {"rope_type", "rope_theta"}
+        if missing := sorted(required - given):
+            raise ValueError(f"rope_type '{self.rope_type}' needs {', '.join(missing)}")
+        if excess := sorted(given - required - optional):
+            raise ValueError(f"rope_type '{self.rope_type}' does not take {', '.join(excess)}")
+        if self.rope_type == "llama3":
+            assert self.low_freq_factor is not None and self.high_freq_factor is not None
+            if self.high_freq_factor <= self.low_freq_factor:
+                raise ValueError("high_freq_factor must be greater than low_freq_factor")
+        return self
+
+
+class ModelSettings(Settings):
+    """A decoder-only language model of pre-norm blocks."""
+
+    vocab_size: int | Literal["auto"] = "auto"
+    """Rows of the embedding; `auto` takes the tokenizer's."""
+    hidden_size: int = Field(512, ge=1)
+    """Width of the residual stream."""
+    num_hidden_layers: int = Field(8, ge=1)
+    """Number of blocks."""
+    num_attention_heads: int = Field(8, ge=1)
+    """Query heads."""
+    num_key_value_heads: int = Field(default_factory=lambda data: data["num_attention_heads"], ge=1)
+    """Key and value heads, each shared by a group of query heads; all heads if not given."""
+    head_dim: int = Field(
+        default_factory=lambda data: data["hidden_size"] // data["num_attention_heads"], ge=1
+    )
+    """Width of a head; hidden_size / num_attention_heads if not given."""
+    norm: Norm = RMSNormSettings()
+    """The norm before each mixer, before each MLP and at the end."""
+    mixer: Mixer = SoftmaxSettings()
+    """What mixes positions; a list repeats over the layers."""
+    mlp: Mlp = SwiGLUSettings()
+    """What follows the mixer in each block."""
+    intermediate_size: int = Field(
+        default_factory=lambda data: data["mlp"].default_intermediate_size(data["hidden_size"]),
+        ge=1,
+    )
+    """Inner width of the MLP; the part's own multiple of hidden_size if not given."""
+    max_position_embeddings: int = Field(2048, ge=1)
+    """Longest context the model is meant for; some rotary kinds scale with it."""
+    rope_parameters: RopeParameters = RopeParameters()
+    """Rotary positions."""
+    tie_word_embeddings: bool = False
+    """Use the embedding as the output head."""
+    initializer_range: float = Field(0.02, ge=0)
+    """Standard deviation of the initial weights."""
+    embedding_std: float = Field(default_factory=lambda data: data["initializer_range"], ge=0)
+    """The embedding's own standard deviation; initializer_range if not given."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of each mixer's and MLP's output that is dropped in training."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _head_dim_divides(cls, data: Any) -> Any:
+        """Runs before head_dim is derived: afterwards nobody knows whether it was given."""
+        if not isinstance(data, dict) or data.get("head_dim") is not None:
+            return data
+        width = data.get("hidden_size", cls.model_fields["hidden_size"].default)
+        heads = data.get("num_attention_heads", cls.model_fields["num_attention_heads"].default)
+        if type(width) is int and type(heads) is int and heads > 0 and width % heads:
+            raise ValueError(
+                f"hidden_size {width} is not a multiple of num_attention_heads {heads}; "
+                "change one of them or give head_dim"
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ModelSettings":
+        if isinstance(self.vocab_size, int) and self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1 or 'auto', got {self.vocab_size}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
+        for key in ("short_factor", "long_factor"):
+            factors = getattr(self.rope_parameters, key)
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise ValueError(
+                    f"rope_parameters.{key} has {len(factors)} numbers, "
+                    f"head_dim {self.head_dim} needs {self.head_dim // 2}"
+                )
+        mixers = self.mixer if isinstance(self.mixer, list) else [self.mixer]
+        if len(mixers) > self.num_hidden_layers:
+            raise ValueError(
+                f"mixer lists {len(mixers)} parts, num_hidden_layers is {self.num_hidden_layers}"
+            )
+        for part in mixers:
+            if isinstance(part, MixerSettings) and not part.causal:
+                raise ValueError(
+                    f"mixer '{getattr(part, 'name', type(part).__name__)}' looks at later tokens "
+                    "and cannot serve a causal language model"
+                )
+        return self
+
+    def mixers(self) -> list[MixerSettings]:
+        """The mixer of every layer, the list repeated."""
+        parts = self.mixer if isinstance(self.mixer, list) else [self.mixer]
+        return [parts[layer % len(parts)] for layer in range(self.num_hidden_layers)]
