@@ -1,0 +1,111 @@
+"""The ragged slot cache (llmnorm/nn/cache.py) as a Hugging Face Cache.
+
+`generate` and beam search use the Hugging Face side; the verbs for single rows (rollback, admit,
+release, select) are on `slots`. Shapes on this side: keys and values (batch, kv_heads, new,
+head_dim).
+
+Surprises: `get_seq_length` is the longest row's. Hugging Face's own masks and positions assume rows
+of one length and would be silently wrong for others, so asking for the sizes of such a mask is
+refused; our models build both from the rows' lengths.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from llmnorm.nn.cache import KeyValues, RaggedCache
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's slots behind Hugging Face's layer interface."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, slots: KeyValues) -> None:
+        # Not the parent's __init__: keys and values live in the slots.
+        self.slots = slots
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """(rows, kv_heads, capacity, head_dim), None before the first tokens."""
+        return self.slots.keys
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """(rows, kv_heads, capacity, head_dim), None before the first tokens."""
+        return self.slots.values
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether buffers exist."""
+        return self.slots.keys is not None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Buffers are made by the first `update`."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append the same number of tokens to every row (stock models); return all of them."""
+        batch, _, new, _ = key_states.shape
+        if not self.slots.lengths:
+            self.slots.lengths = [0] * batch
+        places = self.slots.places(new, key_states.device)
+        return self.slots.append(key_states.transpose(1, 2), value_states.transpose(1, 2), places)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys and offset of a mask that Hugging Face would build: for rows of one length only."""
+        lengths = self.slots.lengths
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"the cache holds rows of unequal lengths {lengths}: pass a 4-D attention_mask and "
+                "position_ids (Hugging Face's defaults assume equal lengths)"
+            )
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens in the longest row."""
+        return max(self.slots.lengths, default=0)
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.slots.__init__()  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens of every row."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens, got {tokens_to_remove}")
+        self.slots.rollback([-tokens_to_remove] * len(self.slots.lengths))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of the surviving beams."""
+        self.slots.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self.slots.select([r for r in range(len(self.slots.lengths)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        rows = torch.arange(len(self.slots.lengths))[indices.cpu()]
+        self.slots.select(rows.tolist())
+
+
+class LlmNormCache(Cache):
+    """A Hugging Face Cache of `layers` ragged layers; `slots` has the verbs for single rows."""
+
+    def __init__(self, layers: int) -> None:
+        self.slots = RaggedCache(layers)
+        super().__init__(layers=[SlotLayer(layer) for layer in self.slots.layers])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.slots.free.clear()
+        super().reset()

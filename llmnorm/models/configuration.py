@@ -1,0 +1,125 @@
+"""LlmNormConfig: the model's settings as Hugging Face's configuration.
+
+`ModelSettings` (llmnorm/nn/settings.py) is the only list of fields; this class stores its plain
+JSON values as attributes, derives `layer_types`, lets Hugging Face's own bookkeeping keys pass and
+refuses every other key.
+
+Traps of transformers 5 that are handled here: configs are dataclasses whose generated `__eq__`
+looks at their annotated fields only, so that all of ours would be equal; `from_pretrained(d,
+hidden_size=8)` sets attributes after `__init__`, past any validation; rotary keys of older
+checkpoints (`rope_theta`, `rope_scaling`) stand beside `rope_parameters`.
+"""
+
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import PreTrainedConfig
+
+from llmnorm.nn.settings import ModelSettings
+from llmnorm.part import InputError, explain, nearest, one_line
+
+_OURS = frozenset(ModelSettings.model_fields)
+# Hugging Face's keys that a bare PreTrainedConfig does not have but its tools read, pass or save.
+_THEIRS = frozenset(
+    {
+        *("_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation"),
+        *("auto_map", "bos_token_id", "eos_token_id", "experts_implementation", "model_type"),
+        *("name_or_path", "num_labels", "output_attentions", "pad_token_id"),
+        *("quantization_config", "torch_dtype", "use_cache"),
+    }
+)
+
+
+class LlmNormConfig(PreTrainedConfig):
+    """Configuration of an llmnorm model; see `llmnorm parts model` for the fields.
+
+    Raises:
+        InputError: a value that does not fit, or a key that neither side knows.
+    """
+
+    model_type = "llmnorm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(self, **keys: Any) -> None:
+        _fold_legacy_rope(keys)
+        ours = {k: keys.pop(k) for k in list(keys) if k in _OURS}
+        keys.pop("layer_types", None)  # derived below
+        theirs = _their_keys()
+        if unknown := sorted(k for k in keys if k not in theirs):
+            hint = nearest(unknown[0], sorted(_OURS))
+            raise InputError(f"model configuration: {unknown[0]}: unknown key; {hint}")
+        settings = _validated({"vocab_size": 32768} | ours)
+        self.__dict__.update(_json(settings))
+        self.layer_types = [mixer.layer_type for mixer in settings.mixers()]
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self, token, keys.pop(token, None))
+        self.use_cache = keys.pop("use_cache", True)
+        super().__init__(**keys)
+
+    @classmethod
+    def from_settings(cls, settings: ModelSettings, **keys: Any) -> "LlmNormConfig":
+        """The configuration of a run's model; `keys`: vocab_size for `auto`, token ids and the
+        like."""
+        return cls(**(_json(settings) | keys))
+
+    def settings(self) -> ModelSettings:
+        """The settings as they are now (tools may have set attributes since)."""
+        return _validated({key: getattr(self, key) for key in _OURS if hasattr(self, key)})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As Hugging Face's, but keys of ours among `kwargs` are validated with the rest."""
+        ours = {k: kwargs.pop(k) for k in list(kwargs) if k in _OURS}
+        return super().from_dict(_without_derived(config_dict, ours) | ours, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LlmNormConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _validated(values: dict[str, Any]) -> ModelSettings:
+    try:
+        settings = ModelSettings.model_validate(values)
+    except ValidationError as error:
+        errors = explain(error, ModelSettings)
+        raise InputError(f"model configuration: {one_line(errors)}") from None
+    if settings.vocab_size == "auto":
+        raise InputError("model configuration: vocab_size: 'auto' needs a tokenizer; give a number")
+    return settings
+
+
+def _json(settings: ModelSettings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude_none=True)
+
+
+def _fold_legacy_rope(keys: dict[str, Any]) -> None:
+    """`rope_theta` and `rope_scaling` {type, ...} of older checkpoints into `rope_parameters`."""
+    scaling, theta = keys.pop("rope_scaling", None), keys.pop("rope_theta", None)
+    if scaling is None and theta is None:
+        return
+    rope = {**(scaling or {}), **(keys.get("rope_parameters") or {})}
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    if theta is not None:
+        rope.setdefault("rope_theta", theta)
+    keys["rope_parameters"] = rope
+
+
+def _without_derived(saved: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """`saved` less the values that would follow a change: hidden_size=8 must move head_dim along.
+
+    A saved value is dropped only where it is what the saved settings would have derived.
+    """
+    if not changed:
+        return saved
+    derived = {k for k in _OURS if ModelSettings.model_fields[k].default_factory is not None}
+    ours = {k: v for k, v in saved.items() if k in _OURS}
+    bare = _json(_validated({k: v for k, v in ours.items() if k not in derived}))
+    return {k: v for k, v in saved.items() if k not in derived or v != bare[k]}
+
+
+@cache
+def _their_keys() -> frozenset[str]:
+    return _THEIRS | frozenset(PreTrainedConfig().to_dict())

@@ -1,0 +1,25 @@
+"""Operations a token of training costs, for the model FLOPs utilisation (MFU).
+
+Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B: six operations for every weight
+of a matrix product (two forward, four backward) and three times the mixers' own. Weights are
+counted from the modules, so a tied head counts (it multiplies) and an embedding does not (it looks
+up); recomputation under activation checkpointing is not counted.
+"""
+
+import torch
+from torch import nn
+
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.nn.mixers.contract import Mixer
+
+
+def flops_per_token(model: nn.Module | LlmNormConfig, context_length: int) -> float:
+    """Forward and backward operations for one token of rows of `context_length`."""
+    if isinstance(model, LlmNormConfig):
+        with torch.device("meta"):
+            model = LlmNormForCausalLM(model)
+    modules = list(model.modules())
+    weights = sum(m.in_features * m.out_features for m in modules if isinstance(m, nn.Linear))
+    mixing = sum(m.flops_per_token(context_length) for m in modules if isinstance(m, Mixer))
+    return 6.0 * weights + 3.0 * mixing

@@ -1,0 +1,51 @@
+"""Initial weights, reproducible from one number.
+
+Linear layers: normal with std `initializer_range`, offsets zero; the embedding: normal with std
+`embedding_std`; any other module with parameters of its own (norms, a part's own) by its
+`reset_parameters()`.
+
+Every module has a generator of its own, seeded by (seed, module name), and numbers are drawn in
+float32 on the CPU: the weights depend on nothing else, be it the global random state, the device,
+the dtype, the order of modules or the number of processes.
+"""
+
+import hashlib
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmnorm.models.configuration import LlmNormConfig
+
+
+@torch.no_grad()
+def initialize(model: PreTrainedModel, *, seed: int) -> None:
+    """Set every parameter of `model` in place."""
+    done: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in done]
+        if own:  # a tied head has none left
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            initialize_module(module, model.config, int.from_bytes(digest[:8], "little"))
+            done.update(id(p) for p in own)
+
+
+@torch.no_grad()
+def initialize_module(module: nn.Module, config: LlmNormConfig, seed: int) -> None:
+    """Set the parameters that belong to `module` itself."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        embedding = isinstance(module, nn.Embedding)
+        std = config.embedding_std if embedding else config.initializer_range
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randn(module.weight.shape, generator=generator, device="cpu")
+        module.weight.copy_(draws.mul_(std))
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        return
+    # A part's own parameters: its reset_parameters() draws from torch's default generator.
+    reset = getattr(module, "reset_parameters", None)
+    assert reset is not None, f"{type(module).__name__} has parameters and no reset_parameters()"
+    devices = {p.device for p in module.parameters(recurse=False) if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed % 2**63)
+        reset()

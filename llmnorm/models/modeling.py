@@ -1,0 +1,282 @@
+"""The Hugging Face classes: embedding, blocks, final norm, head.
+
+Shapes: input_ids, labels, position_ids and attention_mask (batch, length); hidden (batch, length,
+hidden). Parameter names are Llama's, so a stock Llama, Qwen or Mistral state dict maps one to one.
+
+Surprises: documents of packed rows are kept apart where position_ids restart at 0 (no
+attention_mask, no cache); with labels in training, and always with shift_labels, no logits are made
+(loss.py); without `use_cache=True` or a cache there is no cache; in `generate` rows of a
+left-padded batch get slots of their own length, so padding is never stored.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from llmnorm.models.cache import LlmNormCache
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.initialization import initialize, initialize_module
+from llmnorm.nn.block import Block
+from llmnorm.nn.loss import IGNORED, LanguageHead
+from llmnorm.nn.mixers.contract import (
+    Context,
+    document_boundaries,
+    document_lengths,
+    document_mask,
+    padding_mask,
+)
+from llmnorm.nn.mixers.rotary import Rotary
+from llmnorm.part import InputError
+
+
+def build_model(
+    config: LlmNormConfig, *, seed: int, device: torch.device | str = "cpu"
+) -> "LlmNormForCausalLM":
+    """A freshly initialised float32 model on `device`, the same numbers on any device."""
+    with torch.device("meta"):
+        model = LlmNormForCausalLM(config)
+    model.to_empty(device=torch.device(device))
+    model.tie_weights()  # to_empty gave a tied head a tensor of its own
+    initialize(model, seed=seed)
+    return model
+
+
+class LlmNormPreTrainedModel(PreTrainedModel):
+    """What the base model and the language model share with Hugging Face."""
+
+    config_class = LlmNormConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    accepts_loss_kwargs = True  # num_items_in_batch
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Hugging Face's hook (plain construction, keys missing from a checkpoint)."""
+        own = list(module.parameters(recurse=False))
+        if not own or any(p.is_meta for p in own):
+            return
+        loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
+        if len(loaded) < len(own):
+            initialize_module(module, self.config, int(torch.randint(2**62, ())))
+        for parameter, value in loaded:
+            parameter.copy_(value)
+
+
+class LlmNormModel(LlmNormPreTrainedModel):
+    """Embedding, blocks and final norm.
+
+    `fixed_shapes` (set by who compiles the blocks): keep the documents of packed rows apart by a
+    mask of constant shape instead of one by one.
+    """
+
+    def __init__(self, config: LlmNormConfig) -> None:
+        super().__init__(config)
+        settings = config.settings()
+        assert isinstance(settings.vocab_size, int)
+        self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(settings, layer) for layer in range(settings.num_hidden_layers)
+        )
+        self.norm = settings.norm.build(settings.hidden_size)
+        self.rotary = Rotary(
+            settings.rope_parameters, settings.head_dim, settings.max_position_embeddings
+        )
+        self.fixed_shapes = False
+        for layer, block in enumerate(self.layers):
+            assert isinstance(block, Block)
+            if not block.self_attn.causal:
+                raise InputError(
+                    f"model.mixer: the mixer of layer {layer} looks at later tokens and cannot "
+                    "serve a causal language model"
+                )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LlmNormCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Last hidden states (batch, length, hidden); arguments as Hugging Face's.
+
+        Raises:
+            InputError: both or neither of input_ids and inputs_embeds, a foreign cache, a mask that
+                is not (batch, keys), packed documents with a cache, output_attentions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give exactly one of input_ids and inputs_embeds")
+        if output_attentions:
+            raise InputError("output_attentions: use a mixer's `materialize` instead")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = LlmNormCache(len(self.layers))
+        context = self._context(hidden, attention_mask, position_ids, cache)
+        states = [hidden]
+        for layer, block in enumerate(self.layers):
+            hidden = block(hidden, context, None if cache is None else cache.slots.layers[layer])
+            if output_hidden_states:
+                states.append(hidden)
+        hidden = self.norm(hidden)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _context(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: LlmNormCache | None,
+    ) -> Context:
+        """Rotary tables, and who may look at whom."""
+        batch, length, _ = hidden.shape
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise InputError(
+                f"attention_mask must be (batch, keys), got {tuple(attention_mask.shape)}"
+            )
+        if position_ids is not None:
+            position_ids = position_ids.expand(batch, length)
+        if cache is not None:
+            return self._cached_context(hidden, attention_mask, position_ids, cache)
+        mask, documents, boundaries = None, None, None
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            if position_ids is None:
+                position_ids = (real.cumsum(1) - 1).clamp(min=0)
+            mask = padding_mask(real)
+        elif position_ids is not None:
+            documents = document_lengths(position_ids)
+        else:
+            position_ids = torch.arange(length, device=hidden.device).unsqueeze(0)
+        if documents is not None and self.fixed_shapes:
+            mask, documents = document_mask(documents, batch, hidden.device), None
+        elif documents is not None and hidden.is_cuda:
+            boundaries = document_boundaries(documents, hidden.device)
+        cos, sin = self._rotary_tables(hidden, position_ids)
+        return Context(cos, sin, mask, documents=documents, boundaries=boundaries)
+
+    def _cached_context(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: LlmNormCache,
+    ) -> Context:
+        """Positions and mask from the rows' own lengths; the mask's last columns tell padding."""
+        batch, length, _ = hidden.shape
+        if not isinstance(cache, LlmNormCache):
+            raise InputError(f"past_key_values must be an LlmNormCache, got {type(cache).__name__}")
+        if self.training and torch.is_grad_enabled():
+            raise InputError("use_cache: gradients do not flow through the cache; train without it")
+        if attention_mask is None and position_ids is not None and length > 1:
+            restarts = bool((position_ids[:, 1:] == 0).any())
+            if restarts:
+                raise InputError("position_ids restart inside a row: packed rows have no cache")
+        real = None if attention_mask is None else attention_mask[:, -length:].bool()
+        places = cache.slots.places(batch, length, hidden.device, real)
+        cos, sin = self._rotary_tables(
+            hidden, places.index if position_ids is None else position_ids
+        )
+        return Context(cos, sin, places.mask(), causal=places.causal, places=places)
+
+    def _rotary_tables(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return self.rotary(position_ids, wide)
+
+
+class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
+    """The language model: base model and head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LlmNormConfig) -> None:
+        super().__init__(config)
+        self.model = LlmNormModel(config)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LlmNormCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        logits_to_keep: int | Tensor = 0,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits, or the loss.
+
+        Args:
+            labels: Hugging Face's, (batch, length), shifted inside; -100 is not counted.
+            shift_labels: labels already shifted: the label of position i stands at i.
+            num_items_in_batch: what the summed loss is divided by; the real labels if None.
+            logits_to_keep: logits of the last n positions (0: all), or of the positions given.
+
+        The others are as in `LlmNormModel.forward`. Logits are None where a loss is asked for in
+        training, and wherever shift_labels are given.
+        """
+        if labels is not None and shift_labels is not None:
+            raise InputError("give labels or shift_labels, not both")
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden, loss, logits = output.last_hidden_state, None, None
+        without_logits = shift_labels is not None or (labels is not None and self.training)
+        if labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if shift_labels is not None:
+            loss = self.lm_head(hidden, shift_labels, num_items_in_batch)
+        if not without_logits:
+            keep = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = self.lm_head(hidden[:, keep])
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """`generate`'s hook (private to transformers, pinned by a test): our cache, not theirs."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise InputError(
+                f"cache_implementation '{generation_config.cache_implementation}': an llmnorm "
+                "model brings its own cache; leave the key out"
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = LlmNormCache(len(self.model.layers))
