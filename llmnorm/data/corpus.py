@@ -1,13 +1,13 @@
 """Reading a source: files and Hugging Face datasets as a sequence of texts.
 
-A .txt file is a document; a record of a .jsonl, .parquet or .arrow file or of a dataset is one. Files
-are read in the order of their paths, records in the order of the file, so the same corpus gives the
-same sequence in every format. .txt and .jsonl may end in .gz or .zst.
+A .txt file is a document; a record of a .jsonl, .parquet or .arrow file or of a dataset is one.
+Files are read in the order of their paths, records in the order of the file, so the same corpus
+gives the same sequence in every format. .txt and .jsonl may end in .gz or .zst.
 
-What would surprise: texts are taken as they are (no Unicode or newline normalisation; a byte order mark
-is dropped, and a document without text is not counted). A dataset of the hub is streamed once, into
-`.jsonl.zst` parts, since preparing reads a source several times. `datasets` and `pyarrow` are imported
-where they are needed.
+What would surprise: texts are taken as they are (no Unicode or newline normalisation; a byte order
+mark is dropped, and a document without text is not counted). A dataset of the hub is streamed once,
+into `.jsonl.zst` parts, since preparing reads a source several times. `datasets` and `pyarrow` are
+imported where they are needed.
 """
 
 import glob
@@ -126,7 +126,10 @@ def _open(path: Path) -> IO[bytes]:
 
 
 class _ZstdFile(io.RawIOBase):
-    """A .zst file of any number of frames; zstandard's own reader takes a truncated file for whole."""
+    """A .zst file of any number of frames.
+
+    zstandard's own reader takes a truncated file for a whole one.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
@@ -290,13 +293,13 @@ def commit(source: SourceSettings, key: str) -> str:
         return str(HfApi().dataset_info(str(source.dataset)).sha)
     except Exception as error:
         raise InputError(
-            f"{key}.dataset: '{source.dataset}' is neither a local directory nor a dataset that the "
-            f"hub could show ({_first_line(error)})"
+            f"{key}.dataset: '{source.dataset}' is no local directory, and the hub did not show it "
+            f" ({_first_line(error)})"
         ) from error
 
 
 def stream(source: SourceSettings, key: str, spool: Path, revision: str) -> None:
-    """Writes a dataset of the hub to `spool` as `.jsonl.zst` parts; goes on where it was stopped."""
+    """Writes a dataset of the hub to `spool` as `.jsonl.zst` parts, or goes on with it."""
     spool.mkdir(parents=True, exist_ok=True)
     if (spool / "complete").exists():
         return

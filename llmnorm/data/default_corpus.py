@@ -1,13 +1,14 @@
 """The default corpus: six real sources, fetched through package clients and extracted here.
 
-Code, speeches, two kinds of documentation, scripture and a scarce one; 27:1 in size, so that a mixture
-is worth balancing. Each becomes `<directory>/<source>.jsonl`, one document a record with the fields
-`text` and `name`, beside `CARD.md` and `corpus.json` (sizes, licences, versions, checksums).
+Code, speeches, two kinds of documentation, scripture and a scarce one; about 30:1 in size, so that
+a mixture is worth balancing. Each becomes `<directory>/<source>.jsonl`, one document a record with
+the fields `text` and `name`, beside `CARD.md` and `corpus.json` (sizes, licences, checksums).
 
-What would surprise: nothing of a package is imported; archives are unpacked and read as text, the
-scripture is the longest string constant of a module that is parsed, and packages are pinned by sha256.
-`code` and `topics` come from the running interpreter, so they differ between versions of Python: their
-hash is part of the data's identity. Without npm there are five sources, and a printed line says so.
+What would surprise: nothing of a package is imported; archives are read as text in memory, the
+scripture is the longest string constant of a module that is parsed, and packages are pinned by
+sha256. `code` and `topics` come from the running interpreter, so they differ between versions of
+Python: like any file's, their hash is part of the data's identity. Without npm there are five
+sources, and a printed line says so.
 """
 
 import ast
@@ -156,8 +157,8 @@ def _download(package: Package | None, downloads: Path) -> Path | None:
         return None
     if package.name.startswith("@"):
         return _download_npm(package, downloads)
-    # pip checks the hash before it looks into the archive. For a source archive it then prepares the
-    # metadata, as for any install; with setuptools at hand that needs no second download.
+    # pip checks the hash before it looks into the archive. For a source archive it then prepares
+    # the metadata, as for any install; with setuptools at hand that needs no second download.
     flags = ["--no-binary", package.name] if package.file.endswith(".tar.gz") else []
     if flags and importlib.util.find_spec("setuptools"):
         flags.append("--no-build-isolation")
@@ -284,7 +285,7 @@ def _scripture(archive: Path) -> Documents:
 
 
 def _clean(text: str, seen: set[bytes]) -> str:
-    """NFC, `\\n` newlines, paragraphs that the source has had dropped; "" for a file of one long line."""
+    """NFC and `\\n` newlines, without paragraphs that the source has had; "" for one long line."""
     text = unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > LONGEST_LINE and "\n" not in text.strip():

@@ -1,8 +1,8 @@
 """What made the tokens, as a hash: the identity of prepared data.
 
-The identity is `hash_of(made_of(...))`: the settings that matter to the tokens, the content of every
-input file, the commits of the hub's datasets. `quick_key` is a hash of the same settings with every
-file's path, size and time instead, so that prepared data is found without reading the corpus.
+The identity is `hash_of(made_of(...))`: the settings that matter to the tokens, the content of
+every input file, the commits of the hub's datasets. `quick_key` is a hash of the same settings with
+every file's path, size and time instead: prepared data is found without reading the corpus.
 """
 
 import hashlib

@@ -1,12 +1,12 @@
 """Packed rows as batches: what one process reads at every step.
 
 Shape legend: b = rows of a micro batch, C = context_length. A batch holds CPU tensors, all int64:
-`input_ids`, `shift_labels` (the next tokens; -100 where none is charged) and `position_ids`, (b, C) each,
-`sources` and `rows` (row number in the run), (b,) each.
+`input_ids`, `shift_labels` (the next tokens; -100 where none is charged) and `position_ids`, (b, C)
+each, `sources` and `rows` (row number in the run), (b,) each.
 
-What would surprise: there is no state to save, since row n of the run is a pure function of the seed
-(order.py), so a position is a row number; a token that starts a document is not a label; positions
-restart at 0 at a document's start and at the row's; and there is no thread that reads ahead, because
+What would surprise: there is no state to save, since row n of the run is a pure function of the
+seed (order.py), so a position is a row number; a token that starts a document is not a label;
+positions restart at 0 at a document's start and at the row's; and no thread reads ahead, because
 reading costs well below 1 % of a step (docs/results/data.json).
 """
 
@@ -65,7 +65,7 @@ class Loader:
         self._order = Order([s.weight for s in sources], [s.rows for s in sources], seed)
 
     def batches(self, first_row: int = 0) -> Iterator[list[Batch]]:
-        """Without end: the micro batches of the step that begins at `first_row`, then of the next."""
+        """Without end, step by step: the micro batches of the step that begins at `first_row`."""
         steps = -(-AHEAD // self._global_batch)
         while True:
             located = self._order.locate(first_row, steps * self._global_batch)

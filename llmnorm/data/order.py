@@ -10,8 +10,8 @@ the row counts as weights each epoch holds every row once. (Largest remainder wo
 counts are not monotone in n.)
 
 Index: each epoch of a source is a permutation keyed by (seed, source, epoch): a modular Feistel
-network of 8 rounds on a b >= rows with cycle walking; below 1,024 rows, where halves of a few values
-mix badly, the argsort of hashes. Nothing is stored: any row is found without the ones before it.
+network of 8 rounds on a b >= rows with cycle walking; below 1,024 rows, where halves of a few
+values mix badly, the argsort of hashes. Nothing is stored: any row is found by itself.
 """
 
 import math

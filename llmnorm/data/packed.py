@@ -70,7 +70,7 @@ def open_packed(
         rows = (train.tokens - 1) // context
         if rows < 1:
             raise InputError(
-                f"{key}: {train.tokens} tokens do not fill one row of data.context_length {context}; "
+                f"{key}: {train.tokens} tokens do not fill a row of data.context_length {context}; "
                 "give more text, or a shorter context_length"
             )
         held = entry["validation"]

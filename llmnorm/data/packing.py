@@ -62,8 +62,8 @@ def find(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData | None:
 def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData:
     """Makes the data of these settings, or checks what is there, and returns it.
 
-    What an interrupted call finished is kept: run it again and it goes on. Two processes may prepare
-    the same data; the second waits for the first.
+    What an interrupted call finished is kept: run it again and it goes on. Two processes may
+    prepare the same data; the second waits for the first.
 
     Raises:
         InputError: something about the sources, the tokenizer or the output directory is wrong.

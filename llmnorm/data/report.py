@@ -27,7 +27,7 @@ def show(packed: PackedData, count: int, *, seed: int = 0) -> None:
 
 
 def stats(packed: PackedData, tokens_budget: int | None = None) -> None:
-    """Prints documents, tokens, bytes per token and the epochs that the budget makes of a source."""
+    """Prints documents, tokens, bytes per token and the epochs of each source at the budget."""
     columns = "documents", "MB", "tokens", "bytes/token", "rows", "share", "epochs", "held out kB"
     print(f"{'source':<16}" + "".join(f"{column:>13}" for column in columns))
     total = sum(source.weight for source in packed.sources)

@@ -2,9 +2,9 @@
 
 Shard k of a stream is three files: `NAME-k.tokens.npy` (tokens,) uint16 or uint32,
 `NAME-k.starts.npy` (documents,) int64 (the place of every document's first token in the shard), and
-`NAME-k.json` (their sizes and checksums), which is written last and makes the shard count. Shards hold
-whole documents, so an interrupted writer goes on with the first document that no shard holds, and
-the files are the same, byte for byte, as without the interruption.
+`NAME-k.json` (their sizes and checksums), which is written last and makes the shard count. Shards
+hold whole documents, so an interrupted writer goes on with the first document that no shard holds,
+and the files are the same, byte for byte, as without the interruption.
 """
 
 import bisect

@@ -1,7 +1,8 @@
 """Which text of a source is held out for validation, and which trains the tokenizer.
 
 Documents are held out in the order of their texts' hashes until 2 % of the source's bytes, at least
-32 kB and at most `data.validation_bytes`; a source of fewer than 20 documents gives the end of each.
+32 kB and at most `data.validation_bytes`; a source of fewer than 20 documents gives the end of
+each.
 
 What would surprise: the choice depends on the texts alone, not on the format or on where a dataset
 comes from (a streamed one is written down first, so its length is known), and equal documents go to
@@ -60,8 +61,8 @@ def held_out(documents: Documents, limit: int, key: str) -> NDArray[np.int64]:
     target = min(max(int(SHARE * total), AT_LEAST), limit - 4 * len(sizes) * few)
     if target >= total:
         raise InputError(
-            f"{key}: {total} bytes of text are too few, since {target} are held out for validation; "
-            "give more text, or a validation file"
+            f"{key}: {total} bytes of text are too few, since {target} are held out for "
+            "validation; give more text, or a validation file"
         )
     held = np.zeros_like(sizes)
     if few:
@@ -80,8 +81,8 @@ def held_out(documents: Documents, limit: int, key: str) -> NDArray[np.int64]:
                 taken += int(size)
     if target < 1 or not 0 < held.sum() < total:
         raise InputError(
-            f"{key}: data.validation_bytes {limit} does not let a part of the documents be held out; "
-            "raise it, or give the source a validation file"
+            f"{key}: data.validation_bytes {limit} does not let a part of the documents be held "
+            "out; raise it, or give the source a validation file"
         )
     return held
 

@@ -1,9 +1,9 @@
 """The tokenizer: a byte-level BPE trained on the sources, or a local Hugging Face tokenizer.
 
-What would surprise: the BPE has no normaliser and knows all 256 bytes, so decode(encode(x)) == x for
-any text; it begins every text with `<|bos|>`, as every document in training does; and text in which a
-special token is spelled out is encoded as ordinary text while preparing. Nothing here imports
-transformers, but the directories are Hugging Face's (`AutoTokenizer.from_pretrained` reads them).
+What would surprise: the BPE has no normaliser and knows all 256 bytes, so decode(encode(x)) == x
+for any text; it begins every text with `<|bos|>`, as every document in training does; and text in
+which a special token is spelled out is encoded as ordinary text while preparing. Nothing here
+imports transformers, but the directories are Hugging Face's (`AutoTokenizer` reads them).
 """
 
 import json
