@@ -73,7 +73,7 @@ def data(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
     from llmnorm.data import packing
 
-    packed = packing.prepare(config.data, config.tokenizer, seed=config.data_seed)
+    packed = packing.prepare(config.data, config.tokenizer)
     if parsed.show:
         packing.show(packed, parsed.show)
     if parsed.stats or not parsed.show:

@@ -24,7 +24,7 @@ def smoke_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     directory = tmp_path_factory.mktemp("data")
     config = load(SMOKE, [f"data.dir={directory}"]).config
-    packing.prepare(config.data, config.tokenizer, seed=config.data_seed)
+    packing.prepare(config.data, config.tokenizer)
     return directory
 
 

@@ -5,9 +5,7 @@
 #   bash tools/test.sh tests/nn -k rotary     a part of it
 #   bash tools/test.sh -n 2                   two tests at a time
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-caller=$PWD
-cd "$root"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The tests' models are tiny: one thread each is fastest, and sums are the same on every machine.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -29,8 +27,7 @@ failed=()
 stage "lint" .venv/bin/ruff check || failed+=(lint)
 stage "format" .venv/bin/ruff format --check || failed+=(format)
 stage "types" .venv/bin/mypy || failed+=(types)
-[[ $caller == "$root" || $# == 0 ]] || cd "$caller"
-stage "tests" "$root/.venv/bin/python" -m pytest --rootdir "$root" -c "$root/pyproject.toml" "$@" || failed+=(tests)
+stage "tests" .venv/bin/python -m pytest "$@" || failed+=(tests)
 if [[ ${#failed[@]} -gt 0 ]]; then
     printf 'failed: %s\n' "${failed[*]}" >&2
     exit 1

@@ -47,7 +47,7 @@ def find(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData | None:
     Raises:
         InputError: a source's files are missing, or what was prepared is damaged.
     """
-    sources = _sources(data)
+    sources = sources_of(data)
     if not sources:
         return None
     known = data.dir / "packed" / "found" / quick_key(data, tokenizer, sources)
@@ -72,7 +72,7 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData:
     try:
         if data.sources == "default":
             default_corpus.fetch(data.dir / "default")
-        sources = _sources(data)
+        sources = sources_of(data)
         quick = quick_key(data, tokenizer, sources)  # before reading: what changes now is noticed
         made = made_of(data, tokenizer, sources)
         identity = hash_of(made)
@@ -91,7 +91,7 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData:
         ) from error
 
 
-def _sources(data: DataSettings) -> list[SourceSettings]:
+def sources_of(data: DataSettings) -> list[SourceSettings]:
     """The configured sources; empty where the default corpus was not fetched yet."""
     if data.sources != "default":
         assert isinstance(data.sources, list)

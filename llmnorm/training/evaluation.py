@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llmnorm.data.loader import evaluation_batches
-from llmnorm.data.packing import PackedData
+from llmnorm.data.packed import PackedData
 from llmnorm.training.parallel import Parallel
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from llmnorm.config import RunConfig, to_tree
 from llmnorm.data import packing
 from llmnorm.data.loader import Batch, Loader
-from llmnorm.data.packing import PackedData
+from llmnorm.data.packed import PackedData
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.optim.groups import named_state, split
@@ -205,12 +205,12 @@ def total_steps(config: RunConfig, packed: PackedData) -> int:
 
 
 def _data(config: RunConfig, parallel: Parallel, data_command: str) -> PackedData:
-    packed = packing.find(config.data, config.tokenizer, seed=config.data_seed)
+    packed = packing.find(config.data, config.tokenizer)
     if packed is not None:
         return packed
     if parallel.world > 1:
         raise InputError(f"data: not prepared yet; run once, by itself: {data_command}")
-    return packing.prepare(config.data, config.tokenizer, seed=config.data_seed)
+    return packing.prepare(config.data, config.tokenizer)
 
 
 def _micro_batch(config: RunConfig, parallel: Parallel) -> int:

@@ -229,7 +229,8 @@ def kept(directory: Path, losses: dict[int, float | None], **settings: Any) -> l
     return checkpoints.steps()
 
 
-LOSSES: dict[int, float | None] = {10: 3.0, 20: 1.0, 30: 2.0, 40: 1.5, 50: None, 60: float("nan")}
+NAN = float("nan")
+LOSSES: dict[int, float | None] = {10: NAN, 20: 1.0, 30: 2.0, 40: 1.5, 50: None, 60: 3.0}
 
 
 @pytest.mark.parametrize(
@@ -271,6 +272,16 @@ def test_damaged_checkpoints_do_not_count_among_the_kept(tmp_path: Path) -> None
     checkpoints.save(40, state(40), {"tokens": 4000})
     assert checkpoints.steps() == [35, 40]
     assert holds(checkpoints, checkpoints.find(), 40)
+
+
+def test_a_flipped_bit_that_find_saw_is_remembered_when_others_are_removed(tmp_path: Path) -> None:
+    """Oracle: of 10, 20, 30 (flipped by hand) and 40 the newest two whole ones are 20 and 40."""
+    saved(tmp_path, 10, 20, 30, keep=3)
+    flip(tmp_path / "step_00000030")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.find().name == "step_00000020"
+    checkpoints.save(40, state(40), {})
+    assert checkpoints.steps() == [20, 40]
 
 
 def test_damaged_ones_stay_until_two_whole_ones_are_there(tmp_path: Path) -> None:

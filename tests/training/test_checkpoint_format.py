@@ -147,6 +147,17 @@ def test_any_readers_read_what_any_writers_wrote(
             assert same(mine, tensor[start:stop])
 
 
+def test_a_writer_that_has_no_rows_writes_no_file(tmp_path: Path) -> None:
+    """Oracle: the directory; one row, cut for two processes."""
+    full = torch.randn(1, 4)
+    writers: list[dict[str, torch.Tensor | Interval]] = [
+        {"x": full},
+        {"x": Interval(full[1:], 1, (1, 4))},
+    ]
+    write(tmp_path, writers)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [MANIFEST, "rank_00000.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("intervals", "what"),
     [

@@ -1,0 +1,140 @@
+"""Measures the data room: packing against `tokenizers` called alone, and the loader against a step.
+
+usage: python tools/bench/data.py CONFIG [key=value ...] [--megabytes 8] [--rounds 5]
+           [--step-seconds 0.2] [--out docs/results/data.json]
+
+Packing reads records, tokenises, packs and writes fsynced, checksummed shards with `data.processes`
+threads; `tokenizers` alone is `encode_batch_fast` and `encode_batch` of the same texts, already in
+memory, with its own pool of as many threads. The three alternate, so that a busy machine slows all.
+CONFIG's data must be prepared (`llmnorm data CONFIG`).
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Tokenizer
+
+from llmnorm.config_file import load
+from llmnorm.data import corpus, packing
+from llmnorm.data.loader import Loader
+from llmnorm.data.packed import PackedData
+from llmnorm.data.settings import SourceSettings
+from llmnorm.data.shards import ShardWriter
+from llmnorm.data.tokenizer import TextEncoder, cores
+from llmnorm.part import InputError
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Time that `work` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def some_texts(sources: list[SourceSettings], size: int) -> list[str]:
+    """About `size` bytes of documents, the same share of every source."""
+    texts = []
+    for index, source in enumerate(sources):
+        left = size // len(sources)
+        for text in corpus.texts(source, f"data.sources.{index}"):
+            if left > 0:
+                texts.append(text[:left])
+                left -= len(text)
+    return texts
+
+
+def packing_rates(packed: PackedData, texts: list[str], threads: int, rounds: int) -> dict:
+    """MB/s of packing and of `tokenizers` alone: medians and all rounds."""
+    encoder = TextEncoder(packed.tokenizer_directory)
+    alone = Tokenizer.from_file(str(packed.tokenizer_directory / "tokenizer.json"))
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    times: dict[str, list[float]] = {"packing": [], "encode_batch_fast": [], "encode_batch": []}
+    with tempfile.TemporaryDirectory() as made:
+        records = Path(made) / "texts.jsonl"
+        records.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+        def pack(number: int) -> None:
+            documents = corpus.read_files([records], "text")
+            writer = ShardWriter(Path(made) / f"{number}", "train")
+            writer.write(encoder.encode(documents, threads))
+
+        for number in range(rounds):
+            times["packing"].append(seconds(lambda n=number: pack(n)))  # type: ignore[misc]
+            for name in ("encode_batch_fast", "encode_batch"):
+                encode = getattr(alone, name)
+                times[name].append(seconds(lambda e=encode: e(texts)))  # type: ignore[misc]
+    rates = {name: [round(megabytes / t, 3) for t in found] for name, found in times.items()}
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    return {
+        "megabytes": round(megabytes, 2),
+        "threads": threads,
+        "mb_per_second": medians,
+        "packing_over_encode_batch_fast": round(
+            medians["packing"] / medians["encode_batch_fast"], 3
+        ),
+        "packing_over_encode_batch": round(medians["packing"] / medians["encode_batch"], 3),
+        "rounds": rates,
+    }
+
+
+def loader_cost(packed: PackedData, rows: int, step: float, rounds: int) -> dict:
+    """Seconds a step of `rows` rows waits for the loader, looking ahead included."""
+    steps = max(1, 2**14 // rows)
+    batches = Loader(packed, seed=0, global_batch=rows).batches()
+    next(batches)  # opens the shards
+    found = [seconds(lambda: [next(batches) for _ in range(steps)]) / steps for _ in range(rounds)]
+    cost = statistics.median(found)
+    return {
+        "rows_a_step": rows,
+        "context_length": packed.context_length,
+        "microseconds_a_row": round(cost / rows * 1e6, 2),
+        "seconds_a_step": round(cost, 6),
+        "step_seconds": step,
+        "share_of_step": round(cost / step, 5),
+    }
+
+
+def main() -> None:
+    """Measures, prints and writes the JSON."""
+    parser = argparse.ArgumentParser(description="Measure packing and loading.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--megabytes", type=float, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--step-seconds", type=float, default=0.2)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/data.json"))
+    parsed = parser.parse_args()
+    config = load(parsed.config, parsed.overrides).config
+    threads = config.data.processes or cores()
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the pool of `tokenizers` alone
+    packed = packing.prepare(config.data, config.tokenizer)
+    texts = some_texts(packing.sources_of(config.data), int(parsed.megabytes * 1e6))
+    result = {
+        "machine": f"{platform.processor() or platform.machine()}, {cores()} cores, "
+        f"load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
+        f"tokenizers {tokenizers.__version__}",
+        "packing": packing_rates(packed, texts, threads, parsed.rounds),
+        "loader": loader_cost(
+            packed, config.training.global_batch, parsed.step_seconds, parsed.rounds
+        ),
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    parsed.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"bench: error: {error}")
