@@ -71,13 +71,15 @@ def data(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
     config = _told(load(parsed.config, overrides))
 
-    from llmnorm.data import packing
+    from llmnorm.data import packing, report
 
     packed = packing.prepare(config.data, config.tokenizer)
     if parsed.show:
-        packing.show(packed, parsed.show)
+        report.show(packed, parsed.show, seed=config.data_seed)
     if parsed.stats or not parsed.show:
-        packing.stats(packed, config.training)
+        rows = sum(source.rows for source in packed.sources)
+        steps = config.training.total_steps(rows, packed.context_length)
+        report.stats(packed, steps * config.training.global_batch * packed.context_length)
 
 
 def config(parsed: argparse.Namespace, overrides: list[str]) -> None:

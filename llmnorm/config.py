@@ -5,6 +5,7 @@ YAML file becomes such a tree is in `config_file.py`. Nothing here imports torch
 is answered at once.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,6 +62,16 @@ class TrainingSettings(Settings):
                 f"{self.global_batch}; the nearest that does is {close}"
             )
         return self
+
+
+    def total_steps(self, rows: int, context_length: int) -> int:
+        """The length in global batches, for `rows` training rows of `context_length` tokens."""
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is not None:
+            return math.ceil(self.tokens / (self.global_batch * context_length))
+        assert self.epochs is not None
+        return math.ceil(self.epochs * rows / self.global_batch)
 
 
 class EvaluationSettings(Settings):

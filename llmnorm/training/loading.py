@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmnorm.config import RunConfig
-from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.modeling import LlmNormForCausalLM, build_model
 from llmnorm.part import InputError
 from llmnorm.training.checkpoint import Checkpoints, read_meta
 from llmnorm.training.run_directory import RunDirectory
@@ -38,8 +39,8 @@ def load_run(
         raise InputError(f"--checkpoint: '{checkpoint}' is neither latest, best nor a step")
     found = checkpoints.find(int(checkpoint) if checkpoint.isdigit() else checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
-    vocab_size = read_meta(found)["vocab_size"]
-    model = LlmNormForCausalLM.build(config.model, vocab_size, seed=None)
+    tokens = read_meta(found)["tokens_of_text"]
+    model = build_model(LlmNormConfig.from_settings(config.model, **tokens), seed=config.seed)
     weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     checkpoints.load(found, weights, strict=False)
     cuda = config.training.device != "cpu" and torch.cuda.is_available()

@@ -19,7 +19,8 @@ from llmnorm.data import packing
 from llmnorm.data.loader import Batch, Loader
 from llmnorm.data.packed import PackedData
 from llmnorm.models.flops import flops_per_token
-from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.modeling import LlmNormForCausalLM, build_model
 from llmnorm.optim.groups import named_state, split
 from llmnorm.part import InputError
 from llmnorm.training import metrics as record
@@ -54,12 +55,12 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
         packed = _data(config, parallel, data_command)
         global_batch = config.training.global_batch
         micro_batch = _micro_batch(config, parallel)
-        steps = total_steps(config, packed)
+        rows = sum(source.rows for source in packed.sources)
+        steps = config.training.total_steps(rows, packed.context_length)
 
         # Model, layout, optimizer, schedule.
-        model = LlmNormForCausalLM.build(config.model, packed.vocab_size, seed=config.seed)
-        model.to(parallel.device).train()
-        replica = parallel.prepare(model, model.model.layers)
+        model = _model(config, packed, parallel)
+        replica = parallel.prepare(model)
         groups = split(model)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
         optimizer = config.optimizer.build(groups)
@@ -179,7 +180,7 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
                     "data": packed.identity,
                     "environment": _environment(parallel),
                     "config": to_tree(config),
-                    "vocab_size": packed.vocab_size,
+                    "tokens_of_text": _tokens(config, packed),
                     "llmnorm": run_directory.version(),
                 }
                 with metrics.pause():
@@ -193,15 +194,26 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
         return 0 if step >= steps else exit_code
 
 
-def total_steps(config: RunConfig, packed: PackedData) -> int:
-    """The run's length in global batches, from steps, tokens or epochs."""
-    training, rows = config.training, sum(source.rows for source in packed.sources)
-    if training.steps is not None:
-        return training.steps
-    if training.tokens is not None:
-        return math.ceil(training.tokens / (training.global_batch * packed.context_length))
-    assert training.epochs is not None
-    return math.ceil(training.epochs * rows / training.global_batch)
+def _model(config: RunConfig, packed: PackedData, parallel: Parallel) -> LlmNormForCausalLM:
+    """The run's model with its initial weights; the same numbers on every process and device."""
+    if config.model.vocab_size != "auto" and config.model.vocab_size < packed.vocab_size:
+        raise InputError(
+            f"model.vocab_size: {config.model.vocab_size} is less than the tokenizer's "
+            f"{packed.vocab_size}; leave it out, or give at least that"
+        )
+    settings = LlmNormConfig.from_settings(config.model, **_tokens(config, packed))
+    return build_model(settings, seed=config.seed, device=parallel.device).train()
+
+
+def _tokens(config: RunConfig, packed: PackedData) -> dict[str, int]:
+    """What the model has to know of the tokenizer; saved with every checkpoint."""
+    chosen = config.model.vocab_size
+    return {
+        "vocab_size": packed.vocab_size if chosen == "auto" else int(chosen),
+        "bos_token_id": packed.bos,
+        "eos_token_id": packed.eos,
+        "pad_token_id": packed.pad,
+    }
 
 
 def _data(config: RunConfig, parallel: Parallel, data_command: str) -> PackedData:

@@ -10,7 +10,7 @@ trainings, one process where four were meant); `check` looks at what is really t
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ from llmnorm.part import InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from llmnorm.models.modeling import LlmNormForCausalLM
 
 
 class Parallel:
@@ -76,20 +78,22 @@ class Parallel:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
-    def prepare(self, model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+    def prepare(self, model: "LlmNormForCausalLM") -> nn.Module:
         """Lay the model out, in place; returns what to call in training (same parameters, names).
 
         Args:
-            model: on its device, initialised.
-            blocks: the repeated blocks, the unit of recomputation and compilation.
+            model: on its device, initialised; its blocks are the unit of recomputation and
+                compilation.
         """
-        for block in blocks:
+        for block in model.model.layers:
             if self.settings.activation_checkpointing:
                 block.forward = partial(  # type: ignore[method-assign]
                     torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
                 )
             if self.settings.compile:
                 block.compile()
+        if self.settings.compile:
+            model.model.fixed_shapes = True
         if self.world == 1:
             self._replica = model
         else:
