@@ -85,7 +85,8 @@ def relative(got: Tensor, reference: Tensor) -> float:
     """max|got - reference| / max|reference|; absolute where the reference is all zeros."""
     if got.shape != reference.shape:
         return torch.inf
-    return largest(got.double() - reference.double()) / (largest(reference.double()) or 1.0)
+    error = largest(got.double() - reference.double())
+    return error if error == torch.inf else error / (largest(reference.double()) or 1.0)
 
 
 # --- norms ---
