@@ -63,7 +63,6 @@ class TrainingSettings(Settings):
             )
         return self
 
-
     def total_steps(self, rows: int, context_length: int) -> int:
         """The length in global batches, for `rows` training rows of `context_length` tokens."""
         if self.steps is not None:

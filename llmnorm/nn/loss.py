@@ -57,17 +57,18 @@ def linear_cross_entropy(
             labels of this call if None (1 if there are none).
         chunk: tokens at a time; `chunk_size(vocabulary)` if None.
     """
-    if items is None:
-        items = (labels != IGNORED).sum().clamp(min=1)
-    elif not isinstance(items, Tensor):
-        items = torch.tensor(float(items), device=hidden.device)
-    chunk = chunk or chunk_size(weight.shape[0])
     device = hidden.device.type
     product = (
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     )
+    if items is None:
+        items = (labels != IGNORED).sum().clamp(min=1)
+    scale = 1 / torch.as_tensor(items, dtype=_wide(product), device=hidden.device)
+    chunk = chunk or chunk_size(weight.shape[0])
+    # Inside a Function neither tells: needs_input_grad is true without gradients too.
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     with torch.autocast(device, enabled=False):
-        return _Loss.apply(hidden, weight, labels, items, chunk, product)
+        return _Loss.apply(hidden, weight, labels, scale, chunk, product, *wanted)
 
 
 @torch.no_grad()
@@ -101,11 +102,14 @@ def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     log(max p), which cannot underflow as -log(p[label]) can: two reads instead of a pass of exp.
     """
     logits = hidden.to(weight.dtype) @ weight.t()
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    probabilities = F.softmax(logits, -1, dtype=wide)
-    normaliser = logits.amax(-1).to(wide) - probabilities.amax(-1).log_()
+    probabilities = F.softmax(logits, -1, dtype=_wide(logits.dtype))
+    normaliser = logits.amax(-1).to(probabilities.dtype) - probabilities.amax(-1).log_()
     picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return probabilities, (normaliser - picked).masked_fill_(labels == IGNORED, 0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Loss(torch.autograd.Function):
@@ -115,17 +119,17 @@ class _Loss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        items: Tensor,
+        scale: Tensor,
         chunk: int,
         product: torch.dtype,
+        wants_hidden: bool,
+        wants_weight: bool,
     ) -> Tensor:
-        wide = torch.float64 if product == torch.float64 else torch.float32
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        wide = _wide(product)
         head = weight.to(product)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if wants_weight else None
-        scale = 1 / items.to(wide)
         real = (labels != IGNORED).to(wide).mul_(scale).unsqueeze(1)
         rows = torch.arange(min(chunk, len(labels)), device=hidden.device)
         for first in range(0, len(labels), chunk):
@@ -156,4 +160,4 @@ class _Loss(torch.autograd.Function):
             hidden_grad = (hidden_grad * grads[0]).to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = (weight_grad * grads[0]).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None

@@ -34,7 +34,9 @@ def load_run(
         raise InputError(f"{run.tokenizer}: the run has no tokenizer; was it ever trained?")
     checkpoints = Checkpoints(run.checkpoints)
     if not checkpoints.steps():
-        raise InputError(f"{run.checkpoints}: no checkpoint yet; `llmnorm train {run.path}` makes one")
+        raise InputError(
+            f"{run.checkpoints}: no checkpoint yet; `llmnorm train {run.path}` makes one"
+        )
     if checkpoint not in ("latest", "best") and not checkpoint.isdigit():
         raise InputError(f"--checkpoint: '{checkpoint}' is neither latest, best nor a step")
     found = checkpoints.find(int(checkpoint) if checkpoint.isdigit() else checkpoint)

@@ -18,8 +18,8 @@ from llmnorm.config import RunConfig, to_tree
 from llmnorm.data import packing
 from llmnorm.data.loader import Batch, Loader
 from llmnorm.data.packed import PackedData
-from llmnorm.models.flops import flops_per_token
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import LlmNormForCausalLM, build_model
 from llmnorm.optim.groups import named_state, split
 from llmnorm.part import InputError
@@ -81,13 +81,18 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
             rank=parallel.rank,
             world=parallel.world,
         )
+        stack.callback(checkpoints.wait)  # on the way out of an error too, while the lock is held
+        if not dry_run:
+            checkpoints.clean()
         state = _state(model, optimizer)
         progress = _resume(checkpoints, state, packed, parallel)
         step, tokens, skipped, in_a_row = (
             progress[key] for key in ("step", "tokens", "skipped_steps", "skipped_in_a_row")
         )
         if step >= steps:
-            _say(parallel, f"{run.path} is finished: step {step} of {steps}")
+            if parallel.is_main and not dry_run:
+                run_directory.end(run, step, done=True)
+            _say(parallel, f"{run.path} is finished (step {step})")
             return 0
 
         loader = Loader(
@@ -146,7 +151,7 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
             step, tokens = step + 1, tokens + labels
             metrics.count(labels, mean_loss)
 
-            if in_a_row >= config.training.max_skipped_steps:
+            if in_a_row >= (config.training.max_skipped_steps if step < steps else 1):
                 checkpoints.wait()
                 raise InputError(_diverged(step, in_a_row, global_batch, checkpoints))
             if step % config.logging.every == 0 or step == steps:
@@ -170,7 +175,9 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
                         parallel=parallel,
                     )
                 metrics.log_evaluation(step, tokens, figures)
-            if _due(step, config.checkpoint.every) or step == steps or exit_code:
+            # Weights whose loss is not finite are not worth a checkpoint, whatever the interval.
+            due = _due(step, config.checkpoint.every) or step == steps or exit_code
+            if due and in_a_row == 0:
                 meta = {
                     "step": step,
                     "tokens": tokens,

@@ -1,0 +1,171 @@
+"""Chunked linear cross-entropy against logits and F.cross_entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmnorm.nn import loss as loss_module
+from llmnorm.nn.loss import LanguageHead, chunk_size, linear_cross_entropy, token_losses
+
+
+def data(tokens: int, width: int, vocabulary: int, ignored: float = 0.3) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(tokens * 1000 + vocabulary)
+    hidden = torch.randn(tokens, width, dtype=torch.float64, generator=generator)
+    weight = torch.randn(vocabulary, width, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < ignored] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def full(hidden: Tensor, weight: Tensor, labels: Tensor, items: float) -> Tensor:
+    return F.cross_entropy(hidden @ weight.t(), labels, reduction="sum") / items
+
+
+@given(
+    tokens=st.integers(1, 40),
+    width=st.integers(1, 9),
+    vocabulary=st.integers(1, 37),
+    chunk=st.integers(1, 41),
+    items=st.sampled_from([None, 1.0, 13.0, 0.37]),
+)
+def test_loss_and_gradients_are_those_of_the_full_logits(
+    tokens: int, width: int, vocabulary: int, chunk: int, items: float | None
+) -> None:
+    """Oracle: F.cross_entropy on full logits in float64, gradients included."""
+    hidden, weight, labels = data(tokens, width, vocabulary)
+    divisor = max(int((labels != -100).sum()), 1) if items is None else items
+    got = linear_cross_entropy(hidden, weight, labels, items, chunk=chunk)
+    expected = full(hidden, weight, labels, divisor)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    inputs = (hidden, weight)
+    for one, other in zip(
+        torch.autograd.grad(3 * got, inputs),
+        torch.autograd.grad(3 * expected, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_gradcheck_with_frozen_inputs(wanted: tuple[bool, bool]) -> None:
+    """Oracle: finite differences; a frozen input gets no gradient and none is computed."""
+    hidden, weight, labels = data(7, 3, 5)
+    hidden.requires_grad_(wanted[0])
+    weight.requires_grad_(wanted[1])
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, labels, chunk=3), (hidden, weight)
+    )
+    linear_cross_entropy(hidden, weight, labels).backward()
+    assert (hidden.grad is not None, weight.grad is not None) == wanted
+
+
+def test_labels_all_ignored() -> None:
+    """Oracle: a loss of exactly 0 with zero gradients, no nan."""
+    hidden, weight, labels = data(5, 3, 4, ignored=1.1)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad is not None and not hidden.grad.any()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_certain_and_hopeless_labels_stay_finite() -> None:
+    """Oracle: full logits; a probability of exp(-2000) underflows, its logarithm must not."""
+    hidden = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]])
+    labels = torch.tensor([1, 1])
+    got = linear_cross_entropy(hidden, weight, labels, 1.0)
+    torch.testing.assert_close(got, full(hidden, weight, labels, 1.0))
+    assert got.item() == 2000.0
+
+
+def test_items_may_be_a_tensor_and_scale_the_gradient() -> None:
+    """Oracle: two micro batches divided by their common count add up to the whole batch."""
+    hidden, weight, labels = data(20, 4, 11)
+    items = (labels != -100).sum()
+    whole = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), (hidden, weight))
+    parts = sum(
+        linear_cross_entropy(hidden[cut], weight, labels[cut], items)
+        for cut in (slice(0, 13), slice(13, 20))
+    )
+    assert isinstance(parts, Tensor)
+    for one, other in zip(torch.autograd.grad(parts, (hidden, weight)), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_bf16_autocast_keeps_float32_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: float32 gradients; the sum over 64 chunks must not lose what bf16 would lose."""
+    hidden, weight, labels = (t.float() if t.is_floating_point() else t for t in data(512, 16, 50))
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = linear_cross_entropy(hidden, weight, labels, chunk=8)
+    assert got.dtype == torch.float32
+    got.backward()
+    expected = full(hidden, weight, labels, int((labels != -100).sum()))
+    expected_grads = torch.autograd.grad(expected, (hidden, weight))
+    assert abs(got.item() - expected.item()) < 2e-2 * expected.item()
+    for one, other in zip((hidden.grad, weight.grad), expected_grads, strict=True):
+        assert one is not None and one.dtype == torch.float32
+        assert (one - other).norm() < 2e-2 * other.norm()
+
+
+def test_bf16_weights() -> None:
+    """Oracle: gradients come back in the weights' dtype, near the float32 ones."""
+    hidden, weight, labels = (
+        t.detach().bfloat16() if t.is_floating_point() else t for t in data(64, 16, 50)
+    )
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    linear_cross_entropy(hidden, weight, labels).backward()
+    wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    expected = torch.autograd.grad(
+        full(wide[0], wide[1], labels, int((labels != -100).sum())), wide
+    )
+    for one, other in zip((hidden.grad, weight.grad), expected, strict=True):
+        assert one is not None and one.dtype == torch.bfloat16
+        assert (one.float() - other).norm() < 2e-2 * other.norm()
+
+
+def test_without_gradients_only_the_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the value of the full logits; no tensor of the weight's shape is made."""
+    hidden, weight, labels = data(40, 5, 11)
+    made = []
+    zeros = torch.zeros_like
+    monkeypatch.setattr(
+        loss_module.torch, "zeros_like", lambda t, **k: made.append(t.shape) or zeros(t, **k)
+    )
+    with torch.no_grad():
+        got = linear_cross_entropy(hidden, weight, labels)
+    assert not got.requires_grad and not made
+    torch.testing.assert_close(got, full(hidden, weight, labels, int((labels != -100).sum())))
+
+
+def test_full_logits_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the largest chunk of logits seen, for more tokens than a chunk has."""
+    hidden, weight, labels = data(1000, 3, 8192)
+    seen = []
+    chunk = loss_module._chunk
+    monkeypatch.setattr(
+        loss_module, "_chunk", lambda h, w, y: seen.append(len(h)) or chunk(h, w, y)
+    )
+    linear_cross_entropy(hidden, weight, labels).backward()
+    assert max(seen) == chunk_size(8192) == 256 and sum(seen) == 1000
+
+
+def test_losses_of_single_tokens() -> None:
+    """Oracle: F.cross_entropy with reduction none, which gives 0 for ignored labels."""
+    hidden, weight, labels = data(300, 4, 9000)
+    expected = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    torch.testing.assert_close(token_losses(hidden, weight, labels), expected)
+
+
+def test_head_gives_logits_or_loss() -> None:
+    """Oracle: nn.Linear, and the function itself."""
+    head = LanguageHead(4, 7)
+    hidden, labels = torch.randn(2, 3, 4), torch.randint(0, 7, (2, 3))
+    assert torch.equal(head(hidden), hidden @ head.weight.t())
+    expected = linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), 5.0)
+    assert torch.equal(head(hidden, labels, 5.0), expected)
