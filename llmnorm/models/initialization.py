@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.part import InputError
 
 
 @torch.no_grad()
@@ -44,7 +45,10 @@ def initialize_module(module: nn.Module, config: LlmNormConfig, seed: int) -> No
         return
     # A part's own parameters: its reset_parameters() draws from torch's default generator.
     reset = getattr(module, "reset_parameters", None)
-    assert reset is not None, f"{type(module).__name__} has parameters and no reset_parameters()"
+    if reset is None:
+        raise InputError(
+            f"{type(module).__name__} has parameters but no reset_parameters() that initialises them"
+        )
     devices = {p.device for p in module.parameters(recurse=False) if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed % 2**63)
