@@ -96,7 +96,7 @@ def test_items_may_be_a_tensor_and_scale_the_gradient() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
-def test_bf16_autocast_keeps_float32_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_autocast_keeps_float32_where_it_matters() -> None:
     """Oracle: float32 gradients; the sum over 64 chunks must not lose what bf16 would lose."""
     hidden, weight, labels = (t.float() if t.is_floating_point() else t for t in data(512, 16, 50))
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
