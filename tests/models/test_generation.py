@@ -1,0 +1,241 @@
+"""generate() through the ragged cache against full passes without one."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM
+
+from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.cache import LlmNormCache
+from llmnorm.models.modeling import build_model
+from llmnorm.part import InputError
+
+PAD = 2
+
+
+def build(seed: int = 0, **keys: Any) -> LlmNormForCausalLM:
+    # 0.1: at 0.02 all logits of so small a model are alike and any token would do.
+    config = LlmNormConfig(
+        vocab_size=61,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        pad_token_id=PAD,
+        **keys,
+    )
+    return build_model(config, seed=seed).double().eval()
+
+
+def prompts(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded prompts of these lengths, and their mask."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = torch.full((len(lengths), max(lengths)), PAD)
+    for row, length in enumerate(lengths):
+        ids[row, -length:] = torch.randint(3, 61, (length,), generator=generator)
+    return ids, (ids != PAD).long()
+
+
+@torch.no_grad()
+def greedy(model: LlmNormForCausalLM, prompt: torch.Tensor, steps: int) -> list[torch.Tensor]:
+    """Logits of every step of greedy decoding, each by a full pass over the row alone."""
+    logits = []
+    for _ in range(steps):
+        logits.append(model(prompt.unsqueeze(0)).logits[0, -1])
+        prompt = torch.cat((prompt, logits[-1].argmax(-1, keepdim=True)))
+    return logits
+
+
+@pytest.mark.parametrize("lengths", [[1], [7], [6, 6, 6], [1, 9, 4, 4, 13]])
+def test_greedy_is_the_argmax_of_full_passes(lengths: list[int]) -> None:
+    """Oracle: one full pass a token and row, without cache or padding; logits to 1e-12."""
+    model = build()
+    ids, mask = prompts(lengths)
+    steps, seen = 12, []
+    # generate rounds the logits it returns to float32
+    hook = model.register_forward_hook(lambda _, args, out: seen.append(out.logits[:, -1]))
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=steps,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    hook.remove()
+    assert isinstance(out.past_key_values, LlmNormCache)
+    assert out.past_key_values.slots.lengths == [n + steps - 1 for n in lengths]
+    got = torch.stack(seen, 1)
+    tokens = set()
+    for row, length in enumerate(lengths):
+        expected = torch.stack(greedy(model, ids[row, -length:], steps))
+        torch.testing.assert_close(got[row], expected, rtol=0, atol=1e-12)
+        assert out.sequences[row, -steps:].tolist() == expected.argmax(-1).tolist()
+        tokens |= set(out.sequences[row, -steps:].tolist())
+    assert len(tokens) > 2
+
+
+def test_without_a_cache_the_tokens_are_the_same() -> None:
+    """Oracle: generate(use_cache=False) on left-padded rows."""
+    model = build()
+    ids, mask = prompts([3, 8])
+    keys = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(model.generate(ids, **keys), model.generate(ids, use_cache=False, **keys))
+
+
+@pytest.mark.parametrize("lengths", [[5], [2, 7]])
+def test_beam_search_is_that_of_the_stock_cache(lengths: list[int]) -> None:
+    """Oracle: the same weights in transformers' Llama with its own cache, float32."""
+    model = build().float()
+    config = model.config
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    heads = ("num_attention_heads", "num_key_value_heads")
+    stock = LlamaForCausalLM(
+        LlamaConfig(**{key: getattr(config, key) for key in keys + heads}, pad_token_id=PAD)
+    ).eval()
+    stock.load_state_dict(model.state_dict())
+    ids, mask = prompts(lengths)
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 8,
+        "num_beams": 4,
+        "num_return_sequences": 3,
+        "do_sample": False,
+        "eos_token_id": 5,
+        "pad_token_id": PAD,
+    }
+    got, expected = model.generate(ids, **options), stock.generate(ids, **options)
+    assert torch.equal(got, expected)
+    assert len({tuple(row) for row in got.tolist()}) > len(lengths)
+
+
+@pytest.mark.parametrize("how", ["assistant", "lookup", "chunked"])
+def test_other_ways_of_decoding_give_greedy(how: str) -> None:
+    """Oracle: plain greedy; assistants crop the cache, chunked prefill fills it in parts."""
+    model = build()
+    ids, _ = prompts([17])
+    keys: dict[str, Any] = {"max_new_tokens": 15, "do_sample": False}
+    expected = model.generate(ids, **keys)
+    if how == "assistant":
+        keys["assistant_model"] = build(seed=1)
+    elif how == "lookup":
+        keys["prompt_lookup_num_tokens"] = 3
+    else:
+        keys["prefill_chunk_size"] = 5
+    assert torch.equal(model.generate(ids, **keys), expected)
+
+
+def test_verbs_between_passes_leave_each_row_as_if_alone() -> None:
+    """Oracle: full passes; a row rolled back, released and re-admitted, rows of three lengths."""
+    model = build()
+    rows = [torch.randint(3, 61, (n,)) for n in (4, 9, 6)]
+    cache = LlmNormCache(2)
+
+    def run(tokens: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+        with torch.no_grad():
+            return model(tokens, attention_mask=real, past_key_values=cache).logits
+
+    ids = torch.full((3, 9), PAD)
+    for row, tokens in enumerate(rows):
+        ids[row, -len(tokens) :] = tokens
+    run(ids, (ids != PAD).long())
+    draft = torch.randint(3, 61, (3, 5))
+    run(draft)
+    cache.slots.rollback([5, 2, 0])
+    rows = [torch.cat((r, d[: 5 - n])) for r, d, n in zip(rows, draft, [5, 2, 0], strict=True)]
+    cache.slots.release(0)
+    other = LlmNormCache(2)
+    rows[0] = torch.randint(3, 61, (7,))
+    with torch.no_grad():
+        model(rows[0].unsqueeze(0), past_key_values=other)
+    assert cache.slots.admit(other.slots) == 0
+    cache.slots.select([2, 0, 1, 0])
+    rows = [rows[r] for r in (2, 0, 1, 0)]
+    last = torch.randint(3, 61, (4, 1))
+    got = run(last)
+    for row, tokens in enumerate(rows):
+        with torch.no_grad():
+            expected = model(torch.cat((tokens, last[row])).unsqueeze(0)).logits[0, -1]
+        torch.testing.assert_close(got[row, -1], expected, rtol=0, atol=1e-12)
+
+
+def test_a_stock_model_can_use_the_cache_for_equal_rows_and_is_refused_for_others() -> None:
+    """Oracle: transformers' DynamicCache; its own masks would be silently wrong for ragged rows."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.1,
+    )
+    stock = LlamaForCausalLM(config).double().eval()
+    ids = torch.randint(0, 61, (2, 9))
+    ours, theirs = LlmNormCache(2), DynamicCache(config=config)
+    with torch.no_grad():
+        for part in ids.split([4, 1, 4], 1):
+            got = stock(part, past_key_values=ours).logits
+            expected = stock(part, past_key_values=theirs).logits
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    ours.slots.rollback([3, 0])
+    assert ours.get_seq_length() == 9
+    with pytest.raises(ValueError, match="unequal lengths"):
+        stock(ids[:, :1], past_key_values=ours)
+
+
+def test_the_private_hook_is_still_there() -> None:
+    """Oracle: transformers' own signature of the method that `generate` calls."""
+    names = list(inspect.signature(GenerationMixin._prepare_cache_for_generation).parameters)
+    assert names[:3] == ["self", "generation_config", "model_kwargs"]
+    source = inspect.getsource(GenerationMixin.generate)
+    assert "self._prepare_cache_for_generation(" in source
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"past_key_values": DynamicCache()}, "LlmNormCache"),
+        ({"position_ids": torch.tensor([[0, 1, 0]]), "use_cache": True}, "restart"),
+        ({"attention_mask": torch.ones(1, 1, 3, 3)}, "attention_mask"),
+        ({"output_attentions": True}, "materialize"),
+        ({"inputs_embeds": torch.zeros(1, 3, 24)}, "exactly one"),
+        ({"labels": torch.zeros(1, 3), "shift_labels": torch.zeros(1, 3)}, "not both"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused(keys: dict[str, Any], words: str) -> None:
+    """Oracle: the word that tells the way out."""
+    with pytest.raises(InputError, match=words):
+        build()(torch.tensor([[3, 4, 5]]), **keys)
+
+
+def test_training_through_a_cache_is_refused() -> None:
+    """Oracle: gradients would be lost without a word."""
+    with pytest.raises(InputError, match="gradients"):
+        build().train()(torch.tensor([[3, 4, 5]]), use_cache=True)
+
+
+def test_foreign_cache_implementations_are_refused() -> None:
+    """Oracle: generate(cache_implementation="static") would hold rows of one length."""
+    with pytest.raises(InputError, match="static"):
+        build().generate(torch.tensor([[3, 4]]), max_new_tokens=2, cache_implementation="static")
+
+
+def test_cache_as_hugging_face_sees_it() -> None:
+    """Oracle: the facts generate relies on."""
+    cache = LlmNormCache(2)
+    assert not cache.is_compileable and cache.is_croppable and cache.get_seq_length() == 0
+    with torch.no_grad():
+        build()(torch.tensor([[3, 4, 5]]), past_key_values=cache)
+    assert cache.get_seq_length() == 3 and len(cache) == 2
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    assert cache.slots.lengths == [3, 3]
+    cache.crop(-2)
+    assert cache.slots.lengths == [1, 1]
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(2)
+    cache.reset()
+    assert cache.get_seq_length() == 0
