@@ -47,7 +47,7 @@ def initialize_module(module: nn.Module, config: LlmNormConfig, seed: int) -> No
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
         raise InputError(
-            f"{type(module).__name__} has parameters but no reset_parameters() that initialises them"
+            f"{type(module).__name__} has parameters but no reset_parameters() to initialise them"
         )
     devices = {p.device for p in module.parameters(recurse=False) if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):

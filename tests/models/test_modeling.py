@@ -1,0 +1,284 @@
+"""The model: losses, packed rows, padding, precision, saving, wrapping."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoModelForCausalLM
+
+from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.flops import flops_per_token
+from llmnorm.models.modeling import build_model
+
+VOCABULARY = 61
+PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3], list(range(12))])
+
+
+def build(**keys: Any) -> LlmNormForCausalLM:
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.1,
+    }
+    return build_model(LlmNormConfig(**shape | keys), seed=0)
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradients_without_logits(tied: bool) -> None:
+    """Oracle: full logits, shifted by hand, F.cross_entropy, in float64; every parameter."""
+    model = build(tie_word_embeddings=tied).double().train()
+    ids = tokens(3, 11)
+    labels = ids.masked_fill(torch.arange(11) % 4 == 2, -100)
+    output = model(ids, labels=labels)
+    assert output.logits is None
+    output.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model(ids).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    expected.backward()
+    torch.testing.assert_close(output.loss, expected, rtol=1e-12, atol=0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-9, atol=1e-14)
+    assert ("lm_head.weight" in grads) != tied
+
+
+def test_labels_shifted_or_not_and_items() -> None:
+    """Oracle: shift by hand; the sum over labels divided by the items given."""
+    model = build().double()
+    ids = tokens(2, 9)
+    shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
+    whole = model(ids, labels=ids).loss
+    assert torch.equal(model(ids, shift_labels=shifted).loss, whole)
+    for items in (32.0, torch.tensor(32)):
+        got = model(ids, labels=ids, num_items_in_batch=items).loss
+        torch.testing.assert_close(got, whole * 16 / 32, rtol=1e-14, atol=0)
+
+
+def test_logits_are_made_when_and_where_asked() -> None:
+    """Oracle: the full logits."""
+    model = build().eval()
+    ids = tokens(2, 9)
+    full = model(ids).logits
+    assert torch.equal(model(ids, labels=ids).logits, full)
+    assert model(ids, shift_labels=ids).logits is None
+    assert torch.equal(model(ids, logits_to_keep=3).logits, full[:, -3:])
+    keep = torch.tensor([1, 4])
+    assert torch.equal(model(ids, logits_to_keep=keep).logits, full[:, keep])
+    assert torch.equal(model(ids, return_dict=False)[0], full)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, full)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_packed_documents_never_see_each_other(fixed: bool) -> None:
+    """Oracle: exactly zero gradient, outputs equal to the bit under changes of the others."""
+    model = build().double()
+    model.model.fixed_shapes = fixed
+    ids = tokens(2, 12)
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    labels = torch.full_like(ids, -100)
+    labels[0, 5:8] = ids[0, 5:8]
+    model(inputs_embeds=embeds, position_ids=PACKED, shift_labels=labels).loss.backward()
+    assert embeds.grad is not None
+    assert embeds.grad[0, 5:8].abs().min() > 0
+    assert not embeds.grad[0, :5].any()
+    assert not embeds.grad[0, 8:].any() and not embeds.grad[1].any()
+    changed = ids.clone()
+    changed[0, :5], changed[0, 8:] = 0, 0
+    before = model(ids, position_ids=PACKED).logits
+    after = model(changed, position_ids=PACKED).logits
+    assert torch.equal(before[0, 5:8], after[0, 5:8])
+    assert not torch.equal(before[0, 8:], after[0, 8:])
+
+
+def test_packed_documents_are_the_documents_alone() -> None:
+    """Oracle: each document in a row of its own, float64."""
+    model = build().double().eval()
+    ids = tokens(2, 12)
+    packed = model(ids, position_ids=PACKED).logits
+    for row, first, last in [(0, 0, 5), (0, 5, 8), (0, 8, 12), (1, 0, 12)]:
+        alone = model(ids[row : row + 1, first:last]).logits[0]
+        torch.testing.assert_close(packed[row, first:last], alone, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=20)
+@given(left=st.integers(0, 6), right=st.integers(0, 6), length=st.integers(1, 5))
+def test_padding_changes_nothing(left: int, right: int, length: int) -> None:
+    """Oracle: the row without padding, float64; the neighbour row is full."""
+    model = build().double().eval()
+    width = left + length + right
+    ids, mask = tokens(2, width), torch.zeros(2, width, dtype=torch.long)
+    mask[0, left : left + length] = 1
+    mask[1] = 1
+    with torch.no_grad():
+        got = model(ids, attention_mask=mask).logits
+        alone = model(ids[:1, left : left + length]).logits[0]
+        whole = model(ids[1:]).logits[0]
+    torch.testing.assert_close(got[0, left : left + length], alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got[1], whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_hidden_layers": 1},
+        {"hidden_size": 7, "head_dim": 2, "num_attention_heads": 3, "num_key_value_heads": 1},
+        {"norm": "layer", "mlp": "gelu"},
+        {"norm": {"name": "rms", "cast_mode": "llama"}, "mixer": {"qk_norm": True}},
+        {"mixer": [{"qk_norm": True}, {"attention_bias": True}], "num_hidden_layers": 3},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 4},
+        {"vocab_size": 7, "intermediate_size": 1},
+        {"dropout": 0.3},
+    ],
+)
+@pytest.mark.parametrize("length", [1, 13])
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16", "autocast"])
+def test_odd_sizes_in_every_precision(keys: dict[str, Any], length: int, precision: str) -> None:
+    """Oracle: the float64 loss of the same weights, within the precision's rounding."""
+    model = build(**keys).train(keys.get("dropout") is not None)
+    ids = tokens(3, length) % model.config.vocab_size
+    with torch.no_grad():
+        expected = build(**keys).double().eval()(ids, shift_labels=ids).loss
+    dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
+    model = model.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        loss = model(ids, shift_labels=ids).loss
+    loss.backward()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for parameter in model.parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all())
+    if "dropout" not in keys:
+        allowed = {"float64": 1e-13, "float32": 1e-5}.get(precision, 0.1)
+        assert abs(loss.item() - expected.item()) < allowed
+
+
+def test_autocast_keeps_float32_outside_of_products() -> None:
+    """Oracle: dtypes seen by hooks: norms and residual stream float32, linear layers bf16."""
+    model = build().train()
+    seen: dict[str, torch.dtype] = {}
+    for name, module in model.named_modules():
+        if name and not list(module.children()):
+            module.register_forward_hook(
+                lambda _, args, out, name=name: seen.update({name: out.dtype})
+            )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(tokens(2, 9), labels=tokens(2, 9)).loss
+    assert loss.dtype == torch.float32
+    for name, dtype in seen.items():
+        bf16 = name.endswith("_proj")
+        assert dtype == (torch.bfloat16 if bf16 else torch.float32), name
+
+
+def test_save_and_load_are_exact(tmp_path: Path) -> None:
+    """Oracle: bit-equal logits through AutoModelForCausalLM and AutoModel; float64 stays."""
+    for tied in (False, True):
+        model = build(tie_word_embeddings=tied).double().eval()
+        path = tmp_path / str(tied)
+        model.save_pretrained(path)
+        loaded = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa")
+        assert isinstance(loaded, LlmNormForCausalLM) and loaded.dtype == torch.float64
+        ids = tokens(2, 9)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+        base = AutoModel.from_pretrained(path)
+        assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+        narrow = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        assert narrow.dtype == torch.bfloat16
+
+
+def test_a_missing_weight_is_initialised_and_the_others_are_kept(tmp_path: Path) -> None:
+    """Oracle: the saved weights; the head's std is the configuration's, its values are new."""
+    from safetensors.torch import load_file, save_file
+
+    model = build(norm="layer")
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["lm_head.weight"], state["model.norm.bias"]
+    state["model.norm.weight"] += 3
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert torch.equal(loaded.model.norm.weight, torch.full((24,), 4.0))
+    assert not loaded.model.norm.bias.any()
+    assert 0.08 < loaded.lm_head.weight.std() < 0.12
+
+
+def test_parameter_names_are_llamas() -> None:
+    """Oracle: transformers' Llama of the same shape, names and shapes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = build()
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    heads = ("num_attention_heads", "num_key_value_heads")
+    stock = LlamaForCausalLM(
+        LlamaConfig(**{key: getattr(model.config, key) for key in keys + heads})
+    )
+    theirs = {name: p.shape for name, p in stock.named_parameters()}
+    assert {name: p.shape for name, p in model.named_parameters()} == theirs
+    assert not list(model.named_buffers())
+
+
+def test_blocks_may_be_checkpointed_and_compiled_in_place() -> None:
+    """Oracle: the plain model, loss and gradients; packed rows; one graph without a break."""
+    ids = tokens(2, 12)
+
+    def run(model: LlmNormForCausalLM) -> list[torch.Tensor]:
+        loss = model(ids, labels=ids, position_ids=PACKED).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    plain = run(build().train())
+    recomputed = build().train()
+    for block in recomputed.model.layers:
+        forward = block.forward
+        block.forward = lambda *a, forward=forward: checkpoint(forward, *a, use_reentrant=False)
+    compiled = build().train()
+    compiled.model.fixed_shapes = True
+    for block in compiled.model.layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for other, exact in ((recomputed, True), (compiled, False)):
+        for got, expected in zip(run(other), plain, strict=True):
+            torch.testing.assert_close(
+                got, expected, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6
+            )
+
+
+def test_hidden_states() -> None:
+    """Oracle: embeddings first, the normed last state last, as Hugging Face's Llama has them."""
+    model = build().eval()
+    ids = tokens(2, 9)
+    output = model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+    assert torch.equal(output.hidden_states[0], model.model.embed_tokens(ids))
+    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    """Oracle: two training passes differ, two evaluations do not; 0 leaves no trace."""
+    ids = tokens(2, 9)
+    model = build(dropout=0.5)
+    assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+    assert torch.equal(model(ids).logits, build().train()(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_by_hand(tied: bool) -> None:
+    """Oracle: six per weight of a product, twelve per layer, head width and position (PaLM)."""
+    model = build(tie_word_embeddings=tied)
+    block = 24 * 24 + 2 * 24 * 12 + 24 * 24 + 3 * 24 * 64
+    expected = 6 * (2 * block + 24 * VOCABULARY) + 12 * 2 * 24 * 128
+    assert flops_per_token(model, 128) == flops_per_token(model.config, 128) == expected
