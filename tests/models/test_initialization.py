@@ -65,7 +65,7 @@ def test_another_process_draws_the_same() -> None:
 
 
 def test_scales() -> None:
-    """Oracle: the configuration's standard deviations; seeds differ, gains are one, offsets zero."""
+    """Oracle: the configuration's standard deviations; seeds differ, gains one, offsets zero."""
     model = build_model(
         config(initializer_range=0.05, embedding_std=0.5, mixer={"attention_bias": True}), seed=0
     )
