@@ -36,7 +36,7 @@ def made_of(
 ) -> dict[str, Any]:
     """What decides the tokens: settings, contents of files, commits of the hub's datasets."""
     described = _described(
-        data, tokenizer, sources, lambda path: [corpus.kind(path), corpus.digest(path)]
+        data, tokenizer, sources, lambda path: [path.suffix, corpus.digest(path)]
     )
     for source, entry, key in zip(sources, described["sources"], source_keys(sources), strict=True):
         if not corpus.is_local(source):

@@ -1,0 +1,103 @@
+"""The order of rows against its definition in plain Python, and as a permutation."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmnorm.data.order import Order
+from llmnorm.part import InputError
+
+WEIGHTS = st.lists(st.integers(1, 50), min_size=1, max_size=6)
+
+
+def visits_one_by_one(weights: list[int], count: int) -> list[int]:
+    """The sources of the first rows, by walking the tree with counters instead of formulas."""
+
+    def build(start: int, stop: int):
+        if stop - start == 1:
+            return start
+        middle = (start + stop) // 2
+        return {
+            "left": build(start, middle),
+            "right": build(middle, stop),
+            "A": sum(weights[start:middle]),
+            "B": sum(weights[start:stop]),
+            "error": 0,
+        }
+
+    root, found = build(0, len(weights)), []
+    for _ in range(count):
+        node = root
+        while isinstance(node, dict):
+            # Bresenham: the error grows by A at every visit and is paid back by a step to the left.
+            node["error"] += node["A"]
+            if node["error"] >= node["B"]:
+                node["error"] -= node["B"]
+                node = node["left"]
+            else:
+                node = node["right"]
+        found.append(node)
+    return found
+
+
+@given(weights=WEIGHTS, count=st.integers(1, 400))
+def test_sources_follow_the_tree_of_bresenham_lines(weights, count) -> None:
+    source, _ = Order(weights, [7] * len(weights), 0).locate(0, count)
+    assert source.tolist() == visits_one_by_one(weights, count)
+
+
+@given(weights=WEIGHTS, count=st.integers(1, 2000))
+def test_every_prefix_holds_the_sources_in_proportion(weights, count) -> None:
+    # Oracle: a Bresenham line is less than 1 off; errors add up over the tree's depth (<= 3 here).
+    source, _ = Order(weights, [9] * len(weights), 1).locate(0, count)
+    counts = np.bincount(source, minlength=len(weights))
+    share = np.array(weights) / sum(weights) * count
+    assert np.abs(counts - share).max() < 4
+
+
+@settings(max_examples=20)
+@given(rows=st.lists(st.integers(1, 3000), min_size=1, max_size=4), seed=st.integers(0, 2**40))
+def test_row_counts_as_weights_make_every_epoch_exact(rows, seed) -> None:
+    # Oracle: the set of all rows, each once, epoch by epoch.
+    order = Order(rows, rows, seed)
+    everything = sorted((s, i) for s, n in enumerate(rows) for i in range(n))
+    epochs = []
+    for epoch in range(2):
+        source, index = order.locate(epoch * sum(rows), sum(rows))
+        epochs.append(list(zip(source.tolist(), index.tolist(), strict=True)))
+        assert sorted(epochs[-1]) == everything
+    if max(rows) > 50:
+        assert epochs[0] != epochs[1]
+
+
+@given(first=st.integers(0, 10**12), cut=st.integers(1, 99))
+def test_a_row_does_not_depend_on_what_is_asked_with_it(first, cut) -> None:
+    order = Order([5, 3, 2], [2000, 40, 1024], 11)
+    whole = order.locate(first, 100)
+    parts = [order.locate(first, cut), order.locate(first + cut, 100 - cut)]
+    for axis in (0, 1):
+        assert np.array_equal(whole[axis], np.concatenate([p[axis] for p in parts]))
+
+
+def test_weights_just_below_the_limit_do_not_overflow() -> None:
+    # Oracle: exact integers of Python; the split is at m A mod B + A >= B.
+    weights = [2**30, 2**30 - 1]
+    total, first = sum(weights), 2**40 + 12345
+    source, _ = Order(weights, [10, 10], 0).locate(first, 50)
+    for m, got in enumerate(source.tolist(), start=first):
+        assert got == (0 if (m * weights[0]) % total + weights[0] >= total else 1)
+    with pytest.raises(InputError, match=r"2\*\*31"):
+        Order([2**30, 2**30], [1, 1], 0)
+
+
+def test_seeds_sources_and_epochs_have_orders_of_their_own() -> None:
+    # Oracle: two random permutations of 2,000 agree in about one place.
+    def indices(seed: int, source: int, epoch: int) -> np.ndarray:
+        order = Order([1, 1], [2000, 2000], seed)
+        sources, index = order.locate(epoch * 4000, 4000)
+        return index[sources == source]
+
+    base = indices(0, 0, 0)
+    for other in (indices(1, 0, 0), indices(0, 1, 0), indices(0, 0, 1), np.arange(2000)):
+        assert (base == other).sum() < 12
