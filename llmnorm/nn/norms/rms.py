@@ -99,7 +99,7 @@ class _RMSNorm(torch.autograd.Function):
         )
         if ctx.needs_input_grad[0]:
             mean_q = torch.mv(grad.view(-1, hidden), gain).view_as(r).div_(hidden)
-            dx = dx.addcmul_(mean_q, r).to(x.dtype)
+            dx = dx.add_(mean_q.mul_(r)).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dgain = dgain.to(weight.dtype)
         return dx, dgain, None
