@@ -21,7 +21,7 @@ from llmnorm.models.cache import LlmNormCache
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.initialization import initialize, initialize_module
 from llmnorm.nn.block import Block
-from llmnorm.nn.loss import IGNORED, LanguageHead
+from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
 from llmnorm.nn.mixers.contract import (
     Context,
     document_boundaries,
@@ -208,7 +208,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
     def __init__(self, config: LlmNormConfig) -> None:
         super().__init__(config)
         self.model = LlmNormModel(config)
-        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
+        self.lm_head: nn.Module = LanguageHead(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def forward(
@@ -255,7 +255,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         if labels is not None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if shift_labels is not None:
-            loss = self.lm_head(hidden, shift_labels, num_items_in_batch)
+            loss = self._loss(hidden, shift_labels, num_items_in_batch)
         if not without_logits:
             keep = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -268,6 +268,21 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | float | None) -> Tensor:
+        if isinstance(self.lm_head, LanguageHead):
+            return self.lm_head(hidden, labels, items)
+        # An adapter around the head: its logits are more than hidden @ weight.
+        return cross_entropy(self.lm_head(hidden), labels, items)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Hugging Face's hook (a resized vocabulary): a plain linear head becomes ours again."""
+        if type(new_embeddings) is nn.Linear:
+            with torch.device("meta"):
+                head = LanguageHead(new_embeddings.in_features, new_embeddings.out_features)
+            head.weight = new_embeddings.weight
+            new_embeddings = head
+        self.lm_head = new_embeddings
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

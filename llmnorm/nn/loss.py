@@ -71,6 +71,17 @@ def linear_cross_entropy(
         return _Loss.apply(hidden, weight, labels, scale, chunk, product, *wanted)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, items: Tensor | float | None = None) -> Tensor:
+    """The same loss from logits (..., vocabulary) that are there already, labels (...)."""
+    total = F.cross_entropy(
+        logits.flatten(0, -2).to(_wide(logits.dtype)),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+    return total / ((labels != IGNORED).sum().clamp(min=1) if items is None else items)
+
+
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of every token (tokens,), 0 where the label is -100; without gradients."""
@@ -88,7 +99,7 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def chunk_size(vocabulary: int) -> int:
     """Tokens at a time, from the vocabulary alone: about 2 million logits, at least 256 tokens.
 
-    Measured on a CPU against logits + F.cross_entropy, forward and backward (tools/bench/loss.py):
+    Measured on a CPU against logits + F.cross_entropy, forward and backward (tools/bench/nn.py):
     under 256 tokens re-reading the weight's gradient costs more than the chunks save; above, a
     vocabulary of 4k gains a few percent from 512 and nothing from more.
     """

@@ -256,6 +256,44 @@ def test_blocks_may_be_checkpointed_and_compiled_in_place() -> None:
             )
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_keeps_the_old_tokens(tied: bool) -> None:
+    """Oracle: the old logits; the loss of the longer ones by F.cross_entropy."""
+    model = build(tie_word_embeddings=tied).train()
+    ids = tokens(2, 9)
+    before = model(ids).logits
+    model.resize_token_embeddings(VOCABULARY + 4)
+    ids[0, 3] = VOCABULARY + 3
+    output = model(ids, labels=ids)
+    assert output.logits is None
+    logits = model(ids).logits
+    assert torch.equal(logits[1, :, :VOCABULARY], before[1])
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    assert flops_per_token(model.config, 8) == flops_per_token(model, 8)
+
+
+def test_a_wrapped_head_is_asked_for_its_own_logits() -> None:
+    """Oracle: F.cross_entropy of the wrapper's logits (a low-rank adapter adds to the head's)."""
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, head: torch.nn.Module) -> None:
+            super().__init__()
+            self.base_layer = head
+
+        def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            return 2 * self.base_layer(x, *rest)
+
+    model = build().train()
+    model.lm_head = Doubled(model.lm_head)
+    ids = tokens(2, 9)
+    logits = model(ids).logits
+    for items, divisor in ((None, 16), (40.0, 40)):
+        got = model(ids, labels=ids, num_items_in_batch=items).loss
+        flat = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        torch.testing.assert_close(got, flat / divisor)
+
+
 def test_hidden_states() -> None:
     """Oracle: embeddings first, the normed last state last, as Hugging Face's Llama has them."""
     model = build().eval()
