@@ -45,6 +45,11 @@ class TrainingSettings(Settings):
     """Gradients are scaled down to this global norm; 0 = never (the norm is still logged)."""
     max_skipped_steps: Count = 5
     """The run stops after this many steps in a row with a non-finite loss or gradient."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights with this decay, e.g. 0.999."""
+    branch_from: Path | None = None
+    """Start with weights, optimizer state and row number of this checkpoint
+    (RUN/checkpoints/step_N); the run's length counts its steps too."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingSettings":

@@ -14,6 +14,7 @@ from torch import nn
 
 from llmnorm.data.loader import evaluation_batches
 from llmnorm.data.packed import PackedData
+from llmnorm.training.ema import EMA
 from llmnorm.training.parallel import Parallel
 
 
@@ -24,19 +25,32 @@ def evaluate(
     *,
     micro_batch: int,
     parallel: Parallel,
+    ema: EMA | None = None,
 ) -> dict[str, Any]:
     """The validation figures of `model` on every source of `packed`.
 
     Args:
         micro_batch: rows at once; the shape of every batch.
         parallel: this process; each evaluates its part of the rows, the sums are reduced.
+        ema: the weights' moving average, evaluated too.
 
     Returns:
         `{"loss", "perplexity", "bits_per_byte", "sources": {name: the same three}}`, loss in nats
-        a token.
+        a token; with `ema` the same of the averaged weights under "ema".
     """
     was_training = model.training
     model.eval()
+    figures = _evaluate(model, packed, micro_batch, parallel)
+    if ema is not None:
+        with ema.in_place_of_weights():
+            figures["ema"] = _evaluate(model, packed, micro_batch, parallel)
+    model.train(was_training)
+    return figures
+
+
+def _evaluate(
+    model: nn.Module, packed: PackedData, micro_batch: int, parallel: Parallel
+) -> dict[str, Any]:
     sources: dict[str, dict[str, float]] = {}
     for index, source in enumerate(packed.sources):
         # Summed in float64: the total is the same to the last digits however rows are spread.
@@ -56,7 +70,6 @@ def evaluate(
             total += torch.tensor([float(loss), count], dtype=torch.float64)
         summed, tokens = parallel.reduce(total).tolist()
         sources[source.name] = _figures(summed / tokens, summed / source.validation_bytes)
-    model.train(was_training)
     weights = {s.name: s.bytes for s in packed.sources}
     share = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     loss = sum(share[name] * figures["loss"] for name, figures in sources.items())

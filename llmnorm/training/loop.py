@@ -9,6 +9,7 @@ a checkpoint holds weights, optimizer state and counts, nothing else.
 import math
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,17 +22,19 @@ from llmnorm.data.packed import PackedData
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import LlmNormForCausalLM, build_model
-from llmnorm.optim.groups import named_state, split
+from llmnorm.optim.groups import split
 from llmnorm.part import InputError
 from llmnorm.training import metrics as record
 from llmnorm.training import run_directory
-from llmnorm.training.checkpoint import Checkpoints, read_meta
+from llmnorm.training.checkpoint import Checkpoints
+from llmnorm.training.ema import EMA
 from llmnorm.training.evaluation import evaluate
 from llmnorm.training.metrics import Metrics
 from llmnorm.training.parallel import Parallel
 from llmnorm.training.run_directory import RunDirectory
 from llmnorm.training.run_lock import RunLock
 from llmnorm.training.signals import StopRequest
+from llmnorm.training.state import Progress, environment, go_on, named_tensors
 
 
 def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: bool = False) -> int:
@@ -65,6 +68,7 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
         optimizer = config.optimizer.build(groups)
         learning_rate = config.schedule.build(steps)
+        ema = EMA(model, config.training.ema) if config.training.ema else None
         parallel.check()
 
         # The run directory, and the newest whole checkpoint in it.
@@ -84,15 +88,14 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
         stack.callback(checkpoints.wait)  # on the way out of an error too, while the lock is held
         if not dry_run:
             checkpoints.clean()
-        state = _state(model, optimizer)
-        progress = _resume(checkpoints, state, packed, parallel)
-        step, tokens, skipped, in_a_row = (
-            progress[key] for key in ("step", "tokens", "skipped_steps", "skipped_in_a_row")
-        )
-        if step >= steps:
+        state = named_tensors(model, optimizer, ema)
+        progress, said = go_on(checkpoints, state, packed, parallel, config.training.branch_from)
+        if said:
+            _say(parallel, said)
+        if progress.step >= steps:
             if parallel.is_main and not dry_run:
-                run_directory.end(run, step, done=True)
-            _say(parallel, f"{run.path} is finished (step {step})")
+                run_directory.end(run, progress.step, done=True)
+            _say(parallel, f"{run.path} is finished (step {progress.step})")
             return 0
 
         loader = Loader(
@@ -103,33 +106,33 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
             world=parallel.world,
             micro_batch=micro_batch,
         )
-        batches = loader.batches(step * global_batch)
+        batches = loader.batches(progress.row)
         _say(parallel, f"{parallel.describe()}; {_size(model, groups)}; {steps} steps")
-        _dry_step(replica, parameters, loader, step * global_batch, micro_batch, parallel)
+        _dry_step(replica, parameters, loader, progress.row, micro_batch, parallel)
         if dry_run:
             _say(parallel, "dry run: every check passed, nothing was trained")
             return 0
 
         # The steps.
         if parallel.is_main:
-            record.cut(run.metrics, step)
+            record.cut(run.metrics, progress.step)
         stop = stack.enter_context(StopRequest())
         metrics = stack.enter_context(
             Metrics(
                 run.metrics,
                 steps=steps,
-                start=step,
+                start=progress.step,
                 flops_per_token=flops_per_token(model, config.data.context_length),
                 device=parallel.device,
                 world=parallel.world,
                 enabled=parallel.is_main,
-                seconds=progress["seconds"],
+                seconds=progress.seconds,
             )
         )
         exit_code = 0
-        while step < steps and not exit_code:
+        while progress.step < steps and not exit_code:
             micro_batches = next(batches)
-            _seed(config.seed, step, parallel.rank)
+            _seed(config.seed, progress.step, parallel.rank)
             labels = _count_labels(micro_batches, parallel)
             loss = _forward_backward(replica, micro_batches, labels, parallel)
             norm = float(parallel.clip(parameters, config.training.max_grad_norm))
@@ -138,67 +141,75 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
             reduced = torch.stack([loss / parallel.world, loss.new_tensor(stop.exit_code)])
             mean_loss, stopping = parallel.reduce(reduced).tolist()
             exit_code = round(stopping) and (stop.exit_code or 143)
-            factor = learning_rate(step)
+            factor = learning_rate(progress.step)
             if math.isfinite(mean_loss) and math.isfinite(norm):
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor
                 optimizer.step()
-                in_a_row = 0
+                progress.skipped_in_a_row = 0
             else:
-                skipped, in_a_row = skipped + 1, in_a_row + 1
-                metrics.say(f"step {step + 1}: loss {mean_loss}, gradient norm {norm}: skipped")
+                progress.skipped_steps += 1
+                progress.skipped_in_a_row += 1
+                metrics.say(
+                    f"step {progress.step + 1}: loss {mean_loss}, gradient norm {norm}: skipped"
+                )
             optimizer.zero_grad(set_to_none=True)
-            step, tokens = step + 1, tokens + labels
+            if ema:
+                ema.update(progress.step)
+            progress.step += 1
+            progress.row += global_batch
+            progress.tokens += labels
             metrics.count(labels, mean_loss)
 
-            if in_a_row >= (config.training.max_skipped_steps if step < steps else 1):
+            last = progress.step >= steps
+            if progress.skipped_in_a_row >= (1 if last else config.training.max_skipped_steps):
                 checkpoints.wait()
-                raise InputError(_diverged(step, in_a_row, global_batch, checkpoints))
-            if step % config.logging.every == 0 or step == steps:
+                raise InputError(_diverged(progress, global_batch, checkpoints))
+            if last or progress.step % config.logging.every == 0:
                 metrics.log_step(
                     {
-                        "step": step,
-                        "tokens": tokens,
+                        "step": progress.step,
+                        "tokens": progress.tokens,
                         "loss": mean_loss,
                         "grad_norm": norm,
                         "lr": config.optimizer.lr * factor,
-                        "skipped_steps": skipped,
+                        "skipped_steps": progress.skipped_steps,
                     }
                 )
             figures: dict[str, Any] | None = None
-            if _due(step, config.evaluation.every) or step == steps:
+            if last or _due(progress.step, config.evaluation.every):
                 with metrics.pause():
                     figures = evaluate(
                         model,
                         packed,
                         micro_batch=config.evaluation.micro_batch or micro_batch,
                         parallel=parallel,
+                        ema=ema,
                     )
-                metrics.log_evaluation(step, tokens, figures)
+                metrics.log_evaluation(progress.step, progress.tokens, figures)
             # Weights whose loss is not finite are not worth a checkpoint, whatever the interval.
-            due = _due(step, config.checkpoint.every) or step == steps or exit_code
-            if due and in_a_row == 0:
+            due = last or exit_code or _due(progress.step, config.checkpoint.every)
+            if due and progress.skipped_in_a_row == 0:
+                progress.seconds = metrics.seconds
                 meta = {
-                    "step": step,
-                    "tokens": tokens,
-                    "skipped_steps": skipped,
-                    "skipped_in_a_row": in_a_row,
-                    "seconds": metrics.seconds,
+                    **asdict(progress),
                     "data": packed.identity,
-                    "environment": _environment(parallel),
+                    "environment": environment(parallel),
                     "config": to_tree(config),
                     "tokens_of_text": _tokens(config, packed),
                     "llmnorm": run_directory.version(),
                 }
                 with metrics.pause():
-                    loss_there = figures["loss"] if figures else None
-                    # Replicas hold the same: one of them writes.
-                    written = state if parallel.is_main else {}
-                    checkpoints.save(step, written, meta, validation_loss=loss_there)
+                    checkpoints.save(
+                        progress.step,
+                        state if parallel.is_main else {},  # replicas hold the same: one writes
+                        meta,
+                        validation_loss=figures["loss"] if figures else None,
+                    )
         checkpoints.wait()
         if parallel.is_main:
-            run_directory.end(run, step, done=step >= steps)
-        return 0 if step >= steps else exit_code
+            run_directory.end(run, progress.step, done=progress.step >= steps)
+        return 0 if progress.step >= steps else exit_code
 
 
 def _model(config: RunConfig, packed: PackedData, parallel: Parallel) -> LlmNormForCausalLM:
@@ -251,52 +262,6 @@ def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
             f"(training.global_batch {total} over {world}); the nearest that does is {nearest}"
         )
     return micro_batch
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds, by name: the tensors themselves, a tied one once."""
-    saved = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return {
-        **{f"model.{name}": tensor for name, tensor in (weights | buffers).items()},
-        **{f"optimizer.{name}": t for name, t in named_state(optimizer, model).items()},
-    }
-
-
-def _resume(
-    checkpoints: Checkpoints, state: dict[str, torch.Tensor], packed: PackedData, parallel: Parallel
-) -> dict[str, Any]:
-    """Copy the newest whole checkpoint into `state`; returns its counts (zeros at the start)."""
-    start = {"step": 0, "tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "seconds": 0.0}
-    if not checkpoints.steps():
-        return start
-    path = checkpoints.find("latest")
-    meta = read_meta(path)
-    if meta["data"] != packed.identity:
-        raise InputError(
-            f"{path}: was trained on the data {meta['data']}, this run's data is now "
-            f"{packed.identity} ({packed.directory}); restore the corpus or start a new run_dir"
-        )
-    here, there = _environment(parallel), meta["environment"]
-    changed = [f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k)]
-    if changed:
-        _say(parallel, f"the last bits may differ from an uninterrupted run: {', '.join(changed)}")
-    checkpoints.load(path, state)
-    _say(parallel, f"going on from {path}")
-    return {key: meta[key] for key in start}
-
-
-def _environment(parallel: Parallel) -> dict[str, Any]:
-    """What the last bits of a run depend on besides its configuration."""
-    cuda = parallel.device.type == "cuda"
-    return {
-        "torch": torch.__version__,
-        "processes": parallel.world,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(parallel.device) if cuda else "cpu",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
 
 
 def _forward_backward(
@@ -371,12 +336,13 @@ def _seed(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
-def _diverged(step: int, in_a_row: int, global_batch: int, checkpoints: Checkpoints) -> str:
-    rows = f"{(step - in_a_row) * global_batch}-{step * global_batch - 1}"
+def _diverged(progress: Progress, global_batch: int, checkpoints: Checkpoints) -> str:
+    skipped = progress.skipped_in_a_row
+    rows = f"{progress.row - skipped * global_batch}-{progress.row - 1}"
     kept = checkpoints.find("latest") if checkpoints.steps() else "none"
     return (
-        f"training: stopped at step {step}: {in_a_row} steps in a row with a non-finite loss or "
-        f"gradient (rows {rows}); last good checkpoint: {kept}; try a lower optimizer.lr"
+        f"training: stopped at step {progress.step}: {skipped} steps in a row with a non-finite "
+        f"loss or gradient (rows {rows}); last good checkpoint: {kept}; try a lower optimizer.lr"
     )
 
 

@@ -1,0 +1,119 @@
+"""What a run carries from one step to the next, and how it goes on from a checkpoint.
+
+A checkpoint holds weights (`model.<name>`), optimizer state (`optimizer.<name>.<field>`), the
+weights' moving average where there is one (`ema.<name>`), and the counts of `Progress`. Rows,
+learning rates and noise are functions of these counts, so nothing else is saved.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from llmnorm.data.packed import PackedData
+from llmnorm.optim.groups import named_state
+from llmnorm.part import InputError
+from llmnorm.training.checkpoint import Checkpoints, read_meta
+from llmnorm.training.ema import EMA
+from llmnorm.training.parallel import Parallel
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of every checkpoint's meta."""
+
+    step: int = 0
+    row: int = 0
+    """Number of the next row, counted from the run's first."""
+    tokens: int = 0
+    """Labels charged so far, over all processes."""
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """Training time over all the run's processes' lives."""
+
+    @classmethod
+    def of(cls, meta: dict[str, Any]) -> Self:
+        """The counts in a checkpoint's meta."""
+        return cls(**{key: meta[key] for key in asdict(cls())})
+
+
+def named_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None
+) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds, by name: the tensors themselves, a tied one once."""
+    saved = model.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {
+        **{f"model.{name}": tensor for name, tensor in (weights | buffers).items()},
+        **{f"optimizer.{name}": t for name, t in named_state(optimizer, model).items()},
+        **({f"ema.{name}": t for name, t in ema.average.items()} if ema else {}),
+    }
+
+
+def go_on(
+    checkpoints: Checkpoints,
+    state: dict[str, torch.Tensor],
+    packed: PackedData,
+    parallel: Parallel,
+    branch_from: Path | None,
+) -> tuple[Progress, str | None]:
+    """Copy the newest whole checkpoint into `state`, else the one that the run branches from.
+
+    Returns:
+        The counts there (zeros at the start of a run), and what to tell the user.
+
+    Raises:
+        InputError: the checkpoint was trained on other data, or holds other tensors.
+    """
+    if checkpoints.steps():
+        path = checkpoints.find("latest")
+    elif branch_from is not None:
+        path = _branch_point(branch_from, parallel)
+    else:
+        return Progress(), None
+    meta = read_meta(path)
+    if meta["data"] != packed.identity:
+        raise InputError(
+            f"{path}: was trained on the data {meta['data']}, this run's data is now "
+            f"{packed.identity} ({packed.directory}); restore the corpus or start a new run_dir"
+        )
+    here, there = environment(parallel), meta["environment"]
+    changed = [f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k)]
+    checkpoints.load(path, state)
+    said = f"going on from {path}"
+    if changed:
+        said += f"; the last bits may differ from an uninterrupted run: {', '.join(changed)}"
+    return Progress.of(meta), said
+
+
+def environment(parallel: Parallel) -> dict[str, Any]:
+    """What the last bits of a run depend on besides its configuration."""
+    cuda = parallel.device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "processes": parallel.world,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(parallel.device) if cuda else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _branch_point(path: Path, parallel: Parallel) -> Path:
+    """The verified checkpoint that `training.branch_from` names."""
+    number = re.fullmatch(r"step_(\d+)", path.name)
+    if number is None or not path.is_dir():
+        near = path if path.name == "checkpoints" else path.parent
+        if (path / "checkpoints").is_dir():
+            near = path / "checkpoints"
+        there = sorted(p.name for p in near.glob("step_*")) if near.is_dir() else []
+        raise InputError(
+            f"training.branch_from: {path} is no checkpoint; "
+            + (f"{near} has {', '.join(there)}" if there else "name RUN/checkpoints/step_N")
+        )
+    parent = Checkpoints(path.parent, rank=parallel.rank, world=parallel.world)
+    return parent.find(int(number[1]))
