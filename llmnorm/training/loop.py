@@ -72,10 +72,12 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
         parallel.check()
 
         # The run directory, and the newest whole checkpoint in it.
-        if parallel.is_main and not dry_run:
+        def begin() -> None:
             stack.enter_context(RunLock(run.path))
             run_directory.begin(run, config, packed.tokenizer_directory)
-        parallel.barrier()
+
+        if not dry_run:
+            parallel.on_main(begin)
         checkpoints = Checkpoints(
             run.checkpoints,
             keep=config.checkpoint.keep,

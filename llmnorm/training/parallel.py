@@ -10,7 +10,7 @@ trainings, one process where four were meant); `check` looks at what is really t
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,6 @@ class Parallel:
                 model,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,
             )
         return self._replica
 
@@ -156,15 +155,21 @@ class Parallel:
             torch.distributed.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.world > 1:
-            torch.distributed.barrier()
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do `work` on the main process while the others wait; its InputError stops them all."""
+        error: InputError | None = None
+        if self.is_main:
+            try:
+                work()
+            except InputError as found:
+                error = found
+        if self.reduce(torch.tensor(float(error is not None), device=self.device)):
+            raise error or InputError("the main process stopped; its message says why")
 
     def close(self) -> None:
         """Leave the process group together: leaving alone can abort the others."""
         if self.world > 1:
-            self.barrier()
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
 
 
