@@ -7,6 +7,7 @@ that help and every mistake are answered at once.
 import argparse
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.command is None:
             parser.print_help()
             return 0
+        if overrides and not parsed.overridable:
+            raise InputError(f"{parsed.command}: takes no settings, got '{overrides[0]}'")
         return int(parsed.run(parsed, overrides) or 0)
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -40,12 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `llmnorm parts | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:  # before the first step; the loop itself saves and returns 130
+        print("llmnorm: interrupted", file=sys.stderr)
+        return 130
 
 
 def train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     """`llmnorm train`."""
     from llmnorm.config_file import load
-    from llmnorm.gpus import check_gpu
+    from llmnorm.gpus import check_gpu, launch_hint
     from llmnorm.training import run_directory
 
     config = _told(load(parsed.config, overrides))
@@ -55,10 +61,13 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> int:
         print(run_directory.next_commands(run))
         return 0
     check_gpu(config.training.device)
+    words = [str(parsed.config), *overrides]
+    if config.training.device != "cpu" and (hint := launch_hint(words)):
+        print(f"llmnorm: note: {hint}", file=sys.stderr)
 
     from llmnorm.training.loop import train
 
-    command = " ".join(["llmnorm data", str(parsed.config), *overrides])
+    command = shlex.join(["llmnorm", "data", *words])
     code = train(config, run, data_command=command, dry_run=parsed.dry_run)
     if os.environ.get("RANK", "0") == "0" and not parsed.dry_run:
         print(run_directory.next_commands(run))
@@ -85,6 +94,10 @@ def data(parsed: argparse.Namespace, overrides: list[str]) -> None:
 def config(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """`llmnorm config`."""
     if parsed.schema:
+        if parsed.config is not None or overrides:
+            raise InputError(
+                "config: --schema stands alone; it is the same for every configuration"
+            )
         import json
 
         from llmnorm.config_docs import json_schema
@@ -137,6 +150,19 @@ def _told(loaded: "Loaded") -> "RunConfig":
     return loaded.config
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
+def _checkpoint(text: str) -> str:
+    if text not in ("latest", "best") and not text.isdecimal():
+        hint = nearest(text, ["latest", "best", "a step"])
+        raise argparse.ArgumentTypeError(f"'{text}' is no checkpoint; {hint}")
+    return text
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors that name the nearest choice."""
 
@@ -145,7 +171,18 @@ class _Parser(argparse.ArgumentParser):
         if match:
             choices = re.findall(r"[\w-]+", match[2])
             message = f"'{match[1]}' is not a command; {nearest(match[1], choices)}"
+        elif match := re.match(r"unrecognized arguments: (-\S+)", message):
+            hint = nearest(match[1], sorted(self._options()))
+            message = f"there is no option {match[1]}; {hint}"
+        elif message.startswith("unrecognized arguments: "):
+            message += "; a setting is written key.sub=value"
         raise InputError(f"{message} (`{self.prog} --help` shows the usage)")
+
+    def _options(self) -> set[str]:
+        """Those of every command: the parser that complains does not know which one it was."""
+        below = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(parser for choices in below for parser in choices.values())]
+        return {o for p in parsers for o in p._option_string_actions if o.startswith("--")}
 
 
 class _Version(argparse.Action):
@@ -179,9 +216,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
-    def command(name: str, help: str, run: object) -> argparse.ArgumentParser:
+    def command(
+        name: str, help: str, run: object, *, overridable: bool = True
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, overridable=overridable)
         return sub
 
     sub = command("train", "train, or go on with a run", train)
@@ -191,18 +230,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub = command("data", "prepare the corpus: tokenizer and packed rows", data)
     sub.add_argument("config", type=Path, metavar="CONFIG", help="YAML file or run directory")
-    sub.add_argument("--show", type=int, metavar="N", help="print N rows as the model sees them")
+    sub.add_argument("--show", type=_count, metavar="N", help="print N rows as the model sees them")
     sub.add_argument("--stats", action="store_true", help="documents, tokens, epochs")
     sub = command("config", "print the resolved settings", config)
     sub.add_argument("config", type=Path, metavar="CONFIG", nargs="?", help="YAML file or run")
     sub.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
-    sub = command("parts", "list the swappable parts with their settings", parts)
+    sub = command("parts", "list the swappable parts with their settings", parts, overridable=False)
     sub.add_argument("name", metavar="NAME", nargs="?", help="one part or one key")
     sub = command("generate", "continue text with a trained run", generate)
     sub.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
     sub.add_argument("--prompt", action="append", help="text to continue; may be given repeatedly")
     sub.add_argument(
-        "--checkpoint", default="latest", metavar="latest|best|STEP", help="which checkpoint"
+        "--checkpoint",
+        type=_checkpoint,
+        default="latest",
+        metavar="latest|best|STEP",
+        help="which checkpoint",
     )
-    command("doctor", "report what this machine can run, for a bug report", doctor)
+    text = "report what this machine can run, for a bug report"
+    command("doctor", text, doctor, overridable=False)
     return parser

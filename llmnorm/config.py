@@ -135,6 +135,16 @@ class GenerationSettings(Settings):
     """Seed of the sampling."""
 
 
+class RunModelSettings(ModelSettings):
+    """The model of a run; its settings are given, or brought by a directory of weights."""
+
+    pretrained: Path | None = None
+    """Start from the weights in this directory with a new optimizer: a run (its newest checkpoint),
+    RUN/checkpoints/step_N, an exported model, or a Llama, Mistral, Qwen2 or Qwen3 with safetensors
+    files. It brings the model's settings (beside it only dropout, max_position_embeddings and
+    export_as may be given) and, where the file has no `tokenizer` section, its tokenizer."""
+
+
 class RunConfig(Settings):
     """The whole of a run."""
 
@@ -146,7 +156,7 @@ class RunConfig(Settings):
     """The corpus and the rows made of it."""
     tokenizer: TokenizerSettings = TokenizerSettings()
     """Text to tokens."""
-    model: ModelSettings = ModelSettings()
+    model: RunModelSettings = RunModelSettings()
     """The transformer."""
     optimizer: Optimizer = AdamWSettings()
     """The update rule."""
@@ -203,12 +213,14 @@ def to_tree(config: Settings) -> dict[str, Any]:
     """The resolved settings as plain JSON values.
 
     What is derived from other fields (a default factory, as of `head_dim`) is left out unless it
-    was written, so that it follows when the others are overridden later.
+    was written, so that it follows when the others are overridden later. So is a key that has no
+    value, as most of `rope_parameters`.
     """
     tree = config.model_dump(mode="json")
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if field.default_factory is not None and name not in config.model_fields_set:
+        derived = field.default_factory is not None and name not in config.model_fields_set
+        if derived or (value is None and field.default is None):
             del tree[name]
         elif isinstance(value, Settings):
             names = {"name": tree[name]["name"]} if "name" in tree[name] else {}

@@ -2,6 +2,7 @@
 
     report()                      software, machine, GPUs, extras, and a sum over two real processes
     versions()                    the line of `llmnorm --version`
+    version()                     the package and its commit, as saved with every run
     missing_extra("peft")         the error that names the line which installs it
 
 What would surprise: this file stands beside cli.py but imports only the ground floor, and torch
@@ -16,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 from llmnorm.gpus import cuda_build, cuda_problem, driver_line, nvidia, output_of
@@ -68,7 +70,13 @@ def report() -> str:
 
 def versions() -> str:
     """The line of `llmnorm --version`: package, torch and the CUDA that torch was built for."""
-    return f"llmnorm {_version('llmnorm')}{_commit()}, torch {_version('torch')} ({cuda_build()})"
+    return f"llmnorm {version()}, torch {_version('torch')} ({cuda_build()})"
+
+
+@cache
+def version() -> str:
+    """The version of the package, and the commit where it runs from a checkout."""
+    return _version("llmnorm") + _commit()
 
 
 def _software() -> list[str]:

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -171,7 +172,7 @@ def launch_hint(arguments: Sequence[str]) -> str | None:
         f"one process was started and {len(free)} GPUs are free; for all of them: "
         f"{'' if free == gpus else chosen}accelerate launch "
         f"--config_file launch/accelerate/ddp.yaml --num_processes {len(free)} "
-        f"-m llmnorm train {' '.join(arguments)}".rstrip()
+        f"-m llmnorm train {shlex.join(arguments)}".rstrip()
     )
 
 

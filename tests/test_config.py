@@ -203,6 +203,19 @@ def test_what_is_derived_is_not_saved_unless_it_was_written() -> None:
     assert to_tree(load(SMOKE, ["model.head_dim=8"]).config)["model"]["head_dim"] == 8
 
 
+def test_keys_without_a_value_are_not_saved() -> None:
+    # Oracle: the settings that are read back; a value that was given is saved and told apart.
+    rope = to_tree(load(SMOKE).config)["model"]["rope_parameters"]
+    assert rope == {"rope_type": "default", "rope_theta": 10_000.0}
+    yarn = ["rope_type=yarn", "factor=2", "original_max_position_embeddings=64"]
+    words = [f"model.rope_parameters.{word}" for word in yarn]
+    plain = load(SMOKE, words).config
+    changed = load(SMOKE, [*words, "model.rope_parameters.beta_fast=16"]).config
+    assert differences(to_tree(plain), to_tree(changed)) == {
+        "model.rope_parameters.beta_fast": (None, 16.0)
+    }
+
+
 def test_differences_are_named_by_their_key() -> None:
     one, other = load(SMOKE).config, load(SMOKE, ["optimizer.lr=1", "seed=4"]).config
     assert differences(to_tree(one), to_tree(other)) == {

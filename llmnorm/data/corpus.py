@@ -294,7 +294,7 @@ def commit(source: SourceSettings, key: str) -> str:
     except Exception as error:
         raise InputError(
             f"{key}.dataset: '{source.dataset}' is no local directory, and the hub did not show it "
-            f" ({_first_line(error)})"
+            f"({_first_line(error)})"
         ) from error
 
 

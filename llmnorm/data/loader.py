@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from llmnorm.data.order import Order
 from llmnorm.data.packed import PackedData
 from llmnorm.data.shards import TokenStream
-from llmnorm.part import InputError
 
 Batch = dict[str, torch.Tensor]
 
@@ -35,10 +34,7 @@ class Loader:
         seed: seed of the order of rows.
         global_batch: rows of a step, over all processes.
         rank, world: this process and how many there are; rank r reads the r-th part of every step.
-        micro_batch: rows of one batch.
-
-    Raises:
-        InputError: the rows of a step do not divide over processes and micro batches.
+        micro_batch: rows of one batch; it divides a process's rows of a step.
     """
 
     def __init__(
@@ -53,11 +49,7 @@ class Loader:
     ) -> None:
         share = global_batch // world
         self._micro_batch = share if micro_batch is None else micro_batch
-        if global_batch % world or share % self._micro_batch:
-            raise InputError(
-                f"training.global_batch: {global_batch} rows do not divide over {world} processes "
-                f"in micro batches of {self._micro_batch} (training.micro_batch)"
-            )
+        assert global_batch == share * world and share % self._micro_batch == 0
         sources = packed.sources
         self._streams = [source.train for source in sources]
         self._context = packed.context_length

@@ -56,7 +56,13 @@ def open_packed(
     Raises:
         InputError: a shard is missing or damaged, or a source does not fill a row.
     """
-    manifest = json.loads((directory / "MANIFEST.json").read_text(encoding="utf-8"))
+    file = directory / "MANIFEST.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # not JSON, not UTF-8
+        raise InputError(
+            f"{file}: is damaged; delete {directory} and prepare the data again"
+        ) from None
     sources = []
     for entry, source, key in zip(
         manifest["sources"], settings, source_keys(settings), strict=True
@@ -67,12 +73,8 @@ def open_packed(
             check(below, entry[part]["shards"], contents=contents)
             streams[part] = TokenStream(below, entry[part]["shards"])
         train, validation = streams["train"], streams["validation"]
+        check_fills_a_row(f"{key}: {train.tokens} tokens do", train.tokens, context)
         rows = (train.tokens - 1) // context
-        if rows < 1:
-            raise InputError(
-                f"{key}: {train.tokens} tokens do not fill a row of data.context_length {context}; "
-                "give more text, or a shorter context_length"
-            )
         held = entry["validation"]
         sources.append(
             PackedSource(
@@ -101,3 +103,12 @@ def open_packed(
         sources=sources,
         **manifest["special"],
     )
+
+
+def check_fills_a_row(who: str, tokens: int, context: int) -> None:
+    """Refuses a source of fewer than `context` + 1 tokens; `who` begins the sentence."""
+    if tokens <= context:
+        raise InputError(
+            f"{who} not fill a row of data.context_length {context}; "
+            "give more text, or a shorter context_length"
+        )

@@ -12,6 +12,7 @@ path, size and time, so that `find` need not read them.
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import gzip
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from llmnorm.data import corpus, default_corpus, split
 from llmnorm.data import tokenizer as tokenizers
 from llmnorm.data.identity import hash_of, made_of, quick_key
-from llmnorm.data.packed import PackedData, PackedSource, open_packed
+from llmnorm.data.packed import PackedData, PackedSource, check_fills_a_row, open_packed
 from llmnorm.data.settings import DataSettings, SourceSettings, TokenizerSettings, source_keys
 from llmnorm.data.shards import ShardWriter
 from llmnorm.part import InputError
@@ -69,6 +70,7 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData:
         InputError: something about the sources, the tokenizer or the output directory is wrong.
     """
     packed = data.dir / "packed"
+    new = [path for path in (packed / "found", packed, *packed.parents) if not path.exists()]
     try:
         if data.sources == "default":
             default_corpus.fetch(data.dir / "default")
@@ -79,15 +81,25 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData:
         directory = packed / identity
         directory.mkdir(parents=True, exist_ok=True)
         (packed / "found").mkdir(exist_ok=True)
-        with _lock(packed / f"{identity}.lock"):
+        with _lock(packed / f"{identity}.lock") as lock:
             if not (directory / "MANIFEST.json").is_file():
-                _make(directory, data, tokenizer, sources, made)
+                try:
+                    _make(directory, data, tokenizer, sources, made)
+                except InputError:
+                    _withdraw(directory, lock)
+                    raise
         corpus.write_file(packed / "found" / quick, identity.encode())
         return open_packed(directory, data.context_length, sources, contents=True)
-    except OSError as error:
-        where = error.filename or packed
+    except (InputError, OSError) as error:
+        for path in new:  # of those that this call made, the ones that are empty
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if isinstance(error, InputError):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cure = "what is finished is kept, make room and run it again" if full else "name another"
         raise InputError(
-            f"data.dir: {where}: {error.strerror or error}; what is finished is kept, run it again"
+            f"data.dir: {error.filename or packed}: {error.strerror or error}; {cure}"
         ) from error
 
 
@@ -104,7 +116,7 @@ def sources_of(data: DataSettings) -> list[SourceSettings]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[Path]:
     """Lets one process in; the system frees the lock of a process that is killed."""
     with path.open("w") as file:
         try:
@@ -112,7 +124,18 @@ def _lock(path: Path) -> Iterator[None]:
         except BlockingIOError:
             _say("another process prepares the same data; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield path
+
+
+def _withdraw(directory: Path, lock: Path) -> None:
+    """Removes a preparation that was refused, unless shards or streamed parts are in it.
+
+    What is wrong with text or tokenizer is noticed before the first shard, and its cure is another
+    identity: nobody would ever go on from here.
+    """
+    if not any(path.suffix in (".npy", ".zst") for path in directory.rglob("*")):
+        shutil.rmtree(directory)
+        lock.unlink()
 
 
 def _say(line: str) -> None:
@@ -129,6 +152,8 @@ def _make(
     """Fills the directory; every step finds what an earlier call finished of it."""
     work = directory / "work"
     keys = source_keys(sources)
+    if settings.path is not None:
+        tokenizers.TextEncoder(settings.path)  # refuses what cannot be used
     spools: list[Path | None] = [None] * len(sources)
     for index, source in enumerate(sources):
         if not corpus.is_local(source):
@@ -140,14 +165,19 @@ def _make(
 
     start = time.perf_counter()
     documents = [_survey(work / f"survey-{i}.npz", texts(i)) for i in range(len(sources))]
-    total = sum(found.bytes for found in documents)
-    _say(f"{_megabytes(total)} of text surveyed in {time.perf_counter() - start:.1f} s")
+    own = [_own_validation(source, key) for source, key in zip(sources, keys, strict=True)]
     held = [
         np.zeros_like(found.sizes)
-        if source.validation is not None and found.bytes
+        if validation is not None and found.bytes
         else split.held_out(found, data.validation_bytes, key)
-        for source, found, key in zip(sources, documents, keys, strict=True)
+        for validation, found, key in zip(own, documents, keys, strict=True)
     ]
+    if settings.path is None:  # no token of our own BPE is shorter than a byte
+        for found, behind, key in zip(documents, held, keys, strict=True):
+            most = int((found.sizes - behind).sum()) + 2 * len(found.sizes)
+            check_fills_a_row(f"{key}: at most {most} tokens do", most, data.context_length)
+    total = sum(found.bytes for found in documents)
+    _say(f"{_megabytes(total)} of text surveyed in {time.perf_counter() - start:.1f} s")
     if not (directory / "tokenizer" / "tokenizer.json").is_file():
         _make_tokenizer(directory / "tokenizer", settings, documents, held, texts)
     encoder = tokenizers.TextEncoder(directory / "tokenizer", "tokenizer.path")
@@ -163,7 +193,7 @@ def _make(
                 "validation": _pack_validation(
                     directory / source.name,
                     encoder,
-                    source,
+                    own[index],
                     texts(index),
                     held[index],
                     threads,
@@ -181,6 +211,17 @@ def _make(
     }
     corpus.write_file(directory / "MANIFEST.json", json.dumps(manifest, indent=1).encode())
     shutil.rmtree(work)
+
+
+def _own_validation(source: SourceSettings, key: str) -> list[str] | None:
+    """The texts of the source's own validation files; None where it has none."""
+    if source.validation is None:
+        return None
+    paths = corpus.files(source.validation, f"{key}.validation")
+    parts = [text for text in corpus.read_files(paths, source.text_field) if text]
+    if not parts:
+        raise InputError(f"{key}.validation: {source.validation} has no text")
+    return parts
 
 
 def _survey(saved: Path, texts: Iterator[str]) -> split.Documents:
@@ -203,7 +244,6 @@ def _make_tokenizer(
     texts: Callable[[int], Iterator[str]],
 ) -> None:
     if settings.path is not None:
-        tokenizers.TextEncoder(settings.path)  # refuses what cannot be used before it is copied
         tokenizers.copy(settings.path, directory)
         return
     start = time.perf_counter()
@@ -243,23 +283,17 @@ def _pack_training(
 def _pack_validation(
     directory: Path,
     encoder: tokenizers.TextEncoder,
-    source: SourceSettings,
+    own: list[str] | None,
     texts: Iterator[str],
     held: NDArray[np.int64],
     threads: int,
     bar: tqdm,
 ) -> dict[str, Any]:
-    if source.validation is not None:
-        paths = corpus.files(source.validation, f"the validation of {source.name}")
-        parts = [text for text in corpus.read_files(paths, source.text_field) if text]
-        if not parts:
-            raise InputError(f"{source.validation}: the validation file has no text")
-    else:
-        parts = [
-            split.cut(text, behind)[1]
-            for text, behind in zip(texts, held.tolist(), strict=True)
-            if behind
-        ]
+    parts = own or [
+        split.cut(text, behind)[1]
+        for text, behind in zip(texts, held.tolist(), strict=True)
+        if behind
+    ]
     raw = "".join(parts).encode()
     bar.update(len(raw))
     writer = ShardWriter(directory, "validation")

@@ -75,12 +75,13 @@ class TextEncoder:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # `tokenizers` raises plain Exception
-            raise InputError(f"{key}: {path} is no tokenizer ({error})") from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"{key}: {path} is no tokenizer ({reason})") from error
         self._tokenizer.encode_special_tokens = True  # "<|eos|>" in a text is seven characters
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        special = _special_tokens(directory)
+        special = _special_tokens(directory, key)
         bos, eos, pad = (ids.get(special.get(name, "")) for name in ("bos", "eos", "pad"))
         either = bos if bos is not None else eos
         if either is None:
@@ -201,13 +202,16 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[_Piece]]:
         yield block
 
 
-def _special_tokens(directory: Path) -> dict[str, str]:
+def _special_tokens(directory: Path, key: str) -> dict[str, str]:
     """bos, eos, pad -> spelling, from the directory's configuration."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = directory / name
         if path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{key}: {path} is no JSON ({error})") from None
             for kind in ("bos", "eos", "pad"):
                 token = config.get(f"{kind}_token")
                 token = token.get("content") if isinstance(token, dict) else token

@@ -12,12 +12,14 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from tqdm import tqdm
+
+from llmnorm.part import InputError
 
 # Dense bf16 peak of one GPU in FLOP/s, from the vendors' data sheets, by a part of the device's
 # name; the first match counts. Hardware that is not here has an unknown MFU, never a guessed one.
@@ -65,11 +67,24 @@ def cut(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             break  # a kill tore this line; whatever followed it was never written
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _explained(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Make one line for the user of what a disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written: {error.strerror}; "
+            "the run goes on from its newest checkpoint when it can"
+        ) from None
 
 
 class Metrics:
@@ -95,7 +110,9 @@ class Metrics:
         seconds: float = 0.0,
     ) -> None:
         """Open the record for appending and draw the bar."""
-        self._file = path.open("a", encoding="utf-8") if enabled else None
+        self._path = path
+        with _explained(path):
+            self._file = path.open("a", encoding="utf-8") if enabled else None
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -119,7 +136,8 @@ class Metrics:
         """Close the record and leave the bar where it stands."""
         self._bar.close()
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # every line was flushed, so this was said already
+                self._file.close()
 
     @property
     def seconds(self) -> float:
@@ -177,5 +195,6 @@ class Metrics:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            with _explained(self._path):
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()

@@ -8,12 +8,12 @@ by every process alike, before any of them writes.
 
 import os
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from llmnorm.config import RunConfig, changeable, differences, to_tree, to_yaml
 from llmnorm.config_file import load
+from llmnorm.doctor import version
 from llmnorm.part import InputError
 
 
@@ -83,11 +83,17 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
     if not run.path.exists():
+        above = next(path for path in run.path.absolute().parents if path.exists())
+        if not above.is_dir():
+            raise InputError(f"run_dir: {run.path} cannot be made: {above} is a file")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(f"run_dir: {run.path} cannot be made: {above} is not writable")
         return run
     if not run.path.is_dir():
         raise InputError(f"run_dir: {run.path} is a file")
     if not run.config.exists():
-        if any(run.path.iterdir()):
+        # The two that a process killed at its very start leaves.
+        if any(path.name not in ("run.lock", "config.tmp") for path in run.path.iterdir()):
             raise InputError(
                 f"run_dir: {run.path} holds other files and no config.yaml; "
                 f"a free directory is {_free(run.path)}"
@@ -147,21 +153,19 @@ def begin(run: RunDirectory, config: RunConfig, tokenizer: Path) -> None:
 
 
 def end(run: RunDirectory, step: int, *, done: bool) -> None:
-    """Say how this process ended: at the run's last step, or stopped by a signal."""
-    (run.done if done else run.preempted).write_text(f"{step}\n", encoding="utf-8")
+    """Say how this process ended: at the run's last step, or stopped by a signal.
 
-
-def version() -> str:
-    """The installed package's version, and the commit where it runs from a checkout."""
-    found = metadata.version("llmnorm")
-    head = Path(__file__).parents[2] / ".git" / "HEAD"
+    Raises:
+        InputError: the directory cannot be written.
+    """
+    sign = run.done if done else run.preempted
+    temporary = sign.with_suffix(".tmp")
     try:
-        reference = head.read_text(encoding="utf-8").strip()
-        if reference.startswith("ref: "):
-            reference = (head.parent / reference[5:]).read_text(encoding="utf-8").strip()
-        return f"{found} ({reference[:12]})"
-    except OSError:
-        return found
+        temporary.write_text(f"{step}\n", encoding="utf-8")
+        temporary.replace(sign)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{sign}: cannot be written: {error.strerror}") from None
 
 
 def _free(path: Path) -> Path:

@@ -28,8 +28,12 @@ class RunLock:
         self._descriptor = -1
 
     def __enter__(self) -> "RunLock":
+        directory = self._path.parent
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"run_dir: {directory} cannot be made: {error.strerror}") from None
+        try:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._descriptor, 0)
@@ -38,7 +42,7 @@ class RunLock:
             owner = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip()
             os.close(self._descriptor)
             raise InputError(
-                f"{self._path.parent}: {owner or 'another process'} is training in this directory; "
+                f"{directory}: {owner or 'another process'} is training in this directory; "
                 "wait for it, stop it, or set another run_dir"
             ) from None
         except OSError as error:
