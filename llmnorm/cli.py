@@ -68,7 +68,9 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     from llmnorm.training.loop import train
 
     command = shlex.join(["llmnorm", "data", *words])
-    code = train(config, run, data_command=command, dry_run=parsed.dry_run)
+    code = train(
+        config, run, data_command=command, dry_run=parsed.dry_run, profile=parsed.profile
+    )
     if os.environ.get("RANK", "0") == "0" and not parsed.dry_run:
         print(run_directory.next_commands(run))
     return code
@@ -121,18 +123,40 @@ def parts(parsed: argparse.Namespace, _: list[str]) -> None:
 
 def generate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """`llmnorm generate`."""
-    from llmnorm.config_file import load
-    from llmnorm.training import run_directory
+    from llmnorm.config_file import load, section
+    from llmnorm.pretrained import describe
 
-    run = run_directory.existing(parsed.run_dir)
-    config = _told(load(parsed.run_dir, overrides))
+    path = parsed.path
+    if (path / "config.yaml").is_file():
+        settings = _told(load(path, overrides)).generation
+    else:
+        describe(path, "generate")
+        settings = section("generation", overrides)
 
     from llmnorm.generation.sampling import generate
-    from llmnorm.training.loading import load_run
+    from llmnorm.training.loading import load_model
 
-    model, tokenizer = load_run(run, config, parsed.checkpoint)
-    for text in generate(model, tokenizer, parsed.prompt or [""], config.generation):
+    model, tokenizer = load_model(path, checkpoint=parsed.checkpoint, ema=parsed.ema)
+    for text in generate(model, tokenizer, parsed.prompt or [""], settings):
         print(text, end="\n\n")
+
+
+def export(parsed: argparse.Namespace, _: list[str]) -> None:
+    """`llmnorm export`."""
+    from llmnorm.pretrained import describe
+
+    describe(parsed.path, "export")
+
+    from llmnorm.training.export import export
+
+    export(
+        parsed.path,
+        parsed.directory,
+        stock=parsed.stock,
+        average=parsed.average,
+        ema=parsed.ema,
+        checkpoint=parsed.checkpoint,
+    )
 
 
 def doctor(_: argparse.Namespace, __: list[str]) -> None:
@@ -167,10 +191,11 @@ class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors that name the nearest choice."""
 
     def error(self, message: str) -> NoReturn:
-        match = re.match(r"argument \S+: invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        match = re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if match:
-            choices = re.findall(r"[\w-]+", match[2])
-            message = f"'{match[1]}' is not a command; {nearest(match[1], choices)}"
+            choices = re.findall(r"[\w-]+", match[3])
+            what = "a command" if match[1] == "COMMAND" else f"valid for {match[1]}"
+            message = f"'{match[2]}' is not {what}; {nearest(match[2], choices)}"
         elif match := re.match(r"unrecognized arguments: (-\S+)", message):
             hint = nearest(match[1], sorted(self._options()))
             message = f"there is no option {match[1]}; {hint}"
@@ -228,6 +253,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dry-run", action="store_true", help="stop after the checks before the first step"
     )
+    sub.add_argument(
+        "--profile",
+        nargs="?",
+        const="time",
+        choices=["time", "memory"],
+        metavar="time|memory",
+        help="profile a few steps into the run directory",
+    )
     sub = command("data", "prepare the corpus: tokenizer and packed rows", data)
     sub.add_argument("config", type=Path, metavar="CONFIG", help="YAML file or run directory")
     sub.add_argument("--show", type=_count, metavar="N", help="print N rows as the model sees them")
@@ -237,9 +270,27 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
     sub = command("parts", "list the swappable parts with their settings", parts, overridable=False)
     sub.add_argument("name", metavar="NAME", nargs="?", help="one part or one key")
-    sub = command("generate", "continue text with a trained run", generate)
-    sub.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    sub = command("generate", "continue text with a trained run or a model directory", generate)
+    sub.add_argument("path", type=Path, metavar="RUN_OR_DIR", help="run, exported or stock model")
     sub.add_argument("--prompt", action="append", help="text to continue; may be given repeatedly")
+    sub.add_argument(
+        "--checkpoint",
+        type=_checkpoint,
+        default="latest",
+        metavar="latest|best|STEP",
+        help="which checkpoint",
+    )
+    sub.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    sub = command("export", "write a model directory for other tools", export, overridable=False)
+    sub.add_argument("path", type=Path, metavar="RUN_OR_DIR", help="run, exported or stock model")
+    sub.add_argument("directory", type=Path, metavar="DIR", help="what is written; new or empty")
+    sub.add_argument(
+        "--stock", action="store_true", help="as Llama, Qwen3 (QK-norm) or what it came from"
+    )
+    sub.add_argument(
+        "--average", type=_count, default=1, metavar="N", help="mean of the last N checkpoints"
+    )
+    sub.add_argument("--ema", action="store_true", help="the moving average of the weights")
     sub.add_argument(
         "--checkpoint",
         type=_checkpoint,

@@ -19,6 +19,18 @@ from llmnorm.optim.settings import AdamWSettings, CosineSettings, Optimizer, Sch
 from llmnorm.part import Settings
 
 Count = Annotated[int, Field(ge=1)]
+# accelerate's trackers, which cannot be asked for here without importing torch; a test compares.
+Tracker = Literal[
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
 
 
 class TrainingSettings(Settings):
@@ -85,6 +97,12 @@ class EvaluationSettings(Settings):
     """Steps between two evaluations; left out, only at the end."""
     micro_batch: Count | None = None
     """Rows that one process runs at once; left out, as in training."""
+    prompts: list[str] = []
+    """Texts to continue at every evaluation, with the sampling of `generation` and fixed noise."""
+    samples: int = Field(default=2, ge=0)
+    """Without `prompts`: how many validation rows' first tokens are continued instead; 0: none."""
+    sample_tokens: Count = 32
+    """Tokens generated at most for each of them."""
 
 
 class CheckpointSettings(Settings):
@@ -114,10 +132,16 @@ class ParallelSettings(Settings):
 
 
 class LoggingSettings(Settings):
-    """What a run writes down."""
+    """What a run writes down, and which trackers (accelerate's) it is shown in."""
 
     every: Count = 1
     """Steps between two lines of metrics.jsonl."""
+    trackers: list[Tracker] = []
+    """Trackers beside metrics.jsonl; `llmnorm[track]` brings tensorboard, wandb and trackio."""
+    project: str = "llmnorm"
+    """What the trackers file the run under."""
+    name: str | None = None
+    """What the trackers call the run; left out, the name of the run directory."""
 
 
 class GenerationSettings(Settings):

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from llmnorm.config import RunConfig
+from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import (
     Imports,
     InputError,
@@ -30,10 +31,12 @@ from llmnorm.part import (
     Settings,
     explain,
     key_path,
+    one_line,
     part_classes,
     part_of,
     settings_in,
 )
+from llmnorm.pretrained import FREE, describe
 
 
 class Mark(NamedTuple):
@@ -284,13 +287,14 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
     Raises:
         InputError: one line per mistake, each with its place, key, value and nearest valid choice.
     """
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
+    run = path if path.is_dir() else None
+    if run is not None:
+        if not (run / "config.yaml").is_file():
             raise InputError(
-                f"{path}: is a directory without config.yaml, so it is no run directory"
+                f"{run}: is a directory without config.yaml, so it is no run directory"
             )
-        path = path / "config.yaml"
-    marks: Marks = {}
+        path = run / "config.yaml"
+    marks: Marks = {(): Mark("", str(path))}
     tree = _read(path, marks, seen=())
     dropped: list[tuple[Any, ...]] = []
     for text in overrides:
@@ -298,10 +302,59 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
         patch = _with_names(patch, [RunConfig])
         tree = _merge(tree, patch, [RunConfig], marks, patch_marks, dropped=dropped)
     notes = [f"{key_path(p)} was dropped: a later override chose another part" for p in dropped]
+    if run is None:
+        tree, brought = _with_pretrained(tree, marks)
+    else:
+        tree, brought = _with_own_tokenizer(tree, run)
+    notes += brought
     config = _validate(tree, marks, path)
     if config.run_dir is None:
         config = config.model_copy(update={"run_dir": Path("runs") / path.stem})
     return Loaded(config, notes)
+
+
+def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any], list[str]]:
+    """The tree with the settings and the tokenizer that `model.pretrained` brings, and notes.
+
+    A run's own config.yaml needs none of it: what was brought stands there already.
+    """
+    model, loc = tree.get("model"), ("model", "pretrained")
+    if not isinstance(model, dict) or model.get("pretrained") is None:
+        return tree, []
+    named = Path(str(marks[loc].text or model["pretrained"]))
+    found = describe(named, f"{_where(marks, loc)}: model.pretrained")
+    for key, value in model.items():
+        if key in ModelSettings.model_fields and not found.admits(key, value):
+            raise InputError(
+                f"{_where(marks, ('model', key))}: model.{key}: {named} brings its own; leave it "
+                f"out (beside model.pretrained may be given: {', '.join(FREE)})"
+            )
+    tree = tree | {"model": found.model | model}
+    tokenizer = tree.get("tokenizer")
+    if tokenizer:
+        path = tokenizer.get("path") if isinstance(tokenizer, dict) else None
+        if found.tokenizer is None or path == str(found.tokenizer):
+            return tree, []
+        return tree, [f"model.pretrained: the tokenizer section is given, so not {named}'s own"]
+    if found.tokenizer is None:
+        raise InputError(
+            f"{_where(marks, loc)}: model.pretrained: {named} has no tokenizer.json; give the "
+            "tokenizer that its weights belong to as tokenizer.path"
+        )
+    tree = tree | {"tokenizer": {"path": str(found.tokenizer)}}
+    return tree, [f"tokenizer.path is {found.tokenizer}, which model.pretrained brings"]
+
+
+def _with_own_tokenizer(tree: dict[str, Any], run: Path) -> tuple[dict[str, Any], list[str]]:
+    """A run whose tokenizer directory is gone has its copy."""
+    tokenizer, own = tree.get("tokenizer"), run / "tokenizer"
+    if not isinstance(tokenizer, dict):
+        return tree, []
+    path = tokenizer.get("path")
+    if path is None or Path(str(path)).is_dir() or not own.is_dir():
+        return tree, []
+    note = f"tokenizer.path: {path} is gone; the run's own copy is used"
+    return tree | {"tokenizer": {**tokenizer, "path": str(own)}}, [note]
 
 
 def _read(path: Path, marks: Marks, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -375,6 +428,27 @@ def _line(error: dict[str, Any], marks: Marks, path: Path) -> str:
         typed.sort(key=lambda k: marks[k].where != COMMAND_LINE)
         return f"{marks[typed[0]].where}: {message}"
     return f"{_where(marks, loc)}: {key_path(loc)}: {message}" if loc else f"{path}: {message}"
+
+
+def section(name: str, overrides: Iterable[str]) -> Any:
+    """One section of settings from overrides alone, for a model that is no run's.
+
+    Raises:
+        InputError: an override is not valid, or belongs to another section.
+    """
+    cls = settings_in(RunConfig.model_fields[name].annotation)[0]
+    tree: Any = {}
+    marks: Marks = {}
+    for text in overrides:
+        patch, patch_marks = _override(text)
+        tree = _merge(tree, _with_names(patch, [RunConfig]), [RunConfig], marks, patch_marks)
+    if foreign := [key for key in tree if key != name]:
+        raise InputError(f"{COMMAND_LINE}: {foreign[0]}: only {name}.* is read here")
+    try:
+        return cls.model_validate(tree.get(name, {}))
+    except ValidationError as error:
+        lines = [f"{COMMAND_LINE}: {name}.{one_line([e])}" for e in explain(error, cls)]
+        raise InputError("\n".join(lines)) from None
 
 
 def read_yaml(path: Path) -> Any:

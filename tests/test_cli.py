@@ -48,7 +48,8 @@ def test_help_lists_every_command(capsys) -> None:
         (["config", "--schema", "seed=3"], "config: --schema stands alone"),
         (["parts", "rmss"], "no part is called 'rmss'; did you mean 'rms'?"),
         (["config"], "config: name a configuration file"),
-        (["generate", "configs/smoke.yaml"], "configs/smoke.yaml: is no run directory"),
+        (["generate", "configs/smoke.yaml"], "generate: there is no directory configs/smoke.yaml"),
+        (["export", "docs", "out"], "export: docs has neither config.yaml (a run) nor config.json"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, words, message) -> None:

@@ -43,6 +43,11 @@ class PackedData:
     context_length: int
     sources: list[PackedSource]
 
+    def sizes(self) -> list[dict[str, str | int]]:
+        """The sources in plain values, for what is kept with a checkpoint."""
+        keys = "name", "weight", "rows", "documents", "tokens", "bytes"
+        return [{key: getattr(source, key) for key in keys} for source in self.sources]
+
 
 def open_packed(
     directory: Path, context: int, settings: list[SourceSettings], *, contents: bool

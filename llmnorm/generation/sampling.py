@@ -1,11 +1,10 @@
-"""Continuing text with a trained model, through Hugging Face's `generate`."""
+"""Continuing text with a trained model."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from llmnorm.config import GenerationSettings
+from llmnorm.models.continuation import continuation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,19 +21,7 @@ def generate(
     A prompt is the beginning of a document: it is put after the token that starts one. The noise is
     a function of `settings.seed` alone.
     """
-    greedy = settings.temperature == 0
     for prompt in prompts:
         ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
-        torch.manual_seed(settings.seed)
-        out = model.generate(
-            torch.tensor([ids], device=model.device),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=not greedy,
-            temperature=None if greedy else settings.temperature,
-            top_k=0 if settings.top_k is None or greedy else settings.top_k,
-            top_p=None if greedy else settings.top_p,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        yield tokenizer.decode(out[0], skip_special_tokens=True)
+        ids += continuation(model, tokenizer, ids, settings)
+        yield tokenizer.decode(ids, skip_special_tokens=True)

@@ -4,13 +4,16 @@
 JSON values as attributes, derives `layer_types`, lets Hugging Face's own bookkeeping keys pass and
 refuses every other key.
 
-Traps of transformers 5 that are handled here: configs are dataclasses whose generated `__eq__`
-looks at their annotated fields only, so that all of ours would be equal; `from_pretrained(d,
-hidden_size=8)` sets attributes after `__init__`, past any validation; rotary keys of older
-checkpoints (`rope_theta`, `rope_scaling`) stand beside `rope_parameters`.
+Traps of transformers 5 that are handled here: after loading with trust_remote_code it would copy
+the class's source file beside everything that is saved later (`register_for_auto_class`); configs
+are dataclasses whose generated `__eq__` looks at their annotated fields only, so that all of ours
+would be equal; `from_pretrained(d, hidden_size=8)` sets attributes after `__init__`, past any
+validation; rotary keys of older checkpoints (`rope_theta`, `rope_scaling`) stand beside
+`rope_parameters`.
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,11 +27,22 @@ _OURS = frozenset(ModelSettings.model_fields)
 _THEIRS = frozenset(
     {
         *("_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation"),
-        *("auto_map", "bos_token_id", "eos_token_id", "experts_implementation", "model_type"),
+        *("bos_token_id", "eos_token_id", "experts_implementation", "model_type"),
         *("name_or_path", "num_labels", "output_attentions", "pad_token_id"),
         *("quantization_config", "torch_dtype", "use_cache"),
     }
 )
+# What a saved directory tells the Auto classes: three lines that import the installed package.
+_MODULE = "modeling_llmnorm"
+_AUTO_MAP = {
+    "AutoConfig": f"{_MODULE}.LlmNormConfig",
+    "AutoModel": f"{_MODULE}.LlmNormModel",
+    "AutoModelForCausalLM": f"{_MODULE}.LlmNormForCausalLM",
+}
+_SOURCE = '''"""The classes of the installed package llmnorm (Auto classes, trust_remote_code)."""
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.modeling import LlmNormForCausalLM, LlmNormModel
+'''
 
 
 class LlmNormConfig(PreTrainedConfig):
@@ -44,7 +58,8 @@ class LlmNormConfig(PreTrainedConfig):
     def __init__(self, **keys: Any) -> None:
         _fold_legacy_rope(keys)
         ours = {k: keys.pop(k) for k in list(keys) if k in _OURS}
-        keys.pop("layer_types", None)  # derived below
+        for written in ("layer_types", "auto_map"):  # by this class, see below and to_dict
+            keys.pop(written, None)
         theirs = _their_keys()
         if unknown := sorted(k for k in keys if k not in theirs):
             hint = nearest(unknown[0], sorted(_OURS))
@@ -66,6 +81,20 @@ class LlmNormConfig(PreTrainedConfig):
     def settings(self) -> ModelSettings:
         """The settings as they are now (tools may have set attributes since)."""
         return _validated({key: getattr(self, key) for key in _OURS if hasattr(self, key)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Hugging Face's, with the `auto_map` by which Auto classes find the package."""
+        return super().to_dict() | {"auto_map": dict(_AUTO_MAP)}
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As Hugging Face's; beside config.json stands the module that `auto_map` names."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{_MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: transformers would copy this file beside what is saved."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -91,7 +120,7 @@ def _validated(values: dict[str, Any]) -> ModelSettings:
 
 
 def _json(settings: ModelSettings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", exclude_none=True)
+    return settings.model_dump(mode="json", exclude_none=True, include=set(_OURS))
 
 
 def _fold_legacy_rope(keys: dict[str, Any]) -> None:

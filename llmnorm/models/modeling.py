@@ -37,11 +37,19 @@ def build_model(
     config: LlmNormConfig, *, seed: int, device: torch.device | str = "cpu"
 ) -> "LlmNormForCausalLM":
     """A freshly initialised float32 model on `device`, the same numbers on any device."""
+    model = empty_model(config, device=device)
+    initialize(model, seed=seed)
+    return model
+
+
+def empty_model(
+    config: LlmNormConfig, *, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> "LlmNormForCausalLM":
+    """A model whose parameters are allocated and hold nothing yet."""
     with torch.device("meta"):
-        model = LlmNormForCausalLM(config)
+        model = LlmNormForCausalLM(config).to(dtype)
     model.to_empty(device=torch.device(device))
     model.tie_weights()  # to_empty gave a tied head a tensor of its own
-    initialize(model, seed=seed)
     return model
 
 
@@ -54,6 +62,10 @@ class LlmNormPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     accepts_loss_kwargs = True  # num_items_in_batch
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: the installed package is what a saved directory names (configuration.py)."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

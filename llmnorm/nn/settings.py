@@ -162,6 +162,9 @@ class ModelSettings(Settings):
     """The embedding's own standard deviation; initializer_range if not given."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of each mixer's and MLP's output that is dropped in training."""
+    export_as: Literal["llama", "mistral", "qwen2", "qwen3"] | None = None
+    """The stock architecture of `llmnorm export --stock`; the one that fits if not given. A stock
+    model loaded by `model.pretrained` brings its own."""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@ a step computes. Everything a step needs is a function of its number: rows, lear
 a checkpoint holds weights, optimizer state and counts, nothing else.
 """
 
+import json
 import math
 import sys
 from contextlib import ExitStack
@@ -20,8 +21,9 @@ from llmnorm.data import packing
 from llmnorm.data.loader import Batch, Loader
 from llmnorm.data.packed import PackedData
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.convert import named_weights
 from llmnorm.models.flops import flops_per_token
-from llmnorm.models.modeling import LlmNormForCausalLM, build_model
+from llmnorm.models.modeling import LlmNormForCausalLM, build_model, empty_model
 from llmnorm.optim.groups import split
 from llmnorm.part import InputError
 from llmnorm.training import metrics as record
@@ -29,15 +31,27 @@ from llmnorm.training import run_directory
 from llmnorm.training.checkpoint import Checkpoints
 from llmnorm.training.ema import EMA
 from llmnorm.training.evaluation import evaluate
+from llmnorm.training.loading import open_source
 from llmnorm.training.metrics import Metrics
 from llmnorm.training.parallel import Parallel
+from llmnorm.training.profiling import Profiler
 from llmnorm.training.run_directory import RunDirectory
 from llmnorm.training.run_lock import RunLock
+from llmnorm.training.samples import Samples
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.state import Progress, environment, go_on, named_tensors
+from llmnorm.training.trackers import Trackers
+from llmnorm.training.trackers import check as check_trackers
 
 
-def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: bool = False) -> int:
+def train(
+    config: RunConfig,
+    run: RunDirectory,
+    *,
+    data_command: str,
+    dry_run: bool = False,
+    profile: str | None = None,
+) -> int:
     """Train until the configured length or a signal.
 
     Args:
@@ -45,6 +59,7 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
         run: where the run lives; its newest whole checkpoint is gone on from.
         data_command: what prepares the data, for the message where it is missing.
         dry_run: stop after the checks that precede the first step.
+        profile: "time" or "memory": what a few steps are profiled for.
 
     Returns:
         The exit code: 0, or 143 / 130 after SIGTERM / SIGINT.
@@ -52,6 +67,7 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
     Raises:
         InputError: something that the user can mend, in one line.
     """
+    check_trackers(config.logging)
     with ExitStack() as stack:
         parallel = Parallel(config.parallel, config.training)
         stack.callback(parallel.close)
@@ -62,7 +78,7 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
         steps = config.training.total_steps(rows, packed.context_length)
 
         # Model, layout, optimizer, schedule.
-        model = _model(config, packed, parallel)
+        model = _model(config, run, packed, parallel)
         replica = parallel.prepare(model)
         groups = split(model)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
@@ -72,12 +88,11 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
         parallel.check()
 
         # The run directory, and the newest whole checkpoint in it.
-        def begin() -> None:
+        def lock() -> None:
             stack.enter_context(RunLock(run.path))
-            run_directory.begin(run, config, packed.tokenizer_directory)
 
         if not dry_run:
-            parallel.on_main(begin)
+            parallel.on_main(lock)
         checkpoints = Checkpoints(
             run.checkpoints,
             keep=config.checkpoint.keep,
@@ -115,13 +130,23 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
             _say(parallel, "dry run: every check passed, nothing was trained")
             return 0
 
+        # Everything that could be refused has been looked at: only now is anything written.
+        def begin() -> None:
+            run_directory.begin(run, config, packed.tokenizer_directory)
+            record.cut(run, progress.step)
+
+        parallel.on_main(begin)
+
         # The steps.
-        if parallel.is_main:
-            record.cut(run.metrics, progress.step)
         stop = stack.enter_context(StopRequest())
+        samples = Samples(config, packed)
+        trackers = stack.enter_context(
+            Trackers(config, run, start=progress.step, enabled=parallel.is_main)
+        )
         metrics = stack.enter_context(
             Metrics(
-                run.metrics,
+                run,
+                trackers,
                 steps=steps,
                 start=progress.step,
                 flops_per_token=flops_per_token(model, config.data.context_length),
@@ -129,6 +154,16 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
                 world=parallel.world,
                 enabled=parallel.is_main,
                 seconds=progress.seconds,
+            )
+        )
+        profiler = stack.enter_context(
+            Profiler(
+                profile if parallel.is_main else None,
+                run.profile,
+                device=parallel.device,
+                start=progress.step,
+                steps=steps,
+                say=metrics.say,
             )
         )
         exit_code = 0
@@ -162,6 +197,7 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
             progress.row += global_batch
             progress.tokens += labels
             metrics.count(labels, mean_loss)
+            profiler.step()
 
             last = progress.step >= steps
             if progress.skipped_in_a_row >= (1 if last else config.training.max_skipped_steps):
@@ -188,7 +224,9 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
                         parallel=parallel,
                         ema=ema,
                     )
+                    texts = samples.generate(model, parallel)
                 metrics.log_evaluation(progress.step, progress.tokens, figures)
+                metrics.log_samples(progress.step, progress.tokens, texts)
             # Weights whose loss is not finite are not worth a checkpoint, whatever the interval.
             due = last or exit_code or _due(progress.step, config.checkpoint.every)
             if due and progress.skipped_in_a_row == 0:
@@ -198,7 +236,8 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
                     "data": packed.identity,
                     "environment": environment(parallel),
                     "config": to_tree(config),
-                    "tokens_of_text": _tokens(config, packed),
+                    "model": json.loads(model.config.to_json_string()),
+                    "sources": packed.sizes(),
                     "llmnorm": run_directory.version(),
                 }
                 with metrics.pause():
@@ -214,19 +253,36 @@ def train(config: RunConfig, run: RunDirectory, *, data_command: str, dry_run: b
         return 0 if progress.step >= steps else exit_code
 
 
-def _model(config: RunConfig, packed: PackedData, parallel: Parallel) -> LlmNormForCausalLM:
-    """The run's model with its initial weights; the same numbers on every process and device."""
-    if config.model.vocab_size != "auto" and config.model.vocab_size < packed.vocab_size:
+def _model(
+    config: RunConfig, run: RunDirectory, packed: PackedData, parallel: Parallel
+) -> LlmNormForCausalLM:
+    """The run's model with its first weights; the same numbers on every process and device."""
+    rows, pretrained = config.model.vocab_size, config.model.pretrained
+    if rows != "auto" and rows < packed.vocab_size:
+        if pretrained is not None:
+            raise InputError(
+                f"model.pretrained: {pretrained} has {rows} embedding rows, the tokenizer "
+                f"{packed.vocab_size} tokens; leave the tokenizer section out to use its own"
+            )
         raise InputError(
-            f"model.vocab_size: {config.model.vocab_size} is less than the tokenizer's "
-            f"{packed.vocab_size}; leave it out, or give at least that"
+            f"model.vocab_size: {rows} is less than the tokenizer's {packed.vocab_size}; "
+            "leave it out, or give at least that"
         )
     settings = LlmNormConfig.from_settings(config.model, **_tokens(config, packed))
-    return build_model(settings, seed=config.seed, device=parallel.device).train()
+    begun = config.training.branch_from is not None or bool(Checkpoints(run.checkpoints).steps())
+    if pretrained is None or begun:  # a checkpoint's weights will take the place of these
+        return build_model(settings, seed=config.seed, device=parallel.device).train()
+    source = open_source(
+        pretrained, key="model.pretrained", rank=parallel.rank, world=parallel.world
+    )
+    model = empty_model(settings, device=parallel.device)
+    source.read_into(named_weights(model))
+    _say(parallel, f"weights from {pretrained}")
+    return model.train()
 
 
 def _tokens(config: RunConfig, packed: PackedData) -> dict[str, int]:
-    """What the model has to know of the tokenizer; saved with every checkpoint."""
+    """What the model has to know of the tokenizer."""
     chosen = config.model.vocab_size
     return {
         "vocab_size": packed.vocab_size if chosen == "auto" else int(chosen),

@@ -1,7 +1,8 @@
 """The run directory: what it belongs to, whether this configuration may go on with it.
 
-A run directory holds config.yaml (the resolved settings), metrics.jsonl, checkpoints/, plots/, and
-a file DONE or PREEMPT that says how the last process ended (launchers turn every exit code into 1).
+A run directory holds config.yaml (the resolved settings), metrics.jsonl, samples.jsonl,
+checkpoints/, tokenizer/, plots/, what trackers and commands keep there (see RunDirectory), and a
+file DONE or PREEMPT that says how the last process ended (launchers turn every exit code into 1).
 Nothing here imports torch: a configuration that contradicts the directory is answered at once, and
 by every process alike, before any of them writes.
 """
@@ -31,6 +32,26 @@ class RunDirectory(NamedTuple):
     def metrics(self) -> Path:
         """A line a logged step or evaluation."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """A line an evaluation: prompts and what the model put after them."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def tracker(self) -> Path:
+        """By which ids the trackers know the run."""
+        return self.path / "tracker.json"
+
+    @property
+    def profile(self) -> Path:
+        """Traces and memory snapshots."""
+        return self.path / "profile"
+
+    @property
+    def evaluations(self) -> Path:
+        """What `llmnorm eval` found, a file a checkpoint."""
+        return self.path / "eval"
 
     @property
     def checkpoints(self) -> Path:
@@ -99,7 +120,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
                 f"a free directory is {_free(run.path)}"
             )
         return run
-    changed = differences(to_tree(load(run.config).config), to_tree(config))
+    changed = differences(to_tree(load(run.path).config), to_tree(config))
     changed.pop("run_dir", None)
     if going_on:
         changed = {key: values for key, values in changed.items() if not changeable(key)}
@@ -120,7 +141,7 @@ def finished(run: RunDirectory, config: RunConfig) -> bool:
     """Whether the run has reached its end, and `config` asks for no other length."""
     if not run.done.exists():
         return False
-    changed = differences(to_tree(load(run.config).config), to_tree(config))
+    changed = differences(to_tree(load(run.path).config), to_tree(config))
     return not any(f"training.{key}" in changed for key in ("steps", "tokens", "epochs"))
 
 

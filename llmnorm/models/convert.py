@@ -1,0 +1,205 @@
+"""Weights of a Hugging Face directory in and out, a shard at a time.
+
+A directory holds `model.safetensors`, or several shards and `model.safetensors.index.json`. Names
+and shapes are checked from the files' headers before anything is copied; then each tensor goes from
+the mapped file straight into the parameter that was allocated for it. Writing is the same the other
+way round: the tensors of one shard are asked for, written, and let go before the next.
+
+What would surprise: stock names are ours, so nothing is renamed (settings: `llmnorm/stock.py`); a
+tied head may stand in a file beside its embedding and must then equal it; nothing is unpickled, so
+a directory with `pytorch_model.bin` alone is refused.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.part import InputError, nearest
+
+MAX_SHARD_BYTES = 2_000_000_000
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+
+
+class Stored(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Weights:
+    """The weights of a directory, by parameter name; only headers are read until `read_into`.
+
+    Attributes:
+        tensors: every tensor's dtype and shape.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.tensors: dict[str, Stored] = {}
+        self._files: dict[str, Path] = {}
+        for file in _shards(directory):
+            try:
+                with safe_open(file, framework="pt", device="cpu") as stored:
+                    for name in stored.keys():  # noqa: SIM118 (no mapping)
+                        header = stored.get_slice(name)
+                        dtype = _DTYPES.get(header.get_dtype())
+                        if dtype is None:
+                            raise InputError(f"{file}: '{name}' is {header.get_dtype()}")
+                        self.tensors[name] = Stored(dtype, tuple(header.get_shape()))
+                        self._files[name] = file
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{file}: cannot be read ({error})") from None
+
+    def read_into(self, into: Mapping[str, Tensor]) -> None:
+        """Copy stored tensors into those of `into`, file by file, converting the dtype."""
+        for file in dict.fromkeys(self._files[name] for name in into):
+            try:
+                with safe_open(file, framework="pt", device="cpu") as stored, torch.no_grad():
+                    for name, tensor in into.items():
+                        if self._files[name] == file:
+                            tensor.copy_(stored.get_tensor(name))
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{file}: cannot be read ({error})") from None
+
+
+def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that a directory holds for `model`: parameters, a tied one once, and buffers."""
+    saved = model.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {**{n: p.detach() for n, p in model.named_parameters()}, **buffers}
+
+
+def check_weights(config: LlmNormConfig, tensors: Mapping[str, Stored], where: Path) -> list[str]:
+    """The names to read for a model of `config`, in the model's order.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    with torch.device("meta"):
+        wanted = named_weights(LlmNormForCausalLM(config))
+    if missing := [name for name in wanted if name not in tensors]:
+        hint = nearest(missing[0], list(tensors)[:1000])
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{where}: holds no tensor '{missing[0]}'{more}; {hint}")
+    for name, tensor in wanted.items():
+        have, want = tensors[name].shape, tuple(tensor.shape)
+        if have != want:
+            raise InputError(f"{where}: '{name}' has shape {have}, its config.json means {want}")
+    if unasked := sorted(n for n in tensors if n not in wanted and not _ignored(n, config)):
+        more = f" and {len(unasked) - 1} more" if len(unasked) > 1 else ""
+        raise InputError(f"{where}: '{unasked[0]}'{more} has no place in the model")
+    return list(wanted)
+
+
+def open_weights(directory: Path, config: LlmNormConfig) -> Weights:
+    """The weights in `directory`, which are those of a model of `config`.
+
+    Raises:
+        InputError: no safetensors file, a damaged one, or tensors that do not fit the model.
+    """
+    weights = Weights(directory)
+    check_weights(config, weights.tensors, directory)
+    if config.tie_word_embeddings and "lm_head.weight" in weights.tensors:
+        name = "model.embed_tokens.weight"
+        both = {n: torch.empty(weights.tensors[n].shape) for n in (name, "lm_head.weight")}
+        weights.read_into(both)
+        if not torch.equal(*both.values()):
+            raise InputError(
+                f"{directory}: tie_word_embeddings is true, but lm_head.weight is not {name}"
+            )
+    return weights
+
+
+def write_weights(
+    directory: Path,
+    tensors: Mapping[str, Stored],
+    read_into: Callable[[Mapping[str, Tensor]], None],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write shards and their index as Hugging Face does, holding one shard at a time.
+
+    Args:
+        tensors: what to write, in this order.
+        read_into: fills the tensors it is given.
+        max_shard_bytes: a shard is closed before it grows beyond this (a larger tensor stands
+            alone).
+    """
+    shards = _plan(tensors, max_shard_bytes)
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else _SINGLE
+        shard = {
+            name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype) for name in names
+        }
+        read_into(shard)
+        try:
+            save_file(shard, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # gives the system's errors as text
+            raise OSError(f"{file}: {error}") from None
+        del shard
+        places |= dict.fromkeys(names, file)
+    if shards[1:]:
+        total = sum(_bytes(tensors[name]) for name in places)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan(tensors: Mapping[str, Stored], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = []
+    room = 0
+    for name, stored in tensors.items():
+        if not shards or _bytes(stored) > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= _bytes(stored)
+    return shards
+
+
+def _bytes(stored: Stored) -> int:
+    return torch.Size(stored.shape).numel() * stored.dtype.itemsize
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError):
+            raise InputError(f"{index}: is no index of shards") from None
+        return [directory / name for name in sorted(names)]
+    if (directory / _SINGLE).is_file():
+        return [directory / _SINGLE]
+    pickled = sorted(p.name for p in directory.glob("*.bin"))
+    if pickled:
+        raise InputError(
+            f"{directory}: holds {pickled[0]} but no safetensors file; a .bin file is a pickle, "
+            "which can run any code: save the model again with transformers' save_pretrained"
+        )
+    raise InputError(f"{directory}: holds neither {_SINGLE} nor {_INDEX}")
+
+
+def _ignored(name: str, config: LlmNormConfig) -> bool:
+    """Rotary tables that old files hold, and a tied head (compared by `open_weights`)."""
+    tied_head = config.tie_word_embeddings and name == "lm_head.weight"
+    return tied_head or name.endswith(".rotary_emb.inv_freq")
