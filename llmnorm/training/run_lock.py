@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from llmnorm.part import InputError
@@ -52,6 +53,10 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # a run that was refused leaves no directory
+            if os.listdir(self._path.parent) == [self._path.name]:
+                self._path.unlink()
+                self._path.parent.rmdir()
         os.close(self._descriptor)
 
 

@@ -1,0 +1,617 @@
+"""Bad inputs through the real command line, and the page that lists them.
+
+Every mistake is answered by exit code 2, one line on stderr that begins with "llmnorm: error:", and
+nothing written: the working directory is compared before and after. The tables below hold the whole
+message of each; `<...>` stands for what differs from case to case, `needs` for what must be in it.
+docs/troubleshooting.md shows no message that is not produced here.
+"""
+
+import gzip
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from llmnorm import cli
+from tests.running import ROOT
+
+SMOKE = "configs/smoke.yaml"
+CONFIGURATION = "data: {sources: default}\ntraining: {steps: 10}\n"
+
+
+class Case(NamedTuple):
+    """A command that must be refused.
+
+    Attributes:
+        words: the command line, in a working directory that holds the configurations and texts.
+        message: the whole line after "llmnorm: error: ".
+        needs: parts of it that the placeholders stand for.
+        prepare: what spoils the working directory before.
+        real: run as `python -m llmnorm` instead of in this process.
+    """
+
+    words: str
+    message: str
+    needs: tuple[str, ...] = ()
+    prepare: Callable[[], object] | None = None
+    real: bool = False
+
+
+def write(name: str, content: str | bytes) -> Callable[[], object]:
+    """Makes a file of the working directory."""
+    raw = content.encode() if isinstance(content, str) else content
+
+    def make() -> None:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(raw)
+
+    return make
+
+
+COMMAND_LINE = {
+    "unknown command": Case(
+        "tran x.yaml",
+        "'<word>' is not a command; <hint> (`llmnorm --help` shows the usage)",
+        ("'tran'", "did you mean 'train'?"),
+        real=True,
+    ),
+    "no configuration": Case(
+        "train",
+        "the following arguments are required: CONFIG (`llmnorm train --help` shows the usage)",
+        real=True,
+    ),
+    "unknown option": Case(
+        f"train {SMOKE} --dryrun",
+        "there is no option <option>; <hint> (`llmnorm --help` shows the usage)",
+        ("--dryrun", "did you mean '--dry-run'?"),
+    ),
+    "setting without a value": Case(
+        f"train {SMOKE} seed",
+        "unrecognized arguments: <word>; a setting is written key.sub=value "
+        "(`llmnorm --help` shows the usage)",
+        ("seed",),
+    ),
+    "number of rows that is none": Case(
+        f"data {SMOKE} --show 0",
+        "argument --show: expected a whole number of at least 1, got '0' "
+        "(`llmnorm data --help` shows the usage)",
+        real=True,
+    ),
+    "unknown part": Case(
+        "parts rmss", "no part is called '<word>'; <hint>", ("did you mean 'rms'?",), real=True
+    ),
+    "settings where none belong": Case(
+        "doctor seed=3", "<command>: takes no settings, got '<setting>'", ("doctor", "seed=3")
+    ),
+    "config of nothing": Case(
+        "config", "config: name a configuration file or run directory, or ask for --schema"
+    ),
+    "schema of something": Case(
+        "config --schema seed=3",
+        "config: --schema stands alone; it is the same for every configuration",
+    ),
+    "checkpoint that is no name": Case(
+        "generate run --checkpoint lates",
+        "argument --checkpoint: '<word>' is no checkpoint; <hint> "
+        "(`llmnorm generate --help` shows the usage)",
+        ("did you mean 'latest'?",),
+        real=True,
+    ),
+}
+
+UNKNOWN_KEY = "<place>: <key>: unknown key; <hint>"
+NOT_YAML = "<file>:<line>: not valid YAML: <problem>"
+
+FILES = {
+    "missing file": Case(
+        "train configs/smok.yaml",
+        "<file>: no such file; did you mean '<file>'?",
+        ("configs/smok.yaml:", "'configs/smoke.yaml'"),
+        real=True,
+    ),
+    "missing directory": Case("config nowhere/x.yaml", "<file>: no such file", ("nowhere/x.yaml",)),
+    "directory that is no run": Case(
+        "train tests",
+        "<directory>: is a directory without config.yaml, so it is no run directory",
+        ("tests:",),
+    ),
+    "empty file": Case(
+        "train x.yaml", "<file>: the file is empty", ("x.yaml",), write("x.yaml", "")
+    ),
+    "binary file": Case(
+        "train x.yaml", "<file>: cannot be read: <reason>", ("x.yaml",), write("x.yaml", b"\xff\0")
+    ),
+    "tab": Case("train x.yaml", NOT_YAML, ("x.yaml:2:",), write("x.yaml", "seed: 1\n\tdata: 2\n")),
+    "unclosed bracket": Case(
+        "train x.yaml", NOT_YAML, ("x.yaml:2:",), write("x.yaml", "seed: [1\n")
+    ),
+    "key given twice": Case(
+        "train x.yaml",
+        "<file>:<line>: <key> is given twice",
+        ("x.yaml:3: training.steps",),
+        write("x.yaml", "training:\n  steps: 1\n  steps: 2\n"),
+    ),
+    "list in the place of sections": Case(
+        "train x.yaml",
+        "<file>: expected a mapping of sections, got list",
+        ("x.yaml",),
+        write("x.yaml", "- 1\n"),
+    ),
+    "required section missing": Case(
+        "train x.yaml",
+        "<file>: <key>: is required",
+        ("x.yaml", "data:"),
+        write("x.yaml", "training: {steps: 1}\n"),
+    ),
+    "base that leads back": Case(
+        "train x.yaml",
+        "<file>: 'base' leads back to this file",
+        ("x.yaml",),
+        write("x.yaml", "base: x.yaml\n"),
+    ),
+    "misspelt key in a file": Case(
+        "train x.yaml",
+        UNKNOWN_KEY,
+        ("x.yaml:5: model.norn:", "did you mean 'norm'?"),
+        write("x.yaml", f"{CONFIGURATION}model:\n  hidden_size: 64\n  norn: rms\n"),
+    ),
+}
+
+WHOLE_NUMBER = "<place>: <key>: expected a whole number, got <value>"
+AT_LEAST = "<place>: <key>: must be at least <number>, got <number>"
+NOT_VALID = "<place>: <key>: '<word>' is not valid; <hint>"
+
+
+def setting(words: str, message: str, *needs: str, real: bool = False) -> Case:
+    """A wrong setting: the message places it on the command line."""
+    return Case(f"train {SMOKE} {words}", message, ("command line: ", *needs), real=real)
+
+
+SETTINGS = {
+    "unknown key": setting("model.nrom=rms", UNKNOWN_KEY, "model.nrom:", "did you mean 'norm'?"),
+    "unknown section": setting("optimiser.lr=1", UNKNOWN_KEY, "did you mean 'optimizer'?"),
+    "unknown key of a list's item": setting(
+        "data.sources.0.pth=x", UNKNOWN_KEY, "data.sources.0.pth:", "did you mean 'path'?"
+    ),
+    "near-miss name": setting(
+        "model.norm=rmss",
+        "<place>: <key>: no part is called '<word>'; <hint>",
+        "model.norm:",
+        "did you mean 'rms'?",
+    ),
+    "near-miss choice": setting(
+        "training.precision=fp16", NOT_VALID, "training.precision:", "did you mean 'bf16'?"
+    ),
+    "text for a number": setting("training.steps=many", WHOLE_NUMBER, "training.steps", "'many'"),
+    "fraction for a whole number": setting("training.steps=1.5", WHOLE_NUMBER, "training.steps"),
+    "negative steps": setting("training.steps=-4", AT_LEAST, "training.steps", "at least 1, got"),
+    "truth value for a number": setting(
+        "seed=true", "<place>: <key>: expected a number, got true", "seed:"
+    ),
+    "number for a truth value": setting(
+        "training.deterministic=1", "<place>: <key>: expected true or false, got 1"
+    ),
+    "no number at all": setting(
+        "optimizer.lr=.nan", "<place>: <key>: expected a finite number, got nan", "optimizer.lr"
+    ),
+    "two lengths": setting(
+        "training.tokens=9",
+        "<place>: give exactly one of training.steps, training.tokens, training.epochs; got <keys>",
+        "training.steps and training.tokens",
+    ),
+    "batch that does not divide": setting(
+        "training.micro_batch=5",
+        "<place>: training.micro_batch <n> does not divide training.global_batch <n>; "
+        "the nearest that does is <n>",
+        "the nearest that does is 4",
+        real=True,
+    ),
+    "context longer than the model's": setting(
+        "data.context_length=999",
+        "<place>: data.context_length <n> is more than model.max_position_embeddings <n>",
+    ),
+    "heads that do not divide": setting(
+        "model.num_attention_heads=3",
+        "<place>: hidden_size <n> is not a multiple of num_attention_heads <n>; "
+        "change one of them or give head_dim",
+    ),
+    "warm-up longer than the run": setting(
+        "schedule.warmup=99", "<place>: schedule.warmup <n> is not less than training.steps <n>"
+    ),
+    "index past a list": setting(
+        "data.sources.5.weight=1",
+        "<place>: <key>: the list has 2 items, the last index is 1",
+        "data.sources.5",
+    ),
+    "weights for some": Case(
+        f"train {SMOKE} data.sources.0.weight=null",
+        "<place>: data.sources: '<source>' has no weight; give all sources one, or none",
+        ("'prose'",),
+    ),
+    "two origins": setting(
+        "data.sources.0.dataset=x", "<place>: exactly one of 'path' and 'dataset' must be given"
+    ),
+    "vocabulary too small": setting("tokenizer.vocab_size=10", AT_LEAST, "tokenizer.vocab_size"),
+    "part that cannot be imported": setting(
+        "model.norm=no_such:Norm", "<place>: <key>: cannot import '<path>': <reason>", "no_such"
+    ),
+    "environment variable that is not set": setting(
+        "seed=${NOT_SET_ANYWHERE}",
+        "<place>: the environment variable <name> is not set",
+        "NOT_SET_ANYWHERE",
+    ),
+}
+
+
+def source(content: str | bytes, name: str = "bad.txt", *more: str) -> dict[str, object]:
+    """The words and the preparation of a corpus that is one bad file."""
+    return {
+        "words": " ".join([f"data {SMOKE} data.sources.0.path={name}", *more]),
+        "prepare": write(name, content),
+    }
+
+
+NO_FIELD = "<file>:<line>: there is no field '<field>' (text_field); the fields are: <fields>"
+DATA = {
+    "missing text": Case(
+        f"data {SMOKE} data.sources.0.path=tests/data/text/prosa.jsonl",
+        "<key>: there is no file <file>; <hint>",
+        ("data.sources.0 (prose).path", "did you mean 'tests/data/text/prose.jsonl'?"),
+        real=True,
+    ),
+    "glob without a file": Case(
+        f"data {SMOKE} data.sources.0.path=*.jsonl",
+        "<key>: no file matches <pattern>",
+        ("data.sources.0 (prose).path",),
+    ),
+    "directory of texts": Case(
+        f"data {SMOKE} data.sources.0.path=tests/data/text",
+        "<key>: <directory> is a directory; write a glob like <directory>/*.txt",
+    ),
+    "kind that is not read": Case(
+        **source("x", "bad.pdf"),
+        message="<key>: <file> is not of a kind that is read; "
+        "valid: .txt, .jsonl, .parquet, .arrow, and .gz, .zst after the first two",
+        needs=("data.sources.0 (prose).path", "bad.pdf"),
+    ),
+    "empty corpus": Case(
+        **source(""), message="<source>: the source has no text", needs=("data.sources.0 (prose)",)
+    ),
+    "binary corpus": Case(
+        **source(bytes(range(256)) * 400),
+        message="<file>: this is a binary file, not text",
+        needs=("bad.txt",),
+    ),
+    "corpus in Latin-1": Case(
+        **source("é".encode("latin-1") * 50_000),
+        message="<file>: not UTF-8 text (byte <n>); convert it",
+        needs=("bad.txt", "byte 0"),
+    ),
+    "one-line corpus": Case(
+        **source("a single line\n"),
+        message="<source>: <n> bytes of text are too few, since <n> are held out for validation; "
+        "give more text, or a validation file",
+        needs=("data.sources.0 (prose): 14 bytes",),
+    ),
+    "missing text field": Case(
+        **source('{"text": "fine"}\n{"body": "not"}\n', "bad.jsonl"),
+        message=NO_FIELD,
+        needs=("bad.jsonl:2:", "'text'", "the fields are: body"),
+        real=True,
+    ),
+    "field that holds a number": Case(
+        **source('{"text": 3}\n', "bad.jsonl"),
+        message="<file>:<line>: the field '<field>' holds int, not text",
+        needs=("bad.jsonl:1:",),
+    ),
+    "record that is no JSON": Case(
+        **source('{"text": "fine"}\n{oops\n', "bad.jsonl"),
+        message="<file>:<line>: not a JSON record (<reason>)",
+        needs=("bad.jsonl:2:",),
+    ),
+    "truncated gzip": Case(
+        **source(gzip.compress(b"words " * 9000)[:-20], "bad.txt.gz"),
+        message="<file>: cannot be read (<reason>)",
+        needs=("bad.txt.gz",),
+    ),
+    "file that is no parquet": Case(
+        **source("x" * 100, "bad.parquet"),
+        message="<file>: not a readable .parquet file (<reason>)",
+        needs=("bad.parquet",),
+    ),
+    "source without a full row": Case(
+        **source(
+            "words " * 20,
+            "few.txt",
+            "data.sources.0.validation=tests/data/text/notes.txt",
+            "data.context_length=256",
+        ),
+        message="<source>: <tokens> tokens do not fill a row of data.context_length <n>; "
+        "give more text, or a shorter context_length",
+        needs=("data.sources.0 (prose)", "256"),
+    ),
+    "context longer than the corpus": Case(
+        f"data {SMOKE} data.context_length=1000000 model.max_position_embeddings=1000000",
+        "<source>: <tokens> tokens do not fill a row of data.context_length <n>; "
+        "give more text, or a shorter context_length",
+        ("data.sources.0 (prose)", "1000000"),
+    ),
+    "validation without text": Case(
+        f"data {SMOKE} data.sources.0.validation=none.txt",
+        "<key>: <file> has no text",
+        ("data.sources.0 (prose).validation", "none.txt"),
+        write("none.txt", ""),
+    ),
+    "validation that is binary": Case(
+        f"data {SMOKE} data.sources.0.validation=none.txt",
+        "<file>: this is a binary file, not text",
+        ("none.txt",),
+        write("none.txt", b"\0" * 99),
+    ),
+    "dataset that is not there": Case(
+        f"data {SMOKE} data.sources.0.path=null data.sources.0.dataset=nobody/nothing",
+        "<key>: '<dataset>' is no local directory, and the hub did not show it (<reason>)",
+        ("data.sources.0 (prose).dataset", "nobody/nothing"),
+    ),
+    "tokenizer that is not there": Case(
+        f"data {SMOKE} tokenizer.vocab_size=32768 tokenizer.path=none",
+        "tokenizer.path: there is no directory none",
+    ),
+    "tokenizer directory without one": Case(
+        f"data {SMOKE} tokenizer.vocab_size=32768 tokenizer.path=tests",
+        "tokenizer.path: <directory> holds no tokenizer.json; <cure>",
+        ("tests", "save_pretrained"),
+    ),
+    "tokenizer that is none": Case(
+        f"data {SMOKE} tokenizer.vocab_size=32768 tokenizer.path=bad",
+        "tokenizer.path: <file> is no tokenizer (<reason>)",
+        ("bad/tokenizer.json",),
+        write("bad/tokenizer.json", "{"),
+    ),
+    "output below a file": Case(
+        f"data {SMOKE} data.dir={SMOKE}/data",
+        "data.dir: <path>: <reason>; name another",
+        ("Not a directory",),
+        real=True,
+    ),
+    "output that the system refuses": Case(
+        f"data {SMOKE} data.dir=/proc/data",
+        "data.dir: <path>: <reason>; name another",
+        ("/proc/data",),
+    ),
+    "shard with a flipped bit": Case(
+        f"data {SMOKE}",
+        "<file>: the shard does not have its checksum; "
+        "delete <directory> and prepare the data again",
+        ("/prose/train-00000.tokens.npy",),
+        lambda: spoil_data(flip),
+    ),
+    "truncated shard": Case(
+        f"train {SMOKE}",
+        "<file>: the shard has <n> bytes, expected <n>; "
+        "delete <directory> and prepare the data again",
+        ("/prose/train-00000.tokens.npy",),
+        lambda: spoil_data(truncate),
+    ),
+    "missing shard": Case(
+        f"train {SMOKE}",
+        "<file>: the shard is missing; delete <directory> and prepare the data again",
+        ("/prose/train-00000.tokens.npy",),
+        lambda: spoil_data(Path.unlink),
+    ),
+    "damaged manifest of the data": Case(
+        f"train {SMOKE}",
+        "<file>: is damaged; delete <directory> and prepare the data again",
+        ("MANIFEST.json",),
+        lambda: spoil_data(truncate, "MANIFEST.json"),
+    ),
+}
+
+
+def spoil_data(how: Callable[[Path], object], name: str = "prose/train-00000.tokens.npy") -> None:
+    """Prepared data of which one file is spoilt."""
+    assert cli.main(["data", SMOKE]) == 0
+    (file,) = Path("data/packed").glob(f"*/{name}")
+    how(file)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def workplace(directory: Path) -> None:
+    """What a user's checkout has: the configurations and the texts of the smoke run."""
+    shutil.copytree(ROOT / "configs", directory / "configs")
+    shutil.copytree(ROOT / "tests" / "data" / "text", directory / "tests" / "data" / "text")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with prepared data and a finished run of 4 steps, `run`."""
+    directory = tmp_path_factory.mktemp("trained")
+    workplace(directory)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmnorm", "train", SMOKE, "run_dir=run", "training.steps=4"]
+        + ["checkpoint.every=2", "evaluation.every=4"],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+LENGTH = "training.steps=4 checkpoint.every=2 evaluation.every=4"
+RUNS = {
+    "run of other settings": Case(
+        f"train {SMOKE} run_dir=run {LENGTH} optimizer.lr=1",
+        "run_dir: <run>: <key> (<old> there, <new> here): is another run; "
+        "go on with the old settings, or start a new one with run_dir=<free>",
+        ("optimizer.lr (0.003 there, 1.0 here)", "run_dir=run-2"),
+        real=True,
+    ),
+    "key that a run cannot change": Case(
+        "train run model.norm=layer",
+        "run_dir: <run>: <key> (<old> there, <new> here): an existing run cannot change this key; "
+        "start another with run_dir=<free>",
+        ("model.norm.name (rms there, layer here)", "run_dir=run-2"),
+    ),
+    "run of other data": Case(
+        "train run training.steps=6",
+        "<checkpoint>: was trained on the data <identity>, this run's data is now <identity> "
+        "(<directory>); restore the corpus or start a new run_dir",
+        ("step_00000004",),
+        lambda: other_text(),
+    ),
+    "run directory that is a file": Case(
+        f"train {SMOKE} run_dir={SMOKE}", "run_dir: <path> is a file", (SMOKE,)
+    ),
+    "run directory of something else": Case(
+        f"train {SMOKE} run_dir=configs",
+        "run_dir: <directory> holds other files and no config.yaml; a free directory is <free>",
+        ("configs-2",),
+    ),
+    "run directory below a file": Case(
+        f"train {SMOKE} run_dir={SMOKE}/run",
+        "run_dir: <path> cannot be made: <path> is a file",
+        (f"{SMOKE}/run",),
+    ),
+    "run directory that the system refuses": Case(
+        f"train {SMOKE} run_dir=/proc/run",
+        "run_dir: <path> cannot be made: <reason>",
+        ("/proc/run",),
+    ),
+    "model smaller than its vocabulary": Case(
+        f"train {SMOKE} model.vocab_size=10",
+        "model.vocab_size: <n> is less than the tokenizer's <n>; "
+        "leave it out, or give at least that",
+        ("10", "512"),
+    ),
+    "no whole checkpoint": Case(
+        "train run training.steps=6",
+        "<file> is truncated (<n> bytes instead of <n>); <more>; no checkpoint is whole",
+        ("step_00000004/rank_00000.safetensors", "step_00000002/rank_00000.safetensors"),
+        lambda: [truncate(f) for f in Path("run/checkpoints").glob("step_*/*.safetensors")],
+    ),
+    "checkpoint of a step that is not there": Case(
+        "generate run --checkpoint 7",
+        "<checkpoints>: there is no checkpoint of step <n>; nearest: <steps>",
+        ("run/checkpoints", "step 7", "nearest: 2, 4"),
+        real=True,
+    ),
+    "damaged checkpoint asked for by name": Case(
+        "generate run --checkpoint 4",
+        "<file> is damaged (its checksum differs); the nearest whole checkpoint is of step <n>",
+        ("step_00000004/rank_00000.safetensors", "of step 2"),
+        lambda: flip(Path("run/checkpoints/step_00000004/rank_00000.safetensors")),
+    ),
+    "no checkpoint": Case(
+        "generate run",
+        "<run> has no checkpoint yet; `llmnorm train run` makes one",
+        ("run",),
+        lambda: shutil.rmtree("run/checkpoints"),
+    ),
+    "damaged tokenizer of a run": Case(
+        "generate run",
+        "<directory>: no tokenizer can be read (<reason>)",
+        ("run/tokenizer",),
+        lambda: truncate(Path("run/tokenizer/tokenizer.json")),
+    ),
+}
+
+
+def other_text() -> None:
+    with Path("tests/data/text/notes.txt").open("a") as file:
+        file.write("One more line.\n")
+    assert cli.main(["data", SMOKE]) == 0
+
+
+def pattern(message: str) -> re.Pattern[str]:
+    """A message in which `<...>` stands for any text."""
+    parts = re.split(r"(<[a-z ]+>)", message)
+    return re.compile("".join(".+" if p.startswith("<") else re.escape(p) for p in parts))
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Every path below the directory with a hash of its content."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else ""
+        for path in sorted(directory.rglob("*"))
+        # The lock of a run says who held it last; Python's own files come with an import.
+        if path.name not in ("run.lock", "__pycache__") and path.suffix != ".pyc"
+    }
+
+
+def check(case: Case, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Runs the case in `place` and checks code, line and directory."""
+    if case.prepare:
+        case.prepare()
+    capfd.readouterr()
+    before = contents(place)
+    if case.real:
+        done = subprocess.run(
+            [sys.executable, "-m", "llmnorm", *case.words.split()],
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        try:
+            code = cli.main(case.words.split())
+        except SystemExit as leaving:
+            code = int(str(leaving.code))
+        out, err = capfd.readouterr()
+    assert (code, out) == (2, ""), err
+    assert err.startswith("llmnorm: error: ") and err.count("\n") == 1, err
+    message = err.removeprefix("llmnorm: error: ").rstrip("\n")
+    assert pattern(case.message).fullmatch(message), message
+    missing = [need for need in case.needs if need not in message]
+    assert not missing, message
+    assert contents(place) == before
+
+
+WITHOUT_A_RUN = {**COMMAND_LINE, **FILES, **SETTINGS, **DATA}
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_RUN)
+def test_a_mistake_is_one_line_with_its_cure(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    workplace(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    check(WITHOUT_A_RUN[name], tmp_path, capfd)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_mistake_about_a_run_leaves_it_as_it_was(
+    name: str,
+    tmp_path: Path,
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    place = shutil.copytree(trained, tmp_path / "place", copy_function=shutil.copy2)
+    monkeypatch.chdir(place)
+    assert cli.main(["data", SMOKE]) == 0  # the same files at another place: looked at once more
+    check(RUNS[name], place, capfd)
