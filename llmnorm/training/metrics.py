@@ -1,9 +1,9 @@
-"""What a run writes down and shows: metrics.jsonl, the progress bar, MFU.
+"""What a run writes down and shows: metrics.jsonl, samples.jsonl, trackers, the bar, MFU.
 
 metrics.jsonl has a line a logged step (`step`, `tokens`, `loss`, `grad_norm`, `lr`,
 `tokens_per_second`, ...) and a line an evaluation (`step`, `tokens`, `validation`). Losses are in
-nats a token. On resume the file is cut to the checkpoint's step, so that it reads as if the run had
-never stopped.
+nats a token. samples.jsonl has a line an evaluation (`step`, `tokens`, `samples`). On resume both
+are cut to the checkpoint's step, so that they read as if the run had never stopped.
 """
 
 import json
@@ -20,6 +20,8 @@ import torch
 from tqdm import tqdm
 
 from llmnorm.part import InputError
+from llmnorm.training.run_directory import RunDirectory
+from llmnorm.training.trackers import Trackers
 
 # Dense bf16 peak of one GPU in FLOP/s, from the vendors' data sheets, by a part of the device's
 # name; the first match counts. Hardware that is not here has an unknown MFU, never a guessed one.
@@ -55,10 +57,14 @@ def peak_memory(device: torch.device) -> int:
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
-def cut(path: Path, step: int) -> None:
-    """Drop the lines past `step`, and a half-written last one, atomically."""
-    if not path.exists():
-        return
+def cut(run: RunDirectory, step: int) -> None:
+    """Drop the lines past `step`, and a half-written last one, of what a run has written down."""
+    for path in (run.metrics, run.samples):
+        if path.exists():
+            _cut(path, step)
+
+
+def _cut(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -91,7 +97,8 @@ class Metrics:
     """The record and the progress bar of a run; on other than the main process it does nothing.
 
     Args:
-        path: metrics.jsonl.
+        run: where metrics.jsonl and samples.jsonl are.
+        trackers: shown every line too.
         steps, start: length of the run, and the step that it begins or resumes at.
         flops_per_token: model FLOPs (forward and backward) for the MFU.
         seconds: training time of the run's earlier processes.
@@ -99,7 +106,8 @@ class Metrics:
 
     def __init__(
         self,
-        path: Path,
+        run: RunDirectory,
+        trackers: Trackers,
         *,
         steps: int,
         start: int,
@@ -110,9 +118,9 @@ class Metrics:
         seconds: float = 0.0,
     ) -> None:
         """Open the record for appending and draw the bar."""
-        self._path = path
-        with _explained(path):
-            self._file = path.open("a", encoding="utf-8") if enabled else None
+        self._run, self._trackers = run, trackers
+        with _explained(run.metrics):
+            self._file = run.metrics.open("a", encoding="utf-8") if enabled else None
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -176,6 +184,17 @@ class Metrics:
             f"perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits per byte"
         )
 
+    def log_samples(self, step: int, tokens: int, samples: list[dict[str, str]]) -> None:
+        """Write generated texts into samples.jsonl and say them above the bar."""
+        if not (self._file and samples):
+            return
+        line = {"step": step, "tokens": tokens, "samples": samples}
+        with _explained(self._run.samples), self._run.samples.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._trackers.log(line)
+        for sample in samples:
+            self.say(f"  {_short(sample['prompt'])} → {_short(sample['continuation'])}")
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self._file:
@@ -195,6 +214,13 @@ class Metrics:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file:
-            with _explained(self._path):
+            with _explained(self._run.metrics):
                 self._file.write(json.dumps(record) + "\n")
                 self._file.flush()
+            self._trackers.log(record)
+
+
+def _short(text: str, longest: int = 120) -> str:
+    """A text as part of a line."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."
