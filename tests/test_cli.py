@@ -26,38 +26,6 @@ def test_help_lists_every_command(capsys) -> None:
     assert answer(capsys)[1] == out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["tran"], "'tran' is not a command; did you mean 'train'?"),
-        (["train"], "the following arguments are required: CONFIG"),
-        (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["train", "tests"], "tests: is a directory without config.yaml"),
-        (["data", "configs/smoke.yaml", "--show", "x"], "argument --show: expected a whole number"),
-        (["data", "configs/smoke.yaml", "--show", "0"], "argument --show: expected a whole number"),
-        (
-            ["train", "configs/smoke.yaml", "--dryrun"],
-            "there is no option --dryrun; did you mean '--dry-run'?",
-        ),
-        (["train", "configs/smoke.yaml", "seed"], "unrecognized arguments: seed; a setting is wri"),
-        (
-            ["generate", "x", "--checkpoint", "lates"],
-            "argument --checkpoint: 'lates' is no checkpo",
-        ),
-        (["parts", "seed=3"], "parts: takes no settings, got 'seed=3'"),
-        (["config", "--schema", "seed=3"], "config: --schema stands alone"),
-        (["parts", "rmss"], "no part is called 'rmss'; did you mean 'rms'?"),
-        (["config"], "config: name a configuration file"),
-        (["generate", "configs/smoke.yaml"], "generate: there is no directory configs/smoke.yaml"),
-        (["export", "docs", "out"], "export: docs has neither config.yaml (a run) nor config.json"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(capsys, words, message) -> None:
-    code, out, err = answer(capsys, *words)
-    assert (code, out) == (2, "")
-    assert err.startswith(f"llmnorm: error: {message}") and err.count("\n") == 1
-
-
 def test_only_the_first_process_complains(capsys, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert answer(capsys, "train", "nowhere.yaml") == (2, "", "")

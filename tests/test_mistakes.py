@@ -6,10 +6,12 @@ message of each; `<...>` stands for what differs from case to case, `needs` for 
 docs/troubleshooting.md shows no message that is not produced here.
 """
 
+import argparse
 import gzip
 import hashlib
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,9 @@ from typing import NamedTuple
 import pytest
 
 from llmnorm import cli
-from tests.running import ROOT
+from llmnorm.training.run_lock import RunLock
+from tests.running import CHILDREN, ROOT, assert_same_run
+from tests.test_gpus import no_gpu, nvidia_smi
 
 SMOKE = "configs/smoke.yaml"
 CONFIGURATION = "data: {sources: default}\ntraining: {steps: 10}\n"
@@ -97,6 +101,15 @@ COMMAND_LINE = {
         "config --schema seed=3",
         "config: --schema stands alone; it is the same for every configuration",
     ),
+    "text of no run": Case(
+        "generate configs/smoke.yaml", "generate: there is no directory <path>", ("smoke.yaml",)
+    ),
+    "export of no model": Case(
+        "export tests out",
+        "export: <directory> has neither config.yaml (a run) nor config.json<more>",
+        ("tests",),
+        real=True,
+    ),
     "checkpoint that is no name": Case(
         "generate run --checkpoint lates",
         "argument --checkpoint: '<word>' is no checkpoint; <hint> "
@@ -146,7 +159,7 @@ FILES = {
     ),
     "required section missing": Case(
         "train x.yaml",
-        "<file>: <key>: is required",
+        "<place>: <key>: is required",
         ("x.yaml", "data:"),
         write("x.yaml", "training: {steps: 1}\n"),
     ),
@@ -615,3 +628,229 @@ def test_a_mistake_about_a_run_leaves_it_as_it_was(
     monkeypatch.chdir(place)
     assert cli.main(["data", SMOKE]) == 0  # the same files at another place: looked at once more
     check(RUNS[name], place, capfd)
+
+
+(COMMANDS,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.choices))
+def test_every_command_refuses_an_option_that_it_does_not_have(
+    command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    message = "there is no option --nonsense; <hint> (`llmnorm --help` shows the usage)"
+    check(Case(f"{command} --nonsense x y z", message, real=True), tmp_path, capfd)
+
+
+# What can stop, or be said of, a run that is well configured.
+
+TROUBLE = {
+    "gpu": "nvidia-smi shows a GPU (<gpus>, driver <version>, which runs CUDA up to <version>) "
+    "that torch <version> (<build>) cannot use: <reason>; <cure>, "
+    "or train on the CPU with training.device=cpu (setup: LLMNORM_DEVICE=cpu)",
+    "launch": "one process was started and <n> GPUs are free; for all of them: <command>",
+    "extra": "<module> is not installed; run: bash tools/bootstrap.sh <extra>",
+    "locked": "<run>: <owner> is training in this directory; "
+    "wait for it, stop it, or set another run_dir",
+    "full disk": "<checkpoints>: the checkpoint of step <n> was not saved: <reason>; "
+    "the ones before it are as they were",
+    "full disk, metrics": "<file>: cannot be written: <reason>; "
+    "the run goes on from its newest checkpoint when it can",
+    "full disk, data": "data.dir: <path>: <reason>; "
+    "what is finished is kept, make room and run it again",
+    "diverged": "training: stopped at step <n>: <n> steps in a row with a non-finite loss or "
+    "gradient (rows <rows>); last good checkpoint: <checkpoint>; try a lower optimizer.lr",
+    "fallen back": "<file> is damaged (its checksum differs); going back to step <n>",
+    "bits": "going on from <checkpoint>; the last bits may differ from an uninterrupted run: "
+    "<what> <there> -> <here>",
+    "dropped": "<key> was dropped: a later override chose another part",
+    "short of a row": "<source>: <tokens> tokens do not fill a row of data.context_length <n>; "
+    "give more text, or a shorter context_length",
+}
+
+
+def lines(text: str) -> list[str]:
+    """What a command says, without who says it."""
+    return [re.sub("^llmnorm: (error|note): ", "", line) for line in text.splitlines()]
+
+
+def says(trouble: str, text: str) -> str | None:
+    """The line of `text` that is this trouble's message."""
+    found = pattern(TROUBLE[trouble])
+    return next((line for line in lines(text) if found.fullmatch(line)), None)
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def llmnorm(place: Path, words: str, file_size: int = -1, **environment: str) -> Done:
+    """A command in a process of its own, in which no file may grow beyond `file_size` bytes."""
+    out, err = place.parent / "out.txt", place.parent / "err.txt"
+    arguments = (words.split(), place, out, err, file_size, environment)
+    process = CHILDREN.Process(target=_child, args=arguments)
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None, f"still running: {err.read_text()}"
+    return Done(process.exitcode, out.read_text(), err.read_text())
+
+
+def _child(
+    words: list[str], place: Path, out: Path, err: Path, size: int, environment: dict[str, str]
+) -> None:
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ.update(environment)
+    os.chdir(place)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+    sys.exit(cli.main(words))
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "place")
+
+
+@no_gpu
+def test_a_gpu_that_torch_cannot_use_stops_training(place: Path, tmp_path: Path) -> None:
+    nvidia_smi(tmp_path, used=[3])
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    before = contents(place)
+    done = llmnorm(place, f"train {SMOKE} run_dir=other", PATH=path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert says("gpu", done.stderr) and contents(place) == before
+
+
+def test_free_gpus_are_pointed_at(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # The check of torch's own CUDA is left out: on this machine it would stop the run.
+    nvidia_smi(tmp_path, used=[3, 3])
+    monkeypatch.setattr("llmnorm.gpus.check_gpu", lambda device: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.chdir(place)
+    words = ["train", SMOKE, "--dry-run", "run_dir=two words"]
+    assert cli.main(words) == 0
+    said = says("launch", capfd.readouterr().err)
+    assert said and said.endswith(f"--num_processes 2 -m llmnorm train {SMOKE} 'run_dir=two words'")
+    assert cli.main([*words, "training.device=cpu"]) == 0
+    assert not says("launch", capfd.readouterr().err)
+
+
+def test_a_missing_extra_names_the_line_that_installs_it(place: Path) -> None:
+    # A module that is None in sys.modules is one that Python does not find.
+    code = (
+        "import sys; sys.modules['tensorboard'] = None; from llmnorm import cli\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'tensorboard' else find(name, *a)\n"
+        f"sys.exit(cli.main(['train', '{SMOKE}', 'run_dir=x', 'logging.trackers=[tensorboard]']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert says("extra", done.stderr) == (
+        "tensorboard is not installed; run: bash tools/bootstrap.sh track"
+    )
+    assert not (place / "x").exists()
+
+
+def test_a_directory_in_which_another_process_trains(place: Path) -> None:
+    with RunLock(place / "run"):
+        done = llmnorm(place, "train run training.steps=6")
+    assert done.returncode == 2 and f"process {os.getpid()} on " in str(says("locked", done.stderr))
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_disk_that_is_full_in_the_middle_of_a_save(place: Path, asynchronous: str) -> None:
+    # Oracle: the kernel's own refusal, the checkpoints of before, and a run that was never refused.
+    constant = f"train {SMOKE} {LENGTH} schedule=constant schedule.warmup=0"
+    assert llmnorm(place, f"{constant} run_dir=first").returncode == 0
+    before = contents(place / "first" / "checkpoints")
+    longer = f"train first training.steps=8 checkpoint.asynchronous={asynchronous}"
+    done = llmnorm(place, longer, file_size=1_000_000)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "step 6 was not saved: File too large" in str(says("full disk", done.stderr))
+    assert contents(place / "first" / "checkpoints") == before
+    assert llmnorm(place, longer).returncode == 0
+    assert llmnorm(place, f"{constant} run_dir=straight training.steps=8").returncode == 0
+    assert_same_run(place / "first", place / "straight", 8)
+
+
+def test_a_disk_that_is_full_when_a_step_is_recorded(place: Path) -> None:
+    metrics = place / "run" / "metrics.jsonl"
+    line = metrics.read_text().splitlines()[-1] + "\n"
+    with metrics.open("a") as file:  # until the next line does not fit
+        file.write(line * ((400_000 - metrics.stat().st_size) // len(line)))
+    done = llmnorm(place, "train run training.steps=6", file_size=400_000)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert says("full disk, metrics", done.stderr)
+    assert llmnorm(place, "train run training.steps=6").returncode == 0
+
+
+def test_a_disk_that_is_full_while_data_is_prepared(place: Path) -> None:
+    words = f"data {SMOKE} data.dir=other"
+    done = llmnorm(place, words, file_size=10_000)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert says("full disk, data", done.stderr)
+    assert llmnorm(place, words).returncode == 0
+
+
+def test_a_run_that_diverges_says_where(place: Path) -> None:
+    words = "run_dir=other training.steps=20 schedule=constant optimizer.lr=1e38"
+    done = llmnorm(place, f"train {SMOKE} {words}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert says("diverged", done.stderr)
+
+
+def test_what_is_said_when_a_run_goes_on(place: Path) -> None:
+    flip(place / "run/checkpoints/step_00000004/rank_00000.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-m", "llmnorm", "train", "run", "training.steps=6"],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step_00000004" in str(says("fallen back", done.stderr))
+    assert str(says("bits", done.stderr)).endswith("-> DEFAULT")
+    assert "going on from run/checkpoints/step_00000002;" in done.stderr
+
+
+def test_a_dropped_override_is_noted(place: Path) -> None:
+    done = llmnorm(place, f"config {SMOKE} schedule.final=0.5 schedule=linear")
+    assert done.returncode == 0
+    assert str(says("dropped", done.stderr)).startswith("schedule.final")
+
+
+def test_a_source_that_is_too_short_once_it_is_tokens(place: Path) -> None:
+    # Its bytes would fill a row, its tokens do not: what is prepared serves a shorter context.
+    write(str(place / "few.txt"), "words " * 60)()
+    sources = "data.sources.0.path=few.txt data.sources.0.validation=tests/data/text/notes.txt"
+    done = llmnorm(place, f"data {SMOKE} {sources} data.context_length=256")
+    assert done.returncode == 2 and says("short of a row", done.stderr)
+    again = llmnorm(place, f"data {SMOKE} {sources} data.context_length=32")
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+# The page.
+
+
+def test_the_page_shows_only_messages_that_are_produced_here() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```text\n(.*?)^```", page, re.M | re.S)
+    shown = [line for block in blocks for line in block.splitlines()]
+    cases = {**WITHOUT_A_RUN, **RUNS}.values()
+    known = {*(case.message for case in cases), *TROUBLE.values()}
+    assert len(shown) >= 40 and len(set(shown)) == len(shown)
+    assert [line for line in shown if line not in known] == []
+    assert [message for message in TROUBLE.values() if message not in shown] == []

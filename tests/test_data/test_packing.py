@@ -18,7 +18,6 @@ from llmnorm.data import packing
 from llmnorm.data.loader import IGNORED, Loader, evaluation_batches
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.data.tokenizer import TextEncoder
-from llmnorm.part import InputError
 from tests.running import SMOKE, Child
 
 TEXT = Path(__file__).parents[1] / "data" / "text" / "prose.jsonl"
@@ -213,87 +212,6 @@ def test_prepared_data_is_found_and_changed_data_is_other_data(tmp_path) -> None
         file.write('{"text": "One more document."}\n')
     assert packing.find(data, TOKENIZER) is None
     assert packing.prepare(data, TOKENIZER).identity != first.identity
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip"])
-def test_a_damaged_shard_is_named(tmp_path, damage) -> None:
-    packed = prepared(tmp_path, path=str(TEXT))
-    shard = max((packed.directory / "prose").iterdir(), key=lambda p: p.stat().st_size)
-    content = bytearray(shard.read_bytes())
-    if damage == "truncate":
-        shard.write_bytes(content[:-8])
-    else:
-        content[-9] ^= 1
-        shard.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        prepared(tmp_path, path=str(TEXT))
-    assert shard.name in str(error.value) and "\n" not in str(error.value)
-
-
-def wrong(tmp_path: Path, kind: str) -> dict[str, str]:
-    """Writes a corpus with something wrong; returns the source's settings."""
-    file = tmp_path / "bad.txt"
-    records = tmp_path / "bad.jsonl"
-    match kind:
-        case "missing file":
-            return {"path": str(tmp_path / "none.txt")}
-        case "empty glob":
-            return {"path": str(tmp_path / "*.jsonl")}
-        case "unknown kind":
-            (tmp_path / "bad.pdf").write_bytes(b"x")
-            return {"path": str(tmp_path / "bad.pdf")}
-        case "empty file":
-            file.write_text("")
-        case "binary":
-            file.write_bytes(bytes(range(256)) * 400)
-        case "not utf-8":
-            file.write_bytes("é".encode("latin-1") * 50_000)
-        case "one line":
-            file.write_text("a single line\n")
-        case "missing field":
-            records.write_text('{"text": "fine"}\n{"body": "not"}\n')
-            return {"path": str(records)}
-        case "not json":
-            records.write_text('{"text": "fine"}\n{oops\n')
-            return {"path": str(records)}
-        case "field is no text":
-            records.write_text('{"text": 3}\n')
-            return {"path": str(records)}
-        case "broken gzip":
-            (tmp_path / "bad.txt.gz").write_bytes(gzip.compress(b"words " * 9000)[:-20])
-            return {"path": str(tmp_path / "bad.txt.gz")}
-        case "missing directory":
-            return {"dataset": str(tmp_path / "saved")}
-    return {"path": str(file)}
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("missing file", "none.txt"),
-        ("empty glob", "no file matches"),
-        ("unknown kind", "is not of a kind that is read; valid: "),
-        ("empty file", "the source has no text"),
-        ("binary", "bad.txt: this is a binary file"),
-        ("not utf-8", "bad.txt: not UTF-8 text"),
-        ("one line", "are too few"),
-        ("missing field", "no field 'text' (text_field); the fields are: body"),
-        ("not json", "bad.jsonl:2"),
-        ("field is no text", "holds int, not text"),
-        ("broken gzip", "bad.txt.gz"),
-    ],
-)
-def test_a_wrong_corpus_is_one_line_that_names_it(tmp_path, kind, said) -> None:
-    with pytest.raises(InputError) as error:
-        prepared(tmp_path, **wrong(tmp_path, kind))
-    assert said in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_context_longer_than_the_corpus_names_the_source(tmp_path) -> None:
-    source = {"name": "prose", "path": str(TEXT)}
-    data = DataSettings(sources=[source], context_length=10**6, dir=tmp_path, processes=1)
-    with pytest.raises(InputError, match=r"do not fill a row of data.context_length 1000000"):
-        packing.prepare(data, TOKENIZER)
 
 
 @settings(max_examples=60)
