@@ -1,12 +1,12 @@
 """Measures the data room: packing against `tokenizers` called alone, and the loader against a step.
 
-usage: python tools/bench/data.py CONFIG [key=value ...] [--megabytes 8] [--rounds 5]
-           [--step-seconds 0.2] [--out docs/results/data.json]
+usage: python tools/bench/data.py RUN [key=value ...] [--megabytes 8] [--rounds 5]
+           [--out docs/results/data.json]
 
 Packing reads records, tokenises, packs and writes fsynced, checksummed shards with `data.processes`
 threads; `tokenizers` alone is `encode_batch_fast` and `encode_batch` of the same texts, already in
 memory, with its own pool of as many threads. The three alternate, so that a busy machine slows all.
-CONFIG's data must be prepared (`llmnorm data CONFIG`).
+RUN is a run directory whose data is still there; a step is as long as its metrics.jsonl says.
 """
 
 import argparse
@@ -98,22 +98,32 @@ def loader_cost(packed: PackedData, rows: int, step: float, rounds: int) -> dict
         "context_length": packed.context_length,
         "microseconds_a_row": round(cost / rows * 1e6, 2),
         "seconds_a_step": round(cost, 6),
-        "step_seconds": step,
+        "step_seconds": round(step, 4),
         "share_of_step": round(cost / step, 5),
     }
+
+
+def step_seconds(metrics: Path) -> float:
+    """The median duration of a training step, evaluation and saving left out."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    trained = [line for line in lines if "tokens_per_second" in line]
+    if not trained:
+        raise InputError(f"{metrics}: no training step is logged")
+    tokens = trained[-1]["tokens"] / trained[-1]["step"]
+    return statistics.median(tokens / line["tokens_per_second"] for line in trained)
 
 
 def main() -> None:
     """Measures, prints and writes the JSON."""
     parser = argparse.ArgumentParser(description="Measure packing and loading.")
-    parser.add_argument("config", type=Path)
+    parser.add_argument("run", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--megabytes", type=float, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--step-seconds", type=float, default=0.2)
     parser.add_argument("--out", type=Path, default=Path("docs/results/data.json"))
-    parsed = parser.parse_args()
-    config = load(parsed.config, parsed.overrides).config
+    parsed = parser.parse_intermixed_args()
+    config = load(parsed.run, parsed.overrides).config
+    step = step_seconds(parsed.run / "metrics.jsonl")
     threads = config.data.processes or cores()
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the pool of `tokenizers` alone
     packed = packing.prepare(config.data, config.tokenizer)
@@ -123,9 +133,7 @@ def main() -> None:
         f"load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
         f"tokenizers {tokenizers.__version__}",
         "packing": packing_rates(packed, texts, threads, parsed.rounds),
-        "loader": loader_cost(
-            packed, config.training.global_batch, parsed.step_seconds, parsed.rounds
-        ),
+        "loader": loader_cost(packed, config.training.global_batch, step, parsed.rounds),
     }
     text = json.dumps(result, indent=2)
     print(text)
