@@ -42,7 +42,7 @@ run=$(.venv/bin/python -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["ru
 stage "data" llmnorm data "$config" "$@"
 stage "training" .venv/bin/accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 1 \
     -m llmnorm train "$config" "$@"
-stage "plot" .venv/bin/python -m llmnorm.analysis.plots "$run"
+stage "plot" llmnorm plot "$run"
 stage "generation" llmnorm generate "$run"
 
 cat <<END
@@ -52,5 +52,5 @@ run        $run
   config.yaml      the resolved configuration
   metrics.jsonl    a line a logged step
   checkpoints/     newest: $(ls "$run/checkpoints" 2>/dev/null | grep '^step_' | sort | tail -n 1)
-  plots/loss.png   loss and bits per byte, beside gzip and xz
+  plots/loss.png   loss, rates, bits per byte beside gzip and xz
 END

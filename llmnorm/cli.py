@@ -68,9 +68,7 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     from llmnorm.training.loop import train
 
     command = shlex.join(["llmnorm", "data", *words])
-    code = train(
-        config, run, data_command=command, dry_run=parsed.dry_run, profile=parsed.profile
-    )
+    code = train(config, run, data_command=command, dry_run=parsed.dry_run, profile=parsed.profile)
     if os.environ.get("RANK", "0") == "0" and not parsed.dry_run:
         print(run_directory.next_commands(run))
     return code
@@ -159,6 +157,41 @@ def export(parsed: argparse.Namespace, _: list[str]) -> None:
     )
 
 
+def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """`llmnorm eval`."""
+    from llmnorm.pretrained import describe
+
+    describe(parsed.path, "eval")
+
+    from llmnorm.training.evaluate_command import evaluate_directory
+
+    evaluate_directory(
+        parsed.path,
+        overrides,
+        checkpoint=parsed.checkpoint,
+        ema=parsed.ema,
+        adapter=parsed.adapter,
+        data=parsed.data,
+        tasks=parsed.tasks,
+        limit=parsed.limit,
+        batch_size=parsed.batch_size,
+    )
+
+
+def plot(parsed: argparse.Namespace, _: list[str]) -> None:
+    """`llmnorm plot`."""
+    from llmnorm.analysis.plots import plot
+
+    plot(parsed.runs, parsed.out)
+
+
+def runs(parsed: argparse.Namespace, _: list[str]) -> None:
+    """`llmnorm runs`."""
+    from llmnorm.analysis.runs import describe_runs
+
+    print(describe_runs(parsed.directory))
+
+
 def doctor(_: argparse.Namespace, __: list[str]) -> None:
     """`llmnorm doctor`."""
     from llmnorm.doctor import report
@@ -178,6 +211,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
     return int(text)
+
+
+def _names(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if not names:
+        raise argparse.ArgumentTypeError("expected names or paths, separated by commas")
+    return names
 
 
 def _checkpoint(text: str) -> str:
@@ -297,6 +337,35 @@ def _parser() -> argparse.ArgumentParser:
         default="latest",
         metavar="latest|best|STEP",
         help="which checkpoint",
+    )
+    sub = command("eval", "evaluate a model on validation rows and lm-eval's tasks", evaluate)
+    sub.add_argument("path", type=Path, metavar="RUN_OR_DIR", help="run, exported or stock model")
+    sub.add_argument("--tasks", type=_names, metavar="A,B", help="lm-eval's tasks: names, paths")
+    sub.add_argument("--limit", type=_count, metavar="N", help="examples of every task at most")
+    sub.add_argument("--batch-size", type=_count, metavar="N", help="rows at once")
+    sub.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT adapter on the model")
+    sub.add_argument("--data", type=Path, metavar="CONFIG_OR_RUN", help="whose text is evaluated")
+    sub.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    sub.add_argument(
+        "--checkpoint",
+        type=_checkpoint,
+        default="latest",
+        metavar="latest|best|STEP",
+        help="which checkpoint",
+    )
+    sub = command("plot", "draw runs: loss, rates, gradient norm", plot, overridable=False)
+    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="picture to write (.png, .pdf, .svg)")
+    sub = command(
+        "runs", "list run directories, how they differ and stand", runs, overridable=False
+    )
+    sub.add_argument(
+        "directory",
+        type=Path,
+        nargs="?",
+        default=Path("runs"),
+        metavar="DIR",
+        help="where the runs are (default: runs)",
     )
     text = "report what this machine can run, for a bug report"
     command("doctor", text, doctor, overridable=False)

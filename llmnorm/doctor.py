@@ -32,7 +32,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "quant": ("bitsandbytes",),
     "eval": ("lm_eval",),
     "serve": ("fastapi", "uvicorn"),
-    "track": ("tensorboard", "wandb"),
+    "track": ("tensorboard", "wandb", "trackio"),
     "dev": ("pytest", "hypothesis", "jsonschema", "mypy", "ruff"),
 }
 # Extras with compiled parts, which break at import, not at installation: the report imports them.

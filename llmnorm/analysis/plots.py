@@ -1,211 +1,202 @@
-"""Pictures of a run: its loss over tokens, and its bits per byte beside gzip's and xz's.
+"""`llmnorm plot RUN...`: pictures of runs.
 
-    plot_run(Path("runs/quickstart"), Path("loss.png"), references)
-    python -m llmnorm.analysis.plots RUN      prints the table and writes RUN/plots/loss.png
+    plot([Path("runs/quickstart")])       writes runs/quickstart/plots/loss.png, prints the rates
+    plot([Path("runs/a"), Path("runs/b")], Path("a-b.png"))
 
-`references` are rates in bits per byte of the same validation text, by who reached them:
-`{"gzip -9": {"all": 2.60, "code": 2.11, ...}, "xz -9e": {...}}`; "all" is the mean over the sources
-weighted by their training bytes, as in metrics.jsonl.
+One picture holds, of all the runs together, the loss against tokens and against time, bits per byte
+by source, learning rate, gradient norm and throughput. A run alone is held against gzip and xz.
 
-What would surprise: the smoothed line is a mean over tokens (memory: 1/50 of the run), not over
-lines, so `logging.every` does not change it; the loss axis leaves out the first few percent of the
-fall, which would flatten all that follows.
+What would surprise: the axis of the loss leaves out the fall of the first tenth, and that of the
+gradient norm its highest peaks: both would flatten all that follows.
 """
 
-import json
-import math
-import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from llmnorm.config import RunConfig
-from llmnorm.config_file import load
-from llmnorm.data.packed import PackedData
-from llmnorm.data.packing import find
+from llmnorm.analysis.compression import MODEL, References, label, references, table, verdict
+from llmnorm.analysis.record import Record, read_metrics, smoothed
 from llmnorm.part import InputError
-from llmnorm.training.run_directory import RunDirectory
+from llmnorm.training.run_directory import RunDirectory, existing
 
-References = Mapping[str, Mapping[str, float]]
-
-ALL = "all"  # the row that stands for every source, weighted by training bytes
-MODEL = "this run"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; references are greys.
-BLUE, ORANGE = "#0072B2", "#D55E00"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")  # where the colours are used up
 GREYS = ("#C4C4C4", "#404040", "#808080")
+MOST_BARS = 5  # a source; more runs show their totals alone
 
 
-class Record(NamedTuple):
-    """What metrics.jsonl holds: a point a logged step, a point an evaluation."""
-
-    tokens: list[int]
-    losses: list[float]
-    validation_tokens: list[int]
-    validation_losses: list[float]
-    bits_per_byte: dict[str, float]  # of the last evaluation: ALL first, then source by source
-
-
-def read_metrics(path: Path) -> Record:
-    """Read a run's metrics.jsonl; a last line that is still being written is left out.
-
-    Raises:
-        InputError: the file is missing, holds no metrics or a line that is none of ours.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise InputError(f"{path} cannot be read: {reason}") from None
-    record = Record([], [], [], [], {})
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        try:
-            entry: dict[str, Any] = json.loads(line)
-            if "validation" in entry:
-                figures = entry["validation"]
-                record.validation_tokens.append(int(entry["tokens"]))
-                record.validation_losses.append(float(figures["loss"]))
-                rates = {name: one["bits_per_byte"] for name, one in figures["sources"].items()}
-                record.bits_per_byte.clear()
-                record.bits_per_byte.update({ALL: float(figures["bits_per_byte"]), **rates})
-            elif entry.get("loss") is not None and math.isfinite(entry["loss"]):
-                record.tokens.append(int(entry["tokens"]))
-                record.losses.append(float(entry["loss"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if not line.endswith("\n"):
-                break
-            raise InputError(
-                f"{path}, line {number}: not a line of metrics: {line[:60]!r}"
-            ) from None
-    if not record.tokens and not record.validation_tokens:
-        raise InputError(f"{path} holds no loss yet; train the run first")
-    return record
-
-
-def compression(packed: PackedData) -> dict[str, dict[str, float]]:
-    """The bits per byte of `gzip -9` and `xz -9e` on the validation text, one stream a source."""
-    rates = {
-        "gzip -9": {
-            s.name: 8 * s.validation_gzip_bytes / s.validation_bytes for s in packed.sources
-        },
-        "xz -9e": {s.name: 8 * s.validation_xz_bytes / s.validation_bytes for s in packed.sources},
-    }
-    total = sum(s.bytes for s in packed.sources)
-    return {
-        who: {ALL: sum(s.bytes * rate[s.name] for s in packed.sources) / total, **rate}
-        for who, rate in rates.items()
-    }
-
-
-def losses_against(
-    bits_per_byte: Mapping[str, float], references: References
-) -> dict[str, list[str]]:
-    """Who is ahead of the run, and on which sources; whoever is nowhere ahead is left out."""
-    ahead = {
-        who: [name for name, rate in bits_per_byte.items() if rates.get(name, math.inf) < rate]
-        for who, rates in references.items()
-    }
-    return {who: names for who, names in ahead.items() if names}
-
-
-def table(bits_per_byte: Mapping[str, float], references: References) -> str:
-    """The rates as text, a line a source, and a last line that names who is behind where."""
-    columns = {MODEL: bits_per_byte, **references}
-    width = max(len(name) for name in [*bits_per_byte, "bits per byte"])
-    lines = [f"{'bits per byte':{width}}" + "".join(f"{who:>10}" for who in columns)]
-    for name in bits_per_byte:
-        cells = (columns[who].get(name) for who in columns)
-        numbers = (f"{cell:>10.3f}" if cell is not None else f"{'-':>10}" for cell in cells)
-        lines.append(f"{name:{width}}" + "".join(numbers))
-    if references:
-        lines.append(_verdict(bits_per_byte, references))
-    return "\n".join(lines)
-
-
-def _verdict(bits_per_byte: Mapping[str, float], references: References) -> str:
-    ahead = losses_against(bits_per_byte, references)
-    if not ahead:
-        return f"ahead of {' and '.join(references)} on every source"
-    named = {
-        who: "every source" if len(names) == len(bits_per_byte) else ", ".join(map(_label, names))
-        for who, names in ahead.items()
-    }
-    return "; ".join(f"behind {who} on {names}" for who, names in named.items())
-
-
-def _label(name: str) -> str:
-    return "all sources" if name == ALL else name
-
-
-def plot_run(run_dir: Path, output: Path, references: References | None = None) -> None:
-    """Draw a run's loss over tokens and, once it was evaluated, its bits per byte by source.
+def plot(runs: Sequence[Path], output: Path | None = None) -> None:
+    """Draw the runs in one picture and say where it is; of one run print the rates too.
 
     Args:
-        run_dir: the run directory; its metrics.jsonl is read.
-        output: the picture to write (.png, .pdf, .svg).
-        references: rates to draw beside the run's, as `compression` returns them.
+        runs: run directories.
+        output: the picture to write (.png, .pdf, .svg); None: RUN/plots/loss.png for a run,
+            runs.png here for several.
 
     Raises:
-        InputError: there are no metrics, or the picture cannot be written.
+        InputError: a directory is no run or has no metrics, or the picture cannot be written.
     """
-    record = read_metrics(run_dir / "metrics.jsonl")
+    found = [existing(path) for path in dict.fromkeys(runs)]
+    records = dict(zip(names(found), (read_metrics(run.metrics) for run in found), strict=True))
+    rates = references(found[0]) if len(found) == 1 else {}
+    if output is None:
+        output = found[0].plots / "loss.png" if len(found) == 1 else Path("runs.png")
+    draw(records, output, rates)
+    first = next(iter(records.values()))
+    if len(found) == 1 and first.bits_per_byte:
+        print(table(first.bits_per_byte, rates))
+    print(f"plot: {output}")
+
+
+def names(runs: Sequence[RunDirectory]) -> list[str]:
+    """What the runs are called: their directories' names, as much of the path as tells them."""
+    paths = [run.path.resolve() for run in runs]
+    length = 1
+    while len({path.parts[-length:] for path in paths}) < len(paths):
+        length += 1
+    return ["/".join(path.parts[-length:]) for path in paths]
+
+
+def draw(records: Mapping[str, Record], output: Path, rates: References | None = None) -> None:
+    """Draw runs, by name.
+
+    Args:
+        output: the picture to write (.png, .pdf, .svg).
+        rates: bits per byte to draw beside those of a run alone.
+
+    Raises:
+        InputError: the picture cannot be written.
+    """
     # The object interface draws without a display and leaves pyplot's global state alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = 2 if record.bits_per_byte else 1
-    figure = Figure(figsize=(6.4 * panels, 4.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(15, 8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    _draw_loss(axes[0], record)
-    if record.bits_per_byte:
-        _draw_rates(axes[1], record.bits_per_byte, references or {})
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(run_dir.resolve().name, fontsize=13, fontweight="bold")
+    axes = figure.subplots(2, 3)
+    styles = {
+        name: {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % 4]}
+        for i, name in enumerate(records)
+    }
+    _loss(axes[0, 0], records, styles, "tokens", "training tokens")
+    _loss(axes[0, 1], records, styles, "seconds", "training time")
+    _rates(axes[0, 2], records, styles, rates or {})
+    for name, record in records.items():
+        tokens, style = record.training["tokens"], styles[name]
+        axes[1, 0].plot(tokens, record.training["lr"], linewidth=1.6, **style)
+        for axis, key in ((axes[1, 1], "grad_norm"), (axes[1, 2], "tokens_per_second")):
+            values = record.training[key]
+            axis.plot(tokens, values, color=style["color"], alpha=0.18, linewidth=0.7)
+            axis.plot(tokens, smoothed(tokens, values), linewidth=1.6, **style)
+    for axis, title in zip(
+        axes[1], ("Learning rate", "Gradient norm", "Throughput (tokens a second)"), strict=True
+    ):
+        _settings(axis, title, "training tokens", "tokens")
+        axis.set_ylim(bottom=0)
+    norms = sorted(value for record in records.values() for value in record.training["grad_norm"])
+    if norms and norms[-1] > 0:
+        axes[1, 1].set_ylim(0, 1.15 * max(norms[int(0.98 * (len(norms) - 1))], 1e-12))
+    _numbers(axes[1, 2].yaxis)
+    axes[1, 0].yaxis.set_major_formatter("{x:g}")
+    if len(records) == 1:
+        figure.suptitle(next(iter(records)), fontsize=14, fontweight="bold")
+    else:
+        _legend(figure, styles)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output)
+        temporary = output.with_name(f".writing-{output.name}")
+        figure.savefig(temporary)
+        temporary.replace(output)
     except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
         raise InputError(f"{output} cannot be written: {error}") from None
 
 
-def _draw_loss(axis: Any, record: Record) -> None:
-    from matplotlib.ticker import EngFormatter
+def _legend(figure: Any, styles: Mapping[str, Mapping[str, Any]]) -> None:
+    from matplotlib.lines import Line2D
 
-    if record.tokens:
-        smooth = smoothed(record.tokens, record.losses)
-        axis.plot(record.tokens, record.losses, color=BLUE, alpha=0.25, linewidth=0.8)
-        axis.plot(record.tokens, smooth, color=BLUE, linewidth=1.8, label="training (smoothed)")
-        settled = [*smooth[len(smooth) // 20 :], *record.validation_losses]
-        low, high = min(settled), max(settled)
-        if high > low:
-            axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-    if record.validation_tokens:
-        last = record.validation_losses[-1]
-        axis.plot(
-            record.validation_tokens,
-            record.validation_losses,
-            color=ORANGE,
-            marker="o",
-            markersize=4,
-            linewidth=1.4,
-            label=f"validation (last: {last:.3f})",
-        )
-    axis.set_xlabel("training tokens")
-    axis.set_ylabel("loss (nats a token)")
-    axis.set_title("Loss", fontsize=11)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.grid(axis="y", alpha=0.25)
-    axis.legend(frameon=False)
+    lines = [Line2D([], [], linewidth=2.4, **style) for style in styles.values()]
+    figure.legend(
+        lines, list(styles), loc="outside upper center", ncols=min(len(styles), 6), frameon=False
+    )
 
 
-def _draw_rates(axis: Any, bits_per_byte: Mapping[str, float], references: References) -> None:
-    columns = {MODEL: bits_per_byte, **references}
-    colours = dict(zip(columns, (BLUE, *GREYS), strict=False))
-    height = 0.8 / len(columns)
-    names = list(bits_per_byte)
-    for place, (who, rates) in enumerate(columns.items()):
-        known = [(row, rates[name]) for row, name in enumerate(names) if name in rates]
+def _loss(
+    axis: Any,
+    records: Mapping[str, Record],
+    styles: Mapping[str, Mapping[str, Any]],
+    over: str,
+    title: str,
+) -> None:
+    alone = len(records) == 1
+    settled: list[float] = []
+    for name, record in records.items():
+        style, training, validation = styles[name], record.training, record.validation
+        if training["loss"]:
+            smooth = smoothed(training["tokens"], training["loss"])
+            if alone:
+                axis.plot(
+                    training[over],
+                    training["loss"],
+                    color=style["color"],
+                    alpha=0.25,
+                    linewidth=0.7,
+                )
+            axis.plot(training[over], smooth, label="training (smoothed)", linewidth=1.7, **style)
+            settled += smooth[len(smooth) // 10 :]
+        if validation["loss"]:
+            axis.plot(
+                validation[over],
+                validation["loss"],
+                color=COLOURS[1] if alone else style["color"],
+                linestyle="-" if alone else "none",
+                marker="o",
+                markersize=4.5,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+                linewidth=1.2,
+                label=f"validation (last: {validation['loss'][-1]:.3f})" if alone else "validation",
+            )
+            settled += validation["loss"]
+    if settled and max(settled) > min(settled):
+        margin = 0.06 * (max(settled) - min(settled))
+        axis.set_ylim(min(settled) - margin, max(settled) + margin)
+    _settings(axis, f"Loss (nats a token) over {over.replace('seconds', 'time')}", title, over)
+    if over == "tokens":
+        handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        legend = axis.legend(handles.values(), handles.keys(), frameon=False, loc="upper right")
+        for handle in () if alone else legend.legend_handles:
+            handle.set(color=GREYS[2], linestyle="-" if handle.get_marker() == "None" else "none")
+
+
+def _rates(
+    axis: Any,
+    records: Mapping[str, Record],
+    styles: Mapping[str, Mapping[str, Any]],
+    rates: References,
+) -> None:
+    """Bars of bits per byte by source: the runs', or one run's beside the references."""
+    columns = {name: record.bits_per_byte for name, record in records.items()}
+    columns = {name: found for name, found in columns.items() if found}
+    colours = {name: styles[name]["color"] for name in columns}
+    title = "Bits per byte of validation text (less is better)"
+    if len(records) == 1 and columns:
+        found = next(iter(columns.values()))
+        columns = {MODEL: found, **{who: dict(rate) for who, rate in rates.items()}}
+        colours = dict(zip(columns, (COLOURS[0], *GREYS), strict=False))
+        if rates:
+            behind = verdict(found, rates)
+            title = textwrap.fill(f"Bits per byte: {behind}", 54)
+    if not columns:
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "not evaluated yet", ha="center", color=GREYS[2])
+        return
+    rows = list(dict.fromkeys(name for found in columns.values() for name in found))
+    rows = rows if len(columns) <= MOST_BARS else rows[:1]
+    height = 0.82 / len(columns)
+    for place, (who, found) in enumerate(columns.items()):
+        known = [(row, found[name]) for row, name in enumerate(rows) if name in found]
         bars = axis.barh(
             [row + (place - (len(columns) - 1) / 2) * height for row, _ in known],
             [rate for _, rate in known],
@@ -213,61 +204,45 @@ def _draw_rates(axis: Any, bits_per_byte: Mapping[str, float], references: Refer
             color=colours[who],
             label=who,
         )
-        axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-    axis.set_yticks(range(len(names)), map(_label, names))
+        axis.bar_label(bars, fmt="%.3f" if len(rows) == 1 else "%.2f", padding=3, fontsize=8)
+    axis.set_yticks(range(len(rows)), map(label, rows))
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
-    axis.margins(x=0.12)
-    axis.set_xlabel("bits per byte of validation text (less is better)")
-    title = _verdict(bits_per_byte, references).replace("; ", "\n") if references else ""
-    axis.set_title(f"{title[:1].upper()}{title[1:]}" if title else "Bits per byte", fontsize=11)
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(columns))
+    axis.margins(x=0.14)
+    axis.set_title(title, fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(records) == 1 and rates:
+        axis.legend(
+            frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(columns)
+        )
 
 
-def smoothed(tokens: list[int], losses: list[float]) -> list[float]:
-    """An exponential mean over 2 % of the tokens, over fewer at the start where the loss falls."""
-    longest = 0.02 * (tokens[-1] - tokens[0])
-    total = weight = 0.0
-    before, means = tokens[0], []
-    for token, loss in zip(tokens, losses, strict=True):
-        memory = max(1.0, min(longest, 0.2 * (token - tokens[0])))
-        keep = math.exp(-(token - before) / memory)
-        total, weight = keep * total + loss, keep * weight + 1.0
-        means.append(total / weight)
-        before = token
-    return means
+def _settings(axis: Any, title: str, below: str, over: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel(below)
+    axis.grid(axis="y", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if over == "seconds":
+        unit, seconds = _unit(axis.get_xlim()[1])
+        axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 1.5, 2, 3, 6, 10]))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / seconds:g}"))
+        axis.set_xlabel(f"{below} ({unit})")
+    else:
+        _numbers(axis.xaxis)
+    axis.set_xlim(left=0)
 
 
-def _references(config: RunConfig) -> References:
-    """What gzip and xz reach on the run's validation text; nothing where the corpus is gone."""
-    try:
-        packed = find(config.data, config.tokenizer)
-    except InputError as error:
-        print(f"llmnorm: note: without gzip and xz: {error}", file=sys.stderr)
-        return {}
-    return compression(packed) if packed else {}
+def _numbers(axis: Any) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_major_formatter(EngFormatter(sep=""))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print a run's table and write its plots/loss.png."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if len(given) != 1:
-        print("usage: python -m llmnorm.analysis.plots RUN", file=sys.stderr)
-        return 2
-    run = RunDirectory(Path(given[0]))
-    try:
-        references = _references(load(run.config).config)
-        record = read_metrics(run.metrics)
-        output = run.plots / "loss.png"
-        plot_run(run.path, output, references)
-    except InputError as error:
-        print(f"llmnorm: error: {error}", file=sys.stderr)
-        return 2
-    if record.bits_per_byte:
-        print(table(record.bits_per_byte, references))
-    print(f"plot: {output}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _unit(longest: float) -> tuple[str, float]:
+    """The unit in which a time reads well, and its seconds."""
+    for unit, seconds in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if longest >= 2 * seconds:
+            return unit, seconds
+    return "seconds", 1.0

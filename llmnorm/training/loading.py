@@ -65,7 +65,11 @@ def load_model(
         InputError: there are no such weights, they do not fit their configuration, or there is no
             tokenizer.
     """
-    source = open_source(path, checkpoint=checkpoint, ema=ema)
+    return model_of(open_source(path, checkpoint=checkpoint, ema=ema), path)
+
+
+def model_of(source: Source, path: Path) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
+    """What `load_model` returns, of weights at `path` that are open already."""
     tokenizer = _tokenizer(source, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if source.run is not None and load(source.run.path).config.training.device == "cpu":

@@ -60,5 +60,22 @@ class RunLock:
         os.close(self._descriptor)
 
 
+def held(run_dir: Path) -> bool:
+    """Whether a process is training in this directory; nothing is written."""
+    try:
+        descriptor = os.open(run_dir / "run.lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _me() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}\n"

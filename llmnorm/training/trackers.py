@@ -92,16 +92,16 @@ class Trackers:
 
     def __exit__(self, *_: object) -> None:
         """Send what is left."""
-        for name, (tracker, _) in list(self._open.items()):
+        for name, opened in list(self._open.items()):
             try:
-                tracker.finish()
+                opened[0].finish()
             except Exception as error:
                 self._failed(name, error)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Show a line of metrics.jsonl or samples.jsonl."""
-        for name, (tracker, has) in list(self._open.items()):
-            if line["step"] <= has:
+        for name, (tracker, last) in list(self._open.items()):
+            if line["step"] <= last:
                 continue
             try:
                 tracker.log(values(line), step=line["step"])
@@ -115,6 +115,8 @@ class Trackers:
         title = config.logging.name or run.path.resolve().name
         known = _read(run.tracker)
         key = known.get(name) or secrets.token_hex(4)
+        if name == "trackio" and name not in known:  # resumes by name, which other runs may have
+            key = f"{title}-{key}"
         # Kept before the tracker starts: a run killed in between finds its chart again too.
         _write(run.tracker, known | {name: key})
         project = config.logging.project
@@ -124,13 +126,11 @@ class Trackers:
             case "wandb":
                 tracker = kind(project, id=key, name=title, dir=str(run.path), resume="allow")
             case "trackio":
-                # trackio resumes by the name, which other runs may have too.
-                tracker = kind(project, name=f"{title}-{key}", resume="allow", embed=False)
+                tracker = kind(project, name=key, resume="allow", embed=False)
             case _:
                 arguments = (run.path,) if kind.requires_logging_directory else ()
                 tracker = kind(project, *arguments)
         tracker.start()
-        self._open[name] = tracker, -1
         has = _last_step(name, tracker, start if name in known else 0)
         if name == "tensorboard":  # its table of settings would be a run of its own in the chart
             tracker.log({"config": f"```yaml\n{to_yaml(config)}```"}, step=start)

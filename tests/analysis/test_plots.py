@@ -11,16 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmnorm.analysis.plots import (
-    compression,
-    losses_against,
-    plot_run,
-    read_metrics,
-    smoothed,
-    table,
-)
+from llmnorm.analysis.compression import compression, losses_against, table
+from llmnorm.analysis.plots import draw, names, plot
+from llmnorm.analysis.record import read_metrics, smoothed
 from llmnorm.data.packed import PackedData
 from llmnorm.part import InputError
+from llmnorm.training.run_directory import RunDirectory
 
 REFERENCES = {
     "gzip -9": {"all": 2.6, "code": 2.1, "letters": 2.9},
@@ -34,6 +30,7 @@ def run(tmp_path: Path) -> Path:
     lines = []
     for step in range(1, 41):
         record = {"step": step, "tokens": 100 * step, "lr": 1e-3, "grad_norm": 1.0}
+        record |= {"seconds": 10.0 * step, "tokens_per_second": 10.0}
         lines.append({**record, "loss": 2 + 4 * math.exp(-step / 8)})
         if step % 20 == 0:
             rates = {"code": 2.5 - step / 100, "letters": 3.0 - step / 100}
@@ -43,43 +40,77 @@ def run(tmp_path: Path) -> Path:
             }
             figures = {"loss": 2.1, "perplexity": 8.2, "bits_per_byte": 2.9 - step / 100}
             validation = {**figures, "sources": sources}
-            lines.append({"step": step, "tokens": 100 * step, "validation": validation})
+            place = {"step": step, "tokens": 100 * step, "seconds": 10.0 * step}
+            lines.append({**place, "validation": validation})
     directory = tmp_path / "small-run"
     directory.mkdir()
+    (directory / "config.yaml").write_text("{}")
     (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return directory
 
 
-def test_the_picture_shows_both_curves_and_every_source(run: Path) -> None:
-    """Oracle: the texts of the drawn SVG, whose glyphs matplotlib names in comments."""
-    picture = run / "plots" / "loss.svg"
-    plot_run(run, picture, REFERENCES)
+def drawn(picture: Path) -> str:
+    """The SVG, in which matplotlib names every text that it draws in a comment."""
     ElementTree.parse(picture)
-    drawn = picture.read_text()
+    return picture.read_text()
+
+
+def test_the_picture_of_a_run_shows_every_curve_and_source(run: Path) -> None:
+    """Oracle: the texts of the drawn SVG."""
+    picture = run / "plots" / "loss.svg"
+    draw({"small-run": read_metrics(run / "metrics.jsonl")}, picture, REFERENCES)
+    texts = drawn(picture)
     for text in (
         "small-run",
         "training (smoothed)",
         "validation (last: 2.100)",
         "training tokens",
+        "training time (minutes)",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput (tokens a second)",
         "all sources",
         "letters",
         "gzip -9",
-        "Behind xz -9e on all sources, code",
+        "Bits per byte: behind xz -9e on all sources, code",
         "2.60",  # the last evaluation's bits per byte of the letters, and gzip's in all
     ):
-        assert f"<!-- {text} -->" in drawn, text
-    assert "Behind gzip" not in drawn
+        assert f"<!-- {text} -->" in texts, text
+    assert "behind gzip" not in texts
 
 
-def test_a_run_without_evaluation_is_one_panel(run: Path) -> None:
-    """Oracle: the PNG's own width in pixels, half of the two panels'."""
-    plot_run(run, run / "two.png")
-    metrics = run / "metrics.jsonl"
-    lines = [line for line in metrics.read_text().splitlines() if "validation" not in line]
-    metrics.write_text("\n".join(lines) + "\n")
-    plot_run(run, run / "one.png")
-    widths = [int.from_bytes((run / name).read_bytes()[16:20]) for name in ("one.png", "two.png")]
-    assert widths[1] == 2 * widths[0]
+def test_several_runs_share_a_picture_and_are_told_by_name(run: Path, capsys) -> None:
+    """Oracle: the texts of the SVG; one run has no evaluation yet."""
+    other = run.parent / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("{}")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (other / "metrics.jsonl").write_text("".join(x for x in lines if "validation" not in x))
+    plot([run, other], run.parent / "both.svg")
+    assert capsys.readouterr().out == f"plot: {run.parent / 'both.svg'}\n"
+    texts = drawn(run.parent / "both.svg")
+    for text in ("small-run", "other", "training (smoothed)", "validation", "2.10"):
+        assert f"<!-- {text} -->" in texts, text
+    plot([other], run.parent / "one.svg")
+    assert "<!-- not evaluated yet -->" in drawn(run.parent / "one.svg")
+
+
+def test_more_runs_than_colours_are_drawn(run: Path) -> None:
+    """Oracle: every name stands in the legend."""
+    record = read_metrics(run / "metrics.jsonl")
+    draw({f"run {i}": record for i in range(30)}, run / "many.svg")
+    texts = drawn(run / "many.svg")
+    assert all(f"<!-- run {i} -->" in texts for i in range(30))
+
+
+def test_names_are_as_long_as_needed() -> None:
+    """Oracle: by hand."""
+
+    def named(*paths: str) -> list[str]:
+        return names([RunDirectory(Path(path)) for path in paths])
+
+    assert named("/r/a", "/r/b") == ["a", "b"]
+    assert named("/r/x/a", "/r/y/a", "/r/y/b") == ["x/a", "y/a", "y/b"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +118,11 @@ def test_a_run_without_evaluation_is_one_panel(run: Path) -> None:
     [
         (None, "cannot be read: No such file or directory"),
         ("", "holds no loss yet"),
-        ('{"step": 1, "tokens": 5, "loss": NaN}\n', "holds no loss yet"),
+        (
+            '{"step": 1, "tokens": 5, "seconds": 1, "loss": NaN, "grad_norm": 1, "lr": 1, '
+            '"tokens_per_second": 1}\n',
+            "holds no loss yet",
+        ),
         ('{"step": 1, "tok', "holds no loss yet"),
         ('{"step": 1, "tok\n{"step": 2}\n', "line 1: not a line of metrics"),
         ('{"step": 1, "loss": 2.0}\n', "line 1: not a line of metrics"),
@@ -103,16 +138,18 @@ def test_broken_metrics_are_one_line(
     if content is not None:
         metrics.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(InputError) as error:
-        plot_run(tmp_path, tmp_path / "loss.png")
+        read_metrics(metrics)
     assert str(error.value).startswith(str(metrics)) and complaint in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_picture_that_cannot_be_written_is_named(run: Path) -> None:
     """Oracle: a file where its directory should be, and a suffix that is no picture's."""
+    record = read_metrics(run / "metrics.jsonl")
     for output in (run / "metrics.jsonl" / "loss.png", run / "loss.txt"):
         with pytest.raises(InputError, match="cannot be written"):
-            plot_run(run, output)
+            draw({"run": record}, output)
+    assert not (run / "loss.txt").exists()
 
 
 def test_a_half_written_last_line_is_left_out(run: Path) -> None:

@@ -1,0 +1,206 @@
+"""`llmnorm eval`: what a trained model is worth, as a table and a JSON file.
+
+On validation rows: loss, perplexity and bits per byte of every source and in total, by the same
+function as during training, so that a run's last evaluation is reproduced to the last digit (same
+processes, same micro batch). A run has its rows; a directory without a run is told by `--data`
+which corpus to use, and its own tokenizer makes the rows. On lm-eval's tasks: benchmark_tasks.py.
+
+The file: `RUN/eval/step_00001000.json` (`-ema` where the average was evaluated), `DIR/eval.json`,
+with an adapter `ADAPTER/eval.json`.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmnorm.config import ParallelSettings, RunConfig, TrainingSettings
+from llmnorm.config_file import load
+from llmnorm.data import packing
+from llmnorm.data.packed import PackedData
+from llmnorm.data.settings import TokenizerSettings
+from llmnorm.doctor import missing_extra, version
+from llmnorm.part import InputError
+from llmnorm.training import benchmark_tasks
+from llmnorm.training.evaluation import evaluate
+from llmnorm.training.loading import Source, model_of, open_source
+from llmnorm.training.parallel import Parallel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def evaluate_directory(
+    path: Path,
+    overrides: Iterable[str] = (),
+    *,
+    checkpoint: str = "latest",
+    ema: bool = False,
+    adapter: Path | None = None,
+    data: Path | None = None,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """Evaluate the model at `path`, print a table and write the figures beside it.
+
+    Args:
+        path: a run directory, one of its checkpoints, an exported or a stock directory.
+        overrides: of the run's settings, or of `data`'s.
+        checkpoint: of a run: `latest`, `best` or a step.
+        ema: of a run: the moving average of the weights.
+        adapter: a PEFT adapter to put on the model.
+        data: the configuration or run whose corpus is evaluated instead of the run's own.
+        tasks: lm-eval's tasks, by name or path.
+        limit: examples of every task at most.
+        batch_size: rows or requests at once; None: as the configuration says, or 8.
+
+    Raises:
+        InputError: something that the user can mend, in one line.
+    """
+    if limit is not None and not tasks:
+        raise InputError("--limit: counts examples of --tasks; validation rows are all evaluated")
+    asked = benchmark_tasks.find(tasks) if tasks else None
+    source = open_source(path, checkpoint=checkpoint, ema=ema)
+    config = _config(path, source, data, list(overrides), bool(tasks))
+    parallel = Parallel(
+        config.parallel if config else ParallelSettings(),
+        config.training if config else TrainingSettings(steps=1),
+    )
+    try:
+        packed = _data(path, source, config, data, parallel) if config else None
+        model, tokenizer = model_of(source, path)
+        scored: PreTrainedModel = model.to(parallel.device)
+        if adapter is not None:
+            scored = _with_adapter(scored, adapter)
+        found: dict[str, Any] = {
+            "llmnorm": version(),
+            "weights": str(path),
+            "step": source.meta.get("step"),
+            "ema": ema,
+            "adapter": str(adapter) if adapter else None,
+        }
+        said = [_title(found)]
+        if config and packed:
+            rows = batch_size or _micro_batch(config, parallel)
+            figures = evaluate(scored, packed, micro_batch=rows, parallel=parallel)
+            found |= {"data": packed.identity, "validation": figures}
+            said.append(_table(figures))
+        if asked:
+            results = benchmark_tasks.run(
+                asked, scored, tokenizer, parallel, batch_size=batch_size or 8, limit=limit
+            )
+            if results is not None:
+                found |= {"limit": limit, "tasks": benchmark_tasks.figures(results)}
+                said.append(benchmark_tasks.table(results))
+        if parallel.is_main:
+            output = _output(path, source, ema, adapter)
+            _write(output, found)
+            print("\n\n".join([*said, f"written to {output}"]))
+    finally:
+        parallel.close()
+
+
+def _config(
+    path: Path, source: Source, data: Path | None, overrides: list[str], tasks: bool
+) -> RunConfig | None:
+    """Whose rows are evaluated, and how; None where only tasks are."""
+    where = data or (source.run.path if source.run else None)
+    if where is not None:
+        return load(where, overrides).config
+    if overrides:
+        raise InputError(f"eval: {path} is no run; settings such as '{overrides[0]}' need --data")
+    if not tasks:
+        raise InputError(
+            f"eval: {path} is no run; name the text by --data CONFIG_OR_RUN, or --tasks, or both"
+        )
+    return None
+
+
+def _data(
+    path: Path, source: Source, config: RunConfig, data: Path | None, parallel: Parallel
+) -> PackedData:
+    """The rows: a run's own, or the corpus of `data` in the model's tokens."""
+    tokenizer, command = config.tokenizer, f"llmnorm data {path}"
+    if data is not None:
+        if source.tokenizer is None:
+            raise InputError(f"{path}: has no tokenizer (no tokenizer.json)")
+        tokenizer = TokenizerSettings(path=source.tokenizer)
+        command = f"llmnorm data {data} tokenizer.path={source.tokenizer}"
+    packed = packing.find(config.data, tokenizer)
+    if packed is None:
+        if parallel.world > 1:
+            raise InputError(f"data: not prepared yet; run once, by itself: {command}")
+        packed = packing.prepare(config.data, tokenizer)
+    trained_on = source.meta.get("data")
+    if data is None and trained_on != packed.identity:
+        raise InputError(
+            f"{path}: was trained on the data {trained_on}, its configuration now gives "
+            f"{packed.identity} ({packed.directory}); restore the corpus, or name it by --data"
+        )
+    longest = source.config.max_position_embeddings
+    if packed.context_length > longest:
+        raise InputError(
+            f"data.context_length: {packed.context_length} is more than the model's {longest} "
+            f"positions; add data.context_length={longest}"
+        )
+    return packed
+
+
+def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
+    """Rows at once, as in the run's own evaluations."""
+    share = max(1, config.training.global_batch // parallel.world)
+    return config.evaluation.micro_batch or config.training.micro_batch or share
+
+
+def _with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"--adapter: {adapter} has no adapter_config.json, so it is no adapter")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise missing_extra("peft") from None
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (ValueError, RuntimeError) as error:  # another architecture, other shapes
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--adapter: {adapter} does not fit the model: {reason}") from None
+
+
+def _title(found: dict[str, Any]) -> str:
+    parts = [found["weights"]]
+    if found["step"] is not None:
+        parts.append(f"step {found['step']}")
+    if found["ema"]:
+        parts.append("moving average")
+    if found["adapter"]:
+        parts.append(f"adapter {found['adapter']}")
+    return ", ".join(parts)
+
+
+def _table(figures: dict[str, Any]) -> str:
+    rows = {"all": figures, **figures["sources"]}
+    width = max(len(name) for name in [*rows, "validation"])
+    lines = [f"{'validation':{width}}{'loss':>10}{'perplexity':>12}{'bits per byte':>15}"]
+    for name, row in rows.items():
+        loss, perplexity, bits = row["loss"], row["perplexity"], row["bits_per_byte"]
+        lines.append(f"{name:{width}}{loss:>10.4f}{perplexity:>12.2f}{bits:>15.4f}")
+    return "\n".join(lines)
+
+
+def _output(path: Path, source: Source, ema: bool, adapter: Path | None) -> Path:
+    if adapter is not None:
+        return adapter / "eval.json"
+    if source.run is None:
+        return path / "eval.json"
+    return source.run.evaluations / f"step_{source.meta['step']:08d}{'-ema' if ema else ''}.json"
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    temporary = path.with_name(f".writing-{path.name}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
