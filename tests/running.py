@@ -50,6 +50,13 @@ class Child:
         return self.process.exitcode
 
 
+def llmnorm(*words: str | Path) -> None:
+    """One command in this process, which must succeed."""
+    from llmnorm import cli
+
+    assert cli.main([str(word) for word in words]) == 0
+
+
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without times, rates and memory."""
     lines = (run / "metrics.jsonl").read_text().splitlines()

@@ -1,0 +1,35 @@
+"""A run and what it was exported to, made once a session."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.running import SMOKE, llmnorm
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
+    """A smoke run with QK-norm, a moving average and checkpoints of the steps 4, 8 and 12."""
+    directory = tmp_path_factory.mktemp("run") / "qk"
+    settings = ["training.steps=12", "training.ema=0.9", "checkpoint.every=4", "checkpoint.keep=3"]
+    # 0.1: at 0.02 all logits of so small a model are alike and any token would do.
+    model = ["model.mixer.qk_norm=true", "model.initializer_range=0.1", "optimizer.lr=1e-2"]
+    places = [f"run_dir={directory}", f"data.dir={smoke_data}"]
+    llmnorm("train", SMOKE, *settings, *model, "evaluation.every=4", *places)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def exported(run: Path) -> Path:
+    """The run's newest checkpoint as a directory of our class."""
+    directory = run.parent / "exported"
+    llmnorm("export", run, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def stock(run: Path) -> Path:
+    """The same as a Qwen3."""
+    directory = run.parent / "stock"
+    llmnorm("export", run, directory, "--stock")
+    return directory
