@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from llmnorm.nn.linear import Linear, add_product, product
 
 IGNORED = -100
 
 
-class LanguageHead(nn.Linear):
+class LanguageHead(Linear):
     """The output head: logits, or the loss itself when labels are given.
 
     The loss is computed inside this module's forward, where wrappers that shard parameters have the
@@ -58,17 +60,15 @@ def linear_cross_entropy(
         chunk: tokens at a time; `chunk_size(vocabulary)` if None.
     """
     device = hidden.device.type
-    product = (
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    )
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if items is None:
         items = (labels != IGNORED).sum().clamp(min=1)
-    scale = 1 / torch.as_tensor(items, dtype=_wide(product), device=hidden.device)
+    scale = 1 / torch.as_tensor(items, dtype=_wide(dtype), device=hidden.device)
     chunk = chunk or chunk_size(weight.shape[0])
     # Inside a Function neither tells: needs_input_grad is true without gradients too.
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     with torch.autocast(device, enabled=False):
-        return _Loss.apply(hidden, weight, labels, scale, chunk, product, *wanted)
+        return _Loss.apply(hidden, weight, labels, scale, chunk, dtype, *wanted)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, items: Tensor | float | None = None) -> Tensor:
@@ -97,13 +97,13 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Tokens at a time, from the vocabulary alone: about 2 million logits, at least 256 tokens.
+    """Tokens at a time, from the vocabulary alone: about 2 million logits, at least 512 tokens.
 
-    Measured on a CPU against logits + F.cross_entropy, forward and backward (tools/bench/nn.py):
-    under 256 tokens re-reading the weight's gradient costs more than the chunks save; above, a
-    vocabulary of 4k gains a few percent from 512 and nothing from more.
+    Measured on a CPU, forward and backward (tools/bench/nn.py): re-reading the weight's gradient
+    costs 6 % at 256 tokens and a vocabulary of 32k against 512; beyond 512, and for a vocabulary of
+    4k from 128 on, nothing is gained.
     """
-    return max(256, 2**21 // vocabulary)
+    return max(512, 2**21 // vocabulary)
 
 
 def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,10 +112,16 @@ def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     The normaliser is taken from the largest logit and its probability, log sum exp(l) = max l -
     log(max p), which cannot underflow as -log(p[label]) can: two reads instead of a pass of exp.
     """
-    logits = hidden.to(weight.dtype) @ weight.t()
-    probabilities = F.softmax(logits, -1, dtype=_wide(logits.dtype))
-    normaliser = logits.amax(-1).to(probabilities.dtype) - probabilities.amax(-1).log_()
+    logits = product(hidden.to(weight.dtype), weight)
+    wide = _wide(logits.dtype)
+    largest = logits.amax(-1).to(wide)
     picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    if logits.dtype == wide and logits.device.type == "cpu":
+        # In the logits' memory: half of it, and a tenth less time where memory is new.
+        probabilities = torch.softmax(logits, -1, out=logits)
+    else:
+        probabilities = F.softmax(logits, -1, dtype=wide)
+    normaliser = largest - probabilities.amax(-1).log_()
     return probabilities, (normaliser - picked).masked_fill_(labels == IGNORED, 0)
 
 
@@ -132,33 +138,33 @@ class _Loss(torch.autograd.Function):
         labels: Tensor,
         scale: Tensor,
         chunk: int,
-        product: torch.dtype,
+        dtype: torch.dtype,
         wants_hidden: bool,
         wants_weight: bool,
     ) -> Tensor:
-        wide = _wide(product)
-        head = weight.to(product)
+        wide = _wide(dtype)
+        head = weight.to(dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        # Transposed, since a product copies what stands on its left: better not the logits.
+        weight_grad = hidden.new_zeros(weight.shape[::-1], dtype=wide) if wants_weight else None
         real = (labels != IGNORED).to(wide).mul_(scale).unsqueeze(1)
         rows = torch.arange(min(chunk, len(labels)), device=hidden.device)
         for first in range(0, len(labels), chunk):
             part = slice(first, first + chunk)
             gradient, losses = _chunk(hidden[part], head, labels[part])
             total += losses.sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            gradient[rows[: len(losses)], labels[part].clamp(min=0)] -= 1
-            gradient = gradient.to(product)
+            if wants_hidden or wants_weight:
+                gradient[rows[: len(losses)], labels[part].clamp(min=0)] -= 1
+                gradient = gradient.to(dtype)
             if hidden_grad is not None:
-                hidden_grad[part] = (gradient @ head).to(wide).mul_(real[part])
+                hidden_grad[part] = product(gradient, head.t()).to(wide).mul_(real[part])
             if weight_grad is not None:
-                scaled = hidden[part].to(wide).mul(real[part]).to(product)
-                if product == wide:
-                    weight_grad.addmm_(gradient.t(), scaled)
-                else:
-                    weight_grad.add_(gradient.t() @ scaled)
+                scaled = hidden[part].to(wide).mul(real[part]).to(dtype)
+                add_product(weight_grad, scaled.t(), gradient.t())
+            del gradient  # before the next chunk's logits are made
+        if weight_grad is not None:
+            weight_grad = weight_grad.t().contiguous()
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total * scale
@@ -167,6 +173,8 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
+        if grads[0].device.type == "cpu" and grads[0] == 1 and ctx.weight_dtype == grads[0].dtype:
+            return hidden_grad, weight_grad, None, None, None, None, None, None
         if hidden_grad is not None:
             hidden_grad = (hidden_grad * grads[0]).to(hidden_grad.dtype)
         if weight_grad is not None:

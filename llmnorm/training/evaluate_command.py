@@ -29,6 +29,8 @@ from llmnorm.training.parallel import Parallel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SECTIONS = ("data", "evaluation", "training", "parallel")  # that settings may be given of
+
 
 def evaluate_directory(
     path: Path,
@@ -105,6 +107,12 @@ def _config(
     path: Path, source: Source, data: Path | None, overrides: list[str], tasks: bool
 ) -> RunConfig | None:
     """Whose rows are evaluated, and how; None where only tasks are."""
+    for override in overrides:
+        if override.partition("=")[0].partition(".")[0] not in SECTIONS:
+            raise InputError(
+                f"command line: '{override}' would change nothing here; eval reads the sections "
+                f"{', '.join(SECTIONS)}"
+            )
     where = data or (source.run.path if source.run else None)
     if where is not None:
         return load(where, overrides).config
@@ -121,6 +129,12 @@ def _data(
     path: Path, source: Source, config: RunConfig, data: Path | None, parallel: Parallel
 ) -> PackedData:
     """The rows: a run's own, or the corpus of `data` in the model's tokens."""
+    length, longest = config.data.context_length, source.config.max_position_embeddings
+    if length > longest:
+        raise InputError(
+            f"data.context_length: {length} is more than the model's {longest} positions; add "
+            f"data.context_length={longest}"
+        )
     tokenizer, command = config.tokenizer, f"llmnorm data {path}"
     if data is not None:
         if source.tokenizer is None:
@@ -137,12 +151,6 @@ def _data(
         raise InputError(
             f"{path}: was trained on the data {trained_on}, its configuration now gives "
             f"{packed.identity} ({packed.directory}); restore the corpus, or name it by --data"
-        )
-    longest = source.config.max_position_embeddings
-    if packed.context_length > longest:
-        raise InputError(
-            f"data.context_length: {packed.context_length} is more than the model's {longest} "
-            f"positions; add data.context_length={longest}"
         )
     return packed
 

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmnorm.nn.cache import KeyValues
+from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, Mixer, causal_mask, document_mask
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.mixers.varlen import varlen_attention
@@ -56,10 +57,10 @@ class SoftmaxAttention(Mixer):
             head_dim,
         )
         width, kv_width = self.heads * head_dim, self.kv_heads * head_dim
-        self.q_proj = nn.Linear(hidden_size, width, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, kv_width, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, kv_width, bias=qkv_bias)
-        self.o_proj = nn.Linear(width, hidden_size, bias=output_bias)
+        self.q_proj = Linear(hidden_size, width, bias=qkv_bias)
+        self.k_proj = Linear(hidden_size, kv_width, bias=qkv_bias)
+        self.v_proj = Linear(hidden_size, kv_width, bias=qkv_bias)
+        self.o_proj = Linear(width, hidden_size, bias=output_bias)
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, eps=qk_norm_eps)
             self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps)
