@@ -12,7 +12,6 @@ RUN is a run directory whose data is still there; a step is as long as its metri
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import tokenizers
+from report import RESULTS, Table, publish
 from tokenizers import Tokenizer
 
 from llmnorm.config_file import load
@@ -114,13 +113,13 @@ def step_seconds(metrics: Path) -> float:
 
 
 def main() -> None:
-    """Measures, prints and writes the JSON."""
+    """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description="Measure packing and loading.")
     parser.add_argument("run", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--megabytes", type=float, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/data.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "data.json")
     parsed = parser.parse_intermixed_args()
     config = load(parsed.run, parsed.overrides).config
     step = step_seconds(parsed.run / "metrics.jsonl")
@@ -128,17 +127,33 @@ def main() -> None:
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the pool of `tokenizers` alone
     packed = packing.prepare(config.data, config.tokenizer)
     texts = some_texts(packing.sources_of(config.data), int(parsed.megabytes * 1e6))
-    result = {
-        "machine": f"{platform.processor() or platform.machine()}, {cores()} cores, "
-        f"load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
-        f"tokenizers {tokenizers.__version__}",
-        "packing": packing_rates(packed, texts, threads, parsed.rounds),
-        "loader": loader_cost(packed, config.training.global_batch, step, parsed.rounds),
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    parsed.out.write_text(text + "\n")
+    packing_found = packing_rates(packed, texts, threads, parsed.rounds)
+    loading = loader_cost(packed, config.training.global_batch, step, parsed.rounds)
+    rates = packing_found["mb_per_second"]
+    tables = [
+        Table(
+            f"{packing_found['megabytes']} MB of text, {threads} threads",
+            ["", "MB/s", "packing over it", "bar"],
+            [
+                [name, f"{rate:.2f}", f"{rates['packing'] / rate:.2f}", bar]
+                for (name, rate), bar in zip(rates.items(), ("", "0.85", "0.85"), strict=True)
+            ],
+        ),
+        Table(
+            f"{loading['rows_a_step']} rows of {loading['context_length']} tokens a step",
+            ["", "us a row", "share of a step", "bar"],
+            [
+                [
+                    "loader",
+                    f"{loading['microseconds_a_row']:.1f}",
+                    f"{loading['share_of_step']:.2%}",
+                    "1 %",
+                ]
+            ],
+        ),
+    ]
+    figures = {"packing": packing_found, "loader": loading}
+    publish(parsed.out, "Data: packing and loading", tables, figures)
 
 
 if __name__ == "__main__":

@@ -25,21 +25,21 @@ with Liger kernels if they are installed.
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import report  # noqa: E402
 import torch  # noqa: E402
+from report import Table, publish  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 LENGTH, WARMUP = 512, 2
@@ -210,6 +210,7 @@ def serve(options: argparse.Namespace) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
     import transformers.trainer  # noqa: F401  every candidate carries the same libraries
+
     from llmnorm.training import loop as _  # noqa: F401
 
     cuda = options.device == "cuda"
@@ -362,9 +363,7 @@ def measure(vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
             candidate.close()
     first = candidates[0].losses
     for candidate in candidates[1:]:
-        worst = max(
-            abs(a - b) / b for a, b in zip(first, candidate.losses, strict=True)
-        )
+        worst = max(abs(a - b) / b for a, b in zip(first, candidate.losses, strict=True))
         tolerance = 2e-3 if options.device == "cpu" else 2e-2
         if worst > tolerance:
             sys.exit(f"bench: error: losses of ours and {candidate.name} differ by {worst:.1%}")
@@ -419,48 +418,43 @@ def profile(vocabulary: int, options: argparse.Namespace) -> dict[str, dict[str,
     return shares
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-    } | {package: version(package) for package in ("torch", "transformers", "accelerate")}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    model = found.get("model name", platform.processor())
-    return f"{model}, family {found.get('cpu family', '?')} model {found.get('model', '?')}"
-
-
-def show(title: str, table: dict[str, Any]) -> None:
-    """Print one vocabulary's table."""
+def summary(vocabulary: int, count: int, table: dict[str, Any]) -> Table:
+    """One vocabulary's table as it is read."""
     rates = ", ".join(f"{way} {rate} GFLOP/s" for way, rate in table["matmul_gflops"].items())
-    print(f"\n{title}; products alone: {rates}")
-    ways = list(table["matmul_gflops"])
-    print(
-        f"{'':<10}{'tokens/s':>10}{'ratio':>8}{'bar':>7}{'MiB':>8}{'ratio':>8}{'bar':>7}  "
-        + "  ".join(f"share of {way}" for way in ways)
-    )
+    shares = [f"share of {way}" for way in table["matmul_gflops"]]
+    rows = []
     for name, row in table["candidates"].items():
-        cells = [
-            row.get(k) for k in ("ours_over_it", "bar_speed", "our_memory_over_its", "bar_memory")
-        ]
-        speed, speed_bar, memory, memory_bar = ("" if c is None else f"{c:.2f}" for c in cells)
-        shares = "  ".join(
-            f"{row['share_of_matmul_rate'][way]:>{9 + len(way)}.0%}" for way in ways
+        keys = ("ours_over_it", "bar_speed", "our_memory_over_its", "bar_memory")
+        ratio, bar, memory, memory_bar = (
+            "" if row.get(key) is None else f"{row[key]:.2f}" for key in keys
         )
-        verdict = {None: "", True: "  holds", False: "  BELOW"}[row.get("holds")]
-        print(
-            f"{name:<10}{row['tokens_per_second']:>10.0f}{speed:>8}{speed_bar:>7}"
-            f"{row['memory_mib']:>8}{memory:>8}{memory_bar:>7}  {shares}{verdict}"
+        verdict = {None: "", True: "holds", False: "below"}[row.get("holds")]
+        rows.append(
+            [name, f"{row['tokens_per_second']:.0f}", ratio, bar]
+            + [str(row["memory_mib"]), memory, memory_bar]
+            + [f"{share:.0%}" for share in row["share_of_matmul_rate"].values()]
+            + [verdict]
+        )
+    columns = ["", "tokens/s", "ours over it", "bar", "MiB", "ours over it", "bar", *shares, ""]
+    return Table(
+        f"vocabulary {vocabulary}, {count} rows of {LENGTH} tokens a step; products alone {rates}",
+        columns,
+        rows,
+    )
+
+
+def operators(profile: dict[str, dict[str, dict[str, float]]]) -> Iterator[Table]:
+    """Where the time goes, ours beside stock's."""
+    for vocabulary, shares in profile.items():
+        names = list(dict.fromkeys([*shares["ours"], *shares["loop"]]))
+        rows = [
+            [name, *(f"{shares[who].get(name, 0):.1%}" for who in ("ours", "loop"))]
+            for name in names
+        ]
+        yield Table(
+            f"share of the step's CPU time by operator, vocabulary {vocabulary}",
+            ["operator", "ours", "loop"],
+            rows[:14],
         )
 
 
@@ -483,9 +477,8 @@ def main() -> None:
     if options.quick:
         options.rounds, options.steps = 2, 1
     suffix = "" if options.device == "cpu" else "_cuda"
-    out = options.out or Path(f"docs/results/training_step{suffix}.json")
-    result: dict[str, Any] = {
-        "machine": machine(),
+    out = options.out or report.RESULTS / f"training_step{suffix}.json"
+    figures: dict[str, Any] = {
         "shape": SHAPE | {"rows": options.rows, "context": LENGTH},
         "rounds": options.rounds,
         "steps_a_turn": options.steps,
@@ -494,18 +487,16 @@ def main() -> None:
         "vocabularies": {},
         "profile": {},
     }
+    tables = []
     for vocabulary in options.vocabulary:
-        table = measure(vocabulary, options)
-        show(f"vocabulary {vocabulary}, {options.rows} rows of {LENGTH} a step", table)
-        result["vocabularies"][str(vocabulary)] = table
+        found = measure(vocabulary, options)
+        figures["vocabularies"][str(vocabulary)] = found
+        tables.append(summary(vocabulary, options.rows, found))
         if options.device == "cpu":
-            result["profile"][str(vocabulary)] = profile(vocabulary, options)
-    print("\n" + json.dumps(result["machine"]))
-    if not options.quick or options.out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.replace(out)
+            figures["profile"][str(vocabulary)] = profile(vocabulary, options)
+    tables += operators(figures["profile"])
+    where = f"{'CPU, float32' if options.device == 'cpu' else 'GPU, bf16, compiled'}"
+    publish(None if options.quick else out, f"Training step ({where})", tables, figures)
 
 
 if __name__ == "__main__":
