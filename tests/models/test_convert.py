@@ -334,38 +334,31 @@ def test_a_tensor_above_the_limit_stands_alone() -> None:
 
 
 MEASURE = """
-import sys, threading
+import sys
 from pathlib import Path
 from safetensors.torch import load_file
 from llmnorm.models import LlmNormConfig
 from llmnorm.models.convert import named_weights, open_weights
 from llmnorm.models.modeling import empty_model
 
-def resident():
-    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
-
-def watch():
-    while not done.is_set():
-        peak[0] = max(peak[0], resident())
+def memory(key):
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
 directory, how = Path(sys.argv[1]), sys.argv[2]
 config = LlmNormConfig.from_pretrained(directory)
-before = resident()
+before = memory("VmRSS")
 model = empty_model(config, device="cpu")
 for tensor in named_weights(model).values():
     tensor.zero_()
 weights = open_weights(directory, config)
-full, peak, done = resident(), [0], threading.Event()
-thread = threading.Thread(target=watch)
-thread.start()
+full = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
 if how == "ours":
     weights.read_into(named_weights(model))
 else:
     state = {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
     model.load_state_dict(state)
-done.set()
-thread.join()
-print(full - before, peak[0] - full)
+print(full - before, memory("VmHWM") - full)
 """
 
 
