@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmnorm.nn.cache import KeyValues
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers.causal import causal_attention, halves_are_faster
 from llmnorm.nn.mixers.contract import Context, Mixer, causal_mask, document_mask
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.mixers.varlen import varlen_attention
@@ -104,6 +105,8 @@ class SoftmaxAttention(Mixer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """(batch, heads, length, head_dim) -> (batch, length, heads, head_dim)."""
+        if causal and halves_are_faster(q, k):
+            return causal_attention(q, k, v).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads
         )
