@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from llmnorm.nn.mixers.settings import SoftmaxSettings
-from llmnorm.nn.norms.settings import RMSNormSettings
+from llmnorm.nn.norms.settings import PreSettings, RMSNormSettings
 from llmnorm.nn.settings import ModelSettings, SwiGLUSettings
 from llmnorm.part import InputError, nearest
 
@@ -156,6 +156,10 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     def refuse(key: str, why: str) -> NoReturn:
         raise InputError(f"--stock: model.{key}: {why}; export without --stock")
 
+    if not isinstance(settings.placement, PreSettings):
+        refuse("placement", f"no stock architecture has {_called(settings.placement)}, only pre")
+    if settings.depth_scaling != "none":
+        refuse("depth_scaling", f"'{settings.depth_scaling}' is no stock architecture's")
     norm, mlp, mixers = settings.norm, settings.mlp, settings.mixers()
     if not isinstance(norm, RMSNormSettings):
         refuse("norm", f"no stock architecture has {_called(norm)}, only rms")

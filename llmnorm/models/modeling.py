@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from llmnorm.models.cache import LlmNormCache
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.initialization import initialize, initialize_module
+from llmnorm.nn import block as blocks
 from llmnorm.nn.block import Block
 from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
 from llmnorm.nn.mixers.contract import (
@@ -58,7 +59,7 @@ class LlmNormPreTrainedModel(PreTrainedModel):
 
     config_class = LlmNormConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Block"]
+    _no_split_modules = [name for name in vars(blocks) if name.endswith("Block")]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     accepts_loss_kwargs = True  # num_items_in_batch
@@ -93,7 +94,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         assert isinstance(settings.vocab_size, int)
         self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
         self.layers = nn.ModuleList(
-            Block(settings, layer) for layer in range(settings.num_hidden_layers)
+            settings.placement.build(settings, layer) for layer in range(settings.num_hidden_layers)
         )
         self.norm = settings.norm.build(settings.hidden_size)
         self.rotary = Rotary(

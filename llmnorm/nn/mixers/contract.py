@@ -66,6 +66,18 @@ class Mixer(nn.Module):
         """The output (batch, length, hidden) from the mixed values."""
         raise NotImplementedError
 
+    @property
+    def output(self) -> nn.Linear:
+        """The projection that writes to the residual stream."""
+        assert isinstance(self.o_proj, nn.Linear)
+        return self.o_proj
+
+    @property
+    def values(self) -> nn.Linear:
+        """The projection that makes the values, which DeepNorm scales at initialisation."""
+        assert isinstance(self.v_proj, nn.Linear)
+        return self.v_proj
+
     def flops_per_token(self, context_length: int) -> float:
         """Forward operations a token beyond the linear layers (a multiply-add counts two)."""
         raise NotImplementedError

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llmnorm.nn.norms.contract import Norm, wide
 
-class RMSNorm(nn.Module):
+
+class RMSNorm(Norm):
     """RMS norm with statistics in float32 (float64 for float64 input), output in x's dtype.
 
     `cast_mode="llama"` rounds to x's dtype before the gain, as Hugging Face's LlamaRMSNorm, whose
@@ -43,31 +45,24 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
         with torch.autocast(x.device.type, enabled=False):
+            gain = self.scaled(self.weight)
             if self.cast_mode == "llama":
-                return self._llama(x)
+                return self._llama(x, gain)
             if x.device.type == "cpu":
-                return _RMSNorm.apply(x, self.weight, self.eps)
-            if x.dtype == self.weight.dtype:
-                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-            wide = torch.promote_types(
-                torch.promote_types(x.dtype, self.weight.dtype), torch.float32
-            )
-            return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(
-                x.dtype
-            )
+                return _RMSNorm.apply(x, gain, self.eps)
+            if x.dtype == gain.dtype:
+                return F.rms_norm(x, gain.shape, gain, self.eps)
+            dtype = torch.promote_types(torch.promote_types(x.dtype, gain.dtype), torch.float32)
+            return F.rms_norm(x.to(dtype), gain.shape, gain.to(dtype), self.eps).to(x.dtype)
 
-    def _llama(self, x: Tensor) -> Tensor:
-        wide = x.to(_wide(x.dtype))
-        r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * r).to(x.dtype)
+    def _llama(self, x: Tensor, gain: Tensor) -> Tensor:
+        values = x.to(wide(x.dtype))
+        r = torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.eps)
+        return gain * (values * r).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{self.weight.numel()}, eps={self.eps}, cast_mode={self.cast_mode}"
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -75,8 +70,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide, hidden = _wide(x.dtype), x.shape[-1]
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        hidden = x.shape[-1]
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
         r = length.square_().div_(hidden).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight).to(x.dtype)

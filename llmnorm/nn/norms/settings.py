@@ -1,18 +1,23 @@
-"""Settings of the norms: the registry of `model.norm`.
+"""Settings of the norms and of their place in the block: `model.norm` and `model.placement`.
 
 A norm acts on the last axis of (..., hidden) and keeps the shape and the dtype; where it stands in
-the block is the block's business. `build(hidden_size)` gives the module.
+the block is the placement's business. `build(hidden_size)` gives the norm, `build(model, layer)` of
+a placement the block.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
+    from llmnorm.nn.block import Block
+    from llmnorm.nn.norms.crms import CRMSNorm
+    from llmnorm.nn.norms.dyt import DyT
     from llmnorm.nn.norms.layer import LayerNorm
     from llmnorm.nn.norms.rms import RMSNorm
+    from llmnorm.nn.settings import ModelSettings
 
 
 class RMSNormSettings(Settings):
@@ -49,4 +54,147 @@ class LayerNormSettings(Settings):
         return LayerNorm(hidden_size, eps=self.eps, bias=self.bias)
 
 
-Norm = Annotated[RMSNormSettings | LayerNormSettings, Part(default="rms")]
+class CRMSNormSettings(Settings):
+    """Compressed RMS norm: that of a zero-mean vector, one entry of which is not stored (Jiang et
+    al. 2023, arXiv 2305.14858). It has no gain."""
+
+    name: Literal["crms"] = "crms"
+    eps: float = Field(1e-6, ge=0)
+    """Added to the mean square over hidden_size + 1 entries, inside the root."""
+
+    def build(self, hidden_size: int) -> "CRMSNorm":
+        """The norm over a last axis of `hidden_size`."""
+        from llmnorm.nn.norms.crms import CRMSNorm
+
+        return CRMSNorm(hidden_size, eps=self.eps)
+
+
+class DyTSettings(Settings):
+    """Dynamic tanh: gain * tanh(alpha x) + bias, no statistics (Zhu et al. 2025, arXiv
+    2503.10622)."""
+
+    name: Literal["dyt"] = "dyt"
+    alpha: float = Field(0.5, gt=0)
+    """Initial value of the learned factor inside."""
+    bias: bool = True
+    """Learn an offset beside the gain."""
+
+    def build(self, hidden_size: int) -> "DyT":
+        """The stand-in for a norm over a last axis of `hidden_size`."""
+        from llmnorm.nn.norms.dyt import DyT
+
+        return DyT(hidden_size, alpha=self.alpha, bias=self.bias)
+
+
+Norm = Annotated[
+    RMSNormSettings | LayerNormSettings | CRMSNormSettings | DyTSettings, Part(default="rms")
+]
+
+
+class PlacementSettings(Settings):
+    """What every placement's settings say about it before torch is loaded."""
+
+    scales_with_depth: ClassVar[bool] = False
+    """Whether `model.depth_scaling` is defined for it."""
+    own_initialization: ClassVar[bool] = False
+    """Whether it sets the standard deviations of the block's weights."""
+
+    def build(self, model: "ModelSettings", layer: int) -> "Block":
+        """The block of one layer (counted from 0) of `model`."""
+        raise NotImplementedError
+
+
+class PreSettings(PlacementSettings):
+    """x + f(norm(x)) (Xiong et al. 2020, arXiv 2002.04745)."""
+
+    name: Literal["pre"] = "pre"
+    scales_with_depth = True
+
+    def build(self, model: "ModelSettings", layer: int) -> "Block":
+        """The block of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.block import PreBlock
+
+        return PreBlock(model, layer)
+
+
+class PostSettings(PlacementSettings):
+    """norm(x + f(x)) (Vaswani et al. 2017, arXiv 1706.03762)."""
+
+    name: Literal["post"] = "post"
+
+    def build(self, model: "ModelSettings", layer: int) -> "Block":
+        """The block of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.block import PostBlock
+
+        return PostBlock(model, layer)
+
+
+class SandwichSettings(PlacementSettings):
+    """x + norm(f(norm(x))) (Ding et al. 2021, CogView, arXiv 2105.13290)."""
+
+    name: Literal["sandwich"] = "sandwich"
+
+    def build(self, model: "ModelSettings", layer: int) -> "Block":
+        """The block of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.block import SandwichBlock
+
+        return SandwichBlock(model, layer)
+
+
+class PeriSettings(SandwichSettings):
+    """Peri-LN, another name of sandwich (Kim et al. 2025, arXiv 2502.02732)."""
+
+    name: Literal["peri"] = "peri"  # type: ignore[assignment]
+
+
+class ReorderedSettings(PlacementSettings):
+    """x + norm(f(x)) (OLMo 2, arXiv 2501.00656)."""
+
+    name: Literal["reordered"] = "reordered"
+
+    def build(self, model: "ModelSettings", layer: int) -> "Block":
+        """The block of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.block import ReorderedBlock
+
+        return ReorderedBlock(model, layer)
+
+
+class DeepNormSettings(PlacementSettings):
+    """norm(alpha x + f(x)), alpha = (2N)^1/4 for N layers, with initial weights of its own
+    (Wang et al. 2022, arXiv 2203.00555)."""
+
+    name: Literal["deepnorm"] = "deepnorm"
+    own_initialization = True
+
+    def build(self, model: "ModelSettings", layer: int) -> "Block":
+        """The block of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.block import DeepNormBlock
+
+        return DeepNormBlock(model, layer)
+
+
+class MixSettings(PlacementSettings):
+    """Mix-LN: post in the first layers, pre in the others (Li et al. 2024, arXiv 2412.13795)."""
+
+    name: Literal["mix"] = "mix"
+    post: float = Field(0.25, ge=0, le=1)
+    """Share of the layers that are post-norm, rounded down to whole layers."""
+
+    def build(self, model: "ModelSettings", layer: int) -> "Block":
+        """The block of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.block import PostBlock, PreBlock
+
+        post = layer < int(self.post * model.num_hidden_layers + 1e-9)
+        return (PostBlock if post else PreBlock)(model, layer)
+
+
+Placement = Annotated[
+    PreSettings
+    | PostSettings
+    | SandwichSettings
+    | PeriSettings
+    | ReorderedSettings
+    | DeepNormSettings
+    | MixSettings,
+    Part(default="pre"),
+]
