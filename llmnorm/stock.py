@@ -163,6 +163,8 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     norm, mlp, mixers = settings.norm, settings.mlp, settings.mixers()
     if not isinstance(norm, RMSNormSettings):
         refuse("norm", f"no stock architecture has {_called(norm)}, only rms")
+    if norm.bias:
+        refuse("norm.bias", "no stock architecture has an offset in its norms")
     if not isinstance(mlp, SwiGLUSettings):
         refuse("mlp", f"no stock architecture has {_called(mlp)}, only swiglu")
     mixer = mixers[0]

@@ -35,7 +35,8 @@ class Block(nn.Module):
         self.mlp = settings.mlp.build(settings.hidden_size, settings.intermediate_size)
         if settings.initialization == "scaled":
             scaled = settings.initializer_range / math.sqrt(2 * settings.num_hidden_layers)
-            for linear in (self.self_attn.output, self.mlp.down_proj):
+            outputs: tuple[Linear, ...] = self.self_attn.output, self.mlp.down_proj
+            for linear in outputs:
                 linear.initial_std = scaled
 
     def forward(self, hidden: Tensor, context: Context, cache: KeyValues | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from llmnorm.nn.mixers.settings import Mixer, MixerSettings, SoftmaxSettings
 from llmnorm.nn.norms.settings import (
     Norm,
+    NormSettings,
     Placement,
     PlacementSettings,
     PreSettings,
@@ -213,6 +214,8 @@ class ModelSettings(Settings):
                     f"rope_parameters.{key} has {len(factors)} numbers, "
                     f"head_dim {self.head_dim} needs {self.head_dim // 2}"
                 )
+        if isinstance(self.norm, NormSettings) and (why := self.norm.refusal(self.hidden_size)):
+            raise ValueError(why)
         if isinstance(self.placement, PlacementSettings):
             if self.depth_scaling != "none" and not self.placement.scales_with_depth:
                 raise ValueError(

@@ -6,7 +6,8 @@ r = (mean(x^2) + eps)^-1/2 (..., 1), x^ = r x, q = gain * dL/dy.
 Backward: dx = r (q - x^ mean(q x^)), dgain = sum over tokens of dL/dy x^; only x and r are kept.
 On a CPU torch's own rms_norm is not fused, so this file has its own function there. Its backward
 borrows the fused kernel of layer norm: with mean 0 and 1/std = r that kernel gives
-r (q - mean(q) - x^ mean(q x^)), and the rank-one term r mean(q) is put back.
+r (q - mean(q) - x^ mean(q x^)), and the rank-one term r mean(q) is put back while a piece of the
+rows is in the cache.
 """
 
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmnorm.nn.norms.contract import Norm, wide
+
+PIECE = 400_000  # numbers a thread at a time: the cache's size over a few tensors of float32
 
 
 class RMSNorm(Norm):
@@ -32,15 +35,19 @@ class RMSNorm(Norm):
         *,
         eps: float,
         cast_mode: Literal["fp32_affine", "llama"] = "fp32_affine",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.eps = eps
         self.cast_mode = cast_mode
         self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
 
     def reset_parameters(self) -> None:
-        """Gain one."""
+        """Gain one, offset zero."""
         nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
@@ -48,12 +55,10 @@ class RMSNorm(Norm):
             gain = self.scaled(self.weight)
             if self.cast_mode == "llama":
                 return self._llama(x, gain)
-            if x.device.type == "cpu":
-                return _RMSNorm.apply(x, gain, self.eps)
-            if x.dtype == gain.dtype:
-                return F.rms_norm(x, gain.shape, gain, self.eps)
-            dtype = torch.promote_types(torch.promote_types(x.dtype, gain.dtype), torch.float32)
-            return F.rms_norm(x.to(dtype), gain.shape, gain.to(dtype), self.eps).to(x.dtype)
+            if self.bias is None:
+                return rms_norm(x, gain, self.eps)
+            values, offset = x.to(wide(x.dtype)), self.scaled(self.bias)
+            return (rms_norm(values, gain, self.eps) + offset).to(x.dtype)
 
     def _llama(self, x: Tensor, gain: Tensor) -> Tensor:
         values = x.to(wide(x.dtype))
@@ -62,39 +67,50 @@ class RMSNorm(Norm):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"{self.weight.numel()}, eps={self.eps}, cast_mode={self.cast_mode}"
+        size = f"{self.weight.numel()}, eps={self.eps}, cast_mode={self.cast_mode}"
+        return size if self.bias is None else f"{size}, bias=True"
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """gain * x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype; gain (hidden,)."""
+    if x.device.type == "cpu":
+        y: Tensor = _RMSNorm.apply(x, gain, eps)
+        return y
+    if x.dtype == gain.dtype:
+        return F.rms_norm(x, gain.shape, gain, eps)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, gain.dtype), torch.float32)
+    return F.rms_norm(x.to(dtype), gain.shape, gain.to(dtype), eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y and its gradients in three and four passes over memory (module docstring)."""
+    """y and its gradients (module docstring); the backward pass in pieces that fit the cache."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        hidden = x.shape[-1]
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
-        r = length.square_().div_(hidden).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight).to(x.dtype)
+        r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, r)
+        return (x * r).mul_(gain).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, r = ctx.saved_tensors
-        hidden = x.shape[-1]
-        grad, wide_x, gain = (t.to(r.dtype) for t in (grads[0].contiguous(), x, weight))
-        dx, dgain, _ = torch.ops.aten.native_layer_norm_backward(
-            grad,
-            wide_x,
-            [hidden],
-            torch.zeros_like(r),
-            r,
-            gain,
-            None,
-            [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
-        )
-        if ctx.needs_input_grad[0]:
-            mean_q = torch.mv(grad.view(-1, hidden), gain).view_as(r).div_(hidden)
-            dx = dx.add_(mean_q.mul_(r)).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            dgain = dgain.to(weight.dtype)
-        return dx, dgain, None
+        x, gain, r = ctx.saved_tensors
+        hidden, wants_x, wants_gain = x.shape[-1], *ctx.needs_input_grad[:2]
+        wide_gain = gain.to(r.dtype)
+        mean_of_q = wide_gain.div(hidden).unsqueeze(1)
+        dx, dgain = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(wide_gain)
+        rows = max(1, PIECE * torch.get_num_threads() // hidden)
+        tensors = (grads[0], x, r, torch.zeros_like(r), dx)
+        pieces = zip(*(t.reshape(-1, t.shape[-1]).split(rows) for t in tensors), strict=True)
+        for one_grad, one_x, one_r, zero, into in pieces:
+            grad = one_grad.to(r.dtype)
+            centred, summed, _ = torch.ops.aten.native_layer_norm_backward(
+                *(grad, one_x.to(r.dtype), [hidden], zero, one_r, wide_gain, None),
+                [wants_x, wants_gain, False],
+            )
+            if wants_x:
+                torch.add(centred, torch.mm(grad, mean_of_q).mul_(one_r), out=into)
+            if wants_gain:
+                dgain += summed
+        return dx if wants_x else None, dgain.to(gain.dtype) if wants_gain else None, None
