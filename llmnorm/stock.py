@@ -145,6 +145,8 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     `export_as` chooses where two would do (Llama and Mistral). Dropout is left out: it plays no
     part outside training.
 
+    Depth scaling is the weights' business: whoever writes them folds it into the gains.
+
     Returns:
         The name of transformers' model class, e.g. "LlamaForCausalLM", and the keys of its
         configuration (without token ids).
@@ -158,8 +160,6 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
 
     if not isinstance(settings.placement, PreSettings):
         refuse("placement", f"no stock architecture has {_called(settings.placement)}, only pre")
-    if settings.depth_scaling != "none":
-        refuse("depth_scaling", f"'{settings.depth_scaling}' is no stock architecture's")
     norm, mlp, mixers = settings.norm, settings.mlp, settings.mixers()
     if not isinstance(norm, RMSNormSettings):
         refuse("norm", f"no stock architecture has {_called(norm)}, only rms")

@@ -418,6 +418,58 @@ def deepnorm_constants(vectors: Vectors) -> Iterator[Result]:
     yield Result("float32, beta", wrong_factor, 1e-6)
 
 
+# --- conversions ---
+
+
+@serves("conversion/preln_prerms_precrms")
+def conversion(vectors: Vectors) -> Iterator[Result]:
+    """A Pre-LN vision transformer's weights, recentred and compressed."""
+    from llmnorm.models.configuration import LlmNormConfig
+    from llmnorm.models.convert import named_weights
+    from llmnorm.models.equivalence import Weights, convert
+    from llmnorm.models.modeling import build_model
+
+    p, saved = vectors.hyperparameters, vectors.below("vit")
+    settings = {
+        "vocab_size": len(saved["pos_embedding"][0]),
+        "hidden_size": p["dim"],
+        "intermediate_size": p["mlp_dim"],
+        "num_hidden_layers": p["depth"],
+        "num_attention_heads": p["heads"],
+        "norm": {"name": "layer", "bias": False, "eps": p["eps_vit"]},
+        "mixer": {"attention_bias": True},
+        "mlp": {"name": "gelu", "bias": True},
+    }
+    model = build_model(LlmNormConfig(**settings), seed=0).double()
+    tensors = named_weights(model)
+    tensors["model.embed_tokens.weight"].copy_(saved["pos_embedding"][0])
+    names = {"self_attn.o_proj": "att_out", "mlp.up_proj": "mlp_in", "mlp.down_proj": "mlp_out"}
+    for layer in range(p["depth"]):
+        for part in ("weight", "bias"):
+            block = f"model.layers.{layer}"
+            for ours, theirs in names.items():
+                tensors[f"{block}.{ours}.{part}"].copy_(saved[f"{theirs}_linear_{part}"][layer])
+            inputs = saved[f"att_in_linear_{part}"][layer].chunk(3)
+            for ours, values in zip("qkv", inputs, strict=True):
+                tensors[f"{block}.self_attn.{ours}_proj.{part}"].copy_(values)
+    before = Weights(model.config.settings(), tensors)
+    rms, crms = (convert(before, target).tensors for target in ("rms", "crms"))
+    embedding = crms["model.embed_tokens.weight"]
+    worst = _absolute(embedding, saved["compressed_pos_embedding"][0])
+    for layer in range(p["depth"]):
+        block = f"model.layers.{layer}"
+        read = torch.cat([crms[f"{block}.self_attn.{name}_proj.weight"] for name in "qkv"])
+        pairs = [(read, "compressed_att_in_linear_weight")]
+        pairs.append((crms[f"{block}.mlp.up_proj.weight"], "compressed_mlp_in_linear_weight"))
+        for ours, theirs in (("self_attn.o_proj", "att_out"), ("mlp.down_proj", "mlp_out")):
+            for part in ("weight", "bias"):
+                key = f"{theirs}_linear_{part}"
+                pairs.append((rms[f"{block}.{ours}.{part}"], f"zm_{key}"))
+                pairs.append((crms[f"{block}.{ours}.{part}"], f"compressed_{key}"))
+        worst = max(worst, *(_absolute(got, saved[key][layer]) for got, key in pairs))
+    yield Result("float64", worst, vectors.tolerance["f64_vit_max_abs"])
+
+
 # --- rotary positions and attention ---
 
 

@@ -4,6 +4,7 @@ variance growth."""
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,9 +83,8 @@ def test_the_blocks_follow_the_rule(name: str) -> None:
     context = model._context(x, None, None, None)
     for layer, block in enumerate(model.layers):
         rule, names = RULES[name.split(",")[0]](layer)
-        for f, around in zip(
-            (lambda y: block.self_attn(y, context), block.mlp), names, strict=True
-        ):
+        branches = (partial(block.self_attn, context=context), block.mlp)
+        for f, around in zip(branches, names, strict=True):
             norms = [copy.deepcopy(getattr(block, f"{norm}_layernorm")) for norm in around]
             for norm in norms:
                 norm.scale = 1.0
@@ -204,7 +204,7 @@ def std_of(model: LlmNormForCausalLM, ending: str) -> float:
 
 
 def test_scaled_and_deepnorm_initial_weights() -> None:
-    """Oracle: 0.05 / sqrt(2 N); Xavier's sqrt(2 / (in + out)) times (8 N)^-1/4 for value weights."""
+    """Oracle: 0.05 / sqrt(2 N); Xavier's sqrt(2 / (in + out)), (8 N)^-1/4 of it for values."""
     shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160}
     shape |= {"num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.05}
     scaled = build_model(LlmNormConfig(**shape, initialization="scaled"), seed=0)

@@ -35,6 +35,7 @@ def test_every_recorded_vector_is_reproduced(capsys: pytest.CaptureFixture[str])
         ("unified_norm_filter", "buffer_x2_012", 1e-9),
         ("dyt", "grad_alpha", 1e-11),
         ("crmsnorm_equivalence", "crms_norm_1/grad_x", 1e-11),
+        ("crmsnorm_equivalence", "vit/compressed_att_out_linear_bias", 1e-10),
         ("llama_placements_lns_mixln", "lns/hidden_3", 1e-7),
         ("llama_placements_lns_mixln", "post_pre/grad_weight/0.mlp.down_proj.weight", 1e-7),
         ("llama_placements_lns_mixln", "sandwich/grad_x", 1e-7),
