@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from llmnorm.nn.mixers.settings import SoftmaxSettings
-from llmnorm.nn.norms.settings import RMSNormSettings
+from llmnorm.nn.norms.settings import PreSettings, RMSNormSettings
 from llmnorm.nn.settings import ModelSettings, SwiGLUSettings
 from llmnorm.part import InputError, nearest
 
@@ -145,6 +145,8 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     `export_as` chooses where two would do (Llama and Mistral). Dropout is left out: it plays no
     part outside training.
 
+    Depth scaling is the weights' business: whoever writes them folds it into the gains.
+
     Returns:
         The name of transformers' model class, e.g. "LlamaForCausalLM", and the keys of its
         configuration (without token ids).
@@ -156,9 +158,13 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     def refuse(key: str, why: str) -> NoReturn:
         raise InputError(f"--stock: model.{key}: {why}; export without --stock")
 
+    if not isinstance(settings.placement, PreSettings):
+        refuse("placement", f"no stock architecture has {_called(settings.placement)}, only pre")
     norm, mlp, mixers = settings.norm, settings.mlp, settings.mixers()
     if not isinstance(norm, RMSNormSettings):
         refuse("norm", f"no stock architecture has {_called(norm)}, only rms")
+    if norm.bias:
+        refuse("norm.bias", "no stock architecture has an offset in its norms")
     if not isinstance(mlp, SwiGLUSettings):
         refuse("mlp", f"no stock architecture has {_called(mlp)}, only swiglu")
     mixer = mixers[0]

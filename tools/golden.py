@@ -175,6 +175,301 @@ def _ulps(got: Tensor, reference: Tensor) -> float:
     return float((ordered[0] - ordered[1]).abs().max())
 
 
+@serves("norm/powernorm")
+def power_norm(vectors: Vectors) -> Iterator[Result]:
+    """Output, gradients and statistics after every step, warm-up included; evaluation."""
+    from llmnorm.nn.norms.settings import PowerNormSettings
+
+    p = vectors.hyperparameters
+    settings = PowerNormSettings(
+        eps=p["eps"],
+        forward_decay=p["alpha_fwd"],
+        backward_decay=p["alpha_bkw"],
+        warmup=p["warmup_iters"],
+        groups=p["group_num"],
+        count_padding=True,
+        allow_leak=True,
+    )
+
+    def statistics(norm: Any, step: str) -> Iterator[tuple[Tensor, Tensor]]:
+        yield norm.running_square, vectors[f"running_phi_{step}"]
+        yield norm.running_gradient / (1 - p["alpha_bkw"]), vectors[f"ema_gz_{step}"]
+
+    # Rows are (length, batch) here.
+    return _running(vectors, settings, lambda mask: mask.t(), statistics)
+
+
+@serves("norm/unified")
+def unified_norm(vectors: Vectors) -> Iterator[Result]:
+    """Output, gradients and statistics after every step: smoothing, filter, kappa; evaluation."""
+    from llmnorm.nn.norms.settings import UnifiedNormSettings
+
+    p = vectors.hyperparameters
+    settings = UnifiedNormSettings(
+        eps=p["eps"],
+        window=p["window_size"],
+        warmup=p["warmup_iters"],
+        momentum=p["momentum"],
+        filter="official" if p["outlier_filtration"] else "off",
+        count_padding=True,
+        allow_leak=True,
+    )
+    names = {
+        "running_square": "running_var",
+        "running_gradient": "ema_gz",
+        "window_square": "buffer_x2",
+        "window_gradient": "buffer_gz",
+    }
+
+    def statistics(norm: Any, step: str) -> Iterator[tuple[Tensor, Tensor]]:
+        for name, theirs in names.items():
+            key = f"{theirs}_{step}"
+            yield getattr(norm, name), vectors[key]
+
+    begun = {name: vectors[f"init_{theirs}"] for name, theirs in names.items()}
+    begun["steps"] = vectors["init_iters"].reshape(())
+    return _running(vectors, settings, lambda mask: mask, statistics, begun)
+
+
+def _running(
+    vectors: Vectors,
+    settings: Any,
+    to_rows: Callable[[Tensor], Tensor],
+    statistics: Callable[[Any, str], Iterator[tuple[Tensor, Tensor]]],
+    begun: dict[str, Tensor] | None = None,
+) -> Iterator[Result]:
+    """Every step of a norm with running statistics; float32 against the float64 values."""
+    for precision, dtype in FLOATS.items():
+        norm = settings.build(len(vectors["weight"])).to(dtype)
+        state = {"weight": vectors["weight"], "bias": vectors["bias"], **(begun or {})}
+        norm.load_state_dict(state, strict=False)
+        measure = relative if precision == "float32" else _absolute
+        worst, number = 0.0, 0
+        while (step := f"{number:03d}") and f"x_{step}" in vectors.tensors:
+            pad = vectors.tensors.get(f"pad_mask_{step}")
+            norm.begin(None if pad is None else to_rows(~pad))
+            x = _leaf(vectors[f"x_{step}"], dtype)
+            out = norm(x)
+            norm.zero_grad()
+            out.backward(vectors[f"grad_out_{step}"].to(dtype))
+            norm.commit()
+            pairs = [(out, vectors[f"out_{step}"]), (x.grad, vectors[f"grad_x_{step}"])]
+            for name in ("weight", "bias"):
+                pairs.append((getattr(norm, name).grad, vectors[f"grad_{name}_{step}"]))
+            pairs += statistics(norm, step)
+            worst = max(worst, *(measure(got, expected) for got, expected in pairs))
+            number += 1
+        norm.eval()
+        worst = max(worst, measure(norm(x), vectors["eval_out"]))
+        key = "f64_max_abs" if precision == "float64" else "f32_max_rel"
+        yield Result(precision, worst, vectors.tolerance[key])
+
+
+def _absolute(got: Tensor, reference: Tensor) -> float:
+    return largest(got - reference) if got.shape == reference.shape else torch.inf
+
+
+@serves("norm/dyt")
+def dynamic_tanh(vectors: Vectors) -> Iterator[Result]:
+    """Output and gradients, that of alpha included."""
+    from llmnorm.nn.norms.settings import DyTSettings
+
+    norm = DyTSettings(alpha=vectors.hyperparameters["alpha_init"]).build(16).double()
+    norm.load_state_dict({key: vectors[key] for key in ("alpha", "weight", "bias")})
+    x = _leaf(vectors["x"], torch.float64)
+    out = norm(x)
+    out.backward(vectors["grad_out"])
+    pairs = [(out, vectors["out"]), (x.grad, vectors["grad_x"])]
+    pairs += [(p.grad, vectors[f"grad_{name}"]) for name, p in norm.named_parameters()]
+    worst = max(_absolute(got, expected) for got, expected in pairs)
+    yield Result("float64", worst, vectors.tolerance["f64_max_abs"])
+
+
+@serves("norm/crmsnorm")
+def crms_norm(vectors: Vectors) -> Iterator[Result]:
+    """Output and gradient; beside it RMS norm and layer norm without gain on the same kind."""
+    from llmnorm.nn.norms.settings import CRMSNormSettings, LayerNormSettings, RMSNormSettings
+
+    parts: dict[str, Any] = {
+        "crms_norm": CRMSNormSettings,
+        "rms_norm": RMSNormSettings,
+        "layer_norm": LayerNormSettings,
+    }
+    for precision, dtype in FLOATS.items():
+        worst = 0.0
+        for number, eps in enumerate(vectors.hyperparameters["eps"]):
+            for name, settings in parts.items():
+                saved = vectors.below(f"{name}_{number}")
+                x = _leaf(saved["x"], dtype)
+                out = settings(eps=eps).build(x.shape[-1]).to(dtype)(x)
+                out.backward(saved["grad_out"].to(dtype))
+                pairs = ((out, saved["out"]), (x.grad, saved["grad_x"]))
+                worst = max(worst, *(_absolute(got, expected) for got, expected in pairs))
+        key = "f64_functions" if precision == "float64" else "f32_functions"
+        yield Result(precision, worst, vectors.tolerance[key])
+
+
+# --- placements ---
+
+
+MIX = {"name": "mix", "post": 0.25}  # the first of the file's four layers
+
+
+@serves("placement/lns")
+def depth_scaling(vectors: Vectors) -> Iterator[Result]:
+    """LayerNorm Scaling."""
+    return _placement(vectors, "lns", {"depth_scaling": "lns"})
+
+
+@serves("placement/pre")
+def pre(vectors: Vectors) -> Iterator[Result]:
+    """Pre-norm."""
+    return _placement(vectors, "pre", {"placement": "pre"})
+
+
+@serves("placement/mix(post_pre)")
+def mix(vectors: Vectors) -> Iterator[Result]:
+    """Mix-LN."""
+    return _placement(vectors, "post_pre", {"placement": MIX})
+
+
+@serves("placement/post")
+def post(vectors: Vectors) -> Iterator[Result]:
+    """Post-norm."""
+    return _placement(vectors, "post", {"placement": "post"})
+
+
+@serves("placement/sandwich")
+def sandwich(vectors: Vectors) -> Iterator[Result]:
+    """Norms on both sides of a branch."""
+    return _placement(vectors, "sandwich", {"placement": "peri"})
+
+
+@serves("placement/deeppost_repo")
+def deep_post(vectors: Vectors) -> Iterator[Result]:
+    """DeepNorm's rule with that repository's factor, which is the same at every depth."""
+    alpha = vectors.hyperparameters["deeppost_alpha"]
+    return _placement(vectors, "deeppost", {"placement": "deepnorm"}, alpha)
+
+
+def _placement(
+    vectors: Vectors, name: str, ours: dict[str, Any], alpha: float | None = None
+) -> Iterator[Result]:
+    """Block outputs, final output, gradients of the input and of weights."""
+    from llmnorm.models.configuration import LlmNormConfig
+    from llmnorm.models.modeling import LlmNormModel
+
+    p = vectors.hyperparameters
+    shape = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    keys = {"vocab_size": 8, "norm": {"eps": p["rms_norm_eps"]}, **{key: p[key] for key in shape}}
+    weights = vectors.below("weight")
+    for precision, dtype in FLOATS.items():
+        model = LlmNormModel(LlmNormConfig(**(keys | ours))).to(dtype)
+        for key, parameter in model.named_parameters():
+            if key != "embed_tokens.weight":
+                final = key == "norm.weight"
+                theirs = "final_norm.weight" if final else key.removeprefix("layers.")
+                parameter.data.copy_(weights[theirs])
+        for block in model.layers if alpha is not None else ():
+            block.alpha = alpha
+        limit = "f64_max_rel" if precision == "float64" else "f32_max_rel"
+        worst = max(_placement_errors(model, vectors, name, dtype))
+        yield Result(precision, worst, vectors.tolerance[limit])
+
+
+def _placement_errors(
+    model: Any, vectors: Vectors, name: str, dtype: torch.dtype
+) -> Iterator[float]:
+    outputs: list[Tensor] = []
+    for block in model.layers:
+        block.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    x = _leaf(vectors["x"], dtype)
+    out = model(inputs_embeds=x).last_hidden_state
+    out.backward(vectors["grad_out"].to(dtype))
+    saved = vectors.below(name)
+    for number, output in enumerate(outputs, 1):
+        yield relative(output, saved[f"hidden_{number}"])
+    yield relative(out, saved["out"])
+    yield relative(x.grad, saved["grad_x"])
+    parameters = dict(model.named_parameters())
+    for key, expected in vectors.below(f"{name}/grad_weight").items():
+        ours = "norm.weight" if key == "final_norm.weight" else f"layers.{key}"
+        yield relative(parameters[ours].grad, expected)
+
+
+@serves("placement/deepnorm constants")
+def deepnorm_constants(vectors: Vectors) -> Iterator[Result]:
+    """alpha, and the factor of the initial weights against Xavier's, of decoders."""
+    from llmnorm.nn.settings import ModelSettings
+
+    wrong_alpha = wrong_factor = 0.0
+    for layers, alpha, mlp, values, queries in vectors["table"][:, :5].tolist():
+        settings = ModelSettings(num_hidden_layers=int(layers), placement="deepnorm")
+        block: Any = settings.placement.build(settings, 0)
+        wrong_alpha = max(wrong_alpha, abs(block.alpha - alpha))
+        mixer = block.self_attn
+        for linear, factor in (
+            *((mixer.q_proj, queries), (mixer.k_proj, queries), (mixer.v_proj, values)),
+            *((mixer.o_proj, values), (block.mlp.up_proj, mlp), (block.mlp.down_proj, mlp)),
+        ):
+            xavier = (2 / (linear.in_features + linear.out_features)) ** 0.5
+            wrong_factor = max(wrong_factor, abs(linear.initial_std / xavier - factor))
+    yield Result("float64, alpha", wrong_alpha, 1e-12)
+    yield Result("float32, beta", wrong_factor, 1e-6)
+
+
+# --- conversions ---
+
+
+@serves("conversion/preln_prerms_precrms")
+def conversion(vectors: Vectors) -> Iterator[Result]:
+    """A Pre-LN vision transformer's weights, recentred and compressed."""
+    from llmnorm.models.configuration import LlmNormConfig
+    from llmnorm.models.convert import named_weights
+    from llmnorm.models.equivalence import Weights, convert
+    from llmnorm.models.modeling import build_model
+
+    p, saved = vectors.hyperparameters, vectors.below("vit")
+    settings = {
+        "vocab_size": len(saved["pos_embedding"][0]),
+        "hidden_size": p["dim"],
+        "intermediate_size": p["mlp_dim"],
+        "num_hidden_layers": p["depth"],
+        "num_attention_heads": p["heads"],
+        "norm": {"name": "layer", "bias": False, "eps": p["eps_vit"]},
+        "mixer": {"attention_bias": True},
+        "mlp": {"name": "gelu", "bias": True},
+    }
+    model = build_model(LlmNormConfig(**settings), seed=0).double()
+    tensors = named_weights(model)
+    tensors["model.embed_tokens.weight"].copy_(saved["pos_embedding"][0])
+    names = {"self_attn.o_proj": "att_out", "mlp.up_proj": "mlp_in", "mlp.down_proj": "mlp_out"}
+    for layer in range(p["depth"]):
+        for part in ("weight", "bias"):
+            block = f"model.layers.{layer}"
+            for ours, theirs in names.items():
+                tensors[f"{block}.{ours}.{part}"].copy_(saved[f"{theirs}_linear_{part}"][layer])
+            inputs = saved[f"att_in_linear_{part}"][layer].chunk(3)
+            for ours, values in zip("qkv", inputs, strict=True):
+                tensors[f"{block}.self_attn.{ours}_proj.{part}"].copy_(values)
+    before = Weights(model.config.settings(), tensors)
+    rms, crms = (convert(before, target).tensors for target in ("rms", "crms"))
+    embedding = crms["model.embed_tokens.weight"]
+    worst = _absolute(embedding, saved["compressed_pos_embedding"][0])
+    for layer in range(p["depth"]):
+        block = f"model.layers.{layer}"
+        read = torch.cat([crms[f"{block}.self_attn.{name}_proj.weight"] for name in "qkv"])
+        pairs = [(read, "compressed_att_in_linear_weight")]
+        pairs.append((crms[f"{block}.mlp.up_proj.weight"], "compressed_mlp_in_linear_weight"))
+        for ours, theirs in (("self_attn.o_proj", "att_out"), ("mlp.down_proj", "mlp_out")):
+            for part in ("weight", "bias"):
+                key = f"{theirs}_linear_{part}"
+                pairs.append((rms[f"{block}.{ours}.{part}"], f"zm_{key}"))
+                pairs.append((crms[f"{block}.{ours}.{part}"], f"compressed_{key}"))
+        worst = max(worst, *(_absolute(got, saved[key][layer]) for got, key in pairs))
+    yield Result("float64", worst, vectors.tolerance["f64_vit_max_abs"])
+
+
 # --- rotary positions and attention ---
 
 

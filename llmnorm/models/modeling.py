@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from llmnorm.models.cache import LlmNormCache
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.initialization import initialize, initialize_module
+from llmnorm.nn import block as blocks
 from llmnorm.nn.block import Block
 from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
 from llmnorm.nn.mixers.contract import (
@@ -30,6 +31,7 @@ from llmnorm.nn.mixers.contract import (
     padding_mask,
 )
 from llmnorm.nn.mixers.rotary import Rotary
+from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.part import InputError
 
 
@@ -58,7 +60,7 @@ class LlmNormPreTrainedModel(PreTrainedModel):
 
     config_class = LlmNormConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Block"]
+    _no_split_modules = [name for name in vars(blocks) if name.endswith("Block")]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     accepts_loss_kwargs = True  # num_items_in_batch
@@ -93,9 +95,10 @@ class LlmNormModel(LlmNormPreTrainedModel):
         assert isinstance(settings.vocab_size, int)
         self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
         self.layers = nn.ModuleList(
-            Block(settings, layer) for layer in range(settings.num_hidden_layers)
+            settings.placement.build(settings, layer) for layer in range(settings.num_hidden_layers)
         )
         self.norm = settings.norm.build(settings.hidden_size)
+        self._running_norms = [m for m in self.modules() if isinstance(m, RunningNorm)]
         self.rotary = Rotary(
             settings.rope_parameters, settings.head_dim, settings.max_position_embeddings
         )
@@ -120,8 +123,13 @@ class LlmNormModel(LlmNormPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        loss_mask: Tensor | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Last hidden states (batch, length, hidden); arguments as Hugging Face's.
+
+        Args:
+            loss_mask: (batch, length), True where a token counts for norms that keep statistics;
+                the attention mask's tokens, or all, if None.
 
         Raises:
             InputError: both or neither of input_ids and inputs_embeds, a foreign cache, a mask that
@@ -136,6 +144,10 @@ class LlmNormModel(LlmNormPreTrainedModel):
         if cache is None and use_cache:
             cache = LlmNormCache(len(self.layers))
         context = self._context(hidden, attention_mask, position_ids, cache)
+        if loss_mask is None and attention_mask is not None and cache is None:
+            loss_mask = attention_mask.bool()
+        for norm in self._running_norms:
+            norm.begin(loss_mask)
         states = [hidden]
         for layer, block in enumerate(self.layers):
             hidden = block(hidden, context, None if cache is None else cache.slots.layers[layer])
@@ -252,6 +264,12 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         """
         if labels is not None and shift_labels is not None:
             raise InputError("give labels or shift_labels, not both")
+        loss, logits, loss_mask = None, None, None
+        without_logits = shift_labels is not None or (labels is not None and self.training)
+        if labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if shift_labels is not None:
+            loss_mask = shift_labels != IGNORED
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -261,11 +279,9 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            loss_mask=loss_mask,
         )
-        hidden, loss, logits = output.last_hidden_state, None, None
-        without_logits = shift_labels is not None or (labels is not None and self.training)
-        if labels is not None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        hidden = output.last_hidden_state
         if shift_labels is not None:
             loss = self._loss(hidden, shift_labels, num_items_in_batch)
         if not without_logits:

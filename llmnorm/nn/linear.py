@@ -32,7 +32,14 @@ SMALLEST = 2**21  # multiply-adds
 
 
 class Linear(nn.Linear):
-    """torch's nn.Linear, multiplied by `product`'s rule."""
+    """torch's nn.Linear, multiplied by `product`'s rule.
+
+    Attributes:
+        initial_std: standard deviation of the initial weights; the model's `initializer_range` if
+            None.
+    """
+
+    initial_std: float | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""

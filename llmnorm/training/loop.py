@@ -24,6 +24,7 @@ from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import LlmNormForCausalLM, build_model, empty_model
+from llmnorm.nn.norms.running import RunningStatistics
 from llmnorm.optim.groups import split
 from llmnorm.part import InputError
 from llmnorm.training import metrics as record
@@ -80,6 +81,7 @@ def train(
         # Model, layout, optimizer, schedule.
         model = _model(config, run, packed, parallel)
         replica = parallel.prepare(model)
+        statistics = RunningStatistics(model, parallel.reduce)
         groups = split(model)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
         optimizer = config.optimizer.build(groups)
@@ -126,6 +128,7 @@ def train(
         batches = loader.batches(progress.row)
         _say(parallel, f"{parallel.describe()}; {_size(model, groups)}; {steps} steps")
         _dry_step(replica, parameters, loader, progress.row, micro_batch, parallel)
+        statistics.discard()
         if dry_run:
             _say(parallel, "dry run: every check passed, nothing was trained")
             return 0
@@ -183,8 +186,10 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor
                 optimizer.step()
+                statistics.commit()
                 progress.skipped_in_a_row = 0
             else:
+                statistics.discard()
                 progress.skipped_steps += 1
                 progress.skipped_in_a_row += 1
                 metrics.say(

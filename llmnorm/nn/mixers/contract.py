@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.nn.cache import KeyValues, Places
+from llmnorm.nn.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,18 @@ class Mixer(nn.Module):
     def finish(self, y: Tensor, x: Tensor, parameters: Any) -> Tensor:
         """The output (batch, length, hidden) from the mixed values."""
         raise NotImplementedError
+
+    @property
+    def output(self) -> Linear:
+        """The projection that writes to the residual stream."""
+        assert isinstance(self.o_proj, Linear)
+        return self.o_proj
+
+    @property
+    def values(self) -> Linear:
+        """The projection that makes the values, which DeepNorm scales at initialisation."""
+        assert isinstance(self.v_proj, Linear)
+        return self.v_proj
 
     def flops_per_token(self, context_length: int) -> float:
         """Forward operations a token beyond the linear layers (a multiply-add counts two)."""
