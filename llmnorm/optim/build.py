@@ -64,7 +64,7 @@ def describe(settings: OptimizerSettings, groups: Groups) -> str:
     rule = getattr(settings, "name", type(settings).__name__)
     rates = _rates(settings, groups)
     sizes = getattr(settings, "split_sizes", {})
-    rows = [("parameter", "shape", "rule", "lr", "weight decay")]
+    rows: list[tuple[str, ...]] = [("parameter", "shape", "rule", "lr", "weight decay")]
     for matrix in matrices(groups, sizes):
         shape = f"{matrix.rows} x {matrix.columns}"
         rows.append((matrix.name + matrix.suffix, shape, rule, *map(_number, rates["matrices"])))

@@ -21,7 +21,7 @@ from llmnorm.optim.stacks import state_dtype
 @torch.no_grad()
 def attach(optimizer: torch.optim.Optimizer, matrices: Mapping[str, nn.Parameter]) -> None:
     """Project `matrices` after every step of `optimizer`, whose state takes their norms in."""
-    parameters = list(matrices.values())
+    parameters: list[torch.Tensor] = list(matrices.values())
     for parameter in parameters:
         norm = parameter.norm(dtype=torch.float64)
         optimizer.state[parameter]["initial_norm"] = norm.to(state_dtype(parameter))

@@ -172,8 +172,8 @@ class OptimizerSettings(Settings):
     def multipliers(self, of_the_run: "Multiplier", steps: int) -> "dict[str, Multiplier]":
         """The learning rate's course for every kind of param group."""
         own = self.auxiliary.schedule
-        same = isinstance(own, SameSettings)
-        return {"matrices": of_the_run, "auxiliary": of_the_run if same else own.build(steps)}
+        auxiliary = of_the_run if isinstance(own, SameSettings) else own.build(steps)
+        return {"matrices": of_the_run, "auxiliary": auxiliary}
 
     def build(self, groups: "Groups") -> "torch.optim.Optimizer":
         """The optimizer over `groups`, its state allocated.
@@ -384,11 +384,12 @@ class CondaSettings(MatrixSettings):
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment; not bias-corrected."""
     weight_decay: float = Field(default=0.025, ge=0)
-    """Decay of the hidden matrices, times the learning rate; 0.025 is AdamW's 0.1 at `scale` .25."""
+    """Decay of the hidden matrices, times the learning rate; AdamW's 0.1 times `scale`."""
     scale: float = Field(default=0.25, gt=0)
     """Factor on the matrices' steps."""
     refresh_every: int = Field(default=2000, ge=1)
-    """Steps between two bases; about steps / 50 in a short run (the papers': 2000 of 10k to 100k)."""
+    """Steps between two bases; the paper's runs have 10k to 100k steps, a short one wants about
+    a fiftieth of its length."""
     refresh: Literal["together", "staggered"] = "together"
     """`staggered`: every matrix renews its basis at a step of its own, so that none stalls."""
     basis: Literal["svd", "eigh"] = "svd"

@@ -8,8 +8,8 @@ columns). A side longer than `max_precond_dim` has neither Gram matrix nor basis
     first gradient:  L = (1 - b) G G^T;  R = (1 - b) G^T G;  QL, QR their eigenvectors; no step
     then, t = 1, 2, ...:  G' = QL^T G QR;  M <- b1 M + (1 - b1) G';  V <- b2 V + (1 - b2) G'^2
     W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) QL (M / (sqrt(V) + eps)) QR^T;  W <- W (1 - lr wd)
-    L <- b L + (1 - b) G G^T, R alike; every `precondition_frequency` steps one power iteration:
-    columns of Q and V sorted by diag(Q^T L Q), Q <- QR(L Q), M rotated from the old bases to the new
+    L <- b L + (1 - b) G G^T, R alike; every `precondition_frequency` steps a power iteration:
+    columns of Q and V sorted by diag(Q^T L Q), Q <- QR(L Q), M rotated into the new bases
 
 What would surprise: the first gradient changes no weight, not even by decay (hence `inside`), so
 comparisons step by step are shifted by one; the bases are renewed after the step, so that they
@@ -43,7 +43,7 @@ class SOAP:
     def fields(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """The state of one matrix: name -> shape."""
         sides = {"left": rows, "right": columns}
-        squares = {
+        squares: dict[str, tuple[int, ...]] = {
             f"{what}_{side}": (length, length)
             for side, length in sides.items()
             if length <= self.max_precond_dim

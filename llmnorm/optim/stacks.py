@@ -46,13 +46,11 @@ class Hyperparameters(NamedTuple):
 
 
 class Rule(Protocol):
-    """The update of whole matrices.
+    """The update of whole matrices."""
 
-    Attributes:
-        scalars: which of `step` and `phase` (0-dim and (n,), on the CPU) the state holds too.
-    """
-
-    scalars: Any
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """Which of `step` and `phase` (0-dim and (n,), on the CPU) the state holds too."""
 
     @property
     def decay(self) -> Decay:
@@ -124,7 +122,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.state.update(auxiliary.state)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """One update of every parameter.
 
         Raises:
