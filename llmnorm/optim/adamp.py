@@ -60,8 +60,10 @@ class AdamP:
 
         by_row = self._scale_invariant(grad, weight)
         by_layer = ~by_row & self._scale_invariant(grad.flatten(1), weight.flatten(1))
-        step -= by_row * _radial(step, weight, -1, self.eps)
-        step -= by_layer * _radial(step, weight, (-2, -1), self.eps)
+        tests: list[tuple[Tensor, int | tuple[int, ...]]] = [(by_row, -1), (by_layer, (-2, -1))]
+        for projected, dims in tests:
+            if projected.any():
+                step -= projected * _radial(step, weight, dims, self.eps)
         factor = 1 - (1 - self.wd_ratio) * (by_row | by_layer).to(weight.dtype)
         return step.mul_(lr / (1 - beta1**t)).add_(factor * weight, alpha=lr * weight_decay)
 
@@ -72,7 +74,7 @@ class AdamP:
         return (largest < self.delta / grad.shape[-1] ** 0.5).view(-1, 1, 1)
 
 
-def _radial(step: Tensor, weight: Tensor, dims: int | tuple[int, int], eps: float) -> Tensor:
+def _radial(step: Tensor, weight: Tensor, dims: int | tuple[int, ...], eps: float) -> Tensor:
     """The part of the step along the weight, vector by vector over `dims`."""
     direction = weight / (weight.norm(dim=dims, keepdim=True) + eps)
     return direction * (direction * step).sum(dims, keepdim=True)
