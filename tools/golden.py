@@ -348,11 +348,10 @@ def _optimizer(vectors: Vectors, settings: Any, vector: Any | None = None) -> It
     from llmnorm.optim.groups import Groups
 
     def build(members: dict[str, nn.Parameter], is_vector: bool) -> Any:
-        chosen = vector if is_vector else settings
-        if "bf16" in vectors.path.stem and not is_vector:
-            chosen = chosen.model_copy(update={"precision": "bf16"})
-        elif hasattr(chosen, "precision"):
-            chosen = chosen.model_copy(update={"precision": "fp32"})
+        chosen: Any = vector if is_vector else settings
+        if hasattr(chosen, "precision"):
+            precision = "bf16" if "bf16" in vectors.path.stem else "fp32"
+            chosen = chosen.model_copy(update={"precision": precision})
         return chosen.build(Groups(members, {}))
 
     limits = {

@@ -36,8 +36,9 @@ def with_rule(settings: MatrixSettings, groups: Groups) -> torch.optim.Optimizer
         InputError: there is no hidden matrix to train, or `split_sizes` do not fit.
     """
     if not groups.matrices:
-        name = getattr(settings, "name", type(settings).__name__)
-        raise InputError(f"optimizer: {name} has no hidden matrix to train here; use adamw")
+        raise InputError(
+            f"optimizer: {settings.label} has no hidden matrix to train here; use adamw"
+        )
     rates = _rates(settings, groups)
     auxiliary = None
     if groups.auxiliary:
@@ -61,13 +62,14 @@ def with_rule(settings: MatrixSettings, groups: Groups) -> torch.optim.Optimizer
 
 def describe(settings: OptimizerSettings, groups: Groups) -> str:
     """A line a parameter, fused ones a line a piece: name, shape, rule, lr, weight decay."""
-    rule = getattr(settings, "name", type(settings).__name__)
     rates = _rates(settings, groups)
     sizes = getattr(settings, "split_sizes", {})
     rows: list[tuple[str, ...]] = [("parameter", "shape", "rule", "lr", "weight decay")]
     for matrix in matrices(groups, sizes):
         shape = f"{matrix.rows} x {matrix.columns}"
-        rows.append((matrix.name + matrix.suffix, shape, rule, *map(_number, rates["matrices"])))
+        rows.append(
+            (matrix.name + matrix.suffix, shape, settings.label, *map(_number, rates["matrices"]))
+        )
     for name, parameter in groups.auxiliary.items():
         shape = " x ".join(map(str, parameter.shape)) or "scalar"
         rows.append((name, shape, "adamw", *map(_number, rates["auxiliary"])))

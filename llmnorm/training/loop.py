@@ -9,6 +9,7 @@ a checkpoint holds weights, optimizer state and counts, nothing else.
 import json
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -49,6 +50,7 @@ def train(
     run: RunDirectory,
     *,
     data_command: str,
+    automatic: Sequence[str] = (),
     dry_run: bool = False,
     profile: str | None = None,
 ) -> int:
@@ -58,6 +60,7 @@ def train(
         config: resolved settings that agree with the run directory.
         run: where the run lives; its newest whole checkpoint is gone on from.
         data_command: what prepares the data, for the message where it is missing.
+        automatic: how numbers took the place of `auto`, to be saved with the run.
         dry_run: stop after the checks that precede the first step.
         profile: "time" or "memory": what a few steps are profiled for.
 
@@ -72,7 +75,7 @@ def train(
         parallel = Parallel(config.parallel, config.training)
         stack.callback(parallel.close)
         packed = _data(config, parallel, data_command)
-        global_batch = config.training.global_batch
+        global_batch = config.training.rows
         micro_batch = _micro_batch(config, parallel)
         rows = sum(source.rows for source in packed.sources)
         steps = config.training.total_steps(rows, packed.context_length)
@@ -132,7 +135,7 @@ def train(
 
         # Everything that could be refused has been looked at: only now is anything written.
         def begin() -> None:
-            run_directory.begin(run, config, packed.tokenizer_directory)
+            run_directory.begin(run, config, packed.tokenizer_directory, automatic)
             record.cut(run, progress.step)
 
         parallel.on_main(begin)
@@ -302,7 +305,7 @@ def _data(config: RunConfig, parallel: Parallel, data_command: str) -> PackedDat
 
 def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
     """Rows that one process runs at once; the batch must divide evenly."""
-    total, world = config.training.global_batch, parallel.world
+    total, world = config.training.rows, parallel.world
     if total % world:
         raise InputError(
             f"training.global_batch: {total} rows do not divide over {world} processes; "

@@ -25,6 +25,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ BARS = {
     ("normuon", "muon"): 1.03,
     ("adamw", "adamw, torch fused"): 1.02,
 }
-Step = Callable[[], None]
+Step = Callable[[], Any]
 
 
 def matrices(layers: int) -> dict[str, nn.Parameter]:
@@ -75,7 +76,7 @@ class TorchMuon(torch.optim.Muon):
     """torch's, its iteration in float32: torch/optim/_muon.py with `bfloat16()` left out."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """As torch's single-tensor path, scale `match_rms_adamw`."""
         (group,) = self.param_groups
         for parameter in group["params"]:
@@ -112,7 +113,8 @@ class OfficialConda:
         """lr 0.01, betas (0.9, 0.99), eps 1e-8, scale 0.25, weight decay 0.025."""
         lr, beta1, beta2 = 0.01, 0.9, 0.99
         for parameter, state in zip(self.parameters, self.state, strict=True):
-            grad, (momentum, second_moment, basis) = parameter.grad, state
+            grad: Any = parameter.grad
+            momentum, second_moment, basis = state
             right = grad.shape[0] >= grad.shape[1]
             momentum.mul_(beta1).add_(grad, alpha=1 - beta1)
             if self.t % INTERVAL == 0:
@@ -143,7 +145,7 @@ def families() -> list[dict[str, Callable[[dict[str, nn.Parameter]], Any]]]:
     muon = settings.MuonSettings(precision="fp32")
     gram = settings.MuonSettings(precision="fp32", orthogonalize="gram")
     bf16 = settings.MuonSettings(precision="bf16")
-    torch_muon = {"lr": 2e-3, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    torch_muon: Any = {"lr": 2e-3, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
     found: list[dict[str, Callable[[dict[str, nn.Parameter]], Any]]] = [
         {
             "adamw": rule(settings.AdamWSettings()),
@@ -245,7 +247,7 @@ def product_rate() -> float:
     for rows, columns in set(LAYER.values()):
         a, b = torch.randn(rows, columns), torch.randn(columns, min(rows, columns))
         work += 2.0 * rows * columns * min(rows, columns)
-        taken += min(seconds(lambda a=a, b=b: torch.mm(a, b)) for _ in range(5))  # type: ignore[misc]
+        taken += min(seconds(partial(torch.mm, a, b)) for _ in range(5))
     return work / taken
 
 
