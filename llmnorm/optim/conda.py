@@ -83,7 +83,8 @@ class Conda:
         period = self.refresh_every
         if step == 0 or self.refresh == "together":
             return list(range(len(phases))) if step % period == 0 else []
-        offsets = [int(phase * period) for phase in phases.tolist()]
+        # A float32 phase may lie a little below the fraction that it stands for.
+        offsets = [int(phase * period + 1e-3) for phase in phases.tolist()]
         return [i for i, offset in enumerate(offsets) if (step + offset) % period == 0]
 
     def _refresh(self, due: list[int], grad: Tensor, state: State, *, first: bool) -> None:
