@@ -54,7 +54,12 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     from llmnorm.gpus import check_gpu, launch_hint
     from llmnorm.training import run_directory
 
-    config = _told(load(parsed.config, overrides))
+    config, automatic = _numbers(_told(load(parsed.config, overrides)))
+    if parsed.print_groups:
+        from llmnorm.training.outline import groups_table
+
+        print(groups_table(config))
+        return 0
     run = run_directory.agree(config, going_on=parsed.config.is_dir())
     if run_directory.finished(run, config):
         print(f"{run.path} is finished (step {run.done.read_text().strip()})")
@@ -68,7 +73,14 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     from llmnorm.training.loop import train
 
     command = shlex.join(["llmnorm", "data", *words])
-    code = train(config, run, data_command=command, dry_run=parsed.dry_run, profile=parsed.profile)
+    code = train(
+        config,
+        run,
+        data_command=command,
+        automatic=automatic,
+        dry_run=parsed.dry_run,
+        profile=parsed.profile,
+    )
     if os.environ.get("RANK", "0") == "0" and not parsed.dry_run:
         print(run_directory.next_commands(run))
     return code
@@ -78,7 +90,7 @@ def data(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """`llmnorm data`."""
     from llmnorm.config_file import load
 
-    config = _told(load(parsed.config, overrides))
+    config, _ = _numbers(_told(load(parsed.config, overrides)))
 
     from llmnorm.data import packing, report
 
@@ -88,7 +100,7 @@ def data(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if parsed.stats or not parsed.show:
         rows = sum(source.rows for source in packed.sources)
         steps = config.training.total_steps(rows, packed.context_length)
-        report.stats(packed, steps * config.training.global_batch * packed.context_length)
+        report.stats(packed, steps * config.training.rows * packed.context_length)
 
 
 def config(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -220,6 +232,19 @@ def _told(loaded: "Loaded") -> "RunConfig":
     return loaded.config
 
 
+def _numbers(config: "RunConfig") -> tuple["RunConfig", list[str]]:
+    """The configuration with numbers for `auto`, and how they came about, which is said."""
+    if not config.automatic():
+        return config, []
+    from llmnorm.training.automatic import resolve
+
+    resolved = resolve(config)
+    if os.environ.get("RANK", "0") == "0":
+        for note in resolved.notes:
+            print(f"llmnorm: note: {note}", file=sys.stderr)
+    return resolved
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
@@ -305,6 +330,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", type=Path, metavar="CONFIG", help="YAML file or run directory")
     sub.add_argument(
         "--dry-run", action="store_true", help="stop after the checks before the first step"
+    )
+    sub.add_argument(
+        "--print-groups",
+        action="store_true",
+        help="print which parameter gets which rule, and do nothing else",
     )
     sub.add_argument(
         "--profile",

@@ -42,8 +42,8 @@ class TrainingSettings(Settings):
     """Length in tokens, rounded up to whole global batches."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Length in passes over the training rows, rounded up to whole global batches."""
-    global_batch: Count = 32
-    """Rows a step, over all processes."""
+    global_batch: Count | Literal["auto"] = 32
+    """Rows a step, over all processes; `auto`: the Step Law's (needs `tokens`)."""
     micro_batch: Count | None = None
     """Rows that one process runs at once; left out, all of its share of the global batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -71,8 +71,9 @@ class TrainingSettings(Settings):
             raise ValueError(
                 f"give exactly one of training.steps, training.tokens, training.epochs; got {found}"
             )
-        if self.micro_batch is not None and self.global_batch % self.micro_batch:
-            divisors = [d for d in range(1, self.global_batch + 1) if self.global_batch % d == 0]
+        batch = self.global_batch
+        if self.micro_batch is not None and batch != "auto" and batch % self.micro_batch:
+            divisors = [d for d in range(1, batch + 1) if batch % d == 0]
             close = min(divisors, key=lambda d: abs(d - (self.micro_batch or 0)))
             raise ValueError(
                 f"training.micro_batch {self.micro_batch} does not divide training.global_batch "
@@ -80,14 +81,20 @@ class TrainingSettings(Settings):
             )
         return self
 
+    @property
+    def rows(self) -> int:
+        """Rows a step, where `auto` has become a number."""
+        assert self.global_batch != "auto", "resolved before a run begins"
+        return self.global_batch
+
     def total_steps(self, rows: int, context_length: int) -> int:
         """The length in global batches, for `rows` training rows of `context_length` tokens."""
         if self.steps is not None:
             return self.steps
         if self.tokens is not None:
-            return math.ceil(self.tokens / (self.global_batch * context_length))
+            return math.ceil(self.tokens / (self.rows * context_length))
         assert self.epochs is not None
-        return math.ceil(self.epochs * rows / self.global_batch)
+        return math.ceil(self.epochs * rows / self.rows)
 
 
 class EvaluationSettings(Settings):
@@ -210,6 +217,14 @@ class RunConfig(Settings):
         if steps is not None and warmup >= max(steps, 2):
             raise ValueError(f"schedule.warmup {warmup} is not less than training.steps {steps}")
         return self
+
+    def automatic(self) -> list[str]:
+        """The keys that are `auto` and become numbers before a run begins."""
+        values = {
+            "optimizer.lr": getattr(self.optimizer, "lr", None),
+            "training.global_batch": self.training.global_batch,
+        }
+        return [key for key, value in values.items() if value == "auto"]
 
     @property
     def data_seed(self) -> int:

@@ -157,7 +157,7 @@ def _data(
 
 def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
     """Rows at once, as in the run's own evaluations."""
-    share = max(1, config.training.global_batch // parallel.world)
+    share = max(1, config.training.rows // parallel.world)
     return config.evaluation.micro_batch or config.training.micro_batch or share
 
 

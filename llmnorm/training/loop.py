@@ -9,6 +9,7 @@ a checkpoint holds weights, optimizer state and counts, nothing else.
 import json
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -50,6 +51,7 @@ def train(
     run: RunDirectory,
     *,
     data_command: str,
+    automatic: Sequence[str] = (),
     dry_run: bool = False,
     profile: str | None = None,
 ) -> int:
@@ -59,6 +61,7 @@ def train(
         config: resolved settings that agree with the run directory.
         run: where the run lives; its newest whole checkpoint is gone on from.
         data_command: what prepares the data, for the message where it is missing.
+        automatic: how numbers took the place of `auto`, to be saved with the run.
         dry_run: stop after the checks that precede the first step.
         profile: "time" or "memory": what a few steps are profiled for.
 
@@ -73,7 +76,7 @@ def train(
         parallel = Parallel(config.parallel, config.training)
         stack.callback(parallel.close)
         packed = _data(config, parallel, data_command)
-        global_batch = config.training.global_batch
+        global_batch = config.training.rows
         micro_batch = _micro_batch(config, parallel)
         rows = sum(source.rows for source in packed.sources)
         steps = config.training.total_steps(rows, packed.context_length)
@@ -85,7 +88,7 @@ def train(
         groups = split(model)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
         optimizer = config.optimizer.build(groups)
-        learning_rate = config.schedule.build(steps)
+        multipliers = config.optimizer.multipliers(config.schedule.build(steps), steps)
         ema = EMA(model, config.training.ema) if config.training.ema else None
         parallel.check()
 
@@ -135,7 +138,7 @@ def train(
 
         # Everything that could be refused has been looked at: only now is anything written.
         def begin() -> None:
-            run_directory.begin(run, config, packed.tokenizer_directory)
+            run_directory.begin(run, config, packed.tokenizer_directory, automatic)
             record.cut(run, progress.step)
 
         parallel.on_main(begin)
@@ -181,10 +184,9 @@ def train(
             reduced = torch.stack([loss / parallel.world, loss.new_tensor(stop.exit_code)])
             mean_loss, stopping = parallel.reduce(reduced).tolist()
             exit_code = round(stopping) and (stop.exit_code or 143)
-            factor = learning_rate(progress.step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * multipliers[group["kind"]](progress.step)
             if math.isfinite(mean_loss) and math.isfinite(norm):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
                 optimizer.step()
                 statistics.commit()
                 progress.skipped_in_a_row = 0
@@ -215,7 +217,7 @@ def train(
                         "tokens": progress.tokens,
                         "loss": mean_loss,
                         "grad_norm": norm,
-                        "lr": config.optimizer.lr * factor,
+                        "lr": optimizer.param_groups[0]["lr"],
                         "skipped_steps": progress.skipped_steps,
                     }
                 )
@@ -308,7 +310,7 @@ def _data(config: RunConfig, parallel: Parallel, data_command: str) -> PackedDat
 
 def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
     """Rows that one process runs at once; the batch must divide evenly."""
-    total, world = config.training.global_batch, parallel.world
+    total, world = config.training.rows, parallel.world
     if total % world:
         raise InputError(
             f"training.global_batch: {total} rows do not divide over {world} processes; "

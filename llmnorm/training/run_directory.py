@@ -9,6 +9,7 @@ by every process alike, before any of them writes.
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ class RunDirectory(NamedTuple):
     def config(self) -> Path:
         """The resolved settings."""
         return self.path / "config.yaml"
+
+    @property
+    def automatic(self) -> Path:
+        """How the numbers came about that took the place of `auto`."""
+        return self.path / "automatic.txt"
 
     @property
     def metrics(self) -> Path:
@@ -154,8 +160,13 @@ def next_commands(run: RunDirectory) -> str:
     )
 
 
-def begin(run: RunDirectory, config: RunConfig, tokenizer: Path) -> None:
+def begin(
+    run: RunDirectory, config: RunConfig, tokenizer: Path, automatic: Sequence[str] = ()
+) -> None:
     """Make the directory; write the resolved settings, whole or not at all, and the tokenizer.
+
+    Args:
+        automatic: how numbers took the place of `auto`, where some did.
 
     Raises:
         InputError: the directory cannot be written.
@@ -165,6 +176,8 @@ def begin(run: RunDirectory, config: RunConfig, tokenizer: Path) -> None:
         temporary = run.config.with_suffix(".tmp")
         temporary.write_text(f"# llmnorm {version()}\n{to_yaml(config)}", encoding="utf-8")
         temporary.replace(run.config)
+        if automatic:
+            run.automatic.write_text("\n".join(automatic) + "\n", encoding="utf-8")
         run.plots.mkdir(exist_ok=True)
         shutil.copytree(tokenizer, run.tokenizer, dirs_exist_ok=True)
         for sign in (run.done, run.preempted):

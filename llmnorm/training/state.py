@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llmnorm.data.packed import PackedData
-from llmnorm.optim.groups import named_state
+from llmnorm.optim.state import named_state
 from llmnorm.part import InputError
 from llmnorm.training.checkpoint import Checkpoints, read_meta
 from llmnorm.training.ema import EMA

@@ -128,7 +128,7 @@ def main() -> None:
     packed = packing.prepare(config.data, config.tokenizer)
     texts = some_texts(packing.sources_of(config.data), int(parsed.megabytes * 1e6))
     packing_found = packing_rates(packed, texts, threads, parsed.rounds)
-    loading = loader_cost(packed, config.training.global_batch, step, parsed.rounds)
+    loading = loader_cost(packed, config.training.rows, step, parsed.rounds)
     rates = packing_found["mb_per_second"]
     tables = [
         Table(

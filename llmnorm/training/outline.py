@@ -1,0 +1,40 @@
+"""A run's model without memory: what can be said about it before anything is prepared.
+
+A vocabulary of `auto` is taken from the tokenizer's directory, or is what a trained one will have
+at most; it only changes the embedding and the head.
+"""
+
+import torch
+
+from llmnorm.config import RunConfig
+from llmnorm.data.tokenizer import TextEncoder
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.optim.build import describe
+from llmnorm.optim.groups import split
+
+
+def outline(config: RunConfig) -> LlmNormForCausalLM:
+    """The model of a run on the meta device."""
+    rows = config.model.vocab_size
+    if rows == "auto":
+        path = config.tokenizer.path
+        rows = config.tokenizer.vocab_size if path is None else TextEncoder(path).vocab_size
+    with torch.device("meta"):
+        return LlmNormForCausalLM(LlmNormConfig.from_settings(config.model, vocab_size=rows))
+
+
+def parameters_outside_the_embedding(config: RunConfig) -> int:
+    """All but the embedding and the head: what scaling laws count."""
+    model = outline(config)
+    apart = {
+        id(p)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        for p in module.parameters()
+    }
+    return sum(p.numel() for p in model.parameters() if id(p) not in apart)
+
+
+def groups_table(config: RunConfig) -> str:
+    """Which parameter gets which rule: `llmnorm train CONFIG --print-groups`."""
+    return describe(config.optimizer, split(outline(config)))
