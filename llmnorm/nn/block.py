@@ -7,7 +7,7 @@ Submodules carry Llama's names, whatever the mixer is, so that checkpoints map o
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmnorm.nn.cache import KeyValues
+from llmnorm.nn.cache import LayerCache
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.settings import ModelSettings
 
@@ -24,7 +24,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = settings.norm.build(width)
         self.mlp = settings.mlp.build(width, settings.intermediate_size)
 
-    def forward(self, hidden: Tensor, context: Context, cache: KeyValues | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         hidden = hidden + self._drop(self.self_attn(self.input_layernorm(hidden), context, cache))
         return hidden + self._drop(self.mlp(self.post_attention_layernorm(hidden)))

@@ -1,8 +1,9 @@
 """The ragged slot cache: what decoding carries, for rows with lengths of their own.
 
-A row is a slot. A layer keeps keys and values in (rows, kv_heads, capacity, head_dim) and writes a
-row's new tokens at the row's own length, so nothing is ever moved or padded. The verbs are the same
-for every mixer: `append`, `rollback`, `admit`, `release`, `select`.
+A row is a slot. An attention layer keeps keys and values in (rows, kv_heads, capacity, head_dim)
+and writes a row's new tokens at the row's own length, so nothing is ever moved or padded; a
+recurrent layer keeps a state (recurrent_cache.py). The verbs are the same for every mixer:
+`append`, `rollback`, `admit`, `release`, `select`.
 
 Invariants: the slot of a token is its position in the row; a query at position i sees slots 0..i
 and nothing else, so what lies beyond a row's length (rejected tokens, padding, a former tenant) is
@@ -16,6 +17,7 @@ for padding. Example: rows of length 5 and 2, new tokens real = [[1, 1, 1], [0, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +35,8 @@ class Places:
     """Where all rows start if they are of one length and without padding, else None."""
     width: int
     """Slots to attend over: the longest row after this pass, padding included."""
+    real: Tensor | None = None
+    """(rows, new), False for padding; None: all are real."""
 
     @property
     def causal(self) -> bool:
@@ -47,6 +51,45 @@ class Places:
         return (torch.arange(self.width, device=index.device) <= index[..., None]).unsqueeze(1)
 
 
+def find_places(
+    lengths: Sequence[int], new: int, device: torch.device, real: Tensor | None = None
+) -> Places:
+    """Where `new` more tokens go in rows of `lengths`; `real` (rows, new) is False for padding."""
+    if real is not None and bool(real.all()):
+        real = None
+    rows = len(lengths)
+    if real is None and len(set(lengths)) == 1:
+        start = lengths[0]
+        index = torch.arange(start, start + new, device=device).expand(rows, new)
+        return Places(index, [new] * rows, start, start + new)
+    kept = torch.ones(rows, new, dtype=torch.bool, device=device) if real is None else real
+    counts = kept.sum(1)
+    rank = torch.where(kept, kept.cumsum(1) - 1, counts[:, None] + (~kept).cumsum(1) - 1)
+    index = torch.tensor(lengths, device=device)[:, None] + rank
+    return Places(index, counts.tolist(), None, max(lengths) + new, real)
+
+
+class LayerCache(Protocol):
+    """One layer's part: `append` differs with what the layer's mixer keeps, the rest is shared."""
+
+    lengths: list[int]
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Drop each row's last tokens."""
+
+    def admit(self, row: int, source: "LayerCache | None", source_row: int) -> None:
+        """Let `row` (one more than there are, or a released one) begin, as a copy of a source's."""
+
+    def release(self, row: int) -> None:
+        """Empty a row."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows in this order; a row may come more than once."""
+
+    def clear(self) -> None:
+        """Forget every row."""
+
+
 class KeyValues:
     """One attention layer's keys and values."""
 
@@ -54,21 +97,6 @@ class KeyValues:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.lengths: list[int] = []
-
-    def places(self, new: int, device: torch.device, real: Tensor | None = None) -> Places:
-        """Where `new` more tokens a row go; `real` (rows, new) is False for padding."""
-        if real is not None and bool(real.all()):
-            real = None
-        rows = len(self.lengths)
-        if real is None and len(set(self.lengths)) == 1:
-            start = self.lengths[0]
-            index = torch.arange(start, start + new, device=device).expand(rows, new)
-            return Places(index, [new] * rows, start, start + new)
-        real = torch.ones(rows, new, dtype=torch.bool, device=device) if real is None else real
-        counts = real.sum(1)
-        rank = torch.where(real, real.cumsum(1) - 1, counts[:, None] + (~real).cumsum(1) - 1)
-        index = torch.tensor(self.lengths, device=device)[:, None] + rank
-        return Places(index, counts.tolist(), None, max(self.lengths) + new)
 
     def append(self, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """Write new tokens (rows, new, kv_heads, head_dim); return all keys and values.
@@ -111,7 +139,7 @@ class KeyValues:
             raise ValueError(f"rollback of {list(counts)} tokens from rows of {self.lengths}")
         self.lengths = lengths
 
-    def admit(self, row: int, source: "KeyValues | None", source_row: int) -> None:
+    def admit(self, row: int, source: LayerCache | None, source_row: int) -> None:
         """Let `row` (one more than there are, or a released one) begin, as a copy of a source's."""
         if row == len(self.lengths):
             self.lengths.append(0)
@@ -119,6 +147,7 @@ class KeyValues:
         if source is None or not source.lengths[source_row]:
             return
         length = source.lengths[source_row]
+        assert isinstance(source, KeyValues)
         assert source.keys is not None and source.values is not None
         like = source.keys[:1].transpose(1, 2)
         self.keys = self._room(self.keys, like, length)
@@ -139,12 +168,18 @@ class KeyValues:
             self.values = self.values.index_select(0, index)
         self.lengths = [self.lengths[row] for row in rows]
 
+    def clear(self) -> None:
+        """Forget every row, memory included."""
+        self.keys, self.values, self.lengths = None, None, []
+
 
 class RaggedCache:
-    """The layers' caches under one set of verbs."""
+    """The layers' caches under one set of verbs; a number stands for layers of keys and values."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers = [KeyValues() for _ in range(layers)]
+    def __init__(self, layers: int | Sequence[LayerCache]) -> None:
+        if isinstance(layers, int):
+            layers = [KeyValues() for _ in range(layers)]
+        self.layers = list(layers)
         self.free: list[int] = []
 
     @property
@@ -169,7 +204,7 @@ class RaggedCache:
             real = torch.ones(rows, new, dtype=torch.bool, device=device) if real is None else real
             real = real.clone()
             real[self.free] = False
-        return self.layers[0].places(new, device, real)
+        return find_places(self.lengths, new, device, real)
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Drop each row's last tokens (rejected drafts)."""

@@ -4,14 +4,16 @@ A mixer gets its shape (hidden_size, num_attention_heads, num_key_value_heads, h
 model's settings; only what belongs to its own kind stands here.
 """
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
     from llmnorm.nn.mixers.contract import Mixer as MixerModule
+    from llmnorm.nn.mixers.linear import LinearAttention
+    from llmnorm.nn.mixers.nala import NaLa
     from llmnorm.nn.mixers.softmax import SoftmaxAttention
     from llmnorm.nn.settings import ModelSettings
 
@@ -19,10 +21,18 @@ if TYPE_CHECKING:
 class MixerSettings(Settings):
     """What every mixer's settings say about it before torch is loaded."""
 
-    causal: ClassVar[bool] = True
-    """Whether it can serve a causal language model."""
-    layer_type: ClassVar[str] = "full_attention"
-    """Hugging Face's name for what its cache holds (`config.layer_types`)."""
+    @property
+    def causal(self) -> bool:
+        """Whether it can serve a causal language model."""
+        return True
+
+    @property
+    def layer_type(self) -> str:
+        """Hugging Face's name for what its cache holds (`config.layer_types`)."""
+        return "full_attention"
+
+    def check(self, model: "ModelSettings") -> None:
+        """Raise a ValueError if it cannot be built for `model`."""
 
     def build(self, model: "ModelSettings", layer: int) -> "MixerModule":
         """The mixer of one layer (counted from 0) of `model`."""
@@ -56,4 +66,109 @@ class SoftmaxSettings(MixerSettings):
         )
 
 
-Mixer = Annotated[SoftmaxSettings, Part(default="softmax", many=True)]
+class LinearSettings(MixerSettings):
+    """Linear attention, phi(x) = elu(x) + 1, with its normaliser and rotary positions in the
+    numerator (Katharopoulos et al. 2020, arXiv 2006.16236): the plain baseline of `nala`, whose
+    block it can take on."""
+
+    name: Literal["linear"] = "linear"
+    bidirectional: bool = False
+    """Look at later tokens too, as an encoder does."""
+    bias: bool = False
+    """Offsets on the projections."""
+    rotary: bool = True
+    """Rotary positions."""
+    gate: bool = False
+    """Multiply by silu of one more projection after the norm."""
+    conv_kernel: int = Field(0, ge=0)
+    """Width of the depthwise convolution of the values that is added after mixing; 0: none."""
+    norm: Literal["none", "rms", "layer"] = "none"
+    """The norm after mixing: RMS norm of each head, or layer norm of all heads together."""
+    norm_eps: float = Field(1e-6, ge=0)
+    """Added inside that norm."""
+    eps: float = Field(1e-6, ge=0)
+    """Added to the mean weight in the normaliser."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether it can serve a causal language model."""
+        return not self.bidirectional
+
+    @property
+    def layer_type(self) -> str:
+        """Hugging Face's name for what its cache holds."""
+        return "linear_attention"
+
+    @model_validator(mode="after")
+    def _has_a_middle(self) -> Self:
+        if self.bidirectional and self.conv_kernel and not self.conv_kernel % 2:
+            raise ValueError(
+                f"conv_kernel {self.conv_kernel} must be odd in a bidirectional mixer, "
+                f"e.g. {self.conv_kernel + 1}"
+            )
+        return self
+
+    def build(self, model: "ModelSettings", layer: int) -> "LinearAttention":
+        """The mixer of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.mixers.linear import LinearAttention
+
+        return LinearAttention(model.hidden_size, **self._block(model))
+
+    def _block(self, model: "ModelSettings") -> dict[str, Any]:
+        keys = ("bias", "rotary", "gate", "conv_kernel", "norm", "norm_eps", "eps")
+        return {
+            "num_attention_heads": model.num_attention_heads,
+            "num_key_value_heads": model.num_key_value_heads,
+            "head_dim": model.head_dim,
+            "causal": self.causal,
+            **{key: getattr(self, key) for key in keys},
+        }
+
+
+class NaLaSettings(LinearSettings):
+    """Norm-aware linear attention: the query's norm sets the power of its features (NaLaFormer,
+    arXiv 2506.21137). Causal NaLa is our derivation: on every prefix the last row equals the
+    official module's."""
+
+    name: Literal["nala"] = "nala"  # type: ignore[assignment]
+    lam: float = Field(3.0, gt=0)
+    """lambda: the power of the keys, and the factor of the queries'."""
+    tau: float = Field(0.5, gt=0)
+    """The query's power is lam * (tau + tanh(|q| / norm_scale))."""
+    norm_scale: float = Field(1.0, gt=0)
+    """Norm of the query around which its power changes (1: the official code's)."""
+    direction: Literal["sign", "cosine"] = "sign"
+    """How features of opposite directions are kept apart: by sign (official code) or by cosine and
+    sine of an angle (paper)."""
+    alpha: float = Field(20.0, gt=0)
+    """cosine: steepness of the angle; the larger, the nearer to the sign."""
+    query_eps: float = Field(1e-3, ge=0)
+    """Added, squared, to the square of the query's norm, which may be 0."""
+    gate: bool = True
+    """Multiply by silu of one more projection after the norm."""
+    conv_kernel: int = Field(4, ge=0)
+    """Width of the depthwise convolution of the values that is added after mixing; 0: none."""
+    norm: Literal["rms", "layer"] = "rms"  # type: ignore[assignment]
+    """The norm after mixing: RMS norm of each head, or layer norm of all heads together."""
+
+    @model_validator(mode="after")
+    def _gradients_are_finite(self) -> Self:
+        if self.lam * self.tau < 1 or self.lam < 1:
+            raise ValueError(
+                f"lam {self.lam} and lam * tau {self.lam * self.tau:g} are the smallest powers "
+                "and must be at least 1"
+            )
+        return self
+
+    def build(self, model: "ModelSettings", layer: int) -> "NaLa":
+        """The mixer of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.mixers.nala import NaLa
+
+        keys = ("lam", "tau", "norm_scale", "direction", "alpha", "query_eps")
+        own = {key: getattr(self, key) for key in keys}
+        return NaLa(model.hidden_size, **own, **self._block(model))
+
+
+Mixer = Annotated[
+    SoftmaxSettings | LinearSettings | NaLaSettings, Part(default="softmax", many=True)
+]

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from llmnorm.nn.cache import KeyValues
 from llmnorm.nn.linear import Linear
-from llmnorm.nn.mixers.contract import Context, Mixer, causal_mask, document_mask
+from llmnorm.nn.mixers.contract import (
+    Context,
+    Mixer,
+    causal_mask,
+    document_mask,
+    document_numbers,
+)
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.mixers.varlen import varlen_attention
 from llmnorm.nn.norms.rms import RMSNorm
@@ -66,7 +72,9 @@ class SoftmaxAttention(Mixer):
             self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps)
         self.qk_norm = qk_norm_eps is not None
 
-    def prepare(self, x: Tensor, context: Context) -> SoftmaxParameters:
+    def prepare(
+        self, x: Tensor, context: Context, cache: KeyValues | None = None
+    ) -> SoftmaxParameters:
         """Project, norm if asked, rotate."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -114,7 +122,7 @@ class SoftmaxAttention(Mixer):
         q, k, _ = parameters
         visible = context.mask
         if context.documents is not None:
-            visible = document_mask(context.documents, len(q), q.device)
+            visible = document_mask(document_numbers(context.documents, len(q), q.device))
         if visible is None:
             visible = causal_mask(q.shape[1], q.device)
         k = k.repeat_interleave(self.heads // self.kv_heads, dim=2)
