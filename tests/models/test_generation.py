@@ -18,6 +18,7 @@ MIXERS: dict[str, Any] = {
     "softmax": "softmax",
     "linear": "linear",
     "nala": "nala",
+    "ssd": {"name": "ssd", "head_dim": 8, "state_size": 6},
     "hybrid": ["nala", {"name": "nala", "direction": "cosine"}, "softmax"],
 }
 every_mixer = pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)

@@ -34,6 +34,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "linear both": {"name": "linear", "bidirectional": True, **BLOCK},
     "nala": {"name": "nala"},
     "nala cosine": {"name": "nala", "direction": "cosine", "norm_scale": 2.0, "conv_kernel": 0},
+    "ssd": {"name": "ssd", "head_dim": 8, "state_size": 5, "time_step_limit": [0.01, 5.0]},
+    "ssd groups": {"name": "ssd", "head_dim": 10, "n_groups": 2, "state_size": 3, "conv_kernel": 2},
     "nala both": {"name": "nala", "bidirectional": True, "conv_kernel": 5, "rotary": False},
 }
 CAUSAL = {k: v for k, v in MIXERS.items() if not v.get("bidirectional")}

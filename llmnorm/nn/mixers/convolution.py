@@ -1,9 +1,9 @@
 """A short depthwise convolution over time: y_t = bias + sum_o w_o x_{t - o}, channel by channel.
 
-Causal: o = 0 .. kernel - 1. Symmetric: o from -(kernel // 2) to kernel // 2. Shapes: x and y (batch,
-length, channels); weight (channels, 1, kernel), the last tap (causal) on the token itself, as in
-torch's Conv1d with padding on the left. Taps that reach into another document are left out; what
-was before the first token is `window` (batch, kernel - 1, channels), or nothing.
+Causal: o = 0 .. kernel - 1. Symmetric: o from -(kernel // 2) to kernel // 2. Shapes: x and y
+(batch, length, channels); weight (channels, 1, kernel), whose last tap (causal) is on the token
+itself, as in torch's Conv1d with padding on the left. Taps that reach into another document are
+left out; what was before the first token is `window` (batch, kernel - 1, channels), or nothing.
 """
 
 import math
@@ -37,25 +37,21 @@ class ShortConvolution(nn.Module):
         """x (batch, length, channels) -> the same shape, in x's dtype."""
         before = self.kernel - 1 if self.causal else self.kernel // 2
         after = self.kernel - 1 - before
+        weight = self.weight.to(x.dtype)
+        bias = x.new_zeros(x.shape[2]) if self.bias is None else self.bias.to(x.dtype)
         if window is not None:
-            x = torch.cat((window.to(x.dtype), x), 1)
-            y = F.conv1d(x.mT, self.weight.to(x.dtype), self._bias(x), groups=x.shape[2]).mT
-            return y
+            around = torch.cat((window.to(x.dtype), x), 1)
+        else:
+            around = F.pad(x, (0, 0, before, after))
         if segments is None:
-            x = F.pad(x, (0, 0, before, after))
-            return F.conv1d(x.mT, self.weight.to(x.dtype), self._bias(x), groups=x.shape[2]).mT
-        length = x.shape[1]
-        padded = F.pad(x, (0, 0, before, after))
+            return F.conv1d(around.mT, weight, bias, groups=x.shape[2]).mT
         numbers = F.pad(segments, (before, after), value=-1)
-        y = torch.zeros_like(x) if self.bias is None else self._bias(x).expand_as(x)
+        y, length = bias.expand_as(x), x.shape[1]
         for tap in range(self.kernel):
             same = (numbers[:, tap : tap + length] == segments)[..., None]
-            inputs = padded[:, tap : tap + length].masked_fill(~same, 0)
-            y = torch.addcmul(y, inputs, self.weight[:, 0, tap].to(x.dtype))
+            inputs = around[:, tap : tap + length].masked_fill(~same, 0)
+            y = torch.addcmul(y, inputs, weight[:, 0, tap])
         return y
-
-    def _bias(self, x: Tensor) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

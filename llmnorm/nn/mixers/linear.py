@@ -109,15 +109,21 @@ class LinearAttention(Mixer):
         if self.conv1d is not None:
             window = None if cache is None or cache.state is None else cache.state[2]
             local = self.conv1d(v, context.segments, window).view(shape)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            q, k = self.features(q.view(shape).to(wide), k.view(shape).to(wide))
+        features = self.both_features(q.view(shape), k.view(shape), context)
+        return LinearParameters(*features, v.view(shape), local, gate)
+
+    def both_features(
+        self, q: Tensor, k: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features of q and k as they are, and turned, in float32; padding's keys have none."""
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = self.features(q.to(wide), k.to(wide))
             if context.real is not None:
                 k = k.masked_fill(~context.real[..., None, None], 0)
-            turned_q, turned_k = q, k
-            if self.rotary:
-                turned_q, turned_k = (self._turned(t, context) for t in (q, k))
-        return LinearParameters(q, k, turned_q, turned_k, v.view(shape), local, gate)
+            if not self.rotary:
+                return q, k, q, k
+            return q, k, self._turned(q, context), self._turned(k, context)
 
     def _turned(self, features: Tensor, context: Context) -> Tensor:
         """Rotate every part of the width of a head."""
@@ -155,7 +161,8 @@ class LinearAttention(Mixer):
 
     def _denominator(self, total: Tensor, p: LinearParameters, context: Context) -> Tensor:
         """(batch, length, heads, 1): the sum of the unrotated weights, plus eps a token."""
-        return total + self.eps * visible_tokens(p.v, context, causal=self.causal)[..., None, None]
+        count = visible_tokens(p.v, context, causal=self.causal)[..., None, None]
+        return total + self.eps * count.to(total.dtype)
 
     def _window(self, kept: State | None, v: Tensor, counts: Tensor | list[int]) -> State:
         if self.conv1d is None:
@@ -204,4 +211,5 @@ class LinearAttention(Mixer):
         heads = self.heads, self.kv_heads, self.kv_heads
         sums = sum(flops_per_token(heads, self.feature_dim, v) for v in (self.head_dim, 1))
         kernel = 0 if self.conv1d is None else self.conv1d.kernel
-        return sums + 2.0 * kernel * self.kv_heads * self.head_dim
+        directions = 1 if self.causal else 2
+        return directions * sums + 2.0 * kernel * self.kv_heads * self.head_dim

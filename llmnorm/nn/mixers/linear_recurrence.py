@@ -76,6 +76,17 @@ def linear_recurrence(
         return torch.cat(outs, 1), state
 
 
+def decay_matrix(log_decay: Tensor, visible: Tensor) -> Tensor:
+    """What is left of token j at token i, (batch, heads, length, length): for explicit matrices.
+
+    log_decay (batch, length, heads); visible (batch or 1, 1, length, length), False gives 0.
+    """
+    length = log_decay.shape[1]
+    ones = torch.ones(length, length, dtype=log_decay.dtype, device=log_decay.device)
+    sums = ones.tril() @ (log_decay.transpose(1, 2)[..., None] * ones.tril(-1))
+    return sums.masked_fill(~visible, -torch.inf).exp()
+
+
 def flops_per_token(heads: tuple[int, int, int], width: int, value_dim: int) -> float:
     """Operations a token of a long row: scores, their sums, and the state written and read.
 
@@ -181,7 +192,7 @@ def _carry(
     documents: _Documents | None,
     repeats: int,
 ) -> tuple[Tensor, Tensor]:
-    """The state before every chunk (b, n, g, K, r V) and the one after the last (b, heads, K, V)."""
+    """The states before the chunks (b, n, g, K, r V), the one after the last (b, heads, K, V)."""
     batch, chunks, groups, width, _ = additions.shape
     if documents is not None and carried is None:
         carried = documents.carried.to(additions.dtype)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmnorm.nn.mixers.linear import LinearAttention
     from llmnorm.nn.mixers.nala import NaLa
     from llmnorm.nn.mixers.softmax import SoftmaxAttention
+    from llmnorm.nn.mixers.ssd import SSD
     from llmnorm.nn.settings import ModelSettings
 
 
@@ -169,6 +170,76 @@ class NaLaSettings(LinearSettings):
         return NaLa(model.hidden_size, **own, **self._block(model))
 
 
+class SSDSettings(MixerSettings):
+    """The mixer of Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): one decay a head, made from the
+    token. It has heads of its own, expand * hidden_size / head_dim of them."""
+
+    name: Literal["ssd"] = "ssd"
+    state_size: int = Field(128, ge=1)
+    """Width of keys and queries (B and C)."""
+    expand: int = Field(2, ge=1)
+    """Inner width over hidden_size."""
+    head_dim: int = Field(64, ge=1)
+    """Width of a head's values."""
+    n_groups: int = Field(1, ge=1)
+    """Groups of heads that share B and C, and of channels that are normed together."""
+    conv_kernel: int = Field(4, ge=1)
+    """Width of the causal convolution of x, B and C."""
+    use_conv_bias: bool = True
+    """Offsets in the convolution."""
+    use_bias: bool = False
+    """Offsets on the two projections."""
+    norm_eps: float = Field(1e-5, ge=0)
+    """Added inside the norm after mixing."""
+    time_step_limit: tuple[float, float] | None = None
+    """Clamp the time steps to this range."""
+    time_step_min: float = Field(1e-3, gt=0)
+    """Smallest initial time step."""
+    time_step_max: float = Field(0.1, gt=0)
+    """Largest initial time step."""
+    time_step_floor: float = Field(1e-4, gt=0)
+    """Initial time steps are clamped at it."""
+
+    @property
+    def layer_type(self) -> str:
+        """Hugging Face's name for what its cache holds."""
+        return "linear_attention"
+
+    def check(self, model: "ModelSettings") -> None:
+        """Whole heads, whole groups."""
+        inner = self.expand * model.hidden_size
+        if inner % self.head_dim:
+            raise ValueError(
+                f"mixer 'ssd': head_dim {self.head_dim} does not divide expand * hidden_size = "
+                f"{inner}"
+            )
+        if inner // self.head_dim % self.n_groups:
+            raise ValueError(
+                f"mixer 'ssd': n_groups {self.n_groups} does not divide the "
+                f"{inner // self.head_dim} heads"
+            )
+
+    def build(self, model: "ModelSettings", layer: int) -> "SSD":
+        """The mixer of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.mixers.ssd import SSD
+
+        return SSD(
+            model.hidden_size,
+            expand=self.expand,
+            head_dim=self.head_dim,
+            state_size=self.state_size,
+            n_groups=self.n_groups,
+            conv_kernel=self.conv_kernel,
+            use_conv_bias=self.use_conv_bias,
+            use_bias=self.use_bias,
+            norm_eps=self.norm_eps,
+            dt_limit=self.time_step_limit,
+            dt_range=(self.time_step_min, self.time_step_max),
+            dt_floor=self.time_step_floor,
+        )
+
+
 Mixer = Annotated[
-    SoftmaxSettings | LinearSettings | NaLaSettings, Part(default="softmax", many=True)
+    SoftmaxSettings | LinearSettings | NaLaSettings | SSDSettings,
+    Part(default="softmax", many=True),
 ]
