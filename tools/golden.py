@@ -331,6 +331,55 @@ def linear_recurrences(vectors: Vectors) -> Iterator[Result]:
     return _recurrence(vectors, run)
 
 
+@serves("linear_recurrence/gla")
+def gated_linear_attention(vectors: Vectors) -> Iterator[Result]:
+    """GLA's recurrence, a gate a channel."""
+    from llmnorm.nn.mixers.gla import channel_recurrence
+
+    def run(t: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        scaled = t["q"] * t["q"].shape[-1] ** -0.5
+        return channel_recurrence(scaled, t["k"], t["v"], t["g"], state=state)
+
+    return _recurrence(vectors, run)
+
+
+@serves("linear_recurrence/gdn")
+@serves("linear_recurrence/delta")
+def gated_delta(vectors: Vectors) -> Iterator[Result]:
+    """The gated delta rule; the delta rule has no gate."""
+    from llmnorm.nn.mixers.gated_delta import delta_recurrence
+
+    def run(t: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        scaled = t["q"] * t["q"].shape[-1] ** -0.5
+        return delta_recurrence(scaled, t["k"], t["v"], t["beta"], t.get("g"), state=state)
+
+    return _recurrence(vectors, run)
+
+
+@serves("gated_deltanet/module")
+def gated_deltanet(vectors: Vectors) -> Iterator[Result]:
+    """The layer of Qwen3-Next."""
+    from llmnorm.nn.mixers.settings import GatedDeltaSettings
+
+    p = vectors.hyperparameters
+    part = GatedDeltaSettings(
+        num_key_heads=p["num_k_heads"],
+        num_value_heads=p["num_v_heads"],
+        key_head_dim=p["head_k_dim"],
+        value_head_dim=p["head_v_dim"],
+        conv_kernel=p["conv_kernel"],
+        norm_eps=p["norm_eps"],
+    )
+
+    def states(mixer: Any, state: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        # Theirs keeps the current input in the window, one more than ours.
+        return {"step/state": state[0], "step/conv_state": state[1].mT}
+
+    mids = {"mid/beta": lambda p: p.b, "mid/g": lambda p: p.log_decay, "mid/v": lambda p: p.v}
+    mids |= {"mid/z": lambda p: p.z}
+    return _module(vectors, part, p["hidden_size"], lambda mixer: None, states, mids)
+
+
 @serves("mamba2/ssd")
 def state_space_dual(vectors: Vectors) -> Iterator[Result]:
     """The engine with Mamba-2's names; its states are (value, key)."""

@@ -19,6 +19,8 @@ MIXERS: dict[str, Any] = {
     "linear": "linear",
     "nala": "nala",
     "ssd": {"name": "ssd", "head_dim": 8, "state_size": 6},
+    "gla": "gla",
+    "gated_delta": "gated_delta",
     "hybrid": ["nala", {"name": "nala", "direction": "cosine"}, "softmax"],
 }
 every_mixer = pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)

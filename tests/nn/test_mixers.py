@@ -36,6 +36,12 @@ MIXERS: dict[str, dict[str, Any]] = {
     "nala cosine": {"name": "nala", "direction": "cosine", "norm_scale": 2.0, "conv_kernel": 0},
     "ssd": {"name": "ssd", "head_dim": 8, "state_size": 5, "time_step_limit": [0.01, 5.0]},
     "ssd groups": {"name": "ssd", "head_dim": 10, "n_groups": 2, "state_size": 3, "conv_kernel": 2},
+    "gla": {"name": "gla", "num_heads": 2},
+    "gated_delta": {"name": "gated_delta", "num_key_heads": 2, "key_head_dim": 3},
+    "gated_delta groups": {
+        **{"name": "gated_delta", "num_key_heads": 2, "num_value_heads": 4},
+        **{"key_head_dim": 4, "value_head_dim": 3, "conv_kernel": 3},
+    },
     "nala both": {"name": "nala", "bidirectional": True, "conv_kernel": 5, "rotary": False},
 }
 CAUSAL = {k: v for k, v in MIXERS.items() if not v.get("bidirectional")}

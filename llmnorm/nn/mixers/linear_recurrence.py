@@ -19,6 +19,9 @@ leaves the state as it is: so padding is told. Long rows go in blocks of chunks 
 in the backward pass, which keeps the temporaries of one block in the processor's cache.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,22 +61,46 @@ def linear_recurrence(
     if state is None:
         state = v.new_zeros(len(v), v.shape[2], q.shape[3], v.shape[3], dtype=wide)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v = q.to(wide), k.to(wide), v.to(wide)
         decay = None if log_decay is None else log_decay.to(wide)
-        state = state.to(wide)
-        last = None if segments is None else segments[:, :1]
-        if length <= chunk * BLOCK:
-            return _block(q, k, v, decay, segments, last, state, chunk)
-        outs = []
-        for start in range(0, length, chunk * BLOCK):
-            part = slice(start, start + chunk * BLOCK)
-            inputs = [None if t is None else t[:, part] for t in (q, k, v, decay, segments)]
-            y, state = checkpoint(
-                _block, *inputs, last, state, chunk, use_reentrant=False, preserve_rng_state=False
-            )
-            outs.append(y)
-            last = None if segments is None else segments[:, part][:, -1:]
-        return torch.cat(outs, 1), state
+        inputs = (q.to(wide), k.to(wide), v.to(wide), decay)
+        return in_blocks(_block, inputs, segments, state.to(wide), chunk, chunk * BLOCK)
+
+
+def in_blocks(
+    block: Callable[..., tuple[Tensor, Tensor]],
+    inputs: Sequence[Tensor | None],
+    segments: Tensor | None,
+    state: Tensor,
+    chunk: int,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """`block` over rows of any length, `size` tokens at a time, recomputed if there are several.
+
+    block(*inputs, segments, last, state, chunk) -> (y, state); inputs are (batch, length, ...);
+    `last` (batch, 1) is the document that `state` belongs to.
+    """
+    assert inputs[0] is not None
+    last = None if segments is None else segments[:, :1]
+    if inputs[0].shape[1] <= size:
+        return block(*inputs, segments, last, state, chunk)
+    outs = []
+    for start in range(0, inputs[0].shape[1], size):
+        *part, numbers = (
+            None if t is None else t[:, start : start + size] for t in (*inputs, segments)
+        )
+        y, state = checkpoint(
+            block,
+            *part,
+            numbers,
+            last,
+            state,
+            chunk,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        outs.append(y)
+        last = None if numbers is None else numbers[:, -1:]
+    return torch.cat(outs, 1), state
 
 
 def decay_matrix(log_decay: Tensor, visible: Tensor) -> Tensor:
@@ -107,17 +134,12 @@ def _block(
     state: Tensor,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence over one block; `last` (batch, 1): the document that `state` belongs to."""
     batch, length, groups, _ = k.shape
     heads = max(q.shape[2], v.shape[2])
-    if tail := -length % chunk:
-        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, tail)) for t in (q, k, v))
-        decay = None if decay is None else F.pad(decay, (0, 0, 0, tail))
-        if segments is not None:
-            segments = torch.cat((segments, segments[:, -1:].expand(-1, tail)), 1)
+    q, k, v, decay, segments = whole_chunks((q, k, v, decay), segments, chunk)
     q, v = (_chunks(t, groups, chunk) for t in (q, v))  # (b, n, g, r, c, dim)
     k = _chunks(k, groups, chunk).squeeze(3)  # (b, n, g, c, K)
-    documents = None if segments is None else _Documents(segments, last, chunk)
+    documents = None if segments is None else Documents(segments, last, chunk)
     repeats_q, repeats_v = q.shape[3], v.shape[3]
     q = q.flatten(3, 4)
 
@@ -126,7 +148,7 @@ def _block(
         since = until = carried = None
         weights = weights.tril() if documents is None else weights * documents.same.to(q.dtype)
     else:
-        inside, since, until, carried = _decays(_chunks(decay[..., None], groups, chunk), documents)
+        inside, since, until, carried = decays(_chunks(decay[..., None], groups, chunk), documents)
         weights = weights * inside
     if repeats_v == 1:
         y = (weights.flatten(3, 4) @ v.squeeze(3)).unflatten(3, (-1, chunk))
@@ -148,7 +170,21 @@ def _block(
     return y[:, :length], state
 
 
-class _Documents:
+def whole_chunks(
+    inputs: Sequence[Tensor | None], segments: Tensor | None, chunk: int
+) -> tuple[Any, ...]:
+    """The inputs, and behind them the segments, filled up with zeros to a multiple of `chunk`."""
+    assert inputs[0] is not None
+    tail = -inputs[0].shape[1] % chunk
+    if not tail:
+        return (*inputs, segments)
+    if segments is not None:
+        segments = torch.cat((segments, segments[:, -1:].expand(-1, tail)), 1)
+    padded = (None if t is None else F.pad(t, (0, 0) * (t.ndim - 2) + (0, tail)) for t in inputs)
+    return (*padded, segments)
+
+
+class Documents:
     """Who belongs to whom, for chunks that several documents may share."""
 
     def __init__(self, segments: Tensor, last: Tensor | None, chunk: int) -> None:
@@ -163,7 +199,7 @@ class _Documents:
         self.carried = (ends == before)[:, :, None, None]  # (b, n, 1, 1, 1)
 
 
-def _decays(g: Tensor, documents: _Documents | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decays(g: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What is left of token j at i, of the state at i, of j at the chunk's end, of the state there.
 
     g (b, n, g, r, c, 1) -> (..., i, j), (..., c), (..., c) and (..., 1). Exponents are sums over
@@ -189,7 +225,7 @@ def _carry(
     state: Tensor,
     additions: Tensor,
     carried: Tensor | None,
-    documents: _Documents | None,
+    documents: Documents | None,
     repeats: int,
 ) -> tuple[Tensor, Tensor]:
     """The states before the chunks (b, n, g, K, r V), the one after the last (b, heads, K, V)."""

@@ -12,6 +12,8 @@ from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
     from llmnorm.nn.mixers.contract import Mixer as MixerModule
+    from llmnorm.nn.mixers.gated_delta import GatedDeltaNet
+    from llmnorm.nn.mixers.gla import GatedLinearAttention
     from llmnorm.nn.mixers.linear import LinearAttention
     from llmnorm.nn.mixers.nala import NaLa
     from llmnorm.nn.mixers.softmax import SoftmaxAttention
@@ -239,7 +241,114 @@ class SSDSettings(MixerSettings):
         )
 
 
+class GLASettings(MixerSettings):
+    """Gated linear attention: a decay for each channel of the key (Yang et al. 2023, arXiv
+    2312.06635). It has heads of its own."""
+
+    name: Literal["gla"] = "gla"
+    num_heads: int = Field(4, ge=1)
+    """Heads."""
+    expand_k: float = Field(0.5, gt=0)
+    """Width of all keys over hidden_size."""
+    expand_v: float = Field(1.0, gt=0)
+    """Width of all values over hidden_size."""
+    gate_rank: int = Field(16, ge=1)
+    """Inner width of the map to the decays."""
+    gate_logit_normalizer: float = Field(16.0, gt=0)
+    """Log decays are logsigmoid of the map's output, divided by this."""
+    norm_eps: float = Field(1e-5, ge=0)
+    """Added inside the norm after mixing."""
+
+    @property
+    def layer_type(self) -> str:
+        """Hugging Face's name for what its cache holds."""
+        return "linear_attention"
+
+    def check(self, model: "ModelSettings") -> None:
+        """Whole heads."""
+        for key in ("expand_k", "expand_v"):
+            width = getattr(self, key) * model.hidden_size
+            if width % self.num_heads:
+                raise ValueError(
+                    f"mixer 'gla': {key} * hidden_size = {width:g} is not a multiple of num_heads "
+                    f"{self.num_heads}"
+                )
+
+    def build(self, model: "ModelSettings", layer: int) -> "GatedLinearAttention":
+        """The mixer of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.mixers.gla import GatedLinearAttention
+
+        return GatedLinearAttention(
+            model.hidden_size,
+            num_heads=self.num_heads,
+            key_dim=int(self.expand_k * model.hidden_size) // self.num_heads,
+            value_dim=int(self.expand_v * model.hidden_size) // self.num_heads,
+            gate_rank=self.gate_rank,
+            gate_logit_normalizer=self.gate_logit_normalizer,
+            norm_eps=self.norm_eps,
+        )
+
+
+class GatedDeltaSettings(MixerSettings):
+    """The gated delta rule: what is stored under a key is replaced, not added to (Yang et al. 2024,
+    arXiv 2412.06464), as the layer of Qwen3-Next."""
+
+    name: Literal["gated_delta"] = "gated_delta"
+    num_key_heads: int | None = Field(None, ge=1)
+    """Heads of queries and keys; the model's num_attention_heads if not given."""
+    num_value_heads: int | None = Field(None, ge=1)
+    """Heads of values, a multiple; as many as of keys if not given."""
+    key_head_dim: int | None = Field(None, ge=1)
+    """Width of a head's queries and keys; the model's head_dim if not given."""
+    value_head_dim: int | None = Field(None, ge=1)
+    """Width of a head's values; key_head_dim if not given."""
+    conv_kernel: int = Field(4, ge=1)
+    """Width of the causal convolution of queries, keys and values."""
+    norm_eps: float = Field(1e-6, ge=0)
+    """Added inside the norm after mixing."""
+
+    @property
+    def layer_type(self) -> str:
+        """Hugging Face's name for what its cache holds."""
+        return "linear_attention"
+
+    def check(self, model: "ModelSettings") -> None:
+        """Whole groups."""
+        shape = self._shape(model)
+        if shape["num_value_heads"] % shape["num_key_heads"]:
+            raise ValueError(
+                f"mixer 'gated_delta': num_value_heads {shape['num_value_heads']} is not a "
+                f"multiple of num_key_heads {shape['num_key_heads']}"
+            )
+
+    def _shape(self, model: "ModelSettings") -> dict[str, int]:
+        keys = self.num_key_heads or model.num_attention_heads
+        width = self.key_head_dim or model.head_dim
+        return {
+            "num_key_heads": keys,
+            "num_value_heads": self.num_value_heads or keys,
+            "key_head_dim": width,
+            "value_head_dim": self.value_head_dim or width,
+        }
+
+    def build(self, model: "ModelSettings", layer: int) -> "GatedDeltaNet":
+        """The mixer of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.mixers.gated_delta import GatedDeltaNet
+
+        return GatedDeltaNet(
+            model.hidden_size,
+            **self._shape(model),
+            conv_kernel=self.conv_kernel,
+            norm_eps=self.norm_eps,
+        )
+
+
 Mixer = Annotated[
-    SoftmaxSettings | LinearSettings | NaLaSettings | SSDSettings,
+    SoftmaxSettings
+    | LinearSettings
+    | NaLaSettings
+    | SSDSettings
+    | GLASettings
+    | GatedDeltaSettings,
     Part(default="softmax", many=True),
 ]

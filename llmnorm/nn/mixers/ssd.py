@@ -2,8 +2,8 @@
 
 Source: Dao & Gu 2024 (arXiv 2405.21060), sections 5 to 7, and the official module
 (state-spaces/mamba, mamba_ssm/modules/mamba2.py), whose parameter names these are. One projection
-gives z, x, B, C and dt; x, B and C pass a causal depthwise convolution and silu; dt > 0 is softplus;
-the output is RMSNorm(y * silu(z)), the gate before the norm, then projected.
+gives z, x, B, C and dt; x, B and C pass a causal depthwise convolution and silu, dt softplus; the
+output is RMSNorm(y * silu(z)), the gate before the norm, then projected.
 
 Shapes: inner = expand * hidden = heads * head_dim; x (batch, length, heads, head_dim), B and C
 (batch, length, n_groups, state_size), dt (batch, length, heads), A and D (heads,). Head h reads
@@ -27,7 +27,7 @@ from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_input
 
 
 class SSDParameters(NamedTuple):
-    """C, B, the values v = x, dt and log_decay = A dt in float32, gate z, and what was convolved."""
+    """C, B, values v = x, dt and log_decay = A dt in float32, gate z, and what was convolved."""
 
     C: Tensor
     B: Tensor
