@@ -54,8 +54,8 @@ class SlotLayer(CacheLayerMixin):
         """Append the same number of tokens to every row (stock models); return all of them."""
         assert isinstance(self.slots, KeyValues), "a stock model has attention layers only"
         batch, _, new, _ = key_states.shape
-        if not self.slots.lengths:
-            self.slots.lengths = [0] * batch
+        while len(self.slots.lengths) < batch:
+            self.slots.admit(len(self.slots.lengths), None, 0)
         places = find_places(self.slots.lengths, new, key_states.device)
         return self.slots.append(key_states.transpose(1, 2), value_states.transpose(1, 2), places)
 

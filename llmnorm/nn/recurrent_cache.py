@@ -16,13 +16,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llmnorm.nn.cache import LayerCache, Places
+from llmnorm.nn.cache import KEPT, LayerCache, Places
 
 State = tuple[Tensor, ...]
 Inputs = tuple[Tensor, ...]
 Advance = Callable[[State | None, Inputs, Tensor], State]
-
-KEPT = 64  # tokens
 
 
 class _Stage:

@@ -16,12 +16,13 @@ PAD = 2
 # Every causal mixer alone and in one model with softmax, whose cache it shares.
 MIXERS: dict[str, Any] = {
     "softmax": "softmax",
+    "window": {"name": "softmax", "sliding_window": 5},
     "linear": "linear",
     "nala": "nala",
     "ssd": {"name": "ssd", "head_dim": 8, "state_size": 6},
     "gla": "gla",
     "gated_delta": "gated_delta",
-    "hybrid": ["nala", {"name": "nala", "direction": "cosine"}, "softmax"],
+    "hybrid": ["nala", {"name": "nala", "direction": "cosine"}, {"sliding_window": 6}],
 }
 every_mixer = pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 

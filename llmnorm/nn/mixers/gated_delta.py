@@ -216,10 +216,11 @@ def _block(
     )
     keys = (k * until[..., None]).mT
     states, news = [], []
-    for number in range(q.shape[1]):
+    chunks = (t.unbind(1) for t in (written, erased, keys, carried[..., None]))
+    for write, erase, key, kept in zip(*chunks, strict=True):
         states.append(state)
-        news.append(written[:, number] - erased[:, number] @ state)
-        state = state * carried[:, number, :, None] + keys[:, number] @ news[-1]
+        news.append(write - erase @ state)
+        state = state * kept + key @ news[-1]
     y = (q @ k.mT * inside) @ torch.stack(news, 1)
     y = y + (q * since[..., None]) @ torch.stack(states, 1)
     return y.transpose(2, 3).flatten(1, 2)[:, :length], state

@@ -175,10 +175,10 @@ def _block(
 
     weights = ((_pairs(g, visible) * k[..., None, :, :]) @ q[..., None]).squeeze(-1)
     additions = (k * until.exp()).mT @ v
-    kept, states = carried.exp().mT, []
-    for number in range(q.shape[1]):
+    states = []
+    for added, kept in zip(additions.unbind(1), carried.exp().mT.unbind(1), strict=True):
         states.append(state)
-        state = state * kept[:, number] + additions[:, number]
+        state = state * kept + added
     y = weights @ v + (q * since.exp()) @ torch.stack(states, 1)
     return y.transpose(2, 3).flatten(1, 2)[:, :length], state
 

@@ -236,8 +236,10 @@ def _carry(
     states = [now]
     if carried is not None and carried.shape[3] > 1:  # (b, n, g, r, 1) -> (b, n, g, 1, r V)
         carried = carried.repeat_interleave(additions.shape[4] // repeats, 3).mT
-    for chunk in range(chunks):
-        now = additions[:, chunk] + (now if carried is None else now * carried[:, chunk])
+    # `unbind`, not indices: its backward is one stack.
+    kept = [None] * chunks if carried is None else carried.unbind(1)
+    for added, share in zip(additions.unbind(1), kept, strict=True):
+        now = added + (now if share is None else now * share)
         states.append(now)
     after = now.unflatten(3, (repeats, -1)).movedim(3, 2).flatten(1, 2)
     return torch.stack(states[:-1], 1), after

@@ -53,6 +53,13 @@ class SoftmaxSettings(MixerSettings):
     """RMS norm of each head's query and key before the rotation, as in Qwen3."""
     qk_norm_eps: float = Field(1e-6, ge=0)
     """Added to the mean square in that norm."""
+    sliding_window: int | None = Field(None, ge=1)
+    """Tokens that a query sees, itself included; all before it if not given (Mistral)."""
+
+    @property
+    def layer_type(self) -> str:
+        """Hugging Face's name for what its cache holds."""
+        return "full_attention" if self.sliding_window is None else "sliding_attention"
 
     def build(self, model: "ModelSettings", layer: int) -> "SoftmaxAttention":
         """The mixer of one layer (counted from 0) of `model`."""
@@ -66,6 +73,7 @@ class SoftmaxSettings(MixerSettings):
             qkv_bias=bool(self.attention_bias),
             output_bias=self.attention_bias is True,
             qk_norm_eps=self.qk_norm_eps if self.qk_norm else None,
+            sliding_window=self.sliding_window,
         )
 
 
