@@ -258,7 +258,7 @@ def _stepwise(
     vectors: Vectors, mixer: nn.Module, rotary: Any, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
     """Outputs and cache after feeding the first tokens of x one by one."""
-    from llmnorm.nn.cache import RaggedCache
+    from llmnorm.nn.cache import KeyValues, RaggedCache
     from llmnorm.nn.mixers.contract import Context
 
     cache, x = RaggedCache(1), vectors["x"].to(dtype)
@@ -271,6 +271,7 @@ def _stepwise(
         context = Context(cos, sin, places.mask(), causal=places.causal, places=places)
         outs.append(mixer(x[:, step : step + 1], context, cache.layers[0]).squeeze(1))
     layer = cache.layers[0]
+    assert isinstance(layer, KeyValues)
     assert layer.keys is not None and layer.values is not None
     return [
         (torch.stack(outs), vectors["step/out"]),
@@ -300,7 +301,7 @@ def _recurrence(
             ],
         )
         pairs = [(out, vectors["out"]), (after, vectors["final_state"])]
-        pairs += [(leaves[key].grad, ref) for key, ref in vectors.below("grad_in").items()]
+        pairs += [(_grad(leaves[key]), ref) for key, ref in vectors.below("grad_in").items()]
         with torch.no_grad():
             now, outs, states = leaves.get(state), [], []
             for step in range(len(vectors["step/out"])):
@@ -425,12 +426,12 @@ def nala(vectors: Vectors) -> Iterator[Result]:
         cos, sin = (vectors[f"in/{t}"][None, :, None, ::2].to(dtype) for t in ("cos", "sin"))
         context = Context(cos, sin)
         features = mixer.both_features(q[..., halves], k[..., halves], context)
-        parameters = LinearParameters(*features, v, None, None)
+        parameters = LinearParameters._make([*features, v, None, None])
         out = mixer.mix(parameters, context)
         out.backward(vectors["grad_out"].transpose(1, 2).to(dtype))
         pairs = [(out.transpose(1, 2), vectors["out"])]
         pairs += [
-            (t.grad.transpose(1, 2), vectors[f"grad_in/{name}"])
+            (_grad(t).transpose(1, 2), vectors[f"grad_in/{name}"])
             for t, name in zip((q, k, v), "qkv", strict=True)
         ]
         if "M" in vectors.tensors:
@@ -476,16 +477,15 @@ def nala_module(vectors: Vectors) -> Iterator[Result]:
     rows = torch.cat([halves + head * settings.head_dim for head in range(heads)])
     for precision, dtype in FLOATS.items():
         state = {key: _leaf(value, dtype) for key, value in vectors.below("state").items()}
-        own = {}
+        own: dict[str, Tensor] = {}
         for kind in ("weight", "bias"):
             q, k, v, g = state[f"qkvg.{kind}"].chunk(4)
             own |= {f"q_proj.{kind}": q[rows], f"k_proj.{kind}": k[rows], f"v_proj.{kind}": v}
             own |= {f"g_proj.{kind}": g, f"o_proj.{kind}": state[f"out_proj.{kind}"]}
             own[f"norm.{kind}"] = state[f"ln.{kind}"]
         x = _leaf(vectors["x"], dtype)
-        context = Context(
-            *(vectors[f"mid/{t}"][None, :, None, ::2].to(dtype) for t in ("cos", "sin"))
-        )
+        cos, sin = (vectors[f"mid/{t}"][None, :, None, ::2].to(dtype) for t in ("cos", "sin"))
+        context = Context(cos, sin)
         layer = _Layer(part.build(settings, 0).to(dtype), state, F.conv2d)
         out, matrix = torch.func.functional_call(
             layer, {f"mixer.{key}": value for key, value in own.items()}, (x, context)
@@ -614,7 +614,7 @@ def linear_attention(vectors: Vectors) -> Iterator[Result]:
         out = y / (total + 1e-10)
         out.backward(vectors["grad_out"].to(dtype))
         pairs = [(out, vectors["out"]), (after, vectors["final_state"])]
-        pairs += [(leaves[key].grad, ref) for key, ref in vectors.below("grad_in").items()]
+        pairs += [(_grad(leaves[key]), ref) for key, ref in vectors.below("grad_in").items()]
         worst = max(relative(got, reference) for got, reference in pairs)
         yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
 
@@ -654,6 +654,11 @@ def adamw(vectors: Vectors) -> Iterator[Result]:
 def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy that wants a gradient, so that the recorded tensor stays as it is."""
     return tensor.to(dtype, copy=True).requires_grad_()
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def parts_of(kind: str) -> list[str]:

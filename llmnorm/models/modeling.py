@@ -166,7 +166,8 @@ class LlmNormModel(LlmNormPreTrainedModel):
 
     def new_cache(self) -> LlmNormCache:
         """An empty cache for this model's mixers."""
-        return LlmNormCache([block.self_attn.new_cache() for block in self.layers])
+        blocks = [block for block in self.layers if isinstance(block, Block)]
+        return LlmNormCache([block.self_attn.new_cache() for block in blocks])
 
     def _context(
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None

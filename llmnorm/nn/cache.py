@@ -23,7 +23,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
 KEPT = 64  # tokens that a cache of constant size can always roll back
 
 
@@ -103,7 +102,10 @@ class KeyValues:
 
     def __init__(self, window: int | None = None) -> None:
         self.window = window
-        self.clear()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.lengths: list[int] = []
+        self.dropped: list[int] = []
 
     def append(self, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """Write new tokens (rows, new, kv_heads, head_dim); return all keys and values.
@@ -212,10 +214,8 @@ class KeyValues:
 
     def clear(self) -> None:
         """Forget every row, memory included."""
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.lengths: list[int] = []
-        self.dropped: list[int] = []
+        self.keys = self.values = None
+        self.lengths, self.dropped = [], []
 
 
 class RaggedCache:

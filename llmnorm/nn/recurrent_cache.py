@@ -39,13 +39,13 @@ class RecurrentCache:
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget every row."""
         self.lengths: list[int] = []
         self.state: State | None = None
         self._stages = [_Stage(None)]
+
+    def clear(self) -> None:
+        """Forget every row."""
+        self.lengths, self.state, self._stages = [], None, [_Stage(None)]
 
     def append(self, inputs: Inputs, state: State, places: Places) -> None:
         """Take in a pass: its inputs, and the state after them, which the mixer has at hand."""
@@ -137,6 +137,11 @@ class RecurrentCache:
 
     def _begin(self, state: State) -> None:
         self.state, self._stages = state, [_Stage(state)]
+
+
+def part(state: State | None, index: int) -> Tensor | None:
+    """One tensor of a state, if there is a state yet."""
+    return None if state is None else state[index]
 
 
 def last_inputs(window: Tensor | None, inputs: Tensor, counts: Tensor, width: int) -> Tensor:

@@ -35,7 +35,7 @@ from llmnorm.nn.mixers.linear_recurrence import (
     whole_chunks,
 )
 from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
 
 CHUNK = 64
 BLOCK = 32  # chunks
@@ -112,7 +112,7 @@ class GatedDeltaNet(Mixer):
             padding = ~context.real[..., None]
             b, log_decay = b.masked_fill(padding, 0), log_decay.masked_fill(padding, 0)
             convolved = convolved.masked_fill(padding, 0)
-        window = None if cache is None or cache.state is None else cache.state[1]
+        window = None if cache is None else part(cache.state, 1)
         mixed = F.silu(self.conv1d(convolved, context.segments, window))
         q, k, v = mixed.split(self.widths, -1)
         q, k = (_unit(t.unflatten(-1, (self.key_heads, -1)).to(wide)) for t in (q, k))
@@ -127,7 +127,7 @@ class GatedDeltaNet(Mixer):
         p = parameters
         kept = None if cache is None else cache.state
         y, state = delta_recurrence(
-            *(p.q, p.k, p.v, p.b, p.log_decay), segments=context.segments, state=kept and kept[0]
+            *(p.q, p.k, p.v, p.b, p.log_decay), segments=context.segments, state=part(kept, 0)
         )
         if cache is not None:
             assert context.places is not None
@@ -137,13 +137,13 @@ class GatedDeltaNet(Mixer):
         return y.to(p.v.dtype)
 
     def _window(self, kept: State | None, convolved: Tensor, counts: Tensor) -> Tensor:
-        window = None if kept is None else kept[1]
+        window = part(kept, 1)
         return last_inputs(window, convolved, counts, self.conv1d.kernel - 1)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         convolved, k, v, b, log_decay = inputs
-        after = delta_recurrence(k, k, v, b, log_decay, state=state and state[0])[1]
+        after = delta_recurrence(k, k, v, b, log_decay, state=part(state, 0))[1]
         return after, self._window(state, convolved, counts)
 
     def materialize(self, parameters: DeltaParameters, context: Context) -> Tensor:

@@ -22,7 +22,7 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.mixers.linear_recurrence import Documents, in_blocks, whole_chunks
 from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
 
 CHUNK = 16
 BLOCK = 64  # chunks
@@ -93,7 +93,7 @@ class GatedLinearAttention(Mixer):
         q, k, v, log_gate, _ = parameters
         kept = None if cache is None else cache.state
         y, state = channel_recurrence(
-            q, k, v, log_gate, segments=context.segments, state=kept and kept[0]
+            q, k, v, log_gate, segments=context.segments, state=part(kept, 0)
         )
         if cache is not None:
             assert context.places is not None
@@ -103,7 +103,7 @@ class GatedLinearAttention(Mixer):
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         k, v, log_gate = inputs
-        return (channel_recurrence(k, k, v, log_gate, state=state and state[0])[1],)
+        return (channel_recurrence(k, k, v, log_gate, state=part(state, 0))[1],)
 
     def materialize(self, parameters: GLAParameters, context: Context) -> Tensor:
         """sum over channels of q_i k_j times the product of the gates after j up to i."""

@@ -29,7 +29,7 @@ from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurren
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
 
 
 class LinearParameters(NamedTuple):
@@ -107,7 +107,7 @@ class LinearAttention(Mixer):
             v = v.masked_fill(~context.real[..., None], 0)
         local = None
         if self.conv1d is not None:
-            window = None if cache is None or cache.state is None else cache.state[2]
+            window = None if cache is None else part(cache.state, 2)
             local = self.conv1d(v, context.segments, window).view(shape)
         features = self.both_features(q.view(shape), k.view(shape), context)
         return LinearParameters(*features, v.view(shape), local, gate)
@@ -137,8 +137,8 @@ class LinearAttention(Mixer):
         p = parameters
         kept = None if cache is None else cache.state
         one = p.v.new_ones(()).expand(*p.v.shape[:3], 1)
-        y, sums = self._sum(p.turned_q, p.turned_k, p.v, context, kept and kept[0])
-        total, keys = self._sum(p.q, p.k, one, context, kept and kept[1])
+        y, sums = self._sum(p.turned_q, p.turned_k, p.v, context, part(kept, 0))
+        total, keys = self._sum(p.q, p.k, one, context, part(kept, 1))
         if cache is not None:
             assert context.places is not None
             inputs = (p.turned_k, p.k, p.v)
@@ -168,15 +168,15 @@ class LinearAttention(Mixer):
         if self.conv1d is None:
             return ()
         counts = torch.as_tensor(counts, device=v.device)
-        window = None if kept is None else kept[2]
+        window = part(kept, 2)
         return (last_inputs(window, v.flatten(2), counts, self.conv1d.kernel - 1),)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         turned_k, k, v = inputs
         one = v.new_ones(()).expand(*v.shape[:3], 1)
-        sums = linear_recurrence(turned_k, turned_k, v, state=state and state[0])[1]
-        keys = linear_recurrence(k, k, one, state=state and state[1])[1]
+        sums = linear_recurrence(turned_k, turned_k, v, state=part(state, 0))[1]
+        keys = linear_recurrence(k, k, one, state=part(state, 1))[1]
         return (sums, keys, *self._window(state, v, counts))
 
     def materialize(self, parameters: LinearParameters, context: Context) -> Tensor:

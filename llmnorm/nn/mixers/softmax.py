@@ -125,8 +125,8 @@ class SoftmaxAttention(Mixer):
             return mixed.view_as(parameters.q)
         # `split`, not slices: its backward is one concatenation.
         pieces = [t.transpose(0, 1).unsqueeze(0).split(context.documents, 2) for t in (q, k, v)]
-        mixed = [self._attend_causally(q, k, v).squeeze(0) for q, k, v in zip(*pieces, strict=True)]
-        return torch.cat(mixed).view_as(parameters.q)
+        alone = [self._attend_causally(*qkv).squeeze(0) for qkv in zip(*pieces, strict=True)]
+        return torch.cat(alone).view_as(parameters.q)
 
     def _attend_causally(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every query to itself and what is before it, or to the window's part of that."""

@@ -23,7 +23,7 @@ from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.linear_recurrence import decay_matrix, flops_per_token, linear_recurrence
 from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
 
 
 class SSDParameters(NamedTuple):
@@ -100,7 +100,7 @@ class SSD(Mixer):
         if context.real is not None:
             dt = dt.masked_fill(~context.real[..., None], 0)
             convolved = convolved.masked_fill(~context.real[..., None], 0)
-        window = None if cache is None or cache.state is None else cache.state[1]
+        window = None if cache is None else part(cache.state, 1)
         mixed = F.silu(self.conv1d(convolved, context.segments, window))
         both = self.groups * self.state_size
         v, B, C = mixed.split([self.heads * self.head_dim, both, both], -1)
@@ -117,7 +117,7 @@ class SSD(Mixer):
         kept = None if cache is None else cache.state
         written = p.v * p.dt[..., None]
         y, state = linear_recurrence(
-            p.C, p.B, written, p.log_decay, segments=context.segments, state=kept and kept[0]
+            p.C, p.B, written, p.log_decay, segments=context.segments, state=part(kept, 0)
         )
         if cache is not None:
             assert context.places is not None
@@ -128,13 +128,13 @@ class SSD(Mixer):
         return torch.addcmul(y, self.D.to(y.dtype)[:, None], p.v.to(y.dtype)).to(p.v.dtype)
 
     def _window(self, kept: State | None, convolved: Tensor, counts: Tensor) -> Tensor:
-        window = None if kept is None else kept[1]
+        window = part(kept, 1)
         return last_inputs(window, convolved, counts, self.conv1d.kernel - 1)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         convolved, B, written, log_decay = inputs
-        after = linear_recurrence(B, B, written, log_decay, state=state and state[0])[1]
+        after = linear_recurrence(B, B, written, log_decay, state=part(state, 0))[1]
         return after, self._window(state, convolved, counts)
 
     def materialize(self, parameters: SSDParameters, context: Context) -> Tensor:
