@@ -18,7 +18,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmnorm.nn.cache import KeyValues
+from llmnorm.nn.cache import LayerCache
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.norms.depth_scaling import scale_by_depth
@@ -39,11 +39,11 @@ class Block(nn.Module):
             for linear in outputs:
                 linear.initial_std = scaled
 
-    def forward(self, hidden: Tensor, context: Context, cache: KeyValues | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         raise NotImplementedError
 
-    def _mix(self, x: Tensor, context: Context, cache: KeyValues | None) -> Tensor:
+    def _mix(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         return self._drop(self.self_attn(x, context, cache))
 
     def _feed(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class PreBlock(Block):
             scale_by_depth(self.input_layernorm, layer)
             scale_by_depth(self.post_attention_layernorm, layer)
 
-    def forward(self, hidden: Tensor, context: Context, cache: KeyValues | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         hidden = hidden + self._mix(self.input_layernorm(hidden), context, cache)
         return hidden + self._feed(self.post_attention_layernorm(hidden))
@@ -80,7 +80,7 @@ class PostBlock(Block):
         self.post_attention_layernorm = settings.norm.build(settings.hidden_size)
         self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
 
-    def forward(self, hidden: Tensor, context: Context, cache: KeyValues | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         branch = self._mix(hidden, context, cache)
         hidden = self.post_attention_layernorm(branch.add(hidden, alpha=self.alpha))
@@ -117,7 +117,7 @@ class SandwichBlock(Block):
         self.pre_feedforward_layernorm = settings.norm.build(settings.hidden_size)
         self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
 
-    def forward(self, hidden: Tensor, context: Context, cache: KeyValues | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         branch = self._mix(self.input_layernorm(hidden), context, cache)
         hidden = hidden + self.post_attention_layernorm(branch)
@@ -133,7 +133,7 @@ class ReorderedBlock(Block):
         self.post_attention_layernorm = settings.norm.build(settings.hidden_size)
         self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
 
-    def forward(self, hidden: Tensor, context: Context, cache: KeyValues | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         hidden = hidden + self.post_attention_layernorm(self._mix(hidden, context, cache))
         return hidden + self.post_feedforward_layernorm(self._feed(hidden))

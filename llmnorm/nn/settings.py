@@ -233,6 +233,8 @@ class ModelSettings(Settings):
                 f"mixer lists {len(mixers)} parts, num_hidden_layers is {self.num_hidden_layers}"
             )
         for part in mixers:
+            if isinstance(part, MixerSettings):
+                part.check(self)
             if isinstance(part, MixerSettings) and not part.causal:
                 raise ValueError(
                     f"mixer '{getattr(part, 'name', type(part).__name__)}' looks at later tokens "

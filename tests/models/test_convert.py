@@ -166,8 +166,6 @@ def test_rotary_keys_of_any_age(rope: dict[str, Any]) -> None:
     ("keys", "words"),
     [
         ({"model_type": "gemma"}, "model_type: 'gemma' cannot be loaded"),
-        ({"model_type": "mistral"}, "sliding_window: 4096; our softmax mixer has no sliding"),
-        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window: 8"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "use_slid"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "layer_types: sliding"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
@@ -207,6 +205,7 @@ def test_windows_that_do_nothing_are_loaded() -> None:
         ({"mixer": {"qk_norm": True, "attention_bias": "qkv"}}, "model.mixer.attention_bias: qkv"),
         ({"mixer": {"qk_norm": True, "qk_norm_eps": 1e-3}}, "model.mixer.qk_norm_eps"),
         ({"mixer": {"qk_norm": True}, "export_as": "llama"}, "model.mixer.qk_norm: LlamaFor"),
+        ({"mixer": {"sliding_window": 8}, "export_as": "llama"}, "model.mixer.sliding_window: Ll"),
         ({"export_as": "qwen3"}, "model.mixer.qk_norm: Qwen3ForCausalLM always has"),
         ({"export_as": "qwen2"}, "model.mixer.attention_bias: False"),
         ({"mlp": {"bias": True}, "export_as": "mistral"}, "model.mlp.bias: MistralFor"),
@@ -227,6 +226,7 @@ def test_the_fitting_architecture_is_found() -> None:
         ({"attention_bias": True}, "LlamaForCausalLM"),
         ({"attention_bias": "qkv"}, "Qwen2ForCausalLM"),
         ({"qk_norm": True}, "Qwen3ForCausalLM"),
+        ({"sliding_window": 8}, "MistralForCausalLM"),
     ):
         assert to_stock(ModelSettings(mixer={"name": "softmax"} | mixer))[0] == architecture
     assert to_stock(ModelSettings(export_as="mistral"))[0] == "MistralForCausalLM"
