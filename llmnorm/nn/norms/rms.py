@@ -96,7 +96,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, gain, r = ctx.saved_tensors
-        hidden, wants_x, wants_gain = x.shape[-1], *ctx.needs_input_grad[:2]
+        hidden = x.shape[-1]
+        wants_x, wants_gain, _ = ctx.needs_input_grad
         wide_gain = gain.to(r.dtype)
         mean_of_q = wide_gain.div(hidden).unsqueeze(1)
         dx, dgain = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(wide_gain)
