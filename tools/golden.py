@@ -81,9 +81,9 @@ def largest(difference: Tensor) -> float:
     return value if value == value else torch.inf
 
 
-def relative(got: Tensor, reference: Tensor) -> float:
+def relative(got: Tensor | None, reference: Tensor) -> float:
     """max|got - reference| / max|reference|; absolute where the reference is all zeros."""
-    if got.shape != reference.shape:
+    if got is None or got.shape != reference.shape:
         return torch.inf
     error = largest(got.double() - reference.double())
     return error if error == torch.inf else error / (largest(reference.double()) or 1.0)
@@ -265,8 +265,10 @@ def _running(
         yield Result(precision, worst, vectors.tolerance[key])
 
 
-def _absolute(got: Tensor, reference: Tensor) -> float:
-    return largest(got - reference) if got.shape == reference.shape else torch.inf
+def _absolute(got: Tensor | None, reference: Tensor) -> float:
+    if got is None or got.shape != reference.shape:
+        return torch.inf
+    return largest(got - reference)
 
 
 @serves("norm/dyt")

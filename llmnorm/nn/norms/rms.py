@@ -73,7 +73,7 @@ class RMSNorm(Norm):
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """gain * x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype; gain (hidden,)."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses by itself
         y: Tensor = _RMSNorm.apply(x, gain, eps)
         return y
     if x.dtype == gain.dtype:
@@ -96,7 +96,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, gain, r = ctx.saved_tensors
-        hidden, wants_x, wants_gain = x.shape[-1], *ctx.needs_input_grad[:2]
+        hidden = x.shape[-1]
+        wants_x, wants_gain, _ = ctx.needs_input_grad
         wide_gain = gain.to(r.dtype)
         mean_of_q = wide_gain.div(hidden).unsqueeze(1)
         dx, dgain = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(wide_gain)

@@ -42,7 +42,10 @@ class RunningNorm(Norm):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.reduce = _alone
         self.stepwise = False
-        self.discard()
+        self._real: Tensor | None = None
+        self._batch: Tensor | None = None
+        self._squares: Tensor | None = None
+        self._gradients: Tensor | None = None
 
     def begin(self, real: Tensor | None) -> None:
         """A micro-batch begins; `real` (batch, length) is True where a token counts (None: all)."""
@@ -63,10 +66,7 @@ class RunningNorm(Norm):
 
     def discard(self) -> None:
         """Forget the step's sums."""
-        self._real: Tensor | None = None
-        self._batch: Tensor | None = None
-        self._squares: Tensor | None = None
-        self._gradients: Tensor | None = None
+        self._real = self._batch = self._squares = self._gradients = None
 
     def update(self, square: Tensor, gradient: Tensor, counts: Tensor) -> None:
         """Move the statistics by one step.
