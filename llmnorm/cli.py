@@ -169,6 +169,19 @@ def export(parsed: argparse.Namespace, _: list[str]) -> None:
     )
 
 
+def convert(parsed: argparse.Namespace, _: list[str]) -> None:
+    """`llmnorm convert`."""
+    from llmnorm.training.convert_command import convert_directory
+
+    convert_directory(
+        parsed.path,
+        parsed.directory,
+        target=parsed.to,
+        untie=parsed.untie,
+        checkpoint=parsed.checkpoint,
+    )
+
+
 def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """`llmnorm eval`."""
     from llmnorm.pretrained import describe
@@ -361,6 +374,24 @@ def _parser() -> argparse.ArgumentParser:
         "--average", type=_count, default=1, metavar="N", help="mean of the last N checkpoints"
     )
     sub.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    sub.add_argument(
+        "--checkpoint",
+        type=_checkpoint,
+        default="latest",
+        metavar="latest|best|STEP",
+        help="which checkpoint",
+    )
+    text = "write a model directory with the same function and another norm"
+    sub = command("convert", text, convert, overridable=False)
+    sub.add_argument("path", type=Path, metavar="RUN_OR_DIR", help="run, exported or stock model")
+    sub.add_argument("directory", type=Path, metavar="DIR", help="what is written; new or empty")
+    sub.add_argument(
+        "--to",
+        required=True,
+        choices=["centred", "rms", "crms", "layer", "lns", "unscaled", "identity"],
+        help="the norm; depth scaling out of or into the gains; no norm (from unified)",
+    )
+    sub.add_argument("--untie", action="store_true", help="give a tied head its own matrix")
     sub.add_argument(
         "--checkpoint",
         type=_checkpoint,

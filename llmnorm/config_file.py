@@ -310,6 +310,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
     config = _validate(tree, marks, path)
     if config.run_dir is None:
         config = config.model_copy(update={"run_dir": Path("runs") / path.stem})
+    notes += config.model.notes()
     return Loaded(config, notes)
 
 

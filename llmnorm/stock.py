@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from llmnorm.nn.mixers.settings import SoftmaxSettings
-from llmnorm.nn.norms.settings import RMSNormSettings
+from llmnorm.nn.norms.settings import PreSettings, RMSNormSettings
 from llmnorm.nn.settings import ModelSettings, SwiGLUSettings
 from llmnorm.part import InputError, nearest
 
@@ -121,6 +121,8 @@ def from_stock(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     eps = given["rms_norm_eps"]
     mixer: dict[str, Any] = {"name": "softmax"}
     mixer["attention_bias"] = "qkv" if name == "qwen2" else given.get("attention_bias", False)
+    if name == "mistral" and given["sliding_window"] is not None:
+        mixer["sliding_window"] = given["sliding_window"]
     if name == "qwen3":
         mixer |= {"qk_norm": True, "qk_norm_eps": eps}
     return {
@@ -145,6 +147,8 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     `export_as` chooses where two would do (Llama and Mistral). Dropout is left out: it plays no
     part outside training.
 
+    Depth scaling is the weights' business: whoever writes them folds it into the gains.
+
     Returns:
         The name of transformers' model class, e.g. "LlamaForCausalLM", and the keys of its
         configuration (without token ids).
@@ -156,9 +160,13 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     def refuse(key: str, why: str) -> NoReturn:
         raise InputError(f"--stock: model.{key}: {why}; export without --stock")
 
+    if not isinstance(settings.placement, PreSettings):
+        refuse("placement", f"no stock architecture has {_called(settings.placement)}, only pre")
     norm, mlp, mixers = settings.norm, settings.mlp, settings.mixers()
     if not isinstance(norm, RMSNormSettings):
         refuse("norm", f"no stock architecture has {_called(norm)}, only rms")
+    if norm.bias:
+        refuse("norm.bias", "no stock architecture has an offset in its norms")
     if not isinstance(mlp, SwiGLUSettings):
         refuse("mlp", f"no stock architecture has {_called(mlp)}, only swiglu")
     mixer = mixers[0]
@@ -166,7 +174,7 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
         refuse("mixer", "no stock architecture mixes several")
     if not isinstance(mixer, SoftmaxSettings):
         refuse("mixer", f"no stock architecture has {_called(mixer)}, only softmax")
-    fitting = "llama"
+    fitting = "llama" if mixer.sliding_window is None else "mistral"
     if mixer.attention_bias == "qkv":
         fitting = "qwen2"
     if mixer.qk_norm:
@@ -182,6 +190,8 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     biases = {"qwen2": ("qkv",), "mistral": (False,)}.get(name, (False, True))
     if mixer.attention_bias not in biases:
         refuse("mixer.attention_bias", f"{mixer.attention_bias} is not what {architecture} has")
+    if mixer.sliding_window is not None and name != "mistral":
+        refuse("mixer.sliding_window", f"{architecture} has none for all of its layers")
     if mlp.bias and name != "llama":
         refuse("mlp.bias", f"{architecture} has none")
     if name == "llama" and settings.hidden_size % settings.num_attention_heads:
@@ -202,18 +212,16 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     if name == "llama":
         keys["mlp_bias"] = mlp.bias
     if name == "mistral":
-        keys["sliding_window"] = None
+        keys["sliding_window"] = mixer.sliding_window
     if name == "qwen2" and settings.head_dim * settings.num_attention_heads == settings.hidden_size:
         del keys["head_dim"]  # Qwen2 has the key only where it is not derived
     return architecture, keys
 
 
 def _refuse_windows(name: str, given: Mapping[str, Any], refuse: Any) -> None:
-    """Our softmax mixer sees the whole context; a window that would cut it off is refused."""
+    """Mistral's window is all layers' and loaded; windows of some of Qwen's layers are refused."""
     layers, window = given["num_hidden_layers"], given.get("sliding_window")
-    why = "our softmax mixer has no sliding window"
-    if name == "mistral" and window is not None:
-        refuse("sliding_window", f"{window}; {why} (only null is loaded)")
+    why = "windows in some layers only are not loaded"
     if name.startswith("qwen"):
         types = given.get("layer_types")
         if types is None:

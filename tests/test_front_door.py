@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -132,11 +133,18 @@ def test_bootstrap_says_what_python_lacks(tmp_path: Path) -> None:
 def test_constraints_pin_what_is_installed() -> None:
     """Oracle: pyproject's ranges, and the versions of the environment that runs this test."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pairs = (line.split("==") for line in lines if not line.startswith("#"))
+    pins = {canonicalize_name(name): version for name, version in pairs}
     assert all("+" not in version for version in pins.values()), "no local versions"
-    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"]]
+    for text in extras["dev"]:
         requirement = Requirement(text)
-        pin = pins[requirement.name]
+        own = requirement.name == PROJECT["name"]
+        wanted += [t for extra in requirement.extras for t in extras[extra]] if own else [text]
+    for text in wanted:
+        requirement = Requirement(text)
+        pin = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), text
         if requirement.name != "torch":  # one that was there before is kept
             assert metadata.version(requirement.name) == pin

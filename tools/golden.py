@@ -175,6 +175,301 @@ def _ulps(got: Tensor, reference: Tensor) -> float:
     return float((ordered[0] - ordered[1]).abs().max())
 
 
+@serves("norm/powernorm")
+def power_norm(vectors: Vectors) -> Iterator[Result]:
+    """Output, gradients and statistics after every step, warm-up included; evaluation."""
+    from llmnorm.nn.norms.settings import PowerNormSettings
+
+    p = vectors.hyperparameters
+    settings = PowerNormSettings(
+        eps=p["eps"],
+        forward_decay=p["alpha_fwd"],
+        backward_decay=p["alpha_bkw"],
+        warmup=p["warmup_iters"],
+        groups=p["group_num"],
+        count_padding=True,
+        allow_leak=True,
+    )
+
+    def statistics(norm: Any, step: str) -> Iterator[tuple[Tensor, Tensor]]:
+        yield norm.running_square, vectors[f"running_phi_{step}"]
+        yield norm.running_gradient / (1 - p["alpha_bkw"]), vectors[f"ema_gz_{step}"]
+
+    # Rows are (length, batch) here.
+    return _running(vectors, settings, lambda mask: mask.t(), statistics)
+
+
+@serves("norm/unified")
+def unified_norm(vectors: Vectors) -> Iterator[Result]:
+    """Output, gradients and statistics after every step: smoothing, filter, kappa; evaluation."""
+    from llmnorm.nn.norms.settings import UnifiedNormSettings
+
+    p = vectors.hyperparameters
+    settings = UnifiedNormSettings(
+        eps=p["eps"],
+        window=p["window_size"],
+        warmup=p["warmup_iters"],
+        momentum=p["momentum"],
+        filter="official" if p["outlier_filtration"] else "off",
+        count_padding=True,
+        allow_leak=True,
+    )
+    names = {
+        "running_square": "running_var",
+        "running_gradient": "ema_gz",
+        "window_square": "buffer_x2",
+        "window_gradient": "buffer_gz",
+    }
+
+    def statistics(norm: Any, step: str) -> Iterator[tuple[Tensor, Tensor]]:
+        for name, theirs in names.items():
+            key = f"{theirs}_{step}"
+            yield getattr(norm, name), vectors[key]
+
+    begun = {name: vectors[f"init_{theirs}"] for name, theirs in names.items()}
+    begun["steps"] = vectors["init_iters"].reshape(())
+    return _running(vectors, settings, lambda mask: mask, statistics, begun)
+
+
+def _running(
+    vectors: Vectors,
+    settings: Any,
+    to_rows: Callable[[Tensor], Tensor],
+    statistics: Callable[[Any, str], Iterator[tuple[Tensor, Tensor]]],
+    begun: dict[str, Tensor] | None = None,
+) -> Iterator[Result]:
+    """Every step of a norm with running statistics; float32 against the float64 values."""
+    for precision, dtype in FLOATS.items():
+        norm = settings.build(len(vectors["weight"])).to(dtype)
+        state = {"weight": vectors["weight"], "bias": vectors["bias"], **(begun or {})}
+        norm.load_state_dict(state, strict=False)
+        measure = relative if precision == "float32" else _absolute
+        worst, number = 0.0, 0
+        while (step := f"{number:03d}") and f"x_{step}" in vectors.tensors:
+            pad = vectors.tensors.get(f"pad_mask_{step}")
+            norm.begin(None if pad is None else to_rows(~pad))
+            x = _leaf(vectors[f"x_{step}"], dtype)
+            out = norm(x)
+            norm.zero_grad()
+            out.backward(vectors[f"grad_out_{step}"].to(dtype))
+            norm.commit()
+            pairs = [(out, vectors[f"out_{step}"]), (x.grad, vectors[f"grad_x_{step}"])]
+            for name in ("weight", "bias"):
+                pairs.append((getattr(norm, name).grad, vectors[f"grad_{name}_{step}"]))
+            pairs += statistics(norm, step)
+            worst = max(worst, *(measure(got, expected) for got, expected in pairs))
+            number += 1
+        norm.eval()
+        worst = max(worst, measure(norm(x), vectors["eval_out"]))
+        key = "f64_max_abs" if precision == "float64" else "f32_max_rel"
+        yield Result(precision, worst, vectors.tolerance[key])
+
+
+def _absolute(got: Tensor, reference: Tensor) -> float:
+    return largest(got - reference) if got.shape == reference.shape else torch.inf
+
+
+@serves("norm/dyt")
+def dynamic_tanh(vectors: Vectors) -> Iterator[Result]:
+    """Output and gradients, that of alpha included."""
+    from llmnorm.nn.norms.settings import DyTSettings
+
+    norm = DyTSettings(alpha=vectors.hyperparameters["alpha_init"]).build(16).double()
+    norm.load_state_dict({key: vectors[key] for key in ("alpha", "weight", "bias")})
+    x = _leaf(vectors["x"], torch.float64)
+    out = norm(x)
+    out.backward(vectors["grad_out"])
+    pairs = [(out, vectors["out"]), (x.grad, vectors["grad_x"])]
+    pairs += [(p.grad, vectors[f"grad_{name}"]) for name, p in norm.named_parameters()]
+    worst = max(_absolute(got, expected) for got, expected in pairs)
+    yield Result("float64", worst, vectors.tolerance["f64_max_abs"])
+
+
+@serves("norm/crmsnorm")
+def crms_norm(vectors: Vectors) -> Iterator[Result]:
+    """Output and gradient; beside it RMS norm and layer norm without gain on the same kind."""
+    from llmnorm.nn.norms.settings import CRMSNormSettings, LayerNormSettings, RMSNormSettings
+
+    parts: dict[str, Any] = {
+        "crms_norm": CRMSNormSettings,
+        "rms_norm": RMSNormSettings,
+        "layer_norm": LayerNormSettings,
+    }
+    for precision, dtype in FLOATS.items():
+        worst = 0.0
+        for number, eps in enumerate(vectors.hyperparameters["eps"]):
+            for name, settings in parts.items():
+                saved = vectors.below(f"{name}_{number}")
+                x = _leaf(saved["x"], dtype)
+                out = settings(eps=eps).build(x.shape[-1]).to(dtype)(x)
+                out.backward(saved["grad_out"].to(dtype))
+                pairs = ((out, saved["out"]), (x.grad, saved["grad_x"]))
+                worst = max(worst, *(_absolute(got, expected) for got, expected in pairs))
+        key = "f64_functions" if precision == "float64" else "f32_functions"
+        yield Result(precision, worst, vectors.tolerance[key])
+
+
+# --- placements ---
+
+
+MIX = {"name": "mix", "post": 0.25}  # the first of the file's four layers
+
+
+@serves("placement/lns")
+def depth_scaling(vectors: Vectors) -> Iterator[Result]:
+    """LayerNorm Scaling."""
+    return _placement(vectors, "lns", {"depth_scaling": "lns"})
+
+
+@serves("placement/pre")
+def pre(vectors: Vectors) -> Iterator[Result]:
+    """Pre-norm."""
+    return _placement(vectors, "pre", {"placement": "pre"})
+
+
+@serves("placement/mix(post_pre)")
+def mix(vectors: Vectors) -> Iterator[Result]:
+    """Mix-LN."""
+    return _placement(vectors, "post_pre", {"placement": MIX})
+
+
+@serves("placement/post")
+def post(vectors: Vectors) -> Iterator[Result]:
+    """Post-norm."""
+    return _placement(vectors, "post", {"placement": "post"})
+
+
+@serves("placement/sandwich")
+def sandwich(vectors: Vectors) -> Iterator[Result]:
+    """Norms on both sides of a branch."""
+    return _placement(vectors, "sandwich", {"placement": "peri"})
+
+
+@serves("placement/deeppost_repo")
+def deep_post(vectors: Vectors) -> Iterator[Result]:
+    """DeepNorm's rule with that repository's factor, which is the same at every depth."""
+    alpha = vectors.hyperparameters["deeppost_alpha"]
+    return _placement(vectors, "deeppost", {"placement": "deepnorm"}, alpha)
+
+
+def _placement(
+    vectors: Vectors, name: str, ours: dict[str, Any], alpha: float | None = None
+) -> Iterator[Result]:
+    """Block outputs, final output, gradients of the input and of weights."""
+    from llmnorm.models.configuration import LlmNormConfig
+    from llmnorm.models.modeling import LlmNormModel
+
+    p = vectors.hyperparameters
+    shape = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    keys = {"vocab_size": 8, "norm": {"eps": p["rms_norm_eps"]}, **{key: p[key] for key in shape}}
+    weights = vectors.below("weight")
+    for precision, dtype in FLOATS.items():
+        model = LlmNormModel(LlmNormConfig(**(keys | ours))).to(dtype)
+        for key, parameter in model.named_parameters():
+            if key != "embed_tokens.weight":
+                final = key == "norm.weight"
+                theirs = "final_norm.weight" if final else key.removeprefix("layers.")
+                parameter.data.copy_(weights[theirs])
+        for block in model.layers if alpha is not None else ():
+            block.alpha = alpha
+        limit = "f64_max_rel" if precision == "float64" else "f32_max_rel"
+        worst = max(_placement_errors(model, vectors, name, dtype))
+        yield Result(precision, worst, vectors.tolerance[limit])
+
+
+def _placement_errors(
+    model: Any, vectors: Vectors, name: str, dtype: torch.dtype
+) -> Iterator[float]:
+    outputs: list[Tensor] = []
+    for block in model.layers:
+        block.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    x = _leaf(vectors["x"], dtype)
+    out = model(inputs_embeds=x).last_hidden_state
+    out.backward(vectors["grad_out"].to(dtype))
+    saved = vectors.below(name)
+    for number, output in enumerate(outputs, 1):
+        yield relative(output, saved[f"hidden_{number}"])
+    yield relative(out, saved["out"])
+    yield relative(x.grad, saved["grad_x"])
+    parameters = dict(model.named_parameters())
+    for key, expected in vectors.below(f"{name}/grad_weight").items():
+        ours = "norm.weight" if key == "final_norm.weight" else f"layers.{key}"
+        yield relative(parameters[ours].grad, expected)
+
+
+@serves("placement/deepnorm constants")
+def deepnorm_constants(vectors: Vectors) -> Iterator[Result]:
+    """alpha, and the factor of the initial weights against Xavier's, of decoders."""
+    from llmnorm.nn.settings import ModelSettings
+
+    wrong_alpha = wrong_factor = 0.0
+    for layers, alpha, mlp, values, queries in vectors["table"][:, :5].tolist():
+        settings = ModelSettings(num_hidden_layers=int(layers), placement="deepnorm")
+        block: Any = settings.placement.build(settings, 0)
+        wrong_alpha = max(wrong_alpha, abs(block.alpha - alpha))
+        mixer = block.self_attn
+        for linear, factor in (
+            *((mixer.q_proj, queries), (mixer.k_proj, queries), (mixer.v_proj, values)),
+            *((mixer.o_proj, values), (block.mlp.up_proj, mlp), (block.mlp.down_proj, mlp)),
+        ):
+            xavier = (2 / (linear.in_features + linear.out_features)) ** 0.5
+            wrong_factor = max(wrong_factor, abs(linear.initial_std / xavier - factor))
+    yield Result("float64, alpha", wrong_alpha, 1e-12)
+    yield Result("float32, beta", wrong_factor, 1e-6)
+
+
+# --- conversions ---
+
+
+@serves("conversion/preln_prerms_precrms")
+def conversion(vectors: Vectors) -> Iterator[Result]:
+    """A Pre-LN vision transformer's weights, recentred and compressed."""
+    from llmnorm.models.configuration import LlmNormConfig
+    from llmnorm.models.convert import named_weights
+    from llmnorm.models.equivalence import Weights, convert
+    from llmnorm.models.modeling import build_model
+
+    p, saved = vectors.hyperparameters, vectors.below("vit")
+    settings = {
+        "vocab_size": len(saved["pos_embedding"][0]),
+        "hidden_size": p["dim"],
+        "intermediate_size": p["mlp_dim"],
+        "num_hidden_layers": p["depth"],
+        "num_attention_heads": p["heads"],
+        "norm": {"name": "layer", "bias": False, "eps": p["eps_vit"]},
+        "mixer": {"attention_bias": True},
+        "mlp": {"name": "gelu", "bias": True},
+    }
+    model = build_model(LlmNormConfig(**settings), seed=0).double()
+    tensors = named_weights(model)
+    tensors["model.embed_tokens.weight"].copy_(saved["pos_embedding"][0])
+    names = {"self_attn.o_proj": "att_out", "mlp.up_proj": "mlp_in", "mlp.down_proj": "mlp_out"}
+    for layer in range(p["depth"]):
+        for part in ("weight", "bias"):
+            block = f"model.layers.{layer}"
+            for ours, theirs in names.items():
+                tensors[f"{block}.{ours}.{part}"].copy_(saved[f"{theirs}_linear_{part}"][layer])
+            inputs = saved[f"att_in_linear_{part}"][layer].chunk(3)
+            for ours, values in zip("qkv", inputs, strict=True):
+                tensors[f"{block}.self_attn.{ours}_proj.{part}"].copy_(values)
+    before = Weights(model.config.settings(), tensors)
+    rms, crms = (convert(before, target).tensors for target in ("rms", "crms"))
+    embedding = crms["model.embed_tokens.weight"]
+    worst = _absolute(embedding, saved["compressed_pos_embedding"][0])
+    for layer in range(p["depth"]):
+        block = f"model.layers.{layer}"
+        read = torch.cat([crms[f"{block}.self_attn.{name}_proj.weight"] for name in "qkv"])
+        pairs = [(read, "compressed_att_in_linear_weight")]
+        pairs.append((crms[f"{block}.mlp.up_proj.weight"], "compressed_mlp_in_linear_weight"))
+        for ours, theirs in (("self_attn.o_proj", "att_out"), ("mlp.down_proj", "mlp_out")):
+            for part in ("weight", "bias"):
+                key = f"{theirs}_linear_{part}"
+                pairs.append((rms[f"{block}.{ours}.{part}"], f"zm_{key}"))
+                pairs.append((crms[f"{block}.{ours}.{part}"], f"compressed_{key}"))
+        worst = max(worst, *(_absolute(got, saved[key][layer]) for got, key in pairs))
+    yield Result("float64", worst, vectors.tolerance["f64_vit_max_abs"])
+
+
 # --- rotary positions and attention ---
 
 
@@ -258,7 +553,7 @@ def _stepwise(
     vectors: Vectors, mixer: nn.Module, rotary: Any, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
     """Outputs and cache after feeding the first tokens of x one by one."""
-    from llmnorm.nn.cache import RaggedCache
+    from llmnorm.nn.cache import KeyValues, RaggedCache
     from llmnorm.nn.mixers.contract import Context
 
     cache, x = RaggedCache(1), vectors["x"].to(dtype)
@@ -271,12 +566,352 @@ def _stepwise(
         context = Context(cos, sin, places.mask(), causal=places.causal, places=places)
         outs.append(mixer(x[:, step : step + 1], context, cache.layers[0]).squeeze(1))
     layer = cache.layers[0]
+    assert isinstance(layer, KeyValues)
     assert layer.keys is not None and layer.values is not None
     return [
         (torch.stack(outs), vectors["step/out"]),
         (layer.keys[:, :, :steps], vectors["step/k_cache"]),
         (layer.values[:, :, :steps], vectors["step/v_cache"]),
     ]
+
+
+# --- recurrences and mixers made of them ---
+
+LIMITS = {"float64": "float64", "float32": "float32_vs_these_values"}
+
+
+def _recurrence(
+    vectors: Vectors, run: Callable[..., tuple[Tensor, Tensor]], state: str = "initial_state"
+) -> Iterator[Result]:
+    """A function (inputs by name, state) -> (out, state): both, gradients, and token by token."""
+    for precision, dtype in FLOATS.items():
+        leaves = {key: _leaf(value, dtype) for key, value in vectors.below("in").items()}
+        inputs = {key: value for key, value in leaves.items() if key != state}
+        out, after = run(inputs, leaves.get(state))
+        torch.autograd.backward(
+            [out, after],
+            [
+                vectors.tensors.get(key, torch.zeros_like(like)).to(dtype)
+                for key, like in (("grad_out", out), ("grad_final_state", after))
+            ],
+        )
+        pairs = [(out, vectors["out"]), (after, vectors["final_state"])]
+        pairs += [(_grad(leaves[key]), ref) for key, ref in vectors.below("grad_in").items()]
+        with torch.no_grad():
+            now, outs, states = leaves.get(state), [], []
+            for step in range(len(vectors["step/out"])):
+                token = {key: value[:, step : step + 1] for key, value in inputs.items()}
+                y, now = run(token, now)
+                outs.append(y.squeeze(1))
+                states.append(now)
+        pairs += [(torch.stack(outs), vectors["step/out"])]
+        pairs += [(torch.stack(states), vectors["step/state"])]
+        worst = max(relative(got, reference) for got, reference in pairs)
+        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
+
+
+@serves("linear_recurrence/simple_gla")
+@serves("linear_recurrence/retention")
+@serves("linear_recurrence/linear")
+def linear_recurrences(vectors: Vectors) -> Iterator[Result]:
+    """The engine of linear attention and SSD; retention's decays are constants."""
+    from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
+
+    def run(t: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        decay = t.get("g")
+        if "mid/log_decay" in vectors.tensors:
+            decay = vectors["mid/log_decay"].to(t["v"].dtype).expand(t["v"].shape[:3])
+        scaled = t["q"] * t["q"].shape[-1] ** -0.5
+        return linear_recurrence(scaled, t["k"], t["v"], decay, state=state)
+
+    return _recurrence(vectors, run)
+
+
+@serves("linear_recurrence/gla")
+def gated_linear_attention(vectors: Vectors) -> Iterator[Result]:
+    """GLA's recurrence, a gate a channel."""
+    from llmnorm.nn.mixers.gla import channel_recurrence
+
+    def run(t: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        scaled = t["q"] * t["q"].shape[-1] ** -0.5
+        return channel_recurrence(scaled, t["k"], t["v"], t["g"], state=state)
+
+    return _recurrence(vectors, run)
+
+
+@serves("linear_recurrence/gdn")
+@serves("linear_recurrence/delta")
+def gated_delta(vectors: Vectors) -> Iterator[Result]:
+    """The gated delta rule; the delta rule has no gate."""
+    from llmnorm.nn.mixers.gated_delta import delta_recurrence
+
+    def run(t: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        scaled = t["q"] * t["q"].shape[-1] ** -0.5
+        return delta_recurrence(scaled, t["k"], t["v"], t["beta"], t.get("g"), state=state)
+
+    return _recurrence(vectors, run)
+
+
+@serves("gated_deltanet/module")
+def gated_deltanet(vectors: Vectors) -> Iterator[Result]:
+    """The layer of Qwen3-Next."""
+    from llmnorm.nn.mixers.settings import GatedDeltaSettings
+
+    p = vectors.hyperparameters
+    part = GatedDeltaSettings(
+        num_key_heads=p["num_k_heads"],
+        num_value_heads=p["num_v_heads"],
+        key_head_dim=p["head_k_dim"],
+        value_head_dim=p["head_v_dim"],
+        conv_kernel=p["conv_kernel"],
+        norm_eps=p["norm_eps"],
+    )
+
+    def states(mixer: Any, state: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        # Theirs keeps the current input in the window, one more than ours.
+        return {"step/state": state[0], "step/conv_state": state[1].mT}
+
+    mids = {"mid/beta": lambda p: p.b, "mid/g": lambda p: p.log_decay, "mid/v": lambda p: p.v}
+    mids |= {"mid/z": lambda p: p.z}
+    return _module(vectors, part, p["hidden_size"], lambda mixer: None, states, mids)
+
+
+@serves("mamba2/ssd")
+def state_space_dual(vectors: Vectors) -> Iterator[Result]:
+    """The engine with Mamba-2's names; its states are (value, key)."""
+    from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
+
+    def run(t: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        state = None if state is None else state.mT
+        y, after = linear_recurrence(t["C"], t["B"], t["x_dt"], t["log_decay"], state=state)
+        return y, after.mT
+
+    return _recurrence(vectors, run)
+
+
+@serves("nala/core")
+@serves("nala/causal_prefix")
+def nala(vectors: Vectors) -> Iterator[Result]:
+    """Features, matrix, output and gradients of NaLa's core; causal: packed documents too.
+
+    Their rotation turns neighbouring dimensions, ours the halves of a head: q and k are reordered.
+    """
+    from llmnorm.nn.mixers.contract import Context
+    from llmnorm.nn.mixers.linear import LinearParameters
+    from llmnorm.nn.mixers.settings import NaLaSettings
+    from llmnorm.nn.settings import ModelSettings
+
+    p, causal = vectors.hyperparameters, vectors.kind.endswith("causal_prefix")
+    width = p["heads"] * p["head_dim"]
+    settings = ModelSettings(
+        hidden_size=width, num_attention_heads=p["heads"], head_dim=p["head_dim"]
+    )
+    part = NaLaSettings(
+        bidirectional=not causal,
+        query_eps=0,
+        eps=p["eps"],
+        lam=p["lam"],
+        tau=p["tau"],
+        conv_kernel=0,
+    )
+    mixer: Any = part.build(settings, 0)
+    halves = _halves(p["head_dim"])
+    for precision, dtype in FLOATS.items():
+        q, k, v = (_leaf(vectors[f"in/{name}"].transpose(1, 2), dtype) for name in "qkv")
+        cos, sin = (vectors[f"in/{t}"][None, :, None, ::2].to(dtype) for t in ("cos", "sin"))
+        context = Context(cos, sin)
+        features = mixer.both_features(q[..., halves], k[..., halves], context)
+        parameters = LinearParameters._make([*features, v, None, None])
+        out = mixer.mix(parameters, context)
+        out.backward(vectors["grad_out"].transpose(1, 2).to(dtype))
+        pairs = [(out.transpose(1, 2), vectors["out"])]
+        pairs += [
+            (_grad(t).transpose(1, 2), vectors[f"grad_in/{name}"])
+            for t, name in zip((q, k, v), "qkv", strict=True)
+        ]
+        if "M" in vectors.tensors:
+            pairs.append((mixer.materialize(parameters, context), vectors["M"]))
+        names = ("phi_q", "phi_k", "phi_q_rope", "phi_k_rope")
+        for name, feature in zip(names, features, strict=True):
+            both = torch.cat((halves, halves + p["head_dim"]))
+            pairs.append((feature.transpose(1, 2), vectors[f"mid/{name}"][..., both]))
+        if causal:
+            with torch.no_grad():
+                lengths = vectors["packed/cu_seqlens"].diff()
+                numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+                apart = Context(cos, sin, segments=numbers.expand(len(q), -1))
+                pairs.append((mixer.mix(parameters, apart).transpose(1, 2), vectors["out_packed"]))
+        worst = max(relative(got, reference) for got, reference in pairs)
+        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
+
+
+@serves("nala/module")
+def nala_module(vectors: Vectors) -> Iterator[Result]:
+    """The official layer on a grid; its two-dimensional local convolution stands in for ours."""
+    import torch.nn.functional as F
+
+    from llmnorm.nn.mixers.contract import Context
+    from llmnorm.nn.mixers.settings import NaLaSettings
+    from llmnorm.nn.settings import ModelSettings
+
+    p = vectors.hyperparameters
+    dim, heads = p["dim"], p["num_heads"]
+    settings = ModelSettings(hidden_size=dim, num_attention_heads=heads)
+    part = NaLaSettings(
+        bidirectional=True,
+        bias=True,
+        norm="layer",
+        norm_eps=p["ln_eps"],
+        query_eps=0,
+        eps=p["eps"],
+        lam=p["lam"],
+        tau=p["tau"],
+        conv_kernel=0,
+    )
+    halves = _halves(settings.head_dim)
+    rows = torch.cat([halves + head * settings.head_dim for head in range(heads)])
+    for precision, dtype in FLOATS.items():
+        state = {key: _leaf(value, dtype) for key, value in vectors.below("state").items()}
+        own: dict[str, Tensor] = {}
+        for kind in ("weight", "bias"):
+            q, k, v, g = state[f"qkvg.{kind}"].chunk(4)
+            own |= {f"q_proj.{kind}": q[rows], f"k_proj.{kind}": k[rows], f"v_proj.{kind}": v}
+            own |= {f"g_proj.{kind}": g, f"o_proj.{kind}": state[f"out_proj.{kind}"]}
+            own[f"norm.{kind}"] = state[f"ln.{kind}"]
+        x = _leaf(vectors["x"], dtype)
+        cos, sin = (vectors[f"mid/{t}"][None, :, None, ::2].to(dtype) for t in ("cos", "sin"))
+        context = Context(cos, sin)
+        layer = _Layer(part.build(settings, 0).to(dtype), state, F.conv2d)
+        out, matrix = torch.func.functional_call(
+            layer, {f"mixer.{key}": value for key, value in own.items()}, (x, context)
+        )
+        out.backward(vectors["grad_out"].to(dtype))
+        pairs = [(out, vectors["out"]), (x.grad, vectors["grad_x"]), (matrix, vectors["M"])]
+        pairs += [(state[name].grad, value) for name, value in vectors.below("grad").items()]
+        worst = max(relative(got, reference) for got, reference in pairs)
+        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
+
+
+class _Layer(nn.Module):
+    """Our mixer with the official local term, from a grid (batch, dim, height, width) to one."""
+
+    def __init__(self, mixer: Any, state: dict[str, Tensor], convolve: Any) -> None:
+        super().__init__()
+        self.mixer, self.state, self.convolve = mixer, state, convolve
+
+    def forward(self, grid: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        x = grid.flatten(2).mT
+        p = self.mixer.prepare(x, context)
+        v = p.v.flatten(2).mT.view_as(grid)
+        weight, bias = self.state["lepe.weight"], self.state["lepe.bias"]
+        local = self.convolve(v, weight, bias, padding=weight.shape[-1] // 2, groups=len(bias))
+        p = p._replace(local=local.flatten(2).mT.reshape_as(p.v))
+        out = self.mixer.finish(self.mixer.mix(p, context), x, p)
+        return out.mT.view_as(grid), self.mixer.materialize(p, context)
+
+
+def _halves(head_dim: int) -> Tensor:
+    """Dimensions that their rotation pairs as neighbours, in the order in which ours does."""
+    return torch.cat((torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)))
+
+
+@serves("mamba2/module")
+@serves("mamba2/simple_module")
+def mamba2(vectors: Vectors) -> Iterator[Result]:
+    """Mamba-2's layer; the simple one norms all channels together whatever the groups."""
+    from llmnorm.nn.mixers.settings import SSDSettings
+    from llmnorm.nn.mixers.ssd import GroupedRMSNorm
+
+    p = vectors.hyperparameters
+    part = SSDSettings(
+        state_size=p["d_state"],
+        head_dim=p["headdim"],
+        expand=p["expand"],
+        n_groups=p["ngroups"],
+        conv_kernel=p.get("d_conv", 4),
+        use_bias=p.get("bias", False),
+        norm_eps=p["norm_eps"],
+        time_step_limit=p.get("dt_limit"),
+    )
+
+    def change(mixer: Any) -> None:
+        if vectors.kind == "mamba2/simple_module":
+            inner = p["expand"] * p["d_model"]
+            mixer.norm = GroupedRMSNorm(inner, groups=1, eps=p["norm_eps"])
+
+    def states(mixer: Any, state: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        # Theirs keeps the current input in the window, one more than ours.
+        return {"step/ssm_state": state[0].mT, "step/conv_state": state[1].mT}
+
+    mids = {"mid/dt": lambda p: p.dt, "mid/B": lambda p: p.B, "mid/C": lambda p: p.C}
+    mids |= {"mid/v": lambda p: p.v}
+    return _module(vectors, part, p["d_model"], change, states, mids)
+
+
+def _module(
+    vectors: Vectors,
+    part: Any,
+    hidden_size: int,
+    change: Callable[[Any], None],
+    states: Callable[[Any, tuple[Tensor, ...]], dict[str, Tensor]],
+    mids: dict[str, Callable[[Any], Tensor]],
+) -> Iterator[Result]:
+    """A recurrent layer: parameters, matrix, output, gradients, packed documents, decoding."""
+    from llmnorm.nn.cache import RaggedCache
+    from llmnorm.nn.mixers.contract import Context
+    from llmnorm.nn.settings import ModelSettings
+
+    settings = ModelSettings(hidden_size=hidden_size, num_attention_heads=1)
+    for precision, dtype in FLOATS.items():
+        nothing = torch.zeros(1, 1, 1, 1, dtype=dtype)
+        mixer = part.build(settings, 0)
+        change(mixer)
+        mixer.to(dtype).load_state_dict(vectors.below("state"))
+        x, context = _leaf(vectors["x"], dtype), Context(nothing, nothing)
+        parameters, out = mixer.prepare(x, context), mixer(x, context)
+        out.backward(vectors["grad_out"].to(dtype))
+        y = mixer.mix(parameters, context)
+        pairs = [(out, vectors["out"]), (x.grad, vectors["grad_x"])]
+        pairs += [(mixer.materialize(parameters, context), vectors["M"])]
+        pairs += [(y.reshape(vectors["mid/y_mixed"].shape), vectors["mid/y_mixed"])]
+        pairs += [(get(parameters), vectors[key]) for key, get in mids.items()]
+        grads = vectors.below("grad")
+        pairs += [(weight.grad, grads[name]) for name, weight in mixer.named_parameters()]
+        with torch.no_grad():
+            lengths = vectors["packed/cu_seqlens"].diff()
+            numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths).unsqueeze(0)
+            apart = Context(nothing, nothing, segments=numbers)
+            packed = mixer(vectors["packed/x"].to(dtype), apart)
+            pairs.append((packed, vectors["packed/out"]))
+            cache, steps = RaggedCache([mixer.new_cache()]), vectors.tensors.get("step/out", ())
+            for step in range(len(steps)):
+                token = x[:, step : step + 1]
+                places = cache.places(len(x), 1, x.device)
+                here = Context(nothing, nothing, places=places)
+                pairs.append((mixer(token, here, cache.layers[0]).squeeze(1), steps[step]))
+                for key, state in states(mixer, cache.layers[0].state).items():  # type: ignore
+                    pairs.append((state, vectors[key][step][..., -state.shape[-1] :]))
+        worst = max(relative(got, reference) for got, reference in pairs)
+        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
+
+
+@serves("linear_recurrence/linear_norm")
+def linear_attention(vectors: Vectors) -> Iterator[Result]:
+    """Linear attention's sums with given features; their eps is on the sum, ours on the mean."""
+    from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
+
+    for precision, dtype in FLOATS.items():
+        leaves = {key: _leaf(value, dtype) for key, value in vectors.below("in").items()}
+        q, k, v = leaves["q"] * leaves["q"].shape[-1] ** -0.5, leaves["k"], leaves["v"]
+        y, after = linear_recurrence(q, k, v, state=leaves["initial_state"])
+        one = v.new_ones(()).expand(*v.shape[:3], 1)
+        total, _ = linear_recurrence(q, k, one, state=leaves["initial_z"][..., None])
+        out = y / (total + 1e-10)
+        out.backward(vectors["grad_out"].to(dtype))
+        pairs = [(out, vectors["out"]), (after, vectors["final_state"])]
+        pairs += [(_grad(leaves[key]), ref) for key, ref in vectors.below("grad_in").items()]
+        worst = max(relative(got, reference) for got, reference in pairs)
+        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
 
 
 # --- optimizers ---
@@ -488,6 +1123,11 @@ def lr_scale(vectors: Vectors) -> Iterator[Result]:
 def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy that wants a gradient, so that the recorded tensor stays as it is."""
     return tensor.to(dtype, copy=True).requires_grad_()
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def parts_of(kind: str) -> list[str]:

@@ -9,39 +9,41 @@ of one length and would be silently wrong for others, so asking for the sizes of
 refused; our models build both from the rows' lengths.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from llmnorm.nn.cache import KeyValues, RaggedCache
+from llmnorm.nn.cache import KeyValues, LayerCache, RaggedCache, find_places
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's slots behind Hugging Face's layer interface."""
+    """One layer's slots behind Hugging Face's layer interface; a recurrent layer has no keys."""
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, slots: KeyValues) -> None:
+    def __init__(self, slots: LayerCache) -> None:
         # Not the parent's __init__: keys and values live in the slots.
         self.slots = slots
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """(rows, kv_heads, capacity, head_dim), None before the first tokens."""
-        return self.slots.keys
+        return self.slots.keys if isinstance(self.slots, KeyValues) else None
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """(rows, kv_heads, capacity, head_dim), None before the first tokens."""
-        return self.slots.values
+        return self.slots.values if isinstance(self.slots, KeyValues) else None
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        """Whether buffers exist."""
-        return self.slots.keys is not None
+        """Whether there are rows."""
+        return bool(self.slots.lengths)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Buffers are made by the first `update`."""
@@ -50,10 +52,11 @@ class SlotLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append the same number of tokens to every row (stock models); return all of them."""
+        assert isinstance(self.slots, KeyValues), "a stock model has attention layers only"
         batch, _, new, _ = key_states.shape
-        if not self.slots.lengths:
-            self.slots.lengths = [0] * batch
-        places = self.slots.places(new, key_states.device)
+        while len(self.slots.lengths) < batch:
+            self.slots.admit(len(self.slots.lengths), None, 0)
+        places = find_places(self.slots.lengths, new, key_states.device)
         return self.slots.append(key_states.transpose(1, 2), value_states.transpose(1, 2), places)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -76,7 +79,7 @@ class SlotLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.slots.__init__()  # type: ignore[misc]
+        self.slots.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of every row."""
@@ -99,9 +102,13 @@ class SlotLayer(CacheLayerMixin):
 
 
 class LlmNormCache(Cache):
-    """A Hugging Face Cache of `layers` ragged layers; `slots` has the verbs for single rows."""
+    """A Hugging Face Cache of ragged layers; `slots` has the verbs for single rows.
 
-    def __init__(self, layers: int) -> None:
+    `layers`: what the model's mixers made (`model.model.new_cache()`), or a number of layers of
+    keys and values.
+    """
+
+    def __init__(self, layers: int | Sequence[LayerCache]) -> None:
         self.slots = RaggedCache(layers)
         super().__init__(layers=[SlotLayer(layer) for layer in self.slots.layers])
 

@@ -1,8 +1,8 @@
 """Initial weights, reproducible from one number.
 
-Linear layers: normal with std `initializer_range`, offsets zero; the embedding: normal with std
-`embedding_std`; any other module with parameters of its own (norms, a part's own) by its
-`reset_parameters()`.
+Linear layers: normal with std `initializer_range`, or what the block says (`initialization:
+scaled`, DeepNorm), offsets zero; the embedding: normal with std `embedding_std`; any other module
+with parameters of its own (norms, a part's own) by its `reset_parameters()`.
 
 Every module has a generator of its own, seeded by (seed, module name), and numbers are drawn in
 float32 on the CPU: the weights depend on nothing else, be it the global random state, the device,
@@ -35,8 +35,10 @@ def initialize(model: PreTrainedModel, *, seed: int) -> None:
 def initialize_module(module: nn.Module, config: LlmNormConfig, seed: int) -> None:
     """Set the parameters that belong to `module` itself."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        embedding = isinstance(module, nn.Embedding)
-        std = config.embedding_std if embedding else config.initializer_range
+        std = getattr(module, "initial_std", None)  # Linear's, which the block sets
+        if std is None:
+            embedding = isinstance(module, nn.Embedding)
+            std = config.embedding_std if embedding else config.initializer_range
         generator = torch.Generator().manual_seed(seed)
         draws = torch.randn(module.weight.shape, generator=generator, device="cpu")
         module.weight.copy_(draws.mul_(std))

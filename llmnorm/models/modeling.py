@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from llmnorm.models.cache import LlmNormCache
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.initialization import initialize, initialize_module
+from llmnorm.nn import block as blocks
 from llmnorm.nn.block import Block
 from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
 from llmnorm.nn.mixers.contract import (
@@ -27,9 +28,11 @@ from llmnorm.nn.mixers.contract import (
     document_boundaries,
     document_lengths,
     document_mask,
+    document_numbers,
     padding_mask,
 )
 from llmnorm.nn.mixers.rotary import Rotary
+from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.part import InputError
 
 
@@ -58,7 +61,7 @@ class LlmNormPreTrainedModel(PreTrainedModel):
 
     config_class = LlmNormConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Block"]
+    _no_split_modules = [name for name in vars(blocks) if name.endswith("Block")]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     accepts_loss_kwargs = True  # num_items_in_batch
@@ -93,9 +96,10 @@ class LlmNormModel(LlmNormPreTrainedModel):
         assert isinstance(settings.vocab_size, int)
         self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
         self.layers = nn.ModuleList(
-            Block(settings, layer) for layer in range(settings.num_hidden_layers)
+            settings.placement.build(settings, layer) for layer in range(settings.num_hidden_layers)
         )
         self.norm = settings.norm.build(settings.hidden_size)
+        self._running_norms = [m for m in self.modules() if isinstance(m, RunningNorm)]
         self.rotary = Rotary(
             settings.rope_parameters, settings.head_dim, settings.max_position_embeddings
         )
@@ -120,8 +124,13 @@ class LlmNormModel(LlmNormPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        loss_mask: Tensor | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Last hidden states (batch, length, hidden); arguments as Hugging Face's.
+
+        Args:
+            loss_mask: (batch, length), True where a token counts for norms that keep statistics;
+                the attention mask's tokens, or all, if None.
 
         Raises:
             InputError: both or neither of input_ids and inputs_embeds, a foreign cache, a mask that
@@ -131,57 +140,79 @@ class LlmNormModel(LlmNormPreTrainedModel):
             raise InputError("give exactly one of input_ids and inputs_embeds")
         if output_attentions:
             raise InputError("output_attentions: use a mixer's `materialize` instead")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = LlmNormCache(len(self.layers))
-        context = self._context(hidden, attention_mask, position_ids, cache)
-        states = [hidden]
-        for layer, block in enumerate(self.layers):
-            hidden = block(hidden, context, None if cache is None else cache.slots.layers[layer])
-            if output_hidden_states:
-                states.append(hidden)
-        hidden = self.norm(hidden)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=cache,
-            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
-        )
-        return output.to_tuple() if return_dict is False else output
-
-    def _context(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: LlmNormCache | None,
-    ) -> Context:
-        """Rotary tables, and who may look at whom."""
-        batch, length, _ = hidden.shape
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 f"attention_mask must be (batch, keys), got {tuple(attention_mask.shape)}"
             )
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is not None:
-            position_ids = position_ids.expand(batch, length)
-        if cache is not None:
-            return self._cached_context(hidden, attention_mask, position_ids, cache)
-        mask, documents, boundaries = None, None, None
+            position_ids = position_ids.expand(hidden.shape[:2])
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = self.new_cache()
+        order = None
+        if cache is None:
+            context = self._context(hidden, attention_mask, position_ids)
+        else:
+            context, order = self._cached_context(hidden, attention_mask, position_ids, cache)
+        if loss_mask is None and attention_mask is not None and cache is None:
+            loss_mask = attention_mask.bool()
+        for norm in self._running_norms:
+            norm.begin(loss_mask)
+        if order is not None:
+            hidden = hidden.take_along_dim(order[..., None], 1)
+        states = [hidden]
+        for layer, block in enumerate(self.layers):
+            hidden = block(hidden, context, None if cache is None else cache.slots.layers[layer])
+            states = [*states, hidden] if output_hidden_states else [hidden]
+        states[-1] = self.norm(hidden)
+        if order is not None:
+            back = order.argsort(1)[..., None]
+            states = [state.take_along_dim(back, 1) for state in states]
+        output = BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=cache,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def new_cache(self) -> LlmNormCache:
+        """An empty cache for this model's mixers."""
+        blocks = [block for block in self.layers if isinstance(block, Block)]
+        return LlmNormCache([block.self_attn.new_cache() for block in blocks])
+
+    def _context(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Context:
+        """Rotary tables, and who may look at whom."""
+        batch, length, _ = hidden.shape
+        mask, documents, boundaries, segments, real = None, None, None, None, None
         if attention_mask is not None:
             real = attention_mask.bool()
             if position_ids is None:
                 position_ids = (real.cumsum(1) - 1).clamp(min=0)
             mask = padding_mask(real)
+            real = None if bool(real.all()) else real
         elif position_ids is not None:
             documents = document_lengths(position_ids)
         else:
             position_ids = torch.arange(length, device=hidden.device).unsqueeze(0)
-        if documents is not None and self.fixed_shapes:
-            mask, documents = document_mask(documents, batch, hidden.device), None
+        if documents is not None:
+            segments = document_numbers(documents, batch, hidden.device)
+        if segments is not None and self.fixed_shapes:
+            mask, documents = document_mask(segments), None
         elif documents is not None and hidden.is_cuda:
             boundaries = document_boundaries(documents, hidden.device)
         cos, sin = self._rotary_tables(hidden, position_ids)
-        return Context(cos, sin, mask, documents=documents, boundaries=boundaries)
+        return Context(
+            cos,
+            sin,
+            mask,
+            documents=documents,
+            boundaries=boundaries,
+            segments=segments,
+            real=real,
+        )
 
     def _cached_context(
         self,
@@ -189,8 +220,12 @@ class LlmNormModel(LlmNormPreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: LlmNormCache,
-    ) -> Context:
-        """Positions and mask from the rows' own lengths; the mask's last columns tell padding."""
+    ) -> tuple[Context, Tensor | None]:
+        """Positions and mask from the rows' own lengths; the mask's last columns tell padding.
+
+        With padding among them the new tokens are to be taken in another order (batch, length),
+        each row's real ones first, for which the context is made.
+        """
         batch, length, _ = hidden.shape
         if not isinstance(cache, LlmNormCache):
             raise InputError(f"past_key_values must be an LlmNormCache, got {type(cache).__name__}")
@@ -201,11 +236,20 @@ class LlmNormModel(LlmNormPreTrainedModel):
             if restarts:
                 raise InputError("position_ids restart inside a row: packed rows have no cache")
         real = None if attention_mask is None else attention_mask[:, -length:].bool()
+        order = None
+        if real is not None and not bool(real.all()):
+            order = (~real).long().argsort(dim=1, stable=True)
+            real = real.take_along_dim(order, 1)
+            if position_ids is not None:
+                position_ids = position_ids.take_along_dim(order, 1)
         places = cache.slots.places(batch, length, hidden.device, real)
         cos, sin = self._rotary_tables(
             hidden, places.index if position_ids is None else position_ids
         )
-        return Context(cos, sin, places.mask(), causal=places.causal, places=places)
+        context = Context(
+            cos, sin, places.mask(), causal=places.causal, places=places, real=places.real
+        )
+        return context, order
 
     def _rotary_tables(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -252,6 +296,12 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
         """
         if labels is not None and shift_labels is not None:
             raise InputError("give labels or shift_labels, not both")
+        loss, logits, loss_mask = None, None, None
+        without_logits = shift_labels is not None or (labels is not None and self.training)
+        if labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if shift_labels is not None:
+            loss_mask = shift_labels != IGNORED
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -261,11 +311,9 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            loss_mask=loss_mask,
         )
-        hidden, loss, logits = output.last_hidden_state, None, None
-        without_logits = shift_labels is not None or (labels is not None and self.training)
-        if labels is not None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        hidden = output.last_hidden_state
         if shift_labels is not None:
             loss = self._loss(hidden, shift_labels, num_items_in_batch)
         if not without_logits:
@@ -306,4 +354,4 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
                 "model brings its own cache; leave the key out"
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LlmNormCache(len(self.model.layers))
+            model_kwargs["past_key_values"] = self.model.new_cache()

@@ -1,13 +1,15 @@
 """The ragged slot cache: what decoding carries, for rows with lengths of their own.
 
-A row is a slot. A layer keeps keys and values in (rows, kv_heads, capacity, head_dim) and writes a
-row's new tokens at the row's own length, so nothing is ever moved or padded. The verbs are the same
-for every mixer: `append`, `rollback`, `admit`, `release`, `select`.
+A row is a slot. An attention layer keeps keys and values in (rows, kv_heads, capacity, head_dim)
+and writes a row's new tokens at the row's own length, so nothing is ever moved or padded; a
+recurrent layer keeps a state (recurrent_cache.py). The verbs are the same for every mixer:
+`append`, `rollback`, `admit`, `release`, `select`.
 
-Invariants: the slot of a token is its position in the row; a query at position i sees slots 0..i
-and nothing else, so what lies beyond a row's length (rejected tokens, padding, a former tenant) is
-never read before it is overwritten. Buffers start as zeros, since 0 * NaN from uninitialised memory
-would pass through any mask.
+Invariants: the slot of a token is its position in the row (in a window: less what was dropped of
+the row's beginning); a query at position i sees the slots up to its own and nothing else, so what
+lies beyond a row's length (rejected tokens, padding, a former tenant) is never read before it is
+overwritten. Buffers start as zeros, since 0 * NaN from uninitialised memory would pass through any
+mask.
 
 Shapes: new tokens (rows, new, kv_heads, head_dim), as mixers make them; `real` (rows, new), False
 for padding. Example: rows of length 5 and 2, new tokens real = [[1, 1, 1], [0, 1, 1]]
@@ -16,9 +18,12 @@ for padding. Example: rows of length 5 and 2, new tokens real = [[1, 1, 1], [0, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+KEPT = 64  # tokens that a cache of constant size can always roll back
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Places:
     """Where all rows start if they are of one length and without padding, else None."""
     width: int
     """Slots to attend over: the longest row after this pass, padding included."""
+    real: Tensor | None = None
+    """(rows, new), False for padding; None: all are real."""
 
     @property
     def causal(self) -> bool:
@@ -47,28 +54,58 @@ class Places:
         return (torch.arange(self.width, device=index.device) <= index[..., None]).unsqueeze(1)
 
 
-class KeyValues:
-    """One attention layer's keys and values."""
+def find_places(
+    lengths: Sequence[int], new: int, device: torch.device, real: Tensor | None = None
+) -> Places:
+    """Where `new` more tokens go in rows of `lengths`; `real` (rows, new) is False for padding."""
+    if real is not None and bool(real.all()):
+        real = None
+    rows = len(lengths)
+    if real is None and len(set(lengths)) == 1:
+        start = lengths[0]
+        index = torch.arange(start, start + new, device=device).expand(rows, new)
+        return Places(index, [new] * rows, start, start + new)
+    kept = torch.ones(rows, new, dtype=torch.bool, device=device) if real is None else real
+    counts = kept.sum(1)
+    rank = torch.where(kept, kept.cumsum(1) - 1, counts[:, None] + (~kept).cumsum(1) - 1)
+    index = torch.tensor(lengths, device=device)[:, None] + rank
+    return Places(index, counts.tolist(), None, max(lengths) + new, real)
 
-    def __init__(self) -> None:
+
+class LayerCache(Protocol):
+    """One layer's part: `append` differs with what the layer's mixer keeps, the rest is shared."""
+
+    lengths: list[int]
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Drop each row's last tokens."""
+
+    def admit(self, row: int, source: "LayerCache | None", source_row: int) -> None:
+        """Let `row` (one more than there are, or a released one) begin, as a copy of a source's."""
+
+    def release(self, row: int) -> None:
+        """Empty a row."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows in this order; a row may come more than once."""
+
+    def clear(self) -> None:
+        """Forget every row."""
+
+
+class KeyValues:
+    """One attention layer's keys and values.
+
+    With a `window` tokens that no later query sees are dropped now and then, `dropped` of each row;
+    as many as needed for a rollback of KEPT tokens stay, so that memory does not grow with the row.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        self.window = window
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.lengths: list[int] = []
-
-    def places(self, new: int, device: torch.device, real: Tensor | None = None) -> Places:
-        """Where `new` more tokens a row go; `real` (rows, new) is False for padding."""
-        if real is not None and bool(real.all()):
-            real = None
-        rows = len(self.lengths)
-        if real is None and len(set(self.lengths)) == 1:
-            start = self.lengths[0]
-            index = torch.arange(start, start + new, device=device).expand(rows, new)
-            return Places(index, [new] * rows, start, start + new)
-        real = torch.ones(rows, new, dtype=torch.bool, device=device) if real is None else real
-        counts = real.sum(1)
-        rank = torch.where(real, real.cumsum(1) - 1, counts[:, None] + (~real).cumsum(1) - 1)
-        index = torch.tensor(self.lengths, device=device)[:, None] + rank
-        return Places(index, counts.tolist(), None, max(self.lengths) + new)
+        self.dropped: list[int] = []
 
     def append(self, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """Write new tokens (rows, new, kv_heads, head_dim); return all keys and values.
@@ -76,18 +113,43 @@ class KeyValues:
         The result is two views (rows, kv_heads, width, head_dim). Gradients do not flow through the
         cache; writes are cast to the dtype of the first ones.
         """
-        kept_keys = self._room(self.keys, keys, places.width)
-        kept_values = self._room(self.values, values, places.width)
+        index, width = places.index, places.width
+        if self.window is not None:
+            self._drop(self.window, keys.shape[1])
+            gone = torch.tensor(self.dropped, device=index.device)
+            index, width = index - gone[:, None], self._held() + keys.shape[1]
+        kept_keys = self._room(self.keys, keys, width)
+        kept_values = self._room(self.values, values, width)
         self.keys, self.values = kept_keys, kept_values
         for kept, fresh in ((kept_keys, keys), (kept_values, values)):
             fresh = fresh.detach().to(kept.dtype)
-            if places.start is not None:
-                kept[:, :, places.start : places.width] = fresh.transpose(1, 2)
+            if places.start is not None and not any(self.dropped):
+                kept[:, :, places.start : width] = fresh.transpose(1, 2)
             else:
                 rows = torch.arange(len(self.lengths), device=fresh.device)[:, None]
-                kept[rows, :, places.index] = fresh
+                kept[rows, :, index] = fresh
         self.lengths = [a + b for a, b in zip(self.lengths, places.counts, strict=True)]
-        return kept_keys[:, :, : places.width], kept_values[:, :, : places.width]
+        return kept_keys[:, :, :width], kept_values[:, :, :width]
+
+    def _held(self) -> int:
+        """Slots in use in the fullest row."""
+        return max(a - b for a, b in zip(self.lengths, self.dropped, strict=True))
+
+    def _drop(self, window: int, new: int) -> None:
+        """Move the rows' ends to the front once twice as much is held as is needed."""
+        needed = window + KEPT
+        if self.keys is None or self.values is None or self._held() + new <= 2 * needed:
+            return
+        starts = [max(d, n - needed) for d, n in zip(self.dropped, self.lengths, strict=True)]
+        shift = [a - b for a, b in zip(starts, self.dropped, strict=True)]
+        self.dropped = starts
+        device = self.keys.device
+        slots = torch.tensor(shift, device=device)[:, None] + torch.arange(needed, device=device)
+        slots = slots.clamp(max=self.keys.shape[2] - 1)
+        rows = torch.arange(len(slots), device=device)[:, None]
+        self.keys, self.values = (
+            t[rows, :, slots].transpose(1, 2) for t in (self.keys, self.values)
+        )
 
     def _room(self, kept: Tensor | None, fresh: Tensor, width: int) -> Tensor:
         """`kept`, or a larger copy of it, with a slot for every row and at least `width` tokens."""
@@ -109,27 +171,37 @@ class KeyValues:
         lengths = [a - b for a, b in zip(self.lengths, counts, strict=True)]
         if min(counts, default=0) < 0 or min(lengths, default=0) < 0:
             raise ValueError(f"rollback of {list(counts)} tokens from rows of {self.lengths}")
+        if self.window is not None:
+            for length, gone in zip(lengths, self.dropped, strict=True):
+                if gone and length - gone < self.window - 1:
+                    raise ValueError(
+                        f"rollback of {list(counts)} tokens: of layers with a window the last "
+                        f"{self.window + KEPT} tokens of a row are kept"
+                    )
         self.lengths = lengths
 
-    def admit(self, row: int, source: "KeyValues | None", source_row: int) -> None:
+    def admit(self, row: int, source: LayerCache | None, source_row: int) -> None:
         """Let `row` (one more than there are, or a released one) begin, as a copy of a source's."""
         if row == len(self.lengths):
             self.lengths.append(0)
+            self.dropped.append(0)
         assert self.lengths[row] == 0, "a row is admitted to a free slot"
         if source is None or not source.lengths[source_row]:
             return
-        length = source.lengths[source_row]
+        assert isinstance(source, KeyValues)
+        length = source.lengths[source_row] - source.dropped[source_row]
         assert source.keys is not None and source.values is not None
         like = source.keys[:1].transpose(1, 2)
         self.keys = self._room(self.keys, like, length)
         self.values = self._room(self.values, source.values[:1].transpose(1, 2), length)
         self.keys[row, :, :length] = source.keys[source_row, :, :length].to(self.keys.dtype)
         self.values[row, :, :length] = source.values[source_row, :, :length].to(self.values.dtype)
-        self.lengths[row] = length
+        self.lengths[row] = source.lengths[source_row]
+        self.dropped[row] = source.dropped[source_row]
 
     def release(self, row: int) -> None:
         """Empty a row; its memory stays for the next tenant."""
-        self.lengths[row] = 0
+        self.lengths[row] = self.dropped[row] = 0
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows in this order; a row may come more than once (beam search)."""
@@ -138,13 +210,21 @@ class KeyValues:
             self.keys = self.keys.index_select(0, index)
             self.values = self.values.index_select(0, index)
         self.lengths = [self.lengths[row] for row in rows]
+        self.dropped = [self.dropped[row] for row in rows]
+
+    def clear(self) -> None:
+        """Forget every row, memory included."""
+        self.keys = self.values = None
+        self.lengths, self.dropped = [], []
 
 
 class RaggedCache:
-    """The layers' caches under one set of verbs."""
+    """The layers' caches under one set of verbs; a number stands for layers of keys and values."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers = [KeyValues() for _ in range(layers)]
+    def __init__(self, layers: int | Sequence[LayerCache]) -> None:
+        if isinstance(layers, int):
+            layers = [KeyValues() for _ in range(layers)]
+        self.layers = list(layers)
         self.free: list[int] = []
 
     @property
@@ -169,7 +249,7 @@ class RaggedCache:
             real = torch.ones(rows, new, dtype=torch.bool, device=device) if real is None else real
             real = real.clone()
             real[self.free] = False
-        return self.layers[0].places(new, device, real)
+        return find_places(self.lengths, new, device, real)
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Drop each row's last tokens (rejected drafts)."""

@@ -4,16 +4,24 @@ Shapes: x (..., in), weight (out, in), y (..., out); `product(a, b)`: a (m, k), 
 `products` the same for a batch of pairs.
 
 torch.mm in float32 on a CPU is MKL's, which on AMD processors runs its AVX2 kernels. torch also
-carries oneDNN, which runs AVX-512 kernels on any processor that has them. Measured on an EPYC of
-family 26 (tools/bench/training_step.py), float32 in and out, one thread: 105 against 240 GFLOP/s
-forward and for the input's gradient, 105 against 200 for the weight's, from about two million
-multiply-adds on; below that the call costs more than it saves. The error against float64 is the
-same for k = 384 and 1.6 times MKL's for k = 1024 (4e-7 of the result). Hence the rule, read from
-the processor and the shape and never timed: oneDNN on AMD with AVX-512 from `SMALLEST` on, torch
-everywhere else (GPUs, other processors and dtypes, bf16 autocast, compiled code).
+carries oneDNN, which runs AVX-512 kernels on any processor that has them, but copies its left
+operand where that is not contiguous (in a weight's gradient). Measured in GFLOP/s, float32, one
+thread, MKL against oneDNN (tools/bench/training_step.py and the products of its shapes alone):
+
+                             forward, input's gradient    weight's gradient
+    EPYC family 26 (Zen 5)        105 -> 240                 105 -> 200
+    EPYC family 25 (Zen 4)         90 -> 105                  97 -> 90
+
+from about two million multiply-adds on; below that the call costs more than it saves. The error
+against float64 is the same for k = 384 and 1.6 times MKL's for k = 1024 (4e-7 of the result). Hence
+the rule, read from processor and shape and never timed: from `SMALLEST` on oneDNN on AMD with
+AVX-512, for weights' gradients from family 26 on; torch everywhere else (GPUs, other processors and
+dtypes, bf16 autocast, compiled code).
 """
 
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +33,14 @@ SMALLEST = 2**21  # multiply-adds
 
 
 class Linear(nn.Linear):
-    """torch's nn.Linear, multiplied by `product`'s rule."""
+    """torch's nn.Linear, multiplied by `product`'s rule.
+
+    Attributes:
+        initial_std: standard deviation of the initial weights; the model's `initializer_range` if
+            None.
+    """
+
+    initial_std: float | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -56,11 +71,34 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Adds product(a, b) to total (m, n), in place."""
-    if total.dtype == a.dtype and not _by_onednn(a, b, a.numel() * len(b)):
-        return total.addmm_(a, b.t())
-    return total.add_(product(a, b))
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad (tokens, out) transposed times x (tokens, in), (out, in); no gradients."""
+    if not _copies_by_onednn(grad, x):
+        return grad.t() @ x
+    if grad.shape[1] > x.shape[1]:  # the narrower of the two is copied
+        return onednn_product(x.t(), grad.t()).t().contiguous()
+    return onednn_product(grad.t(), x.t())
+
+
+def add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Adds weight_gradient(grad, x) to `total` (out, in) from `sum_of_weight_gradients`."""
+    if total.is_contiguous():
+        if total.dtype == grad.dtype:
+            total.addmm_(grad.t(), x)
+        else:
+            total.add_(grad.t() @ x)
+    else:
+        total.t().add_(product(x.t(), grad.t()))
+
+
+def sum_of_weight_gradients(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros (out, in), in the order of memory in which a head's gradients are added fastest.
+
+    A head has more rows than columns, so that oneDNN is given the hidden states to copy.
+    """
+    if weight.device.type == "cpu" and dtype == torch.float32 and onednn_copies_are_cheap():
+        return weight.new_zeros(weight.shape[::-1], dtype=dtype).t()
+    return weight.new_zeros(weight.shape, dtype=dtype)
 
 
 def onednn_product(a: Tensor, b: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -77,6 +115,17 @@ def onednn_is_faster() -> bool:
     return "AMD" in processor.get("cpu_name", "") and bool(processor.get("avx512_f"))
 
 
+@cache
+def onednn_copies_are_cheap() -> bool:
+    """Whether it is so much faster that it may copy an operand first: AMD's family 26 and later."""
+    if not onednn_is_faster():
+        return False
+    information = Path("/proc/cpuinfo")
+    text = information.read_text() if information.exists() else ""
+    family = re.search(r"^cpu family\s*:\s*(\d+)", text, re.M)
+    return family is not None and int(family[1]) >= 26
+
+
 def _by_onednn(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
     return (
         multiply_adds >= SMALLEST
@@ -86,6 +135,10 @@ def _by_onednn(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+
+
+def _copies_by_onednn(grad: Tensor, x: Tensor) -> bool:
+    return _by_onednn(grad, x, grad.numel() * x.shape[1]) and onednn_copies_are_cheap()
 
 
 class _Linear(torch.autograd.Function):
@@ -104,7 +157,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_grad = onednn_product(flat, weight.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
-            weight_grad = onednn_product(flat.t(), x.reshape(-1, x.shape[-1]).t())
+            weight_grad = weight_gradient(flat, x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:
             bias_grad = flat.sum(0)
         return x_grad, weight_grad, bias_grad

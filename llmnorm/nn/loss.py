@@ -17,7 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmnorm.nn.linear import Linear, add_product, product
+from llmnorm.nn.linear import (
+    Linear,
+    add_weight_gradient,
+    product,
+    sum_of_weight_gradients,
+)
 
 IGNORED = -100
 
@@ -146,8 +151,7 @@ class _Loss(torch.autograd.Function):
         head = weight.to(dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        # Transposed, since a product copies what stands on its left: better not the logits.
-        weight_grad = hidden.new_zeros(weight.shape[::-1], dtype=wide) if wants_weight else None
+        weight_grad = sum_of_weight_gradients(weight, wide) if wants_weight else None
         real = (labels != IGNORED).to(wide).mul_(scale).unsqueeze(1)
         rows = torch.arange(min(chunk, len(labels)), device=hidden.device)
         for first in range(0, len(labels), chunk):
@@ -161,10 +165,10 @@ class _Loss(torch.autograd.Function):
                 hidden_grad[part] = product(gradient, head.t()).to(wide).mul_(real[part])
             if weight_grad is not None:
                 scaled = hidden[part].to(wide).mul(real[part]).to(dtype)
-                add_product(weight_grad, scaled.t(), gradient.t())
+                add_weight_gradient(weight_grad, gradient, scaled)
             del gradient  # before the next chunk's logits are made
         if weight_grad is not None:
-            weight_grad = weight_grad.t().contiguous()
+            weight_grad = weight_grad.contiguous()
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total * scale

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmnorm.nn.mixers.settings import Mixer, MixerSettings, SoftmaxSettings
-from llmnorm.nn.norms.settings import Norm, RMSNormSettings
-from llmnorm.part import Part, Settings
+from llmnorm.nn.norms.settings import (
+    Norm,
+    NormSettings,
+    Placement,
+    PlacementSettings,
+    PreSettings,
+    RMSNormSettings,
+)
+from llmnorm.part import Part, Settings, part_name
 
 if TYPE_CHECKING:
     from llmnorm.nn.mlp import GELU, SwiGLU
@@ -123,7 +130,7 @@ class RopeParameters(Settings):
 
 
 class ModelSettings(Settings):
-    """A decoder-only language model of pre-norm blocks."""
+    """A decoder-only language model."""
 
     vocab_size: int | Literal["auto"] = "auto"
     """Rows of the embedding; `auto` takes the tokenizer's."""
@@ -140,7 +147,12 @@ class ModelSettings(Settings):
     )
     """Width of a head; hidden_size / num_attention_heads if not given."""
     norm: Norm = RMSNormSettings()
-    """The norm before each mixer, before each MLP and at the end."""
+    """The norm in the blocks and at the end."""
+    placement: Placement = PreSettings()
+    """Where the norms stand in the blocks."""
+    depth_scaling: Literal["none", "lns"] = "none"
+    """`lns`: the output of the norms of layer l = 1, 2, ... is divided by sqrt(l) (LayerNorm
+    Scaling, arXiv 2502.05795); not that of the final norm."""
     mixer: Mixer = SoftmaxSettings()
     """What mixes positions; a list repeats over the layers."""
     mlp: Mlp = SwiGLUSettings()
@@ -158,6 +170,9 @@ class ModelSettings(Settings):
     """Use the embedding as the output head."""
     initializer_range: float = Field(0.02, ge=0)
     """Standard deviation of the initial weights."""
+    initialization: Literal["normal", "scaled"] = "normal"
+    """`scaled`: initial weights that write to the residual stream are divided by sqrt(2 layers)
+    (GPT-2)."""
     embedding_std: float = Field(default_factory=lambda data: data["initializer_range"], ge=0)
     """The embedding's own standard deviation; initializer_range if not given."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -199,18 +214,42 @@ class ModelSettings(Settings):
                     f"rope_parameters.{key} has {len(factors)} numbers, "
                     f"head_dim {self.head_dim} needs {self.head_dim // 2}"
                 )
+        if isinstance(self.norm, NormSettings) and (why := self.norm.refusal(self.hidden_size)):
+            raise ValueError(why)
+        if isinstance(self.placement, PlacementSettings):
+            if self.depth_scaling != "none" and not self.placement.scales_with_depth:
+                raise ValueError(
+                    f"depth_scaling '{self.depth_scaling}' is defined for placement 'pre', not for "
+                    f"'{part_name(type(self.placement))}'"
+                )
+            if self.initialization != "normal" and self.placement.own_initialization:
+                raise ValueError(
+                    f"placement '{part_name(type(self.placement))}' has initial weights of its "
+                    "own; leave initialization out"
+                )
         mixers = self.mixer if isinstance(self.mixer, list) else [self.mixer]
         if len(mixers) > self.num_hidden_layers:
             raise ValueError(
                 f"mixer lists {len(mixers)} parts, num_hidden_layers is {self.num_hidden_layers}"
             )
         for part in mixers:
+            if isinstance(part, MixerSettings):
+                part.check(self)
             if isinstance(part, MixerSettings) and not part.causal:
                 raise ValueError(
                     f"mixer '{getattr(part, 'name', type(part).__name__)}' looks at later tokens "
                     "and cannot serve a causal language model"
                 )
         return self
+
+    def notes(self) -> list[str]:
+        """What can be meant but rarely is."""
+        if self.depth_scaling == "none" or self.initialization == "normal":
+            return []
+        return [
+            f"model.depth_scaling '{self.depth_scaling}' and model.initialization "
+            f"'{self.initialization}' both shrink the branches; the paper trains with one of them"
+        ]
 
     def mixers(self) -> list[MixerSettings]:
         """The mixer of every layer, the list repeated."""

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llmnorm.data import tokenizer
-from llmnorm.models.convert import MAX_SHARD_BYTES, write_weights
+from llmnorm.models.convert import MAX_SHARD_BYTES, Stored, write_weights
+from llmnorm.models.equivalence import depth_factors
 from llmnorm.part import InputError
 from llmnorm.stock import to_stock
 from llmnorm.training.checkpoint import Checkpoints
@@ -54,34 +55,74 @@ def export(
         InputError: the directory is not empty, the weights are not there or not whole, the stock
             architectures cannot express the model, the disk is full; nothing has been written.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: is not empty; name a new directory")
+    check_empty(directory)
     sources = _sources(path, average, ema, checkpoint)
     newest = sources[-1]
-    config, architecture = newest.config, "LlmNormForCausalLM"
+    config, architecture, read_into = newest.config, "LlmNormForCausalLM", _reader(sources)
     if stock:
-        architecture, keys = to_stock(config.settings())
+        settings = config.settings()
+        architecture, keys = to_stock(settings)
         tokens = {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         class_name = architecture.replace("ForCausalLM", "Config")
         config = getattr(transformers, class_name)(**keys, **tokens)
+        read_into = _folding(read_into, depth_factors(settings))
     config.architectures = [architecture]
-    dtypes = {stored.dtype for stored in newest.tensors.values()}
-    config.dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
+    steps = [source.meta["step"] for source in sources if source.meta]
+    write_directory(
+        directory,
+        config,
+        newest.tensors,
+        read_into,
+        tokenizer_directory=newest.tokenizer,
+        card=model_card(directory.name, newest, architecture, steps=steps, ema=ema),
+        max_shard_bytes=max_shard_bytes,
+    )
 
+
+def check_empty(directory: Path) -> None:
+    """Refuse to write into a directory that holds something."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory}: is not empty; name a new directory")
+
+
+def write_directory(
+    directory: Path,
+    config: transformers.PreTrainedConfig,
+    tensors: Mapping[str, Stored],
+    read_into: Callable[[Mapping[str, Tensor]], None],
+    *,
+    tokenizer_directory: Path | None,
+    card: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model directory under a temporary name, and rename it.
+
+    Args:
+        directory: what is written; new or empty.
+        config: of the model, its `architectures` set; `dtype` is set here.
+        tensors: the weights' dtypes and shapes.
+        read_into: fills the tensors it is given.
+        tokenizer_directory: what the tokenizer is copied from, if there is one.
+        card: README.md.
+        max_shard_bytes: as `write_weights`.
+
+    Raises:
+        InputError: the disk refuses; nothing has been written.
+    """
+    dtypes = {stored.dtype for stored in tensors.values() if stored.dtype.is_floating_point}
+    config.dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
     temporary = directory.with_name(f".{directory.name}-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
-        write_weights(temporary, newest.tensors, _reader(sources), max_shard_bytes=max_shard_bytes)
+        write_weights(temporary, tensors, read_into, max_shard_bytes=max_shard_bytes)
         config.save_pretrained(temporary)
         GenerationConfig(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
         ).save_pretrained(temporary)
-        if newest.tokenizer is not None:
-            tokenizer.copy(newest.tokenizer, temporary)
-        steps = [source.meta["step"] for source in sources if source.meta]
-        card = model_card(directory.name, newest, architecture, steps=steps, ema=ema)
+        if tokenizer_directory is not None:
+            tokenizer.copy(tokenizer_directory, temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for file in temporary.glob("*.safetensors"):  # written for its owner alone
             file.chmod((temporary / "README.md").stat().st_mode)
@@ -92,7 +133,8 @@ def export(
         raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    total = sum(torch.Size(stored.shape).numel() for stored in newest.tensors.values())
+    total = sum(torch.Size(stored.shape).numel() for stored in tensors.values())
+    (architecture,) = config.architectures or ["model"]
     print(f"{directory}: {architecture}, {total / 1e6:.2f}M parameters, {config.dtype}")
 
 
@@ -112,6 +154,19 @@ def _sources(path: Path, average: int, ema: bool, checkpoint: str) -> list[Sourc
             f"not {average}; checkpoint.keep says how many a run keeps"
         )
     return [open_source(path, checkpoint=str(step), ema=ema) for step in steps[-average:]]
+
+
+def _folding(
+    read_into: Callable[[Mapping[str, Tensor]], None], factors: Mapping[str, float]
+) -> Callable[[Mapping[str, Tensor]], None]:
+    """The reader of a depth-scaled model's tensors with the scales in the gains."""
+
+    def read(into: Mapping[str, Tensor]) -> None:
+        read_into(into)
+        for name in into.keys() & factors.keys():
+            into[name].mul_(factors[name])
+
+    return read
 
 
 def _reader(sources: Sequence[Source]) -> Callable[[Mapping[str, Tensor]], None]:

@@ -25,6 +25,7 @@ from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import LlmNormForCausalLM, build_model, empty_model
+from llmnorm.nn.norms.running import RunningStatistics
 from llmnorm.optim.groups import split
 from llmnorm.part import InputError
 from llmnorm.training import metrics as record
@@ -83,6 +84,7 @@ def train(
         # Model, layout, optimizer, schedule.
         model = _model(config, run, packed, parallel)
         replica = parallel.prepare(model)
+        statistics = RunningStatistics(model, parallel.reduce)
         groups = split(model)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
         optimizer = config.optimizer.build(groups)
@@ -129,6 +131,7 @@ def train(
         batches = loader.batches(progress.row)
         _say(parallel, f"{parallel.describe()}; {_size(model, groups)}; {steps} steps")
         _dry_step(replica, parameters, loader, progress.row, micro_batch, parallel)
+        statistics.discard()
         if dry_run:
             _say(parallel, "dry run: every check passed, nothing was trained")
             return 0
@@ -185,8 +188,10 @@ def train(
                 group["lr"] = group["peak_lr"] * multipliers[group["kind"]](progress.step)
             if math.isfinite(mean_loss) and math.isfinite(norm):
                 optimizer.step()
+                statistics.commit()
                 progress.skipped_in_a_row = 0
             else:
+                statistics.discard()
                 progress.skipped_steps += 1
                 progress.skipped_in_a_row += 1
                 metrics.say(

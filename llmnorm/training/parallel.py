@@ -101,6 +101,7 @@ class Parallel:
                 model,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # running statistics are sums over processes already
             )
         return self._replica
 

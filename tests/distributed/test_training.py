@@ -63,8 +63,10 @@ def test_two_processes_compute_the_same_steps_as_one(two, start, tmp_path) -> No
     first, second = state_of(two, 5), state_of(run, 5)
     for name, tensor in first.items():
         # Adam divides by the root of a second moment that may be nearly 0: no bound an element.
+        # Where oneDNN multiplies for the one process and MKL for the smaller products of the two
+        # (llmnorm/nn/linear.py), the weights were measured to differ by 5.5e-6, else by 1.5e-6.
         if name.startswith("model."):
-            assert (tensor - second[name]).norm() <= 5e-6 * second[name].norm(), name
+            assert (tensor - second[name]).norm() <= 1e-5 * second[name].norm(), name
 
 
 def test_a_run_of_two_goes_on_with_one(two, start, tmp_path) -> None:

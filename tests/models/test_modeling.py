@@ -1,7 +1,8 @@
 """The model: losses, packed rows, padding, precision, saving, wrapping."""
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import build_model
+from llmnorm.nn.mixers.settings import Mixer
+from llmnorm.part import part_classes
 
 VOCABULARY = 61
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3], list(range(12))])
@@ -320,3 +323,23 @@ def test_flops_by_hand(tied: bool) -> None:
     block = 24 * 24 + 2 * 24 * 12 + 24 * 24 + 3 * 24 * 64
     expected = 6 * (2 * block + 24 * VOCABULARY) + 12 * 2 * 24 * 128
     assert flops_per_token(model, 128) == flops_per_token(model.config, 128) == expected
+
+
+@pytest.mark.parametrize("mixer", part_classes(get_args(Mixer)[0]))
+def test_every_mixer_learns(mixer: str) -> None:
+    """Oracle: the loss on one batch of packed rows, before and after 20 steps of Adam."""
+    model = build(mixer=mixer, hidden_size=64, num_hidden_layers=1, initializer_range=0.02).train()
+    ids, positions = tokens(4, 24), torch.arange(24).repeat(4, 1)
+    positions[1, 7:] -= 7
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(ids, labels=ids, position_ids=positions).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[0] > 0.9 * math.log(VOCABULARY)
+    assert losses[-1] < 0.3 * losses[0]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert flops_per_token(model, 24) > 6 * sum(p.numel() for p in model.lm_head.parameters())

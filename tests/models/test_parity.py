@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -45,6 +47,12 @@ STOCK: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
         LlamaForCausalLM,
         {"tie_word_embeddings": True},
         {"tie_word_embeddings": True},
+    ),
+    "mistral": (
+        MistralConfig,
+        MistralForCausalLM,
+        {"sliding_window": 5},
+        {"mixer": {"sliding_window": 5}},
     ),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}, {"mixer": {"attention_bias": "qkv"}}),
     "qwen3": (

@@ -6,20 +6,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn import linear
-from llmnorm.nn.linear import SMALLEST, Linear, add_product, product
+from llmnorm.nn.linear import (
+    SMALLEST,
+    Linear,
+    add_weight_gradient,
+    product,
+    sum_of_weight_gradients,
+    weight_gradient,
+)
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
 )
 
 
-@pytest.fixture(params=[False, True], ids=["torch", "oneDNN"])
+@pytest.fixture(params=["torch", "oneDNN", "oneDNN with copies"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether oneDNN multiplies, whatever this processor is."""
-    if request.param and not torch.backends.mkldnn.is_available():
+    chosen = request.param != "torch"
+    if chosen and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(linear, "onednn_is_faster", lambda: request.param)
-    return request.param
+    copies = request.param == "oneDNN with copies"
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: chosen)
+    monkeypatch.setattr(linear, "onednn_copies_are_cheap", lambda: copies)
+    return chosen
 
 
 def far(got: Tensor, expected: Tensor) -> float:
@@ -54,6 +64,7 @@ def test_outputs_and_gradients(library: bool, bias: bool, shape: tuple[int, ...]
 def test_frozen_inputs_get_no_gradient(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
     """Oracle: the products made, counted: one forward, one backward."""
     monkeypatch.setattr(linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(linear, "onednn_copies_are_cheap", lambda: True)
     layer, x = Linear(128, 128), torch.randn(200, 128, requires_grad=frozen != "x")
     layer.weight.requires_grad_(frozen != "weight")
     made = []
@@ -81,15 +92,26 @@ def test_everything_else_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_products_of_any_strides(library: bool) -> None:
-    """Oracle: float64; a and b transposed or not, and added to what is there."""
+    """Oracle: float64; a and b transposed or not."""
     torch.manual_seed(0)
     for a in (torch.randn(150, 130), torch.randn(130, 150).t()):
         for b in (torch.randn(140, 130), torch.randn(130, 140).t()):
-            expected = a.double() @ b.double().t()
-            assert far(product(a, b), expected) < 1e-6
-            total = torch.ones(150, 140)
-            assert add_product(total, a, b) is total
-            assert far(total, expected + 1) < 1e-6
-            wide = torch.ones(150, 140)
-            add_product(wide, a.bfloat16(), b.bfloat16())
-            assert far(wide, expected + 1) < 1e-2
+            assert far(product(a, b), a.double() @ b.double().t()) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(130, 140), (140, 130), (3, 7)])
+def test_gradients_of_weights(library: bool, shape: tuple[int, int]) -> None:
+    """Oracle: float64; wide and tall, large and small, by themselves and added up."""
+    torch.manual_seed(0)
+    grad, x = torch.randn(150, shape[0]), torch.randn(150, shape[1])
+    expected = grad.double().t() @ x.double()
+    once = weight_gradient(grad, x)
+    assert once.is_contiguous() and far(once, expected) < 1e-6
+    total = sum_of_weight_gradients(torch.empty(shape), torch.float32)
+    assert total.shape == shape and not total.any()
+    for _ in range(2):
+        add_weight_gradient(total, grad, x)
+    assert far(total, 2 * expected) < 1e-6
+    narrow = sum_of_weight_gradients(torch.empty(shape, dtype=torch.bfloat16), torch.float32)
+    add_weight_gradient(narrow, grad.bfloat16(), x.bfloat16())
+    assert narrow.dtype == torch.float32 and far(narrow, expected) < 1e-2

@@ -139,7 +139,7 @@ def test_without_gradients_only_the_loss_is_computed(monkeypatch: pytest.MonkeyP
         got = linear_cross_entropy(hidden, weight, labels)
     assert not got.requires_grad and not made
     linear_cross_entropy(hidden, weight, labels)
-    assert made == [((5, 11),)], "what is looked for above is there with gradients"
+    assert len(made) == 1, "what is looked for above is there with gradients"
     torch.testing.assert_close(got, full(hidden, weight, labels, int((labels != -100).sum())))
 
 

@@ -5,26 +5,48 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from llmnorm.nn.cache import RaggedCache
+from llmnorm.nn.cache import KeyValues, RaggedCache
 from llmnorm.nn.mixers.contract import (
     Context,
     Mixer,
     document_lengths,
     document_mask,
+    document_numbers,
     padding_mask,
+    visible_tokens,
 )
 from llmnorm.nn.mixers.rotary import Rotary
+from llmnorm.nn.mixers.settings import Mixer as MixerPart
 from llmnorm.nn.settings import ModelSettings
 
 BATCH, LENGTH = 3, 11
+BLOCK = {"gate": True, "conv_kernel": 3, "norm": "layer"}
 MIXERS: dict[str, dict[str, Any]] = {
     "softmax": {"name": "softmax"},
     "softmax qk_norm": {"name": "softmax", "qk_norm": True},
     "softmax qkv bias": {"name": "softmax", "attention_bias": "qkv"},
     "softmax bias": {"name": "softmax", "attention_bias": True},
+    "softmax window": {"name": "softmax", "sliding_window": 4},
+    "linear": {"name": "linear"},
+    "linear block": {"name": "linear", "bias": True, "rotary": False, **BLOCK},
+    "linear both": {"name": "linear", "bidirectional": True, **BLOCK},
+    "nala": {"name": "nala"},
+    "nala cosine": {"name": "nala", "direction": "cosine", "norm_scale": 2.0, "conv_kernel": 0},
+    "ssd": {"name": "ssd", "head_dim": 8, "state_size": 5, "time_step_limit": [0.01, 5.0]},
+    "ssd groups": {"name": "ssd", "head_dim": 10, "n_groups": 2, "state_size": 3, "conv_kernel": 2},
+    "gla": {"name": "gla", "num_heads": 2},
+    "gated_delta": {"name": "gated_delta", "num_key_heads": 2, "key_head_dim": 3},
+    "gated_delta groups": {
+        **{"name": "gated_delta", "num_key_heads": 2, "num_value_heads": 4},
+        **{"key_head_dim": 4, "value_head_dim": 3, "conv_kernel": 3},
+    },
+    "nala both": {"name": "nala", "bidirectional": True, "conv_kernel": 5, "rotary": False},
 }
+CAUSAL = {k: v for k, v in MIXERS.items() if not v.get("bidirectional")}
+BOTH = {k: v for k, v in MIXERS.items() if v.get("bidirectional")}
 PACKED = torch.tensor(
     [
         [0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5],
@@ -34,143 +56,328 @@ PACKED = torch.tensor(
 )
 
 
-def settings(mixer: dict[str, Any], kv_heads: int = 2) -> ModelSettings:
-    return ModelSettings.model_validate(
-        {
-            "hidden_size": 20,
-            "num_attention_heads": 4,
-            "num_key_value_heads": kv_heads,
-            "head_dim": 6,
-            "num_hidden_layers": 1,
-            "mixer": mixer,
-        }
+def settings(kv_heads: int = 2) -> ModelSettings:
+    return ModelSettings(
+        hidden_size=20, num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=6
     )
 
 
-@pytest.fixture(params=MIXERS.values(), ids=MIXERS)
-def model(request: pytest.FixtureRequest) -> ModelSettings:
-    return settings(request.param)
-
-
-def build(model: ModelSettings) -> Mixer:
+def build(mixer: dict[str, Any], kv_heads: int = 2, std: float = 0.5) -> Mixer:
+    part = TypeAdapter(MixerPart).validate_python(mixer)
     torch.manual_seed(0)
-    mixer = model.mixers()[0].build(model, 0).double()
-    for parameter in mixer.parameters():
-        parameter.data.normal_(std=0.5)
-    return mixer
+    built = part.build(settings(kv_heads), 0).double()
+    for parameter in built.parameters():
+        parameter.data.normal_(std=std)
+    return built
 
 
-def tables(model: ModelSettings, positions: Tensor) -> tuple[Tensor, Tensor]:
+def every(mixers: dict[str, dict[str, Any]]) -> Any:
+    return pytest.mark.parametrize("mixer", mixers.values(), ids=mixers)
+
+
+def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
+    model = settings()
     return Rotary(model.rope_parameters, model.head_dim, 2048)(positions, torch.float64)
 
 
-def contexts(model: ModelSettings) -> Iterator[Context]:
-    yield Context(*tables(model, torch.arange(LENGTH).unsqueeze(0)))
-    documents = document_lengths(PACKED)
+def plain(length: int = LENGTH) -> Context:
+    return Context(*tables(torch.arange(length).unsqueeze(0)))
+
+
+def packed(positions: Tensor = PACKED, *, by_mask: bool = False) -> Context:
+    documents = document_lengths(positions)
     assert documents is not None
-    yield Context(*tables(model, PACKED), documents=documents)
-    yield Context(*tables(model, PACKED), document_mask(documents, BATCH, torch.device("cpu")))
-    real = torch.ones(BATCH, LENGTH, dtype=torch.bool)
-    real[1, :4] = False
-    yield Context(*tables(model, (real.cumsum(1) - 1).clamp(min=0)), padding_mask(real))
+    segments = document_numbers(documents, len(positions), positions.device)
+    cos, sin = tables(positions)
+    if by_mask:
+        return Context(cos, sin, document_mask(segments), segments=segments)
+    return Context(cos, sin, documents=documents, segments=segments)
 
 
-def inputs() -> Tensor:
+def padded(length: int = LENGTH) -> Context:
+    """Padding on the left of row 1 and on the right of row 2."""
+    real = torch.ones(BATCH, length, dtype=torch.bool)
+    real[1, : length // 3] = False
+    real[2, length - length // 4 :] = False
+    return Context(*tables((real.cumsum(1) - 1).clamp(min=0)), padding_mask(real), real=real)
+
+
+def contexts() -> Iterator[Context]:
+    yield from (plain(), packed(), packed(by_mask=True), padded())
+
+
+def inputs(length: int = LENGTH) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(BATCH, LENGTH, 20, dtype=torch.float64, generator=generator)
+    return torch.randn(BATCH, length, 20, dtype=torch.float64, generator=generator)
 
 
-def test_mix_is_the_matrix_times_the_values(model: ModelSettings) -> None:
+def mixed_by_matrix(mixer: Mixer, p: Any, context: Context) -> Tensor:
+    matrix = mixer.materialize(p, context)
+    values = p.v.repeat_interleave(matrix.shape[1] // p.v.shape[2], dim=2)
+    return torch.einsum("bhij,bjhv->bihv", matrix, values)
+
+
+@every(MIXERS)
+def test_mix_is_the_matrix_times_the_values(mixer: dict[str, Any]) -> None:
     """Oracle: the materialised matrix, for plain, packed (loop and mask) and padded rows."""
-    mixer, x = build(model), inputs()
-    for context in contexts(model):
-        p = mixer.prepare(x, context)
-        matrix = mixer.materialize(p, context)
-        assert matrix.shape == (BATCH, 4, LENGTH, LENGTH)
-        values = p.v.repeat_interleave(4 // p.v.shape[2], dim=2)
-        expected = torch.einsum("bhij,bjhv->bihv", matrix, values)
-        torch.testing.assert_close(mixer.mix(p, context), expected, rtol=0, atol=1e-13)
-        expected = mixer.finish(expected, x, p)
-        torch.testing.assert_close(mixer(x, context), expected, rtol=0, atol=1e-12)
+    built, x = build(mixer), inputs()
+    for context in contexts():
+        p = built.prepare(x, context)
+        y, expected = built.mix(p, context), mixed_by_matrix(built, p, context)
+        assert y.shape == expected.shape and y.shape[:2] == (BATCH, LENGTH)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(built(x, context), built.finish(y, x, p), rtol=0, atol=1e-12)
 
 
-def test_later_tokens_and_other_documents_weigh_nothing(model: ModelSettings) -> None:
+@every(MIXERS)
+@pytest.mark.parametrize("length", [1, 2, 131])
+def test_any_length(mixer: dict[str, Any], length: int) -> None:
+    """Oracle: the matrix, for one token, and for a prime number of them over several chunks."""
+    built, x = build(mixer), inputs(length)
+    positions = torch.arange(length).repeat(BATCH, 1)
+    positions[1, length // 2 :] -= length // 2
+    some = [plain(length)] if length < 4 else [plain(length), packed(positions), padded(length)]
+    for context in some:
+        p = built.prepare(x, context)
+        expected = mixed_by_matrix(built, p, context)
+        torch.testing.assert_close(built.mix(p, context), expected, rtol=0, atol=1e-11)
+
+
+@every(CAUSAL)
+def test_later_tokens_and_other_documents_weigh_nothing(mixer: dict[str, Any]) -> None:
     """Oracle: entries of the matrix that must be exactly zero, counted by hand per pair."""
-    mixer, x = build(model), inputs()
+    built, x = build(mixer), inputs()
     number = (PACKED == 0).cumsum(1)
-    for context in contexts(model):
-        matrix = mixer.materialize(mixer.prepare(x, context), context)
+    for context in contexts():
+        matrix = built.materialize(built.prepare(x, context), context)
         for i in range(LENGTH):
             assert not matrix[:, :, i, i + 1 :].any()
-        packed = context.documents is not None
-        for row, i, j in [(0, 4, 3), (0, 5, 4), (0, 10, 2), (2, 10, 9)] if packed else []:
+        for row, i, j in [(0, 4, 3), (0, 5, 4), (0, 10, 2), (2, 10, 9)]:
             assert number[row, i] != number[row, j]
-            assert not matrix[row, :, i, j].any()
+            if context.segments is not None:
+                assert not matrix[row, :, i, j].any()
 
 
+@every(MIXERS)
+def test_causality(mixer: dict[str, Any]) -> None:
+    """Oracle: exact zeros in the gradient of a token with respect to later ones, or none at all."""
+    built, x = build(mixer), inputs(9).requires_grad_()
+    (grad,) = torch.autograd.grad(built(x, plain(9))[:, 4].square().sum(), x)
+    first = 5 - mixer.get("sliding_window", 5)
+    assert grad[:, first:5].abs().amin(-1).min() > 0 and not grad[:, :first].any()
+    assert bool(grad[:, 5:].any()) is not built.causal
+    assert built.causal == (mixer in CAUSAL.values())
+
+
+@every(MIXERS)
 @pytest.mark.parametrize("by_mask", [False, True])
-def test_documents_never_see_each_other(model: ModelSettings, by_mask: bool) -> None:
+def test_documents_never_see_each_other(mixer: dict[str, Any], by_mask: bool) -> None:
     """Oracle: exact zeros in the gradient, and outputs equal to the bit when the other changes."""
-    mixer, x = build(model), inputs().requires_grad_()
-    documents = document_lengths(PACKED)
-    assert documents is not None
-    context = Context(*tables(model, PACKED), documents=documents)
-    if by_mask:
-        mask = document_mask(documents, BATCH, torch.device("cpu"))
-        context = Context(context.cos, context.sin, mask)
-    out = mixer(x, context)
+    built, x = build(mixer), inputs().requires_grad_()
+    context = packed(by_mask=by_mask)
+    out = built(x, context)
     (grad,) = torch.autograd.grad(out[0, 5:].square().sum(), x)
     assert grad[0, 5:].abs().min() > 0
     assert not grad[0, :5].any() and not grad[1:].any()
     changed = x.detach().clone()
     changed[0, :5] = 7.0
-    assert torch.equal(mixer(changed, context)[0, 5:], out[0, 5:])
-    assert not torch.equal(mixer(changed, context)[0, :5], out[0, :5])
+    assert torch.equal(built(changed, context)[0, 5:], out[0, 5:])
+    assert not torch.equal(built(changed, context)[0, :5], out[0, :5])
 
 
-def test_packed_documents_are_the_documents_alone(model: ModelSettings) -> None:
+@every(MIXERS)
+def test_packed_documents_are_the_documents_alone(mixer: dict[str, Any]) -> None:
     """Oracle: each document in a call of its own, positions from 0."""
-    mixer, x = build(model), inputs()
-    documents = document_lengths(PACKED)
-    assert documents is not None
-    out = mixer(x, Context(*tables(model, PACKED), documents=documents)).flatten(0, 1)
-    for part, whole in zip(x.flatten(0, 1).split(documents), out.split(documents), strict=True):
-        context = Context(*tables(model, torch.arange(len(part)).unsqueeze(0)))
-        alone = mixer(part.unsqueeze(0), context).squeeze(0)
-        torch.testing.assert_close(whole, alone, rtol=0, atol=1e-13)
+    built, x = build(mixer), inputs()
+    context = packed()
+    assert context.documents is not None
+    out = built(x, context).flatten(0, 1)
+    parts = x.flatten(0, 1).split(context.documents), out.split(context.documents)
+    for part, whole in zip(*parts, strict=True):
+        alone = built(part.unsqueeze(0), plain(len(part))).squeeze(0)
+        torch.testing.assert_close(whole, alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("cuts", [[LENGTH], [1] * LENGTH, [4, 1, 1, 5], [3, 8]])
-def test_any_cut_through_the_cache_is_one_pass(model: ModelSettings, cuts: list[int]) -> None:
-    """Oracle: the pass without a cache, in float64."""
-    mixer, x, cache = build(model), inputs(), RaggedCache(1)
-    outs = []
+@every(MIXERS)
+def test_padding_changes_nothing(mixer: dict[str, Any]) -> None:
+    """Oracle: each row's real tokens in a call of their own; what padding holds has no effect."""
+    built, x, context = build(mixer), inputs(), padded()
+    assert context.real is not None
+    out = built(x, context)
+    assert out.isfinite().all()
+    for row, real in zip(range(BATCH), context.real, strict=True):
+        alone = built(x[row, real].unsqueeze(0), plain(int(real.sum()))).squeeze(0)
+        torch.testing.assert_close(out[row, real], alone, rtol=0, atol=1e-12)
+    changed = torch.where(context.real[..., None], x, 5.0)
+    torch.testing.assert_close(
+        built(changed, context)[context.real], out[context.real], rtol=0, atol=0
+    )
+
+
+def through_the_cache(built: Mixer, cache: RaggedCache, x: Tensor, real: Any = None) -> Tensor:
+    places = cache.places(len(x), x.shape[1], x.device, real)
+    context = Context(
+        *tables(places.index),
+        mask=places.mask(),
+        causal=places.causal,
+        places=places,
+        real=places.real,
+    )
     with torch.no_grad():
-        for part in x.split(cuts, 1):
-            places = cache.places(BATCH, part.shape[1], x.device)
-            context = Context(
-                *tables(model, places.index),
-                mask=places.mask(),
-                causal=places.causal,
-                places=places,
-            )
-            outs.append(mixer(part, context, cache.layers[0]))
-        whole = mixer(x, Context(*tables(model, torch.arange(LENGTH).unsqueeze(0))))
-    torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=0, atol=1e-12)
+        return built(x, context, cache.layers[0])
+
+
+@every(CAUSAL)
+@pytest.mark.parametrize("cuts", [[LENGTH], [1] * LENGTH, [4, 1, 1, 5], [3, 8], [1, 10]])
+def test_any_cut_through_the_cache_is_one_pass(mixer: dict[str, Any], cuts: list[int]) -> None:
+    """Oracle: the pass without a cache, in float64."""
+    built, x = build(mixer), inputs()
+    cache = RaggedCache([built.new_cache()])
+    outs = [through_the_cache(built, cache, part) for part in x.split(cuts, 1)]
+    torch.testing.assert_close(torch.cat(outs, 1), built(x, plain()), rtol=0, atol=1e-11)
+
+
+@every(CAUSAL)
+def test_the_cache_goes_back_and_takes_in(mixer: dict[str, Any]) -> None:
+    """Oracle: rows as Python lists, each in a pass of its own, after every verb of the cache."""
+    built, x = build(mixer), inputs(40)
+    cache, other = RaggedCache([built.new_cache()]), RaggedCache([built.new_cache()])
+    rows: list[Tensor] = [x[row, :0] for row in range(BATCH)]
+    fresh = iter(range(40))
+
+    def append(counts: list[int]) -> None:
+        width = max(counts)
+        new = torch.stack([x[:, next(fresh)] for _ in range(width)], 1)
+        real = torch.arange(width) < torch.tensor(counts)[:, None]
+        out = through_the_cache(built, cache, new, real)
+        for row, count in enumerate(counts):
+            rows[row] = torch.cat((rows[row], new[row, :count]))
+            if count:
+                whole = built(rows[row].unsqueeze(0), plain(len(rows[row])))[0, -count:]
+                torch.testing.assert_close(out[row, :count], whole, rtol=0, atol=1e-10)
+        assert cache.lengths == [len(row) for row in rows]
+
+    def rollback(counts: list[int]) -> None:
+        cache.rollback(counts)
+        rows[:] = [r[: len(r) - n] for r, n in zip(rows, counts, strict=True)]
+
+    append([4, 1, 3])
+    rollback([4, 0, 1])
+    append([2, 2, 2])
+    append([1, 1, 1])
+    append([1, 1, 1])
+    rollback([3, 2, 0])
+    append([3, 0, 2])
+    through_the_cache(built, other, x[:1, :5])
+    cache.release(1)
+    assert cache.admit(other, 0) == 1
+    rows[1] = x[0, :5]
+    append([1, 3, 2])
+    rollback([0, 3, 1])
+    cache.select([2, 0, 1, 0][:3])
+    rows[:] = [rows[2], rows[0], rows[1]]
+    append([2, 1, 2])
+
+
+@every({k: v for k, v in CAUSAL.items() if v["name"] != "softmax" or "sliding_window" in v})
+def test_the_state_is_of_constant_size_and_goes_back_at_least_64_tokens(
+    mixer: dict[str, Any],
+) -> None:
+    """Oracle: bytes of all tensors held, each 300 tokens; a pass without a cache."""
+    built, x = build(mixer), inputs(900)
+    cache, sizes = RaggedCache([built.new_cache()]), []
+    for end in (300, 600, 900):
+        through_the_cache(built, cache, x[:, end - 300 : end - 80])
+        for token in range(end - 80, end):
+            through_the_cache(built, cache, x[:, token : token + 1])
+        sizes.append(held(cache.layers[0]))
+    assert sizes[0] <= sizes[1] == sizes[2]
+    cache.rollback([64, 0, 1])
+    out = through_the_cache(built, cache, x[:, :1])
+    for row, length in enumerate((836, 900, 899)):
+        alone = torch.cat((x[row, :length], x[row, :1]))
+        expected = built(alone.unsqueeze(0), plain(length + 1))[0, -1]
+        torch.testing.assert_close(out[row, 0], expected, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="of recurrent layers the last|of layers with a window"):
+        cache.rollback([400, 0, 0])
+
+
+def held(layer: Any) -> int:
+    """Bytes of a layer's tensors, each counted once."""
+    if isinstance(layer, KeyValues):
+        tensors = [layer.keys, layer.values]
+    else:
+        tensors = list(layer.state)
+        for stage in layer._stages:
+            tensors += [*(stage.state or ()), *(t for inputs, _ in stage.blocks for t in inputs)]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+@every(MIXERS)
+def test_gradients(mixer: dict[str, Any]) -> None:
+    """Oracle: finite differences, of the input and of every parameter, on packed rows."""
+    built = build(mixer)
+    positions = torch.tensor([[0, 1, 0, 1, 2]])
+    x = inputs(5)[:1].requires_grad_()
+    names, parameters = zip(*built.named_parameters(), strict=True)
+    leaves = tuple(p.detach().clone().requires_grad_() for p in parameters)
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(
+            built, dict(zip(names, values, strict=True)), (x, packed(positions))
+        )
+
+    assert torch.autograd.gradcheck(run, (x, *leaves), fast_mode=True)
+    out = built(0 * x, packed(positions)).square().sum()
+    for grad in torch.autograd.grad(out, [x, *built.parameters()]):
+        assert grad.isfinite().all()
+
+
+@every(MIXERS)
+def test_bf16(mixer: dict[str, Any]) -> None:
+    """Oracle: the float64 output of the same rounded weights and inputs."""
+    built, x = build(mixer, std=0.2).bfloat16(), inputs().bfloat16()
+    cos, sin = (t.float() for t in tables(torch.arange(LENGTH).unsqueeze(0)))
+    out = built(x, Context(cos, sin))
+    assert out.dtype == torch.bfloat16
+    expected = built.double()(x.double(), plain())
+    error = (out.double() - expected).abs().max() / expected.abs().max()
+    assert error < 3e-2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = built.float()(x.float(), Context(cos, sin))
+    assert (out.double() - expected).abs().max() / expected.abs().max() < 3e-2
+
+
+@every(MIXERS)
+def test_built_on_the_meta_device_and_initialised(mixer: dict[str, Any]) -> None:
+    """Oracle: no memory is taken; every parameter is set by its module's reset_parameters."""
+    with torch.device("meta"):
+        built = TypeAdapter(MixerPart).validate_python(mixer).build(settings(), 0)
+    assert all(parameter.is_meta for parameter in built.parameters())
+    assert not list(built.buffers())
+    built.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.fill_(torch.nan)
+        for module in built.modules():
+            if list(module.parameters(recurse=False)):
+                module.reset_parameters()  # type: ignore[operator]
+    assert all(parameter.isfinite().all() for parameter in built.parameters())
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_grouped_heads_share_keys(kv_heads: int) -> None:
+@pytest.mark.parametrize("name", ["softmax", "linear", "nala"])
+def test_grouped_heads_share_keys(name: str, kv_heads: int) -> None:
     """Oracle: full heads whose key and value weights are the shared ones, repeated."""
-    grouped, full = build(settings(MIXERS["softmax"], kv_heads)), build(settings({}, 4))
+    mixer = {"name": name} if name == "softmax" else {"name": name, "conv_kernel": 0}
+    grouped, full = build(mixer, kv_heads), build(mixer, 4)
     state = grouped.state_dict()
-    for name in ("k_proj.weight", "v_proj.weight"):
-        heads = state[name].view(kv_heads, 6, 20)
-        state[name] = heads.repeat_interleave(4 // kv_heads, 0).reshape(24, 20)
+    for weight in ("k_proj.weight", "v_proj.weight"):
+        heads = state[weight].view(kv_heads, 6, 20)
+        state[weight] = heads.repeat_interleave(4 // kv_heads, 0).reshape(24, 20)
     full.load_state_dict(state)
     x = inputs()
-    context = Context(*tables(settings({}), torch.arange(LENGTH).unsqueeze(0)))
-    torch.testing.assert_close(grouped(x, context), full(x, context), rtol=0, atol=1e-12)
+    torch.testing.assert_close(grouped(x, plain()), full(x, plain()), rtol=0, atol=1e-12)
 
 
 def test_document_lengths() -> None:
@@ -181,6 +388,16 @@ def test_document_lengths() -> None:
     positions = torch.tensor([[3, 4, 0]])
     assert document_lengths(positions) == (2, 1)
     assert positions.tolist() == [[3, 4, 0]]
+
+
+def test_visible_tokens() -> None:
+    """Oracle: by hand, with padding and two documents a row."""
+    segments = document_numbers((2, 3, 5), 2, torch.device("cpu"))
+    real = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]]).bool()
+    context = Context(torch.ones(1), torch.ones(1), segments=segments, real=real)
+    like = torch.empty(2, 5)
+    assert visible_tokens(like, context, causal=True).tolist() == [[1, 2, 1, 1, 2], [1, 1, 2, 3, 3]]
+    assert visible_tokens(like, context, causal=False).tolist() == [[2, 2, 2, 2, 2], [3] * 5]
 
 
 def test_padding_on_the_right_needs_no_mask() -> None:

@@ -1,6 +1,7 @@
-"""Every norm of the registry: definition, gradients, precision, bf16, autocast."""
+"""Every norm of the registry: definition, gradients, precision, bf16, autocast, causality."""
 
-from typing import get_args
+import copy
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,50 +11,83 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llmnorm.nn.norms.layer import LayerNorm
-from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.nn.norms.settings import LayerNormSettings, Norm, RMSNormSettings
+from llmnorm.nn.norms.depth_scaling import scale_by_depth
+from llmnorm.nn.norms.settings import (
+    CRMSNormSettings,
+    DyTSettings,
+    IdentitySettings,
+    LayerNormSettings,
+    Norm,
+    PowerNormSettings,
+    RMSNormSettings,
+    UnifiedNormSettings,
+)
 from llmnorm.part import Settings
 
 PARTS = get_args(get_args(Norm)[0])
+RUNNING = (PowerNormSettings, UnifiedNormSettings)
+# The others' gradients are their outputs'.
+TOKENWISE = [*(part() for part in PARTS if part not in RUNNING), RMSNormSettings(bias=True)]
+NAMES = [f"{s.name}{'-bias' if s == RMSNormSettings(bias=True) else ''}" for s in TOKENWISE]
+each_tokenwise = pytest.mark.parametrize("settings", TOKENWISE, ids=NAMES)
 
 
-def build(part: type[Settings], width: int) -> nn.Module:
-    norm = part().build(width)  # type: ignore[attr-defined]
+def build(settings: Any, width: int, layer: int | None = None) -> nn.Module:
+    """The norm with random gains and offsets, scaled for a layer if one is given."""
+    norm: nn.Module = settings.build(width)
     generator = torch.Generator().manual_seed(width)
     for parameter in norm.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    return norm
+    return norm if layer is None else scale_by_depth(norm, layer)
 
 
-def plain(norm: nn.Module, x: Tensor) -> Tensor:
-    """The definition, written out."""
-    if isinstance(norm, LayerNorm):
-        assert norm.bias is not None
-        centred = x - x.mean(-1, keepdim=True)
-        variance = centred.square().mean(-1, keepdim=True)
-        return norm.weight * centred / (variance + norm.eps).sqrt() + norm.bias
-    assert isinstance(norm, RMSNorm)
-    return norm.weight * x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+def plain(settings: Any, norm: nn.Module, x: Tensor) -> Tensor:
+    """The definition in evaluation, written out."""
+    p: Any = norm
+    offset = getattr(p, "bias", None)
+    offset = 0.0 if offset is None else offset
+    match settings:
+        case RMSNormSettings():
+            y = p.weight * x / (x.square().mean(-1, keepdim=True) + p.eps).sqrt() + offset
+        case LayerNormSettings():
+            centred = x - x.mean(-1, keepdim=True)
+            variance = centred.square().mean(-1, keepdim=True)
+            y = p.weight * centred / (variance + p.eps).sqrt() + offset
+        case CRMSNormSettings():
+            whole = torch.cat((x, -x.sum(-1, keepdim=True)), -1)
+            y = (whole / (whole.square().mean(-1, keepdim=True) + p.eps).sqrt())[..., :-1]
+        case DyTSettings():
+            y = p.weight * torch.tanh(p.alpha * x) + offset
+        case IdentitySettings():
+            y = x
+        case PowerNormSettings():
+            r = (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+            y = p.weight * x * r / (p.running_square + p.eps).sqrt() + offset
+        case UnifiedNormSettings():
+            y = p.weight * x / (p.running_square + p.eps).sqrt() + offset
+        case _:
+            raise AssertionError(f"{settings} has no definition here")
+    return y
 
 
-@pytest.mark.parametrize("part", PARTS)
+@each_tokenwise
 @given(
-    shape=st.lists(st.integers(1, 5), min_size=0, max_size=3),
-    width=st.integers(2, 33),
+    shape=st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    width=st.integers(1, 33),
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    layer=st.sampled_from([None, 0, 2]),
 )
 def test_output_and_gradients_are_the_definitions(
-    part: type[Settings], shape: list[int], width: int, scale: float
+    settings: Any, shape: list[int], width: int, scale: float, layer: int | None
 ) -> None:
-    """Oracle: autograd through the definition, in float64."""
+    """Oracle: autograd through the definition over the root of the layer, in float64."""
     torch.manual_seed(width)
-    norm = build(part, width).double()
+    norm = build(settings, width, layer).double()
     x = (torch.randn(*shape, width, dtype=torch.float64) * scale).requires_grad_()
     upstream = torch.randn_like(x)
     inputs = (x, *norm.parameters())
     got = norm(x)
-    expected = plain(norm, x)
+    expected = plain(settings, norm, x) / (1 if layer is None else (layer + 1) ** 0.5)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     grads = torch.autograd.grad(got, inputs, upstream)
     expected_grads = torch.autograd.grad(expected, inputs, upstream)
@@ -61,10 +95,10 @@ def test_output_and_gradients_are_the_definitions(
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10 * max(1.0, 1 / scale))
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_gradcheck(part: type[Settings]) -> None:
+@each_tokenwise
+def test_gradcheck(settings: Any) -> None:
     """Oracle: finite differences; inputs of non-contiguous layout and frozen gains included."""
-    norm = build(part, 7).double()
+    norm = build(settings, 7, layer=3).double()
     x = torch.randn(7, 3, dtype=torch.float64).t().requires_grad_()
     weights = dict(norm.named_parameters())
     names = list(weights)
@@ -77,35 +111,90 @@ def test_gradcheck(part: type[Settings]) -> None:
     assert torch.autograd.gradcheck(norm, (x,))
     norm.requires_grad_(True)
     frozen_input = x.detach()
-    assert torch.autograd.gradcheck(lambda *w: run(frozen_input, *w), tuple(weights.values()))
+    if weights:
+        assert torch.autograd.gradcheck(lambda *w: run(frozen_input, *w), tuple(weights.values()))
+
+
+@pytest.mark.parametrize("settings", [RMSNormSettings(), LayerNormSettings()], ids=["rms", "layer"])
+def test_long_inputs_are_the_definition_too(settings: Any) -> None:
+    """Oracle: autograd through the definition, over rows enough for several pieces."""
+    torch.manual_seed(0)
+    norm = build(settings, 1030).double()
+    x = torch.randn(3, 400, 1030, dtype=torch.float64, requires_grad=True)
+    upstream, inputs = torch.randn_like(x), (x, *norm.parameters())
+    expected = torch.autograd.grad(plain(settings, norm, x), inputs, upstream)
+    for one, other in zip(torch.autograd.grad(norm(x), inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_is_rounded_once_from_float32_statistics(part: type[Settings], autocast: bool) -> None:
     """Oracle: the definition in float64 of the same bf16 values, rounded to bf16."""
-    norm = build(part, 48)
+    norm = build(part(), 48).eval()
     x = torch.randn(5, 48).mul(30).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         got = norm(x)
     assert got.dtype == torch.bfloat16
-    expected = plain(norm, x.double())
+    expected = plain(part(), copy.deepcopy(norm).double(), x.double())
     assert (got.double() - expected).abs().max() <= expected.abs().max() * 2**-8
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         assert norm(x.float()).dtype == torch.float32
 
 
-def test_bf16_gradients_keep_their_dtypes() -> None:
+@pytest.mark.parametrize("part", [p for p in PARTS if p is not IdentitySettings])
+def test_bf16_gradients_keep_their_dtypes(part: type[Settings]) -> None:
     """Oracle: float32 gradients of the same values, within bf16's rounding."""
-    norm = build(RMSNormSettings, 48)
+    narrow, wide = build(part(), 48), build(part(), 48)
     x = torch.randn(5, 48).bfloat16().requires_grad_()
-    norm(x).sum().backward()
-    wide = x.detach().float().requires_grad_()
-    expected = torch.autograd.grad(plain(norm, wide).sum(), (wide, norm.weight))
-    assert x.grad is not None and x.grad.dtype == torch.bfloat16
-    assert norm.weight.grad.dtype == torch.float32
-    torch.testing.assert_close(x.grad.float(), expected[0], rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(norm.weight.grad, expected[1], rtol=1e-4, atol=1e-4)
+    narrow(x).sum().backward()
+    wide_x = x.detach().float().requires_grad_()
+    wide(wide_x).sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16 and wide_x.grad is not None
+    torch.testing.assert_close(x.grad.float(), wide_x.grad, rtol=1e-2, atol=1e-2)
+    for one, other in zip(narrow.parameters(), wide.parameters(), strict=True):
+        assert one.grad is not None and one.grad.dtype == torch.float32
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_output_depends_on_later_tokens_in_training(part: type[Settings]) -> None:
+    """Oracle: outputs before a changed token, to the bit; `unified` and a warm-up do leak."""
+    leaks = [(part(), part is UnifiedNormSettings)]
+    if part is PowerNormSettings:
+        leaks.append((PowerNormSettings(warmup=1, allow_leak=True), True))
+    for settings, leaky in leaks:
+        x = torch.randn(2, 6, 16)
+        changed = x.clone()
+        changed[:, 4:] *= 3
+        outs = [build(settings, 16).train()(tokens) for tokens in (x, changed)]
+        assert torch.equal(outs[0][:, :4], outs[1][:, :4]) != leaky
+        assert not torch.equal(outs[0][:, 4:], outs[1][:, 4:])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_scale_of_a_layer_survives_the_meta_device_and_copies(part: type[Settings]) -> None:
+    """Oracle: 1/2 of the unscaled output; no buffer and no key of a state dict holds it."""
+    with torch.device("meta"):
+        norm = scale_by_depth(part().build(16), 3)  # type: ignore[attr-defined]
+    norm.to_empty(device="cpu")
+    if hasattr(norm, "reset_parameters"):
+        norm.reset_parameters()
+    plain_norm = part().build(16)  # type: ignore[attr-defined]
+    assert norm.state_dict().keys() == plain_norm.state_dict().keys()
+    x = torch.randn(3, 16)
+    expected = plain_norm.eval()(x) / 2
+    for one in (norm, copy.deepcopy(norm)):
+        torch.testing.assert_close(one.eval()(x), expected)
+
+
+def test_a_norm_from_outside_the_package_is_scaled_too() -> None:
+    """Oracle: torch's own RMSNorm over the root of the layer; its names stay."""
+    norm = scale_by_depth(nn.RMSNorm(16, eps=1e-6), 2)
+    x = torch.randn(3, 16)
+    for one in (norm, copy.deepcopy(norm)):
+        torch.testing.assert_close(one(x), F.rms_norm(x, (16,), None, 1e-6) / 3**0.5)
+    assert list(norm.state_dict()) == ["weight"]
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 192])
@@ -141,7 +230,7 @@ def test_cast_modes_differ_below_float32() -> None:
 def test_float32_matches_torch() -> None:
     """Oracle: F.rms_norm and F.layer_norm in float32, within float32 rounding."""
     x = torch.randn(7, 96)
-    rms, layer = build(RMSNormSettings, 96), build(LayerNormSettings, 96)
+    rms, layer = build(RMSNormSettings(), 96), build(LayerNormSettings(), 96)
     expected = F.rms_norm(x, (96,), rms.weight, rms.eps)
     torch.testing.assert_close(rms(x), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(layer(x), F.layer_norm(x, (96,), layer.weight, layer.bias, layer.eps))

@@ -14,6 +14,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmnorm.config_file import load
 from llmnorm.data import packing
 from llmnorm.data.loader import IGNORED, Loader, evaluation_batches
 from llmnorm.data.settings import DataSettings, TokenizerSettings
@@ -193,7 +194,10 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path, smoke_data) ->
     assert kills > 0
     last = Child(words, tmp_path / "log.txt")
     assert last.finish() == 0, last.log.read_text()
-    (whole,) = (path.parent for path in smoke_data.rglob("MANIFEST.json"))
+    config = load(SMOKE, [f"data.dir={smoke_data}"]).config
+    packed = packing.find(config.data, config.tokenizer)
+    assert packed is not None
+    whole = packed.directory
     killed = tmp_path / "killed" / "packed" / whole.name
     for file in sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file()):
         assert (killed / file).read_bytes() == (whole / file).read_bytes(), file

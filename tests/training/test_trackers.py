@@ -74,9 +74,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Killed
     return Killed(run, place / "trackio", lines)
 
 
-def expected(killed: Killed, key: str) -> list[tuple[int, float]]:
-    """(step, figure) of `key` over the whole run, from metrics.jsonl."""
-    return [(line["step"], line[key]) for line in killed.lines if key in line]
+def expected(killed: Killed, key: str) -> dict[int, float]:
+    """Step -> figure of `key` over the whole run, from metrics.jsonl."""
+    return {line["step"]: line[key] for line in killed.lines if key in line}
 
 
 def test_tensorboard_shows_one_unbroken_curve(killed: Killed) -> None:
@@ -86,8 +86,9 @@ def test_tensorboard_shows_one_unbroken_curve(killed: Killed) -> None:
     reader = EventAccumulator(str(killed.run.path / "tensorboard"))
     reader.Reload()
     for key in ("loss", "grad_norm", "lr"):
-        shown = [(event.step, event.value) for event in reader.Scalars(f"train/{key}")]
-        assert [step for step, _ in shown] == list(range(1, 13))
+        events = reader.Scalars(f"train/{key}")
+        assert [event.step for event in events] == list(range(1, 13))
+        shown = {event.step: event.value for event in events}
         assert shown == pytest.approx(expected(killed, key), rel=1e-6)  # float32 files
     assert [e.step for e in reader.Scalars("validation/prose/bits_per_byte")] == [6, 12]
     tags = reader.Tags()["tensors"]
@@ -111,7 +112,7 @@ def test_wandb_offline_holds_one_run(killed: Killed) -> None:
             items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
             if "train/loss" in items:
                 shown[json.loads(items["_step"])] = json.loads(items["train/loss"])
-    assert sorted(shown.items()) == pytest.approx(expected(killed, "loss"), rel=1e-12)
+    assert shown == pytest.approx(expected(killed, "loss"), rel=1e-12)
 
 
 def log_records(path: Path) -> Iterator[bytes]:
@@ -142,7 +143,9 @@ def test_trackio_holds_one_run(killed: Killed, monkeypatch: pytest.MonkeyPatch) 
     )
     ((name, logs),) = json.loads(done.stdout.splitlines()[-1]).items()
     assert name == json.loads(killed.run.tracker.read_text())["trackio"]
-    shown = [(log["step"], log["train/loss"]) for log in logs if "train/loss" in log]
+    points = [(log["step"], log["train/loss"]) for log in logs if "train/loss" in log]
+    shown = dict(points)
+    assert len(points) == len(shown), "a step that was sent twice"
     assert shown == pytest.approx(expected(killed, "loss"), rel=1e-12)
 
 

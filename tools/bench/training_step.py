@@ -25,7 +25,6 @@ with Liger kernels if they are installed.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,8 @@ import report  # noqa: E402
 import torch  # noqa: E402
 from report import Table, publish  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+
+from llmnorm.nn.linear import onednn_is_faster, onednn_product  # noqa: E402
 
 LENGTH, WARMUP = 512, 2
 SHAPE = {
@@ -199,10 +200,10 @@ def run_trainer(
     ).train()
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def memory_of(key: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), at most (VmHWM; rusage counts the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -214,7 +215,7 @@ def serve(options: argparse.Namespace) -> None:
     from llmnorm.training import loop as _  # noqa: F401
 
     cuda = options.device == "cuda"
-    before = resident()
+    before = memory_of("VmRSS")
     waiting = {"left": WARMUP, "start": time.perf_counter(), "losses": []}
 
     def done(loss: float) -> None:
@@ -222,8 +223,7 @@ def serve(options: argparse.Namespace) -> None:
         waiting["left"] -= 1
         while waiting["left"] == 0:
             seconds = time.perf_counter() - waiting["start"]
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            memory = torch.cuda.max_memory_allocated() if cuda else peak - before
+            memory = torch.cuda.max_memory_allocated() if cuda else memory_of("VmHWM") - before
             answer = {"seconds": seconds, "losses": waiting["losses"], "memory": memory}
             out.write(json.dumps(answer) + "\n")
             out.flush()
@@ -335,11 +335,8 @@ def product_rates(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     rates: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "torch.mm": lambda a, b: torch.mm(a, b.t())
     }
-    if device == "cpu" and find_spec("llmnorm.nn.linear") is not None:
-        from llmnorm.nn.linear import ONEDNN, onednn_product
-
-        if ONEDNN:
-            rates["oneDNN"] = onednn_product
+    if device == "cpu" and onednn_is_faster():
+        rates["oneDNN"] = onednn_product
     return rates
 
 

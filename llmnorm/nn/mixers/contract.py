@@ -5,17 +5,21 @@ values among them as `v` (batch, length, kv_heads, value_dim); y (batch, length,
 
 The contract, tested for every mixer and every kind of context:
 `mix(p) == einsum("bhij,bjhv->bihv", materialize(p), v)`, values repeated over their group of heads.
-A diagonal skip belongs to the matrix; gates, norms and the output projection belong to `finish`.
+A diagonal skip belongs to the matrix; gates, norms and the output projection belong to `finish`,
+convolutions over time to `prepare`. With a cache the padding of a row is behind its real tokens.
 """
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmnorm.nn.cache import KeyValues, Places
+from llmnorm.nn.cache import KeyValues, LayerCache, Places
+from llmnorm.nn.linear import Linear
+from llmnorm.part import InputError
 
 
 @dataclass(frozen=True)
@@ -42,20 +46,31 @@ class Context:
     a GPU together with `documents`."""
     places: Places | None = None
     """Where the new tokens go in the cache, when there is one."""
+    segments: Tensor | None = None
+    """(batch, length) number of each token's document, if some row holds several."""
+    real: Tensor | None = None
+    """(batch, length), False for padding; None: there is none."""
 
 
 class Mixer(nn.Module):
     """Mixes positions: prepare the data-dependent parameters, mix the values, finish the output."""
 
-    causal: ClassVar[bool]
+    causal: bool
     """Whether it can serve a causal language model."""
 
-    def prepare(self, x: Tensor, context: Context) -> Any:
+    def new_cache(self) -> LayerCache:
+        """An empty cache of what this mixer carries in decoding."""
+        return KeyValues()
+
+    def prepare(self, x: Tensor, context: Context, cache: Any = None) -> Any:
         """Everything that the mixing matrix is made of, and the values `v`, from x."""
         raise NotImplementedError
 
-    def mix(self, parameters: Any, context: Context, cache: KeyValues | None = None) -> Tensor:
-        """The mixed values (batch, length, heads, value_dim), by the fast way."""
+    def mix(self, parameters: Any, context: Context, cache: Any = None) -> Tensor:
+        """The mixed values (batch, length, heads, value_dim), by the fast way.
+
+        `cache`, one that `new_cache` made, is read and appended to.
+        """
         raise NotImplementedError
 
     def materialize(self, parameters: Any, context: Context) -> Tensor:
@@ -66,13 +81,35 @@ class Mixer(nn.Module):
         """The output (batch, length, hidden) from the mixed values."""
         raise NotImplementedError
 
+    @property
+    def output(self) -> Linear:
+        """The projection that writes to the residual stream."""
+        projection = getattr(self, "o_proj", None) or self.out_proj
+        assert isinstance(projection, Linear)
+        return projection
+
+    @property
+    def values(self) -> Linear:
+        """The projection that makes the values, which DeepNorm scales at initialisation.
+
+        Raises:
+            InputError: it is a part of another one.
+        """
+        projection = getattr(self, "v_proj", None)
+        if not isinstance(projection, Linear):
+            raise InputError(
+                "model.placement: 'deepnorm' scales the values' projection at initialisation, and "
+                f"{type(self).__name__} has one projection for everything; nearest: post"
+            )
+        return projection
+
     def flops_per_token(self, context_length: int) -> float:
         """Forward operations a token beyond the linear layers (a multiply-add counts two)."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, context: Context, cache: KeyValues | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """x (batch, length, hidden) -> the same shape."""
-        parameters = self.prepare(x, context)
+        parameters = self.prepare(x, context, cache)
         return self.finish(self.mix(parameters, context, cache), x, parameters)
 
 
@@ -91,13 +128,66 @@ def document_lengths(position_ids: Tensor) -> tuple[int, ...] | None:
     return tuple(end - start for start, end in zip(first, ends, strict=True))
 
 
-def document_mask(documents: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
-    """(batch, 1, length, length): True for what is before, or is, the query in its document."""
+def document_numbers(documents: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
+    """(batch, length) the number of each token's document: (2, 1, 3) -> [[0, 0, 1], [2, 2, 2]]."""
     lengths = torch.tensor(documents, device=device)
     number = torch.repeat_interleave(torch.arange(len(documents), device=device), lengths)
-    number = number.view(batch, 1, -1)
-    same = number[..., :, None] == number[..., None, :]
-    return same & causal_mask(number.shape[-1], device)
+    return number.view(batch, -1)
+
+
+def document_mask(number: Tensor) -> Tensor:
+    """(batch, 1, length, length): True for what is before, or is, the query in its document.
+
+    number (batch, length) is `document_numbers`'.
+    """
+    same = number[:, None, :, None] == number[:, None, None, :]
+    return same & causal_mask(number.shape[-1], number.device)
+
+
+def visible_tokens(like: Tensor, context: Context, *, causal: bool) -> Tensor:
+    """How many real tokens each token sees, at least 1: (batch or 1, length), int64.
+
+    In its document, up to itself or (causal=False) to the end; like (batch, length, ...).
+    """
+    if context.places is not None:
+        return context.places.index + 1
+    batch, length = like.shape[:2]
+    if context.segments is None and context.real is None:
+        count = torch.arange(1, length + 1, device=like.device)
+        return (count if causal else count.new_full((length,), length)).unsqueeze(0)
+    real = torch.ones(batch, length, dtype=torch.long, device=like.device)
+    if context.real is not None:
+        real = context.real.long()
+    seen = _running_count(real, context.segments)
+    if not causal:
+        segments = None if context.segments is None else context.segments.flip(1)
+        seen = seen + _running_count(real.flip(1), segments).flip(1) - real
+    return seen.clamp(min=1)
+
+
+def visible_pairs(like: Tensor, context: Context, *, causal: bool) -> Tensor:
+    """(batch or 1, 1, length, length), True where token i sees the real token j.
+
+    What the explicit matrices of recurrent mixers are masked by; like (batch, length, ...).
+    """
+    length = like.shape[1]
+    visible = torch.ones(1, 1, length, length, dtype=torch.bool, device=like.device)
+    if causal:
+        visible = visible.tril()
+    if context.segments is not None:
+        number = context.segments
+        visible = visible & (number[:, None, :, None] == number[:, None, None, :])
+    if context.real is not None:
+        visible = visible & context.real[:, None, None, :]
+    return visible
+
+
+def _running_count(real: Tensor, segments: Tensor | None) -> Tensor:
+    running = real.cumsum(1)
+    if segments is None:
+        return running
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return running - ((running - real) * first).cummax(1).values
 
 
 def padding_mask(real: Tensor) -> Tensor | None:

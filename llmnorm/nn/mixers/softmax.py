@@ -7,6 +7,10 @@ head: Qwen3 (arXiv 2505.09388).
 Shapes: q (batch, length, heads, head_dim), k and v (batch, length, kv_heads, head_dim); query head
 h reads kv head h // (heads / kv_heads). Keys are cached after the rotation.
 
+With a sliding window a query sees that many tokens, itself included (Beltagy et al. 2020, arXiv
+2004.05150; Mistral). Long rows are then cut into blocks of a window's length, each of which looks
+at itself and the block before, so that time and memory are linear in the length.
+
 Rows that hold several documents: each document by itself (no work is spent on pairs that must not
 see each other, and isolation is exact), in one kernel on a GPU; a mask only where the model asks
 for fixed shapes.
@@ -20,7 +24,14 @@ from torch import Tensor
 
 from llmnorm.nn.cache import KeyValues
 from llmnorm.nn.linear import Linear
-from llmnorm.nn.mixers.contract import Context, Mixer, causal_mask, document_mask
+from llmnorm.nn.mixers.causal import causal_attention, halves_are_faster
+from llmnorm.nn.mixers.contract import (
+    Context,
+    Mixer,
+    causal_mask,
+    document_mask,
+    document_numbers,
+)
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.mixers.varlen import varlen_attention
 from llmnorm.nn.norms.rms import RMSNorm
@@ -49,6 +60,7 @@ class SoftmaxAttention(Mixer):
         qkv_bias: bool = False,
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
+        sliding_window: int | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
@@ -65,8 +77,15 @@ class SoftmaxAttention(Mixer):
             self.q_norm = RMSNorm(head_dim, eps=qk_norm_eps)
             self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps)
         self.qk_norm = qk_norm_eps is not None
+        self.sliding_window = sliding_window
 
-    def prepare(self, x: Tensor, context: Context) -> SoftmaxParameters:
+    def new_cache(self) -> KeyValues:
+        """Keys and values."""
+        return KeyValues(self.sliding_window)
+
+    def prepare(
+        self, x: Tensor, context: Context, cache: KeyValues | None = None
+    ) -> SoftmaxParameters:
         """Project, norm if asked, rotate."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -81,42 +100,77 @@ class SoftmaxAttention(Mixer):
         """Attend over the new tokens, or over the cache after appending them."""
         if context.documents is not None:
             return self._mix_documents(parameters, context)
+        q, k, v = (t.transpose(1, 2) for t in parameters)
         if cache is None:
-            keys, values = parameters.k.transpose(1, 2), parameters.v.transpose(1, 2)
-        else:
-            assert context.places is not None
-            keys, values = cache.append(parameters.k, parameters.v, context.places)
-        causal = context.mask is None and context.causal
-        return self._attend(parameters.q.transpose(1, 2), keys, values, context.mask, causal)
+            if context.mask is None and context.causal:
+                return self._attend_causally(q, k, v)
+            return self._attend(q, k, v, self._in_window(context.mask, q))
+        places = context.places
+        assert places is not None
+        keys, values = cache.append(parameters.k, parameters.v, places)
+        if context.mask is None and context.causal:
+            return self._attend_causally(q, k, v)
+        if self.sliding_window is None:
+            return self._attend(q, keys, values, context.mask)
+        positions = torch.arange(keys.shape[2], device=q.device)
+        positions = positions + torch.tensor(cache.dropped, device=q.device)[:, None]
+        behind = places.index[:, None, :, None] - positions[:, None, None, :]
+        return self._attend(q, keys, values, (behind >= 0) & (behind < self.sliding_window))
 
     def _mix_documents(self, parameters: SoftmaxParameters, context: Context) -> Tensor:
         assert context.documents is not None
         q, k, v = (t.flatten(0, 1) for t in parameters)
         if context.boundaries is not None and q.dtype in (torch.bfloat16, torch.float16):
             longest = max(context.documents)
-            return varlen_attention(q, k, v, context.boundaries, longest).view_as(parameters.q)
+            mixed = varlen_attention(q, k, v, context.boundaries, longest, self.sliding_window)
+            return mixed.view_as(parameters.q)
         # `split`, not slices: its backward is one concatenation.
         pieces = [t.transpose(0, 1).unsqueeze(0).split(context.documents, 2) for t in (q, k, v)]
-        mixed = [
-            self._attend(q, k, v, None, True).squeeze(0) for q, k, v in zip(*pieces, strict=True)
-        ]
-        return torch.cat(mixed).view_as(parameters.q)
+        alone = [self._attend_causally(*qkv).squeeze(0) for qkv in zip(*pieces, strict=True)]
+        return torch.cat(alone).view_as(parameters.q)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def _attend_causally(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every query to itself and what is before it, or to the window's part of that."""
+        length, window = q.shape[2], self.sliding_window
+        if window is None or length <= window:
+            return self._attend(q, k, v, None, causal=True)
+        blocks = []
+        for start in range(0, length, window):
+            first, end = max(0, start - window + 1), min(start + window, length)
+            keys, values = (t[:, :, first:end] for t in (k, v))
+            queries = torch.arange(start, end, device=q.device)[:, None]
+            behind = queries - torch.arange(first, end, device=q.device)
+            visible = (behind >= 0) & (behind < window)
+            blocks.append(self._attend(q[:, :, start:end], keys, values, visible))
+        return torch.cat(blocks, 1)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False
+    ) -> Tensor:
         """(batch, heads, length, head_dim) -> (batch, length, heads, head_dim)."""
+        if causal and halves_are_faster(q, k):
+            return causal_attention(q, k, v).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads
         )
         return mixed.transpose(1, 2)
+
+    def _in_window(self, mask: Tensor | None, q: Tensor) -> Tensor | None:
+        """A mask for (.., length, length) without what is too far behind."""
+        if self.sliding_window is None or mask is None:
+            return mask
+        return mask & causal_mask(q.shape[2], q.device).triu(1 - self.sliding_window)
 
     def materialize(self, parameters: SoftmaxParameters, context: Context) -> Tensor:
         """The attention weights (batch, heads, length, length)."""
         q, k, _ = parameters
         visible = context.mask
         if context.documents is not None:
-            visible = document_mask(context.documents, len(q), q.device)
+            visible = document_mask(document_numbers(context.documents, len(q), q.device))
         if visible is None:
             visible = causal_mask(q.shape[1], q.device)
+        visible = self._in_window(visible, q.transpose(1, 2))
+        assert visible is not None
         k = k.repeat_interleave(self.heads // self.kv_heads, dim=2)
         scores = torch.einsum("bihd,bjhd->bhij", q, k) * self.head_dim**-0.5
         return scores.masked_fill(~visible, -torch.inf).softmax(-1)
@@ -126,5 +180,6 @@ class SoftmaxAttention(Mixer):
         return self.o_proj(y.reshape(*x.shape[:-1], -1))
 
     def flops_per_token(self, context_length: int) -> float:
-        """Scores and weighted sum over the whole context (PaLM credits no causality)."""
-        return 4.0 * self.heads * self.head_dim * context_length
+        """Scores and weighted sum over the context or the window (PaLM credits no causality)."""
+        seen = min(context_length, self.sliding_window or context_length)
+        return 4.0 * self.heads * self.head_dim * seen

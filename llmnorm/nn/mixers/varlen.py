@@ -10,17 +10,31 @@ import torch
 from torch import Tensor
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> Tensor:
-    """Each document's causal attention, (tokens, heads, head_dim); `longest`: its most tokens."""
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, window: int | None = None
+) -> Tensor:
+    """Each document's causal attention, (tokens, heads, head_dim); `longest`: its most tokens.
+
+    A query sees `window` tokens, itself included; None: all before it.
+    """
+    # Both kernels count the tokens before the query; -1 is all of them.
+    before = -1 if window is None else window - 1
     if find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
-            q, k, v, boundaries, boundaries, longest, longest, causal=True
+            q,
+            k,
+            v,
+            boundaries,
+            boundaries,
+            longest,
+            longest,
+            causal=True,
+            window_size=(before, 0),
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    # A window of (-1, 0) is everything before and the token itself.
     mixed = varlen_attn(
         q,
         k,
@@ -29,7 +43,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longes
         boundaries,
         longest,
         longest,
-        window_size=(-1, 0),
+        window_size=(before, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(mixed, torch.Tensor)

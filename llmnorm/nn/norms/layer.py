@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmnorm.nn.norms.contract import Norm, wide
 
-class LayerNorm(nn.Module):
+
+class LayerNorm(Norm):
     """Layer norm with statistics in float32 (float64 for float64 input), output in x's dtype."""
 
     def __init__(self, hidden_size: int, *, eps: float, bias: bool) -> None:
@@ -27,11 +29,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        bias = None if self.bias is None else self.bias.to(wide)
+        dtype = wide(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), bias, self.eps)
-        return y.to(x.dtype)
+            gain = self.scaled(self.weight.to(dtype))
+            bias = None if self.bias is None else self.scaled(self.bias.to(dtype))
+            return F.layer_norm(x.to(dtype), gain.shape, gain, bias, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

@@ -6,7 +6,8 @@ r = (mean(x^2) + eps)^-1/2 (..., 1), x^ = r x, q = gain * dL/dy.
 Backward: dx = r (q - x^ mean(q x^)), dgain = sum over tokens of dL/dy x^; only x and r are kept.
 On a CPU torch's own rms_norm is not fused, so this file has its own function there. Its backward
 borrows the fused kernel of layer norm: with mean 0 and 1/std = r that kernel gives
-r (q - mean(q) - x^ mean(q x^)), and the rank-one term r mean(q) is put back.
+r (q - mean(q) - x^ mean(q x^)), and the rank-one term r mean(q) is put back while a piece of the
+rows is in the cache.
 """
 
 from typing import Any, Literal
@@ -16,8 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llmnorm.nn.norms.contract import Norm, wide
 
-class RMSNorm(nn.Module):
+PIECE = 400_000  # numbers a thread at a time: the cache's size over a few tensors of float32
+
+
+class RMSNorm(Norm):
     """RMS norm with statistics in float32 (float64 for float64 input), output in x's dtype.
 
     `cast_mode="llama"` rounds to x's dtype before the gain, as Hugging Face's LlamaRMSNorm, whose
@@ -30,76 +35,82 @@ class RMSNorm(nn.Module):
         *,
         eps: float,
         cast_mode: Literal["fp32_affine", "llama"] = "fp32_affine",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.eps = eps
         self.cast_mode = cast_mode
         self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
 
     def reset_parameters(self) -> None:
-        """Gain one."""
+        """Gain one, offset zero."""
         nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
         with torch.autocast(x.device.type, enabled=False):
+            gain = self.scaled(self.weight)
             if self.cast_mode == "llama":
-                return self._llama(x)
-            if x.device.type == "cpu":
-                return _RMSNorm.apply(x, self.weight, self.eps)
-            if x.dtype == self.weight.dtype:
-                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-            wide = torch.promote_types(
-                torch.promote_types(x.dtype, self.weight.dtype), torch.float32
-            )
-            return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(
-                x.dtype
-            )
+                return self._llama(x, gain)
+            if self.bias is None:
+                return rms_norm(x, gain, self.eps)
+            values, offset = x.to(wide(x.dtype)), self.scaled(self.bias)
+            return (rms_norm(values, gain, self.eps) + offset).to(x.dtype)
 
-    def _llama(self, x: Tensor) -> Tensor:
-        wide = x.to(_wide(x.dtype))
-        r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * r).to(x.dtype)
+    def _llama(self, x: Tensor, gain: Tensor) -> Tensor:
+        values = x.to(wide(x.dtype))
+        r = torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.eps)
+        return gain * (values * r).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"{self.weight.numel()}, eps={self.eps}, cast_mode={self.cast_mode}"
+        size = f"{self.weight.numel()}, eps={self.eps}, cast_mode={self.cast_mode}"
+        return size if self.bias is None else f"{size}, bias=True"
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """gain * x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype; gain (hidden,)."""
+    if x.device.type == "cpu":
+        y: Tensor = _RMSNorm.apply(x, gain, eps)
+        return y
+    if x.dtype == gain.dtype:
+        return F.rms_norm(x, gain.shape, gain, eps)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, gain.dtype), torch.float32)
+    return F.rms_norm(x.to(dtype), gain.shape, gain.to(dtype), eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y and its gradients in three and four passes over memory (module docstring)."""
+    """y and its gradients (module docstring); the backward pass in pieces that fit the cache."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide, hidden = _wide(x.dtype), x.shape[-1]
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        r = length.square_().div_(hidden).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
+        r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, r)
+        return (x * r).mul_(gain).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, r = ctx.saved_tensors
-        hidden = x.shape[-1]
-        grad, wide_x, gain = (t.to(r.dtype) for t in (grads[0].contiguous(), x, weight))
-        dx, dgain, _ = torch.ops.aten.native_layer_norm_backward(
-            grad,
-            wide_x,
-            [hidden],
-            torch.zeros_like(r),
-            r,
-            gain,
-            None,
-            [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
-        )
-        if ctx.needs_input_grad[0]:
-            mean_q = torch.mv(grad.view(-1, hidden), gain).view_as(r).div_(hidden)
-            dx = dx.add_(mean_q.mul_(r)).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            dgain = dgain.to(weight.dtype)
-        return dx, dgain, None
+        x, gain, r = ctx.saved_tensors
+        hidden, wants_x, wants_gain = x.shape[-1], *ctx.needs_input_grad[:2]
+        wide_gain = gain.to(r.dtype)
+        mean_of_q = wide_gain.div(hidden).unsqueeze(1)
+        dx, dgain = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(wide_gain)
+        rows = max(1, PIECE * torch.get_num_threads() // hidden)
+        tensors = (grads[0], x, r, torch.zeros_like(r), dx)
+        pieces = zip(*(t.reshape(-1, t.shape[-1]).split(rows) for t in tensors), strict=True)
+        for one_grad, one_x, one_r, zero, into in pieces:
+            grad = one_grad.to(r.dtype)
+            centred, summed, _ = torch.ops.aten.native_layer_norm_backward(
+                *(grad, one_x.to(r.dtype), [hidden], zero, one_r, wide_gain, None),
+                [wants_x, wants_gain, False],
+            )
+            if wants_x:
+                torch.add(centred, torch.mm(grad, mean_of_q).mul_(one_r), out=into)
+            if wants_gain:
+                dgain += summed
+        return dx if wants_x else None, dgain.to(gain.dtype) if wants_gain else None, None

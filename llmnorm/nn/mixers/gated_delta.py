@@ -1,0 +1,235 @@
+"""The gated delta rule: S_t = a_t S_{t-1} + b_t k_t (v_t - a_t S_{t-1}^T k_t)^T, y_t = q_t S_t.
+
+What is stored under k_t is replaced by v_t in the share b_t, after everything has decayed by a_t =
+exp(g_t). Source: Yang, Kautz, Hatamizadeh 2024 (arXiv 2412.06464), equation 10; the chunked form is
+that of Yang et al. 2024 (arXiv 2406.06484), section 3. The layer is Qwen3-Next's (transformers,
+Qwen3NextGatedDeltaNet), whose parameter names and layout these are.
+
+Shapes: q and k (batch, length, key_heads, key_dim), v (batch, length, value_heads, value_dim), b
+and g (batch, length, value_heads), state (batch, value_heads, key_dim, value_dim); value head h
+reads key head h // (value_heads / key_heads). Inside: b batch, n chunk, h head, i and j place.
+
+In a chunk, with D_ij the decay from j to i, the written values u solve a triangular system,
+  u = b (v - since k S) - tril(b k k^T * D, -1) u,
+after which all is as in linear attention: y = since q S + (q k^T * D) u.
+Surprises: q and k are normed to length 1 after convolution and silu; queries are scaled by
+key_dim^-1/2; the projection is laid out by key heads, [q, k, v.., z..] for each; the norm of every
+head comes before the gate. With g = 0 it is the delta rule. Padding gets b = 0 and g = 0.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
+from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.linear_recurrence import (
+    Documents,
+    decay_matrix,
+    decays,
+    in_blocks,
+    whole_chunks,
+)
+from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
+
+CHUNK = 64
+BLOCK = 32  # chunks
+
+
+class DeltaParameters(NamedTuple):
+    """q (scaled), k, v, the share b, log_decay, the output's gate z, and what was convolved."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    b: Tensor
+    log_decay: Tensor
+    z: Tensor
+    convolved: Tensor
+
+
+class GatedDeltaNet(Mixer):
+    """The layer."""
+
+    causal = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_key_heads: int,
+        num_value_heads: int,
+        key_head_dim: int,
+        value_head_dim: int,
+        conv_kernel: int,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.key_heads, self.value_heads = num_key_heads, num_value_heads
+        self.key_dim, self.value_dim = key_head_dim, value_head_dim
+        keys, values = num_key_heads * key_head_dim, num_value_heads * value_head_dim
+        self.widths = [keys, keys, values]
+        self.in_proj_qkvz = Linear(hidden_size, 2 * (keys + values), bias=False)
+        self.in_proj_ba = Linear(hidden_size, 2 * num_value_heads, bias=False)
+        self.conv1d = ShortConvolution(2 * keys + values, conv_kernel, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(num_value_heads))
+        self.A_log = nn.Parameter(torch.empty(num_value_heads))
+        self.norm = RMSNorm(value_head_dim, eps=norm_eps)
+        self.out_proj = Linear(values, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As fla's: time steps log-uniform in (0.001, 0.1), A uniform in (-16, 0)."""
+        with torch.no_grad():
+            dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.A_log.uniform_(1e-4, 16).log_()
+
+    def new_cache(self) -> RecurrentCache:
+        """The state and the convolution's last inputs."""
+        return RecurrentCache(self.advance)
+
+    def prepare(
+        self, x: Tensor, context: Context, cache: RecurrentCache | None = None
+    ) -> DeltaParameters:
+        """Project, convolve, norm q and k."""
+        group = self.value_heads // self.key_heads
+        by_head = self.in_proj_qkvz(x).unflatten(-1, (self.key_heads, -1))
+        values = group * self.value_dim
+        *qkv, z = by_head.split([self.key_dim, self.key_dim, values, values], -1)
+        convolved = torch.cat([t.flatten(2) for t in qkv], -1)
+        b, a = self.in_proj_ba(x).unflatten(-1, (self.key_heads, -1)).split(group, -1)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        b = b.flatten(2).to(wide).sigmoid()
+        step = F.softplus(a.flatten(2).to(wide) + self.dt_bias.to(wide))
+        log_decay = -self.A_log.to(wide).exp() * step
+        if context.real is not None:
+            padding = ~context.real[..., None]
+            b, log_decay = b.masked_fill(padding, 0), log_decay.masked_fill(padding, 0)
+            convolved = convolved.masked_fill(padding, 0)
+        window = None if cache is None else part(cache.state, 1)
+        mixed = F.silu(self.conv1d(convolved, context.segments, window))
+        q, k, v = mixed.split(self.widths, -1)
+        q, k = (_unit(t.unflatten(-1, (self.key_heads, -1)).to(wide)) for t in (q, k))
+        v = v.unflatten(-1, (self.value_heads, -1))
+        z = z.unflatten(-1, (group, -1)).flatten(2, 3)
+        return DeltaParameters(q * self.key_dim**-0.5, k, v, b, log_decay, z, convolved)
+
+    def mix(
+        self, parameters: DeltaParameters, context: Context, cache: RecurrentCache | None = None
+    ) -> Tensor:
+        """The recurrence."""
+        p = parameters
+        kept = None if cache is None else cache.state
+        y, state = delta_recurrence(
+            *(p.q, p.k, p.v, p.b, p.log_decay), segments=context.segments, state=part(kept, 0)
+        )
+        if cache is not None:
+            assert context.places is not None
+            counts = torch.as_tensor(context.places.counts, device=y.device)
+            inputs = (p.convolved, p.k, p.v, p.b, p.log_decay)
+            cache.append(inputs, (state, self._window(kept, p.convolved, counts)), context.places)
+        return y.to(p.v.dtype)
+
+    def _window(self, kept: State | None, convolved: Tensor, counts: Tensor) -> Tensor:
+        window = part(kept, 1)
+        return last_inputs(window, convolved, counts, self.conv1d.kernel - 1)
+
+    def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
+        """The state after more inputs (RecurrentCache)."""
+        convolved, k, v, b, log_decay = inputs
+        after = delta_recurrence(k, k, v, b, log_decay, state=part(state, 0))[1]
+        return after, self._window(state, convolved, counts)
+
+    def materialize(self, parameters: DeltaParameters, context: Context) -> Tensor:
+        """(q k^T * D) (1 + tril(b k k^T * D, -1))^-1 b."""
+        p = parameters
+        visible = visible_pairs(p.v, context, causal=True)
+        group = self.value_heads // self.key_heads
+        q, k = (t.repeat_interleave(group, 2).transpose(1, 2) for t in (p.q, p.k))
+        decay, b = decay_matrix(p.log_decay, visible), p.b.transpose(1, 2)
+        system = (b[..., None] * (k @ k.mT) * decay).tril(-1)
+        solved = _solve(system, torch.diag_embed(b))
+        return (q @ k.mT * decay) @ solved
+
+    def finish(self, y: Tensor, x: Tensor, parameters: DeltaParameters) -> Tensor:
+        """Norm, gate, project."""
+        return self.out_proj((self.norm(y) * F.silu(parameters.z)).flatten(2))
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Products of keys and the system inside a chunk, the state read twice and written."""
+        keys, values = self.key_dim, self.value_dim
+        inside = 2.0 * CHUNK * (2 * keys + values) + CHUNK * (keys + values)
+        convolution = 2.0 * self.conv1d.kernel * sum(self.widths)
+        return self.value_heads * (inside + 6.0 * keys * values) + convolution
+
+
+def delta_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    segments: Tensor | None = None,
+    state: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Every y_t, and the state after the last token, both float32 or float64."""
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    chunk, group = min(chunk, q.shape[1]), v.shape[2] // k.shape[2]
+    if log_decay is None:
+        log_decay = torch.zeros_like(b)
+    if state is None:
+        state = v.new_zeros(len(v), v.shape[2], q.shape[3], v.shape[3], dtype=wide)
+    q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        inputs = [t.to(wide) for t in (q, k, v, b, log_decay)]
+        return in_blocks(_block, inputs, segments, state.to(wide), chunk, chunk * BLOCK)
+
+
+def _block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b: Tensor,
+    g: Tensor,
+    segments: Tensor | None,
+    last: Tensor | None,
+    state: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    length = q.shape[1]
+    *inputs, segments = whole_chunks((q, k, v, b[..., None], g[..., None]), segments, chunk)
+    q, k, v, b, g = (t.unflatten(1, (-1, chunk)).transpose(2, 3) for t in inputs)  # (b, n, h, i, .)
+    documents = None if segments is None else Documents(segments, last, chunk)
+    inside, since, until, carried = (t.squeeze(3) for t in decays(g[:, :, :, None], documents))
+    system = (b * (k @ k.mT) * inside).tril(-1)
+    read = k * since[..., None]
+    written, erased = _solve(system, b * torch.cat((v, read), -1)).split(
+        [v.shape[-1], k.shape[-1]], -1
+    )
+    keys = (k * until[..., None]).mT
+    states, news = [], []
+    chunks = (t.unbind(1) for t in (written, erased, keys, carried[..., None]))
+    for write, erase, key, kept in zip(*chunks, strict=True):
+        states.append(state)
+        news.append(write - erase @ state)
+        state = state * kept + key @ news[-1]
+    y = (q @ k.mT * inside) @ torch.stack(news, 1)
+    y = y + (q * since[..., None]) @ torch.stack(states, 1)
+    return y.transpose(2, 3).flatten(1, 2)[:, :length], state
+
+
+def _solve(system: Tensor, right: Tensor) -> Tensor:
+    """(1 + system)^-1 right, for a strictly lower triangular system."""
+    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -1,0 +1,215 @@
+"""Linear attention with a normaliser: y_t = phi(q_t) S_t / (phi(q_t) Z_t + eps t).
+
+Source: Katharopoulos et al. 2020 (arXiv 2006.16236), equations 9 to 12 and phi(x) = elu(x) + 1;
+rotary positions in the numerator only: Su et al. 2021 (arXiv 2104.09864), equation 19.
+S_t = sum phi'(k_j) v_j^T with rotated features phi', Z_t = sum phi(k_j) with plain ones, t the
+number of tokens summed: eps is added to the mean. The plain baseline of nala.py, which changes the
+features and nothing else.
+
+Shapes: q and its features (batch, length, heads, features), k's (batch, length, kv_heads,
+features), v (batch, length, kv_heads, head_dim); query head h reads kv head h // (heads /
+kv_heads), so the state is shared by the group.
+
+Surprises. Rotated features are signed, so a rotated normaliser would pass through zero; and with a
+plain one rows of the matrix do not sum to 1. Both sums are runs of linear_recurrence.py, the
+normaliser with v = 1. The optional local term (a convolution of v), norm and gate come after
+mixing: (norm(y + conv(v)) * silu(g)) W_o.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs, visible_tokens
+from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
+from llmnorm.nn.mixers.rotary import rotate
+from llmnorm.nn.norms.layer import LayerNorm
+from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
+
+
+class LinearParameters(NamedTuple):
+    """Features, as they are (normaliser) and turned (numerator), and what `finish` takes."""
+
+    q: Tensor
+    k: Tensor
+    turned_q: Tensor
+    turned_k: Tensor
+    v: Tensor
+    local: Tensor | None
+    gate: Tensor | None
+
+
+class LinearAttention(Mixer):
+    """Linear attention; subclasses change `features`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        causal: bool = True,
+        bias: bool = False,
+        rotary: bool = True,
+        gate: bool = False,
+        conv_kernel: int = 0,
+        norm: Literal["none", "rms", "layer"] = "none",
+        norm_eps: float = 1e-6,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+        )
+        self.causal, self.rotary, self.eps = causal, rotary, eps
+        self.feature_dim = head_dim
+        width, kv_width = self.heads * head_dim, self.kv_heads * head_dim
+        self.q_proj = Linear(hidden_size, width, bias=bias)
+        self.k_proj = Linear(hidden_size, kv_width, bias=bias)
+        self.v_proj = Linear(hidden_size, kv_width, bias=bias)
+        self.g_proj = Linear(hidden_size, width, bias=bias) if gate else None
+        self.conv1d = (
+            ShortConvolution(kv_width, conv_kernel, causal=causal) if conv_kernel else None
+        )
+        self.norm: nn.Module | None = None
+        if norm != "none":
+            self.norm = (
+                RMSNorm(head_dim, eps=norm_eps)
+                if norm == "rms"
+                else LayerNorm(width, eps=norm_eps, bias=True)
+            )
+        self.o_proj = Linear(width, hidden_size, bias=bias)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Non-negative features of float32 queries and keys, phi_q(q) and phi_k(k)."""
+        return F.elu(q) + 1, F.elu(k) + 1
+
+    def new_cache(self) -> RecurrentCache:
+        """Sums S and Z, and the convolution's last inputs."""
+        return RecurrentCache(self.advance)
+
+    def prepare(
+        self, x: Tensor, context: Context, cache: RecurrentCache | None = None
+    ) -> LinearParameters:
+        """Project, take features, turn them; padding gets keys of zero."""
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (p(x) for p in (self.q_proj, self.k_proj, self.v_proj))
+        gate = None if self.g_proj is None else self.g_proj(x)
+        if context.real is not None:
+            v = v.masked_fill(~context.real[..., None], 0)
+        local = None
+        if self.conv1d is not None:
+            window = None if cache is None else part(cache.state, 2)
+            local = self.conv1d(v, context.segments, window).view(shape)
+        features = self.both_features(q.view(shape), k.view(shape), context)
+        return LinearParameters(*features, v.view(shape), local, gate)
+
+    def both_features(
+        self, q: Tensor, k: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features of q and k as they are, and turned, in float32; padding's keys have none."""
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = self.features(q.to(wide), k.to(wide))
+            if context.real is not None:
+                k = k.masked_fill(~context.real[..., None, None], 0)
+            if not self.rotary:
+                return q, k, q, k
+            return q, k, self._turned(q, context), self._turned(k, context)
+
+    def _turned(self, features: Tensor, context: Context) -> Tensor:
+        """Rotate every part of the width of a head."""
+        parts = features.unflatten(-1, (-1, self.head_dim)).flatten(2, 3)
+        return rotate(parts, context.cos, context.sin).view_as(features)
+
+    def mix(
+        self, parameters: LinearParameters, context: Context, cache: RecurrentCache | None = None
+    ) -> Tensor:
+        """The weighted sums over the tokens before (causal) or all of them, normalised."""
+        p = parameters
+        kept = None if cache is None else cache.state
+        one = p.v.new_ones(()).expand(*p.v.shape[:3], 1)
+        y, sums = self._sum(p.turned_q, p.turned_k, p.v, context, part(kept, 0))
+        total, keys = self._sum(p.q, p.k, one, context, part(kept, 1))
+        if cache is not None:
+            assert context.places is not None
+            inputs = (p.turned_k, p.k, p.v)
+            state = (sums, keys, *self._window(kept, p.v, context.places.counts))
+            cache.append(inputs, state, context.places)
+        return (y / self._denominator(total, p, context)).to(p.v.dtype)
+
+    def _sum(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y, state = linear_recurrence(q, k, v, segments=context.segments, state=state)
+        if self.causal:
+            return y, state
+        segments = None if context.segments is None else context.segments.flip(1)
+        after, _ = linear_recurrence(*(t.flip(1) for t in (q, k, v)), segments=segments)
+        # Both directions count the token itself.
+        repeats = self.heads // self.kv_heads
+        k, v = (t.repeat_interleave(repeats, 2) for t in (k, v))
+        return y + after.flip(1) - (q * k).sum(-1, keepdim=True) * v, state
+
+    def _denominator(self, total: Tensor, p: LinearParameters, context: Context) -> Tensor:
+        """(batch, length, heads, 1): the sum of the unrotated weights, plus eps a token."""
+        count = visible_tokens(p.v, context, causal=self.causal)[..., None, None]
+        return total + self.eps * count.to(total.dtype)
+
+    def _window(self, kept: State | None, v: Tensor, counts: Tensor | list[int]) -> State:
+        if self.conv1d is None:
+            return ()
+        counts = torch.as_tensor(counts, device=v.device)
+        window = part(kept, 2)
+        return (last_inputs(window, v.flatten(2), counts, self.conv1d.kernel - 1),)
+
+    def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
+        """The state after more inputs (RecurrentCache)."""
+        turned_k, k, v = inputs
+        one = v.new_ones(()).expand(*v.shape[:3], 1)
+        sums = linear_recurrence(turned_k, turned_k, v, state=part(state, 0))[1]
+        keys = linear_recurrence(k, k, one, state=part(state, 1))[1]
+        return (sums, keys, *self._window(state, v, counts))
+
+    def materialize(self, parameters: LinearParameters, context: Context) -> Tensor:
+        """(batch, heads, length, length): rotated weights over the sum of the unrotated ones."""
+        p, repeats = parameters, self.heads // self.kv_heads
+        visible = visible_pairs(p.v, context, causal=self.causal)
+
+        def weights(q: Tensor, k: Tensor) -> Tensor:
+            k = k.repeat_interleave(repeats, 2)
+            return torch.einsum("bihf,bjhf->bhij", q, k).masked_fill(~visible, 0)
+
+        total = weights(p.q, p.k).sum(-1, keepdim=True).transpose(1, 2)
+        return weights(p.turned_q, p.turned_k) / self._denominator(total, p, context).transpose(
+            1, 2
+        )
+
+    def finish(self, y: Tensor, x: Tensor, parameters: LinearParameters) -> Tensor:
+        """Add the local term, norm, gate, project."""
+        if parameters.local is not None:
+            y = y + parameters.local.repeat_interleave(self.heads // self.kv_heads, 2)
+        if isinstance(self.norm, RMSNorm):
+            y = self.norm(y)
+        y = y.flatten(2)
+        if isinstance(self.norm, LayerNorm):
+            y = self.norm(y)
+        if parameters.gate is not None:
+            y = y * F.silu(parameters.gate)
+        return self.o_proj(y)
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Numerator and normaliser, and the convolution."""
+        heads = self.heads, self.kv_heads, self.kv_heads
+        sums = sum(flops_per_token(heads, self.feature_dim, v) for v in (self.head_dim, 1))
+        kernel = 0 if self.conv1d is None else self.conv1d.kernel
+        directions = 1 if self.causal else 2
+        return directions * sums + 2.0 * kernel * self.kv_heads * self.head_dim

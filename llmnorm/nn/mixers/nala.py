@@ -1,0 +1,134 @@
+"""NaLa: norm-aware linear attention, whose sharpness follows the norm of the query.
+
+Source: NaLaFormer (arXiv 2506.21137) and its official code, class NormAwareLinearAttn of
+ZacharyMeng/NaLaFormer. Plain linear attention cancels |q| between numerator and denominator; here
+  phi_q(q) = |q / |q||^p(|q|) split by sign,  p(n) = lam (tau + tanh(n / norm_scale)),
+  phi_k(k) = |k|^lam split by sign            (elementwise powers),
+where "split by sign" puts positive and negative dimensions into separate halves, so that products
+of opposite signs are 0; `direction="cosine"` puts cos and sin of the angle (pi/4) tanh(alpha x/|x|)
+there instead, which tends to the sign split as alpha grows. The rest is linear.py: rotary positions
+in the numerator only, eps on the mean, local convolution of v, norm (load-bearing: rows of the
+matrix do not sum to 1), gate.
+
+The official code is an image classifier, bidirectional. Causal NaLa is our derivation: on every
+prefix the last row equals the official module's.
+
+Shapes: q and k (batch, length, heads, head_dim) -> features (batch, length, heads, 2 head_dim).
+Surprises. The key keeps its norm, so the denominator scales with |k|^lam and eps shows where keys
+are small. tanh saturates near |q| = 3, beyond which the norm has no say; norm_scale moves that. q
+is divided by sqrt(|q|^2 + query_eps^2), since a query of zero would be nan (officially it is).
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llmnorm.nn.mixers.linear import LinearAttention
+
+
+class NaLa(LinearAttention):
+    """Linear attention with norm-aware features."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        lam: float = 3.0,
+        tau: float = 0.5,
+        norm_scale: float = 1.0,
+        direction: Literal["sign", "cosine"] = "sign",
+        alpha: float = 20.0,
+        query_eps: float = 1e-3,
+        **block: Any,
+    ) -> None:
+        super().__init__(hidden_size, **block)
+        self.lam, self.tau, self.norm_scale, self.query_eps = lam, tau, norm_scale, query_eps
+        self.direction, self.alpha = direction, alpha
+        self.feature_dim = 2 * self.head_dim
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """phi_q(q) and phi_k(k), twice as wide as the head."""
+        shape = (self.lam, self.tau, self.norm_scale, self.query_eps)
+        if self.direction == "sign":
+            return _QueryFeatures.apply(q, *shape), _KeyFeatures.apply(k, self.lam)
+        length = (q.square().sum(-1, keepdim=True) + self.query_eps**2).sqrt()
+        power = self.lam * (self.tau + (length / self.norm_scale).tanh())
+        key_length = (k.square().sum(-1, keepdim=True) + self.query_eps**2).sqrt()
+        return (
+            self._angles((q / length).abs().pow(power), q / length),
+            self._angles(k.abs().pow(self.lam), k / key_length),
+        )
+
+    def _angles(self, size: Tensor, direction: Tensor) -> Tensor:
+        angle = math.pi / 4 * (self.alpha * direction).tanh()
+        return torch.cat((size * angle.cos(), size * angle.sin()), -1)
+
+
+class _QueryFeatures(torch.autograd.Function):
+    """Both halves of phi_q; only q is kept for the backward pass.
+
+    With r = |q| / length elementwise, u = r^p and a = (its gradient) u:
+    dq = a p / q - (sum a) p q / length^2 + (sum a log r) p' q / length.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, lam: float, tau: float, scale: float, eps: float) -> Tensor:
+        ctx.save_for_backward(q)
+        ctx.constants = lam, tau, scale, eps
+        log_r, power, _, _ = _query_powers(q, lam, tau, scale, eps)
+        return _split(log_r.mul_(power).exp_(), q)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (q,) = ctx.saved_tensors
+        lam, _, scale, _ = ctx.constants
+        log_r, power, length, tanh = _query_powers(q, *ctx.constants)
+        a = _joined(grads[0], q).mul_((log_r * power).exp_())
+        slope = (1 - tanh.square()).mul_(lam / scale)
+        along = (a * log_r).sum(-1, keepdim=True) * slope - a.sum(-1, keepdim=True) * power / length
+        return (
+            a.mul_(power).div_(q.masked_fill(q == 0, 1)).addcmul_(q, along / length),
+            *(None,) * 4,
+        )
+
+
+class _KeyFeatures(torch.autograd.Function):
+    """Both halves of phi_k; only k is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, lam: float) -> Tensor:
+        ctx.save_for_backward(k)
+        ctx.lam = lam
+        return _split(k.abs().pow_(lam), k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (k,) = ctx.saved_tensors
+        size = k.abs().pow_(ctx.lam - 1).mul_(ctx.lam)
+        return _joined(grads[0], k).mul_(size).mul_(k.sign()), None
+
+
+def _query_powers(
+    q: Tensor, lam: float, tau: float, scale: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log of |q| / length elementwise, and the power, length and tanh of every query."""
+    length = (q.square().sum(-1, keepdim=True) + eps**2).sqrt_()
+    tanh = (length / scale).tanh_()
+    tiny = torch.finfo(q.dtype).tiny
+    return (q.abs() / length).clamp_(min=tiny).log_(), lam * (tau + tanh), length, tanh
+
+
+def _split(size: Tensor, x: Tensor) -> Tensor:
+    """`size` where x is positive, beside `size` where it is negative."""
+    return torch.cat((size.masked_fill(x <= 0, 0), size.masked_fill(x >= 0, 0)), -1)
+
+
+def _joined(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `size` from that of `_split`'s result, 0 where x is 0."""
+    positive, negative = grad.chunk(2, -1)
+    return torch.where(x > 0, positive, negative).masked_fill_(x == 0, 0)

@@ -1,0 +1,174 @@
+"""SSD, the mixer of Mamba-2: S_t = exp(A dt_t) S_{t-1} + dt_t B_t x_t^T, y_t = C_t S_t + D x_t.
+
+Source: Dao & Gu 2024 (arXiv 2405.21060), sections 5 to 7, and the official module
+(state-spaces/mamba, mamba_ssm/modules/mamba2.py), whose parameter names these are. One projection
+gives z, x, B, C and dt; x, B and C pass a causal depthwise convolution and silu, dt softplus; the
+output is RMSNorm(y * silu(z)), the gate before the norm, then projected.
+
+Shapes: inner = expand * hidden = heads * head_dim; x (batch, length, heads, head_dim), B and C
+(batch, length, n_groups, state_size), dt (batch, length, heads), A and D (heads,). Head h reads
+group h // (heads / n_groups). No rotary positions. The norm is per group of inner / n_groups
+channels. Padding gets dt = 0: it writes nothing and nothing decays.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
+from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.linear_recurrence import decay_matrix, flops_per_token, linear_recurrence
+from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
+
+
+class SSDParameters(NamedTuple):
+    """C, B, values v = x, dt and log_decay = A dt in float32, gate z, and what was convolved."""
+
+    C: Tensor
+    B: Tensor
+    v: Tensor
+    dt: Tensor
+    log_decay: Tensor
+    z: Tensor
+    convolved: Tensor
+
+
+class SSD(Mixer):
+    """Mamba-2's mixer; `dt_range` and `dt_floor` are those of the initial time steps."""
+
+    causal = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        expand: int,
+        head_dim: int,
+        state_size: int,
+        n_groups: int,
+        conv_kernel: int,
+        use_conv_bias: bool,
+        use_bias: bool,
+        norm_eps: float,
+        dt_limit: tuple[float, float] | None,
+        dt_range: tuple[float, float],
+        dt_floor: float,
+    ) -> None:
+        super().__init__()
+        inner = expand * hidden_size
+        self.heads, self.head_dim = inner // head_dim, head_dim
+        self.groups, self.state_size = n_groups, state_size
+        self.dt_limit, self.dt_range, self.dt_floor = dt_limit, dt_range, dt_floor
+        both = 2 * n_groups * state_size
+        self.parts = [inner, inner + both, self.heads]
+        self.in_proj = Linear(hidden_size, sum(self.parts), bias=use_bias)
+        self.conv1d = ShortConvolution(inner + both, conv_kernel, bias=use_conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.norm = GroupedRMSNorm(inner, groups=n_groups, eps=norm_eps)
+        self.out_proj = Linear(inner, hidden_size, bias=use_bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Time steps log-uniform in dt_range, A uniform in (-16, -1), D one."""
+        with torch.no_grad():
+            low, high = (math.log(value) for value in self.dt_range)
+            dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp_().clamp_(min=self.dt_floor)
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.A_log.uniform_(1, 16).log_()
+            self.D.fill_(1)
+
+    def new_cache(self) -> RecurrentCache:
+        """The state and the convolution's last inputs."""
+        return RecurrentCache(self.advance)
+
+    def prepare(
+        self, x: Tensor, context: Context, cache: RecurrentCache | None = None
+    ) -> SSDParameters:
+        """Project, convolve, make time steps."""
+        z, convolved, dt = self.in_proj(x).split(self.parts, -1)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        if self.dt_limit is not None:
+            dt = dt.clamp(*self.dt_limit)
+        if context.real is not None:
+            dt = dt.masked_fill(~context.real[..., None], 0)
+            convolved = convolved.masked_fill(~context.real[..., None], 0)
+        window = None if cache is None else part(cache.state, 1)
+        mixed = F.silu(self.conv1d(convolved, context.segments, window))
+        both = self.groups * self.state_size
+        v, B, C = mixed.split([self.heads * self.head_dim, both, both], -1)
+        groups = (*x.shape[:-1], self.groups, self.state_size)
+        v = v.unflatten(-1, (self.heads, self.head_dim))
+        log_decay = -self.A_log.to(wide).exp() * dt
+        return SSDParameters(C.view(groups), B.view(groups), v, dt, log_decay, z, convolved)
+
+    def mix(
+        self, parameters: SSDParameters, context: Context, cache: RecurrentCache | None = None
+    ) -> Tensor:
+        """The recurrence, and D x."""
+        p = parameters
+        kept = None if cache is None else cache.state
+        written = p.v * p.dt[..., None]
+        y, state = linear_recurrence(
+            p.C, p.B, written, p.log_decay, segments=context.segments, state=part(kept, 0)
+        )
+        if cache is not None:
+            assert context.places is not None
+            counts = torch.as_tensor(context.places.counts, device=y.device)
+            window = self._window(kept, p.convolved, counts)
+            inputs = (p.convolved, p.B, written, p.log_decay)
+            cache.append(inputs, (state, window), context.places)
+        return torch.addcmul(y, self.D.to(y.dtype)[:, None], p.v.to(y.dtype)).to(p.v.dtype)
+
+    def _window(self, kept: State | None, convolved: Tensor, counts: Tensor) -> Tensor:
+        window = part(kept, 1)
+        return last_inputs(window, convolved, counts, self.conv1d.kernel - 1)
+
+    def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
+        """The state after more inputs (RecurrentCache)."""
+        convolved, B, written, log_decay = inputs
+        after = linear_recurrence(B, B, written, log_decay, state=part(state, 0))[1]
+        return after, self._window(state, convolved, counts)
+
+    def materialize(self, parameters: SSDParameters, context: Context) -> Tensor:
+        """(C B^T) * decay * dt_j, and D on the diagonal."""
+        p, repeats = parameters, self.heads // self.groups
+        visible = visible_pairs(p.v, context, causal=True)
+        C, B = (t.repeat_interleave(repeats, 2).to(p.dt.dtype) for t in (p.C, p.B))
+        weights = torch.einsum("bihn,bjhn->bhij", C, B) * decay_matrix(p.log_decay, visible)
+        diagonal = torch.eye(p.v.shape[1], device=p.v.device) * self.D[:, None, None]
+        return weights * p.dt.transpose(1, 2)[:, :, None] + diagonal
+
+    def finish(self, y: Tensor, x: Tensor, parameters: SSDParameters) -> Tensor:
+        """Gate, norm, project."""
+        return self.out_proj(self.norm(y.flatten(2) * F.silu(parameters.z)))
+
+    def flops_per_token(self, context_length: int) -> float:
+        """The recurrence and the convolution."""
+        heads = self.groups, self.groups, self.heads
+        convolution = 2.0 * self.conv1d.kernel * (self.parts[1])
+        return flops_per_token(heads, self.state_size, self.head_dim) + convolution
+
+
+class GroupedRMSNorm(RMSNorm):
+    """RMS norm of each of `groups` equal parts of the last axis."""
+
+    def __init__(self, hidden_size: int, *, groups: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., hidden)."""
+        if self.groups == 1:
+            return super().forward(x)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        parts = x.to(wide).unflatten(-1, (self.groups, -1))
+        r = torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
+        return ((parts * r).flatten(-2) * self.weight.to(wide)).to(x.dtype)

@@ -1,0 +1,204 @@
+"""Unified Normalization: each channel divided by the root of its mean square, smoothed over steps.
+
+Source: Yang et al. 2022, "Unified Normalization for Accelerating and Stabilizing Transformers"
+(arXiv 2208.01313), section 3, as the authors' code has it. Shapes: x and y (..., hidden), flattened
+to (tokens, hidden); X and G (window, hidden), the last steps' mean squares and gradient means; rv
+(running mean square), psi (running gradient mean), s2 (this batch's mean square) (hidden,); t
+counts steps from 1, M = window.
+
+    X[t mod M] <- s2, or rv where the batch is an outlier ("skip")
+    D     = geometric mean of X; s2 while t <= M or t < warmup, and on a skip
+    z     = x / sqrt(D + eps),  y = gain z + bias;  evaluation: D = rv
+    kappa = sqrt(D + eps) / sqrt(rv + eps) in [1/5, 5]; 1 while t <= max(1000, warmup), on a skip
+    rv   <- m rv + (1 - m) D
+
+The backward pass is not the gradient: D counts as a constant, and what is lost by that is
+approximated. With q = gain kappa dL/dy and p = mean(q z):
+
+    G[t mod M] <- p, or psi on a skip
+    p-    = mean of G; p while t <= M or t < warmup, and on a skip
+    psi  <- m psi + (1 - m) p-
+    dx    = (q - psi z) / sqrt(D + eps), with p- for psi on a skip
+    dgain = sum dL/dy kappa z,  dbias = sum dL/dy
+
+An outlier (`filter`), from step `warmup` on: arithmetic minus geometric mean of the window exceeds
+M times the variance of sqrt(X). The code pools that variance over all channels, takes it before the
+insertion and skips the whole layer where one channel exceeds it; the paper does all of it by
+channel and with the current value.
+
+What would surprise: D depends on later tokens of the batch, so that this norm leaks the future into
+a causal model's training; without gradients and in evaluation the norm is one factor and one offset
+a channel, which fold into the next linear layer (models/equivalence.py).
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llmnorm.nn.norms.contract import wide
+from llmnorm.nn.norms.running import RunningNorm, column_sums
+
+
+class _Step(NamedTuple):
+    """What a mean square makes of the statistics; rows of the windows are meant by `row`."""
+
+    row: Tensor  # (1,) t mod M
+    skip: Tensor  # () or (hidden,) bool
+    early: Tensor  # the same: the window is not used
+    window: Tensor  # X after the insertion
+    divisor: Tensor  # D
+    kappa: Tensor
+
+
+class UnifiedNorm(RunningNorm):
+    """Unified Normalization, statistics in float32 (float64 for float64 input)."""
+
+    running_square: Tensor
+    running_gradient: Tensor
+    window_square: Tensor
+    window_gradient: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        eps: float,
+        window: int,
+        warmup: int,
+        momentum: float,
+        filter: Literal["off", "official", "paper"],
+        count_padding: bool,
+    ) -> None:
+        super().__init__()
+        self.eps, self.window, self.warmup = eps, window, warmup
+        self.momentum, self.filter, self.count_padding = momentum, filter, count_padding
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        for name in ("running_square", "running_gradient"):
+            self.register_buffer(name, torch.zeros(hidden_size, dtype=torch.float32))
+        for name in ("window_square", "window_gradient"):
+            self.register_buffer(name, torch.zeros(window, hidden_size, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gain one, offset zero, no steps."""
+        nn.init.ones_(self.weight)
+        nn.init.ones_(self.running_square)
+        for zero in (self.bias, self.running_gradient, self.window_square, self.window_gradient):
+            nn.init.zeros_(zero)
+        self.steps.zero_()
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., hidden)."""
+        dtype = wide(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            values = x.to(dtype).reshape(-1, x.shape[-1])
+            weight, bias = self.scaled(self.weight.to(dtype)), self.scaled(self.bias.to(dtype))
+            if self.counting:
+                step = self._step(self.batch_square(values))
+                inverse = torch.rsqrt(step.divisor + self.eps)
+                y = _UnifiedNorm.apply(values, weight, bias, inverse, step, self, self._real)
+            else:
+                inverse = torch.rsqrt(self.running_square.to(dtype) + self.eps)
+                y = torch.addcmul(bias, values, weight * inverse)
+        return y.view_as(x).to(x.dtype)
+
+    def as_affine(self) -> tuple[Tensor, Tensor]:
+        """Factor and offset (hidden,) of every channel in evaluation."""
+        inverse = torch.rsqrt(self.running_square + self.eps)
+        return self.scaled(self.weight * inverse), self.scaled(self.bias)
+
+    def _step(self, square: Tensor) -> _Step:
+        """The equations of the forward pass for a mean square (hidden,); nothing is changed."""
+        rv, before, m = self.running_square.to(square.dtype), self.window_square, self.window
+        t = self.steps + 1
+        row = (t % m).view(1)
+        window = before.to(square.dtype).index_copy(0, row, square.unsqueeze(0))
+        skip = torch.zeros_like(t, dtype=torch.bool)
+        if self.filter != "off":
+            gap = window.mean(0) - window.log().mean(0).exp()
+            if self.filter == "official":
+                spread = before.to(square.dtype).sqrt().var()
+                skip = (gap > m * spread).any()
+            else:
+                skip = gap > m * window.sqrt().var(0)
+            skip = (t >= self.warmup) & (skip if m > 1 else torch.ones_like(skip))
+            window = window.index_copy(0, row, torch.where(skip, rv, square).unsqueeze(0))
+        early = (t <= m) | (t < self.warmup) | skip
+        divisor = torch.where(early, square, window.log().mean(0).exp())
+        kappa = ((divisor + self.eps).sqrt() / (rv + self.eps).sqrt()).clamp(1 / 5, 5)
+        kappa = torch.where((t <= max(1000, self.warmup)) | skip, 1.0, kappa)
+        return _Step(row, skip, early, window, divisor, kappa)
+
+    def gradient_step(self, step: _Step, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """G and psi after a step with gradient mean p (hidden,), and what multiplies z in dx."""
+        psi, m = self.running_gradient.to(mean.dtype), self.momentum
+        inserted = torch.where(step.skip, psi, mean).unsqueeze(0)
+        window = self.window_gradient.to(mean.dtype).index_copy(0, step.row, inserted)
+        smooth = torch.where(step.early, mean, window.mean(0))
+        moved = m * psi + (1 - m) * smooth
+        return window, moved, torch.where(step.skip, smooth, moved)
+
+    def total(self, gradients: Tensor) -> Tensor:
+        """The sums are over all processes already: each backward pass needs that."""
+        return gradients
+
+    def update(self, square: Tensor, gradient: Tensor, counts: Tensor) -> None:
+        """Windows and running means of the next step."""
+        step, m = self._step(square), self.momentum
+        window, psi, _ = self.gradient_step(step, gradient)
+        rv = m * self.running_square + (1 - m) * step.divisor
+        for buffer, moved in (
+            (self.window_square, step.window),
+            (self.window_gradient, window),
+            (self.running_square, rv),
+            (self.running_gradient, psi),
+        ):
+            buffer.copy_(torch.where(counts, moved, buffer))
+        self.steps += counts
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        size = f"{self.weight.numel()}, eps={self.eps}"
+        return f"{size}, window={self.window}, warmup={self.warmup}, filter={self.filter}"
+
+
+class _UnifiedNorm(torch.autograd.Function):
+    """Forward as stated; backward as stated, which is not its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        inverse: Tensor,
+        step: _Step,
+        norm: UnifiedNorm,
+        real: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.step, ctx.norm, ctx.real = step, norm, None if norm.count_padding else real
+        return torch.addcmul(bias, x, weight * inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, inverse = ctx.saved_tensors
+        norm, kappa = ctx.norm, ctx.step.kappa
+        dweight = torch.linalg.vecdot(grad, x, dim=0) * (inverse * kappa)
+        if ctx.real is None:
+            along = torch.cat((dweight, dweight.new_full((1,), len(x))))
+        else:
+            along = column_sums(grad, x, ctx.real)
+            along[:-1] *= inverse * kappa
+        along[:-1] *= weight  # the sum of q z
+        along = norm.reduce(along)
+        norm.add_gradients(along)
+        _, _, factor = norm.gradient_step(ctx.step, along[:-1] / along[-1].clamp(min=1))
+        dx = torch.addcmul(grad * (weight * kappa * inverse), x, -factor * inverse.square())
+        return dx, dweight, grad.sum(0), None, None, None, None

@@ -1,0 +1,175 @@
+"""What decoding carries for a recurrent mixer: a state of constant size, and a few tokens' inputs.
+
+A state is a tuple of tensors (rows, ...), all zeros for an empty row; the inputs of a pass are a
+tuple of tensors (rows, new, ...). The mixer gives `advance(state, inputs, counts)`, a pure function
+to the state after each row's first `counts` inputs; an input of zeros leaves a state as it is, so
+what comes after them is zeroed and does nothing.
+
+A state cannot be cut back, so rejected tokens leave by replay: the state from before is kept with
+the inputs since, and the accepted ones are run again ("snapshot one and replay"). At least the last
+KEPT tokens of every row can be rolled back, at most about twice as many are kept, so the memory
+does not grow with the row. `admit`, `release` and `select` make the present the new beginning.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from llmnorm.nn.cache import KEPT, LayerCache, Places
+
+State = tuple[Tensor, ...]
+Inputs = tuple[Tensor, ...]
+Advance = Callable[[State | None, Inputs, Tensor], State]
+
+
+class _Stage:
+    """A state, and the blocks of inputs (and how many of each row's are real) that came after."""
+
+    def __init__(self, state: State | None) -> None:
+        self.state = state
+        self.blocks: list[tuple[Inputs, Tensor]] = []
+
+    def width(self) -> int:
+        return sum(inputs[0].shape[1] for inputs, _ in self.blocks)
+
+
+class RecurrentCache:
+    """One recurrent layer's states."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+        self.lengths: list[int] = []
+        self.state: State | None = None
+        self._stages = [_Stage(None)]
+
+    def clear(self) -> None:
+        """Forget every row."""
+        self.lengths, self.state, self._stages = [], None, [_Stage(None)]
+
+    def append(self, inputs: Inputs, state: State, places: Places) -> None:
+        """Take in a pass: its inputs, and the state after them, which the mixer has at hand."""
+        inputs = tuple(t.detach() for t in inputs)
+        new, counts = inputs[0].shape[1], _counts(places.counts, inputs[0])
+        if new > 2 * KEPT:
+            passed = (counts - KEPT).clamp(min=0)
+            start = self.advance(self.state, _take(inputs, 0 * passed, passed, new), passed)
+            self._stages = [_Stage(start)]
+            inputs, counts = _take(inputs, passed, counts - passed, KEPT), counts - passed
+        elif self._stages[-1].width() >= KEPT:
+            self._stages = [self._stages[-1], _Stage(self.state)]
+        self._stages[-1].blocks.append((inputs, counts))
+        self.state = tuple(t.detach() for t in state)
+        self.lengths = [a + b for a, b in zip(self.lengths, places.counts, strict=True)]
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Drop each row's last tokens: the accepted inputs are replayed from the kept state.
+
+        Raises:
+            ValueError: more tokens than a row has, or than are kept.
+        """
+        lengths = [a - b for a, b in zip(self.lengths, counts, strict=True)]
+        if min(counts, default=0) < 0 or min(lengths, default=0) < 0:
+            raise ValueError(f"rollback of {list(counts)} tokens from rows of {self.lengths}")
+        if not any(counts):
+            return
+        blocks = [block for stage in self._stages for block in stage.blocks]
+        kept = sum((real for _, real in blocks), torch.zeros(len(counts), dtype=torch.long))
+        if any(count > have for count, have in zip(counts, kept.tolist(), strict=True)):
+            raise ValueError(
+                f"rollback of {list(counts)} tokens: of recurrent layers the last {kept.tolist()} "
+                "tokens of the rows are kept"
+            )
+        inputs = tuple(torch.cat(parts, 1) for parts in zip(*(b for b, _ in blocks), strict=True))
+        real = torch.cat([_mask(n, b[0].shape[1]) for b, n in blocks], 1)
+        order = (~real).long().argsort(dim=1, stable=True)
+        inputs = tuple(t[torch.arange(len(t))[:, None], order] for t in inputs)
+        accepted = kept - _counts(counts, kept)
+        inputs = _take(inputs, 0 * accepted, accepted, max(1, int(accepted.max())))
+        start = self._stages[0].state
+        state, now = self.advance(start, inputs, accepted), self.state
+        assert now is not None
+        changed = _counts(counts, now[0]) > 0
+        self.state = tuple(
+            torch.where(changed.view(-1, *[1] * (new.ndim - 1)), new, old)
+            for new, old in zip(state, now, strict=True)
+        )
+        self._stages = [_Stage(start)]
+        self._stages[0].blocks.append((inputs, accepted))
+        self.lengths = lengths
+
+    def admit(self, row: int, source: LayerCache | None, source_row: int) -> None:
+        """Let `row` (one more than there are, or a released one) begin, as a copy of a source's."""
+        if row == len(self.lengths):
+            self.lengths.append(0)
+        assert self.lengths[row] == 0, "a row is admitted to a free slot"
+        length, state = 0, None
+        if source is not None:
+            assert isinstance(source, RecurrentCache)
+            length, state = source.lengths[source_row], source.state
+        like = self.state if self.state is not None else state
+        if like is None:
+            return
+        rows = tuple(t.new_zeros(len(self.lengths), *t.shape[1:]) for t in like)
+        for kept, old in zip(rows, self.state or (), strict=False):
+            kept[: len(old)] = old
+        if length and state is not None:
+            for kept, fresh in zip(rows, state, strict=True):
+                kept[row] = fresh[source_row]
+        self.lengths[row] = length
+        self._begin(rows)
+
+    def release(self, row: int) -> None:
+        """Empty a row."""
+        self.lengths[row] = 0
+        if self.state is not None:
+            state = tuple(t.clone() for t in self.state)
+            for kept in state:
+                kept[row] = 0
+            self._begin(state)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows in this order; a row may come more than once (beam search)."""
+        self.lengths = [self.lengths[row] for row in rows]
+        if self.state is not None:
+            index = torch.tensor(list(rows), device=self.state[0].device, dtype=torch.long)
+            self._begin(tuple(t.index_select(0, index) for t in self.state))
+
+    def _begin(self, state: State) -> None:
+        self.state, self._stages = state, [_Stage(state)]
+
+
+def part(state: State | None, index: int) -> Tensor | None:
+    """One tensor of a state, if there is a state yet."""
+    return None if state is None else state[index]
+
+
+def last_inputs(window: Tensor | None, inputs: Tensor, counts: Tensor, width: int) -> Tensor:
+    """The last `width` inputs of every row, (rows, width, ...), zeros where it has had fewer.
+
+    `window` (rows, width, ...) are those before `inputs` (rows, new, ...), of which the first
+    `counts` are real. What a convolution over time carries.
+    """
+    if window is None:
+        window = inputs.new_zeros(len(inputs), width, *inputs.shape[2:])
+    return _take((torch.cat((window, inputs), 1),), counts, 0 * counts + width, width)[0]
+
+
+def _take(inputs: Inputs, start: Tensor, counts: Tensor, width: int) -> Inputs:
+    """`counts` inputs of every row from `start` on, as (rows, width, ...), zeros behind them."""
+    device = inputs[0].device
+    index = start.to(device)[:, None] + torch.arange(width, device=device)
+    index = index.clamp(max=inputs[0].shape[1] - 1)
+    rows = torch.arange(len(index), device=device)[:, None]
+    empty = ~_mask(counts.to(device), width)
+    return tuple(
+        t[rows, index].masked_fill(empty.view(*empty.shape, *[1] * (t.ndim - 2)), 0) for t in inputs
+    )
+
+
+def _mask(counts: Tensor, width: int) -> Tensor:
+    return torch.arange(width, device=counts.device) < counts[:, None]
+
+
+def _counts(counts: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(counts), dtype=torch.long, device=like.device)
