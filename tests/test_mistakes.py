@@ -214,6 +214,28 @@ SETTINGS = {
     "no number at all": setting(
         "optimizer.lr=.nan", "<place>: <key>: expected a finite number, got nan", "optimizer.lr"
     ),
+    "decay under nap": setting(
+        "optimizer=muon optimizer.nap=true",
+        "<place>: optimizer.nap takes the place of decay on hidden matrices; "
+        "set optimizer.weight_decay=0",
+    ),
+    "gram form in bf16": setting(
+        "optimizer=normuon optimizer.orthogonalize=gram optimizer.precision=bf16",
+        "<place>: optimizer.orthogonalize=gram is inaccurate in bf16; "
+        "set optimizer.precision=fp32 or optimizer.orthogonalize=standard",
+    ),
+    "a law below its models": Case(
+        f"train {SMOKE} optimizer.lr=auto",
+        "optimizer.lr: auto: the Step Law was fitted to models of 0.2 to 1.1 billion parameters; "
+        "this one has <n> million outside the embedding, and it says nothing below 10 million; "
+        "give a number",
+    ),
+    "pieces that do not add up": Case(
+        f"train {SMOKE} --print-groups optimizer=muon "
+        "optimizer.split_sizes={'*.q_proj.weight':[9,9]}",
+        "optimizer.split_sizes: *.q_proj.weight: [9, 9] are 18 rows, <name> has <n>",
+        ("has 64",),
+    ),
     "two lengths": setting(
         "training.tokens=9",
         "<place>: give exactly one of training.steps, training.tokens, training.epochs; got <keys>",

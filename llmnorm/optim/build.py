@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from llmnorm.optim import nap
@@ -14,7 +13,7 @@ from llmnorm.optim.stacks import RuleOptimizer
 from llmnorm.part import InputError
 
 
-def adamw(settings: AdamWSettings, groups: Groups) -> torch.optim.Optimizer:
+def adamw(settings: AdamWSettings, groups: Groups) -> AdamW:
     """AdamW on everything."""
     kinds = {"matrices": groups.matrices, "auxiliary": groups.auxiliary}
     param_groups = [
@@ -29,7 +28,7 @@ def adamw(settings: AdamWSettings, groups: Groups) -> torch.optim.Optimizer:
     return optimizer
 
 
-def with_rule(settings: MatrixSettings, groups: Groups) -> torch.optim.Optimizer:
+def with_rule(settings: MatrixSettings, groups: Groups) -> RuleOptimizer:
     """A rule on the hidden matrices, AdamW on the rest.
 
     Raises:

@@ -7,7 +7,8 @@ learning rate (lr / |W| for Adam, lr / |W|^2 for SGD) at what the schedule says.
 pre-norm Llama, but for q and k with qk_norm) it is a constraint of its own.
 
 What would surprise: the norm is that of the weights the optimizer was made over; it is part of the
-state (`initial_norm`), so that a run that goes on keeps its first one.
+state (`initial_norm`), so that a run that goes on keeps its first one. Fused projections count as
+one matrix.
 """
 
 from collections.abc import Mapping

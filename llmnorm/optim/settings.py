@@ -8,10 +8,9 @@ from pydantic import Field, model_validator
 from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
-    import torch
-
+    from llmnorm.optim.adamw import AdamW
     from llmnorm.optim.groups import Groups
-    from llmnorm.optim.stacks import Rule
+    from llmnorm.optim.stacks import Rule, RuleOptimizer
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -185,7 +184,7 @@ class OptimizerSettings(Settings):
         auxiliary = of_the_run if isinstance(own, SameSettings) else own.build(steps)
         return {"matrices": of_the_run, "auxiliary": auxiliary}
 
-    def build(self, groups: "Groups") -> "torch.optim.Optimizer":
+    def build(self, groups: "Groups") -> "AdamW | RuleOptimizer":
         """The optimizer over `groups`, its state allocated.
 
         Its param groups have a `kind` ("matrices" or "auxiliary") and keep their peak learning rate
@@ -211,7 +210,7 @@ class AdamWSettings(OptimizerSettings):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decay of the hidden matrices, times the learning rate."""
 
-    def build(self, groups: "Groups") -> "torch.optim.Optimizer":
+    def build(self, groups: "Groups") -> "AdamW | RuleOptimizer":
         """The optimizer over `groups`, its state allocated."""
         from llmnorm.optim.build import adamw
 
@@ -231,7 +230,7 @@ class MatrixSettings(OptimizerSettings):
         """The update of one matrix."""
         raise NotImplementedError
 
-    def build(self, groups: "Groups") -> "torch.optim.Optimizer":
+    def build(self, groups: "Groups") -> "AdamW | RuleOptimizer":
         """The optimizer over `groups`, its state allocated."""
         from llmnorm.optim.build import with_rule
 
