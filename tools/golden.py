@@ -850,6 +850,33 @@ def mamba2(vectors: Vectors) -> Iterator[Result]:
     return _module(vectors, part, p["d_model"], change, states, mids)
 
 
+@serves("hydra")
+def hydra(vectors: Vectors) -> Iterator[Result]:
+    """Hydra's layer; learnable initial states are not offered."""
+    from llmnorm.nn.mixers.settings import HydraSettings
+
+    p = vectors.hyperparameters
+    if p.get("learnable_init_states"):
+        return iter(())
+    part = HydraSettings(
+        state_size=p["d_state"],
+        head_dim=p["headdim"],
+        expand=p["expand"],
+        n_groups=p["ngroups"],
+        conv_kernel=p.get("d_conv", 7),
+        use_bias=p.get("bias", False),
+        time_step_limit=p.get("dt_limit"),
+    )
+    mids = {
+        "mid/v": lambda p: p.v,
+        "mid/delta": lambda p: p.delta,
+        "mid/dt_fwd": lambda p: p.forward.dt,
+        "mid/B_fwd": lambda p: p.forward.B,
+        "mid/C_bwd_flipped": lambda p: p.backward.C.flip(1),
+    }
+    return _module(vectors, part, p["d_model"], lambda mixer: None, lambda mixer, state: {}, mids)
+
+
 def _module(
     vectors: Vectors,
     part: Any,
@@ -880,11 +907,12 @@ def _module(
         grads = vectors.below("grad")
         pairs += [(weight.grad, grads[name]) for name, weight in mixer.named_parameters()]
         with torch.no_grad():
-            lengths = vectors["packed/cu_seqlens"].diff()
-            numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths).unsqueeze(0)
-            apart = Context(nothing, nothing, segments=numbers)
-            packed = mixer(vectors["packed/x"].to(dtype), apart)
-            pairs.append((packed, vectors["packed/out"]))
+            if "packed/x" in vectors.tensors:
+                lengths = vectors["packed/cu_seqlens"].diff()
+                numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths).unsqueeze(0)
+                apart = Context(nothing, nothing, segments=numbers)
+                packed = mixer(vectors["packed/x"].to(dtype), apart)
+                pairs.append((packed, vectors["packed/out"]))
             cache, steps = RaggedCache([mixer.new_cache()]), vectors.tensors.get("step/out", ())
             for step in range(len(steps)):
                 token = x[:, step : step + 1]

@@ -44,6 +44,8 @@ def test_every_field_is_explained() -> None:
         ({"mixer": ["softmax"] * 3, "num_hidden_layers": 2}, ["num_hidden_layers is 2"]),
         ({"mixer": {"name": "ssd", "head_dim": 48}}, ["head_dim 48", "hidden_size = 1024"]),
         ({"mixer": {"name": "ssd", "n_groups": 3}}, ["n_groups 3", "16 heads"]),
+        ({"mixer": "hydra"}, ["mixer 'hydra' looks at later tokens"]),
+        ({"mixer": {"name": "hydra", "conv_kernel": 4}}, ["conv_kernel", "must be odd", "5"]),
         ({"mixer": {"name": "gla", "num_heads": 5}}, ["expand_k * hidden_size", "num_heads 5"]),
         ({"mixer": {"name": "gated_delta", "num_value_heads": 3}}, ["num_key_heads 8"]),
         ({"mixer": {"name": "nala", "lam": 1.5}}, ["mixer", "lam * tau 0.75"]),

@@ -96,7 +96,8 @@ def decoding(mixer: Mixer, lengths: tuple[int, int]) -> list[dict[str, float]]:
                 mixer(torch.randn(1, new, WIDTH), context, cache.layers[0])
                 times.append(time.perf_counter() - begin)
         layer: Any = cache.layers[0]
-        kept = [layer.keys, layer.values] if isinstance(layer, KeyValues) else layer.state
+        attention = isinstance(cache.layers[0], KeyValues)
+        kept: Any = (layer.keys, layer.values) if attention else layer.state
         size = sum(t.numel() * t.element_size() for t in kept)
         found.append({"tokens": length, "milliseconds": 1e3 * min(times), "bytes": size})
     return found

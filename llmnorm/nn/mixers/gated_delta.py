@@ -17,7 +17,6 @@ key_dim^-1/2; the projection is laid out by key heads, [q, k, v.., z..] for each
 head comes before the gate. With g = 0 it is the delta rule. Padding gets b = 0 and g = 0.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from llmnorm.nn.mixers.linear_recurrence import (
     in_blocks,
     whole_chunks,
 )
+from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
 
@@ -86,8 +86,7 @@ class GatedDeltaNet(Mixer):
     def reset_parameters(self) -> None:
         """As fla's: time steps log-uniform in (0.001, 0.1), A uniform in (-16, 0)."""
         with torch.no_grad():
-            dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.dt_bias.copy_(initial_dt_bias(self.dt_bias, (1e-3, 0.1), 1e-4))
             self.A_log.uniform_(1e-4, 16).log_()
 
     def new_cache(self) -> RecurrentCache:

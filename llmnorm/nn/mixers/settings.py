@@ -6,7 +6,7 @@ model's settings; only what belongs to its own kind stands here.
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmnorm.part import Part, Settings
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmnorm.nn.mixers.contract import Mixer as MixerModule
     from llmnorm.nn.mixers.gated_delta import GatedDeltaNet
     from llmnorm.nn.mixers.gla import GatedLinearAttention
+    from llmnorm.nn.mixers.hydra import Hydra
     from llmnorm.nn.mixers.linear import LinearAttention
     from llmnorm.nn.mixers.nala import NaLa
     from llmnorm.nn.mixers.softmax import SoftmaxAttention
@@ -180,23 +181,16 @@ class NaLaSettings(LinearSettings):
         return NaLa(model.hidden_size, **own, **self._block(model))
 
 
-class SSDSettings(MixerSettings):
-    """The mixer of Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): one decay a head, made from the
-    token. It has heads of its own, expand * hidden_size / head_dim of them."""
+class _StateSpaceSettings(MixerSettings):
+    """What the two state-space mixers share. They have heads of their own, expand * hidden_size /
+    head_dim of them."""
 
-    name: Literal["ssd"] = "ssd"
-    state_size: int = Field(128, ge=1)
-    """Width of keys and queries (B and C)."""
     expand: int = Field(2, ge=1)
     """Inner width over hidden_size."""
     head_dim: int = Field(64, ge=1)
     """Width of a head's values."""
     n_groups: int = Field(1, ge=1)
-    """Groups of heads that share B and C, and of channels that are normed together."""
-    conv_kernel: int = Field(4, ge=1)
-    """Width of the causal convolution of x, B and C."""
-    use_conv_bias: bool = True
-    """Offsets in the convolution."""
+    """Groups of heads that share keys and queries (B and C)."""
     use_bias: bool = False
     """Offsets on the two projections."""
     norm_eps: float = Field(1e-5, ge=0)
@@ -218,35 +212,77 @@ class SSDSettings(MixerSettings):
     def check(self, model: "ModelSettings") -> None:
         """Whole heads, whole groups."""
         inner = self.expand * model.hidden_size
+        name = getattr(self, "name", "")
         if inner % self.head_dim:
             raise ValueError(
-                f"mixer 'ssd': head_dim {self.head_dim} does not divide expand * hidden_size = "
+                f"mixer '{name}': head_dim {self.head_dim} does not divide expand * hidden_size = "
                 f"{inner}"
             )
         if inner // self.head_dim % self.n_groups:
             raise ValueError(
-                f"mixer 'ssd': n_groups {self.n_groups} does not divide the "
+                f"mixer '{name}': n_groups {self.n_groups} does not divide the "
                 f"{inner // self.head_dim} heads"
             )
+
+    def _shape(self) -> dict[str, Any]:
+        keys = ("expand", "head_dim", "n_groups", "use_bias", "norm_eps")
+        return {
+            **{key: getattr(self, key) for key in keys},
+            "dt_limit": self.time_step_limit,
+            "dt_range": (self.time_step_min, self.time_step_max),
+            "dt_floor": self.time_step_floor,
+        }
+
+
+class SSDSettings(_StateSpaceSettings):
+    """The mixer of Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): one decay a head, made from the
+    token. It has heads of its own, expand * hidden_size / head_dim of them."""
+
+    name: Literal["ssd"] = "ssd"
+    state_size: int = Field(128, ge=1)
+    """Width of keys and queries (B and C)."""
+    conv_kernel: int = Field(4, ge=1)
+    """Width of the causal convolution of x, B and C."""
+    use_conv_bias: bool = True
+    """Offsets in the convolution."""
 
     def build(self, model: "ModelSettings", layer: int) -> "SSD":
         """The mixer of one layer (counted from 0) of `model`."""
         from llmnorm.nn.mixers.ssd import SSD
 
-        return SSD(
-            model.hidden_size,
-            expand=self.expand,
-            head_dim=self.head_dim,
-            state_size=self.state_size,
-            n_groups=self.n_groups,
-            conv_kernel=self.conv_kernel,
-            use_conv_bias=self.use_conv_bias,
-            use_bias=self.use_bias,
-            norm_eps=self.norm_eps,
-            dt_limit=self.time_step_limit,
-            dt_range=(self.time_step_min, self.time_step_max),
-            dt_floor=self.time_step_floor,
-        )
+        keys = ("state_size", "conv_kernel", "use_conv_bias")
+        own = {key: getattr(self, key) for key in keys}
+        return SSD(model.hidden_size, **own, **self._shape())
+
+
+class HydraSettings(_StateSpaceSettings):
+    """Hydra: SSD in both directions and a free diagonal, for encoders (Hwang et al. 2024, arXiv
+    2407.09941). It has heads of its own, expand * hidden_size / head_dim of them."""
+
+    name: Literal["hydra"] = "hydra"
+    state_size: int = Field(64, ge=1)
+    """Width of keys and queries (B and C)."""
+    conv_kernel: int = Field(7, ge=1)
+    """Width, odd, of the symmetric convolution of x, B and C."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether it can serve a causal language model."""
+        return False
+
+    @field_validator("conv_kernel")
+    @classmethod
+    def _has_a_middle(cls, kernel: int) -> int:
+        if not kernel % 2:
+            raise ValueError(f"must be odd, got {kernel}; e.g. {kernel + 1}")
+        return kernel
+
+    def build(self, model: "ModelSettings", layer: int) -> "Hydra":
+        """The mixer of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.mixers.hydra import Hydra
+
+        own: dict[str, Any] = {"state_size": self.state_size, "conv_kernel": self.conv_kernel}
+        return Hydra(model.hidden_size, **own, **self._shape())
 
 
 class GLASettings(MixerSettings):
@@ -356,6 +392,7 @@ Mixer = Annotated[
     | LinearSettings
     | NaLaSettings
     | SSDSettings
+    | HydraSettings
     | GLASettings
     | GatedDeltaSettings,
     Part(default="softmax", many=True),

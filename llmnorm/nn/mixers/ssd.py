@@ -78,9 +78,7 @@ class SSD(Mixer):
     def reset_parameters(self) -> None:
         """Time steps log-uniform in dt_range, A uniform in (-16, -1), D one."""
         with torch.no_grad():
-            low, high = (math.log(value) for value in self.dt_range)
-            dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp_().clamp_(min=self.dt_floor)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.dt_bias.copy_(initial_dt_bias(self.dt_bias, self.dt_range, self.dt_floor))
             self.A_log.uniform_(1, 16).log_()
             self.D.fill_(1)
 
@@ -155,6 +153,13 @@ class SSD(Mixer):
         heads = self.groups, self.groups, self.heads
         convolution = 2.0 * self.conv1d.kernel * (self.parts[1])
         return flops_per_token(heads, self.state_size, self.head_dim) + convolution
+
+
+def initial_dt_bias(like: Tensor, between: tuple[float, float], floor: float) -> Tensor:
+    """Offsets whose softplus is log-uniform `between` two time steps and at least `floor`."""
+    low, high = (math.log(value) for value in between)
+    dt = torch.empty_like(like).uniform_(low, high).exp_().clamp_(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))
 
 
 class GroupedRMSNorm(RMSNorm):
