@@ -106,6 +106,11 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 if it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 @contextmanager
 def recorded(places: Iterable[Place], *, graph: bool = False) -> Iterator[Mapping[Place, Tensor]]:
     """What passes the places, after a forward pass inside the `with`.

@@ -110,7 +110,10 @@ def findings(figures: dict[str, Any]) -> list[str]:
     removed, errors = (figures["removal"]["block"][key] for key in ("mean", "standard_error"))
     layers = len(removed)
     dead = dead_blocks(figures)
-    said = [f"{spans(dead)} {_is(dead)} dead: the stream leaves as it came."] if dead else []
+    said = []
+    if dead:
+        verb = "are" if len(dead) > 1 else "is"
+        said.append(f"{spans(dead).capitalize()} {verb} dead: the stream leaves as it came.")
     for side, what in (("mixer", "mixer"), ("mlp", "MLP")):
         ratios = figures["branch_ratio"][side]
         silent = [n for n, r in enumerate(ratios, 1) if r is not None and r < 1e-12]
@@ -151,10 +154,6 @@ def spans(numbers: Sequence[int]) -> str:
             parts.append([number])
     words = [f"{p[0]}-{p[-1]}" if len(p) > 1 else f"{p[0]}" for p in parts]
     return f"block{'s' if len(numbers) > 1 else ''} {', '.join(words)}"
-
-
-def _is(numbers: Sequence[int]) -> str:
-    return "are" if len(numbers) > 1 else "is"
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from llmnorm.doctor import version
 SECTIONS = {
     "variance": (
         "How the stream grows",
-        "Every block adds to the residual stream. <b>Left:</b> the variance over the channels, mean "
-        "over tokens, after each block (0: the embedding). Dashed: what independent random weights "
-        "of the same size would give; a freshly initialised model lies on it, training bends away. "
+        "Every block adds to the residual stream. <b>Left:</b> the variance over the channels, "
+        "mean over tokens, after each block (0: the embedding). Dashed: what independent random "
+        "weights of the same size would give; a fresh model lies on it, training bends away. "
         "<b>Right:</b> how much a branch adds, as a share of what it is added to. A ratio that "
         "falls towards 0 is the curse of depth: deep blocks whisper into a loud stream.",
     ),
@@ -35,9 +35,9 @@ SECTIONS = {
     ),
     "gradients": (
         "What reaches a block in training",
-        "<b>Left:</b> the norm of the loss's gradient with respect to all weights of a block, mean "
-        "over batches. <b>Right:</b> how far the block is from the identity as a map: 0 for a block "
-        "that hands its input on.",
+        "<b>Left:</b> the norm of the loss's gradient with respect to all weights of a block, "
+        "mean over batches. <b>Right:</b> ‖J − 1‖² / dimension, J the block's Jacobian over all "
+        "tokens: 0 for a block that hands its input on.",
     ),
     "ranks": (
         "How many directions the stream uses",
@@ -48,8 +48,8 @@ SECTIONS = {
     "attention": (
         "Where attention looks",
         "<b>Left:</b> the entropy of attention weights, as a share of uniform attention's (1: all "
-        "earlier tokens alike); the band spans the heads. <b>Right:</b> the mean cosine between two "
-        "tokens of a document: towards 1 tokens become alike.",
+        "earlier tokens alike); the band spans the heads. <b>Right:</b> the mean cosine between "
+        "two tokens of a document: towards 1 tokens become alike.",
     ),
     "spectra": (
         "What training wrote into the weights",
@@ -59,9 +59,9 @@ SECTIONS = {
     ),
     "gains": (
         "What the norms multiply by",
-        "The effective gain of every norm, depth scaling included: rms over channels, band from the "
-        "10th to the 90th percentile. Dotted: 1/√block, the rule of LayerNorm Scaling; a line that "
-        "leaves it shows training undoing the scale.",
+        "The effective gain of every norm, depth scaling included: rms over channels, band from "
+        "the 10th to the 90th percentile. Dotted: 1/√block, the rule of LayerNorm Scaling; a model "
+        "that began there and leaves it has undone the scale in training.",
     ),
 }
 RELATED = {  # figure -> what may be absent from it

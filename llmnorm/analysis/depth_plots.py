@@ -52,7 +52,7 @@ def _picture(models: Sequence[Mapping[str, Any]], draw: Any) -> bytes:
     draw(figure, models)
     if len(models) > 1:
         handles = [Line2D([], [], linewidth=3, color=COLOURS[i]) for i in range(len(models))]
-        names = [model["name"] for model in models]
+        names = [_shorter(model["name"], 60) for model in models]
         figure.legend(handles, names, loc="outside upper left", ncols=2, frameon=False, fontsize=10)
     file = io.BytesIO()
     figure.savefig(file, format="png")
@@ -87,13 +87,15 @@ def _removal(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
         ):
             mean = _numbers(f["removal"][kind]["mean"])
             error = _numbers(f["removal"][kind]["standard_error"])
-            everything += [abs(value) for value in mean if value == value]
+            error = [0.0 if e != e else 2 * e for e in error]
+            ends = [m + e * way for m, e in zip(mean, error, strict=True) for way in (-1, 1)]
+            everything += [value for value in ends if value == value]
             at = [n + shift for n in range(1, len(mean) + 1)]
             size = _size(len(mean))
             axis.errorbar(
                 at,
                 mean,
-                yerr=[0.0 if e != e else 2 * e for e in error],
+                yerr=error,
                 color=colour,
                 markeredgecolor=colour,
                 linewidth=1.4,
@@ -103,12 +105,29 @@ def _removal(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
             )
     for axis in (left, right):
         axis.axhline(0, color=GREYS[1], linewidth=0.8, zorder=0)
-    middle = statistics.median(everything) if everything else 0
-    if middle > 0 and max(everything) > 20 * middle:
-        left.set_yscale("symlog", linthresh=10 ** round(math.log10(middle)), linscale=0.6)
+    if everything:
+        _loss_scale(left, everything)
     _finish(left, "Loss without a block, minus loss (nats a token)")
     _finish(right, "Without its mixer, without its MLP", kinds=_SIDES)
     right.tick_params(labelleft=True)
+
+
+def _loss_scale(axis: Any, values: Sequence[float]) -> None:
+    """Linear, or logarithmic on both sides of 0 where a few blocks dwarf the others."""
+    from matplotlib.ticker import SymmetricalLogLocator
+
+    low, high = min(values), max(values)
+    middle = statistics.median(map(abs, values))
+    margin = 0.05 * (high - low)
+    if middle > 0 and max(high, -low) > 20 * middle:
+        linear = 10.0 ** round(math.log10(middle))
+        axis.set_yscale("symlog", linthresh=linear, linscale=0.7)
+        axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear))
+        axis.yaxis.set_major_formatter("{x:g}")
+        margin = 0.15 * linear
+        high *= 1.4 if high > linear else 1
+        low *= 1.4 if low < -linear else 1
+    axis.set_ylim(min(low, 0) - margin, max(high, 0) + margin)
 
 
 def _angles(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
@@ -134,11 +153,13 @@ def _angles(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
             vmax=highest or 1,
             interpolation="nearest",
         )
-        title = "Angle across n blocks" if len(models) == 1 else model["name"]
+        title = "Angle across n blocks (of π)" if len(models) == 1 else _shorter(model["name"])
         _finish(axis, title, below="first of the n blocks", grid=False)
-        axis.set_ylabel("n", rotation=0, labelpad=8)
+        axis.set_ylabel("n", rotation=0, labelpad=8, color=INK)
         _whole(axis.yaxis)
-    figure.colorbar(drawn, ax=list(axes[: len(models)]), shrink=0.85, pad=0.02, label="angle / π")
+    bar = figure.colorbar(drawn, ax=list(axes[: len(models)]), shrink=0.9, pad=0.02, aspect=28)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=9, color=GREYS[0])
     for colour, f in _coloured(models):
         matrix = f["angular_distance"]
         _line(axes[-1], [matrix[n][n + 1] for n in range(len(matrix) - 1)], colour, SOLID)
@@ -152,7 +173,7 @@ def _gradients(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
         _line(left, f["gradients"]["block"], colour, SOLID)
         _line(right, f["gradients"]["jacobian"], colour, SOLID)
     _finish(left, "Norm of the gradient of a block", log=True)
-    _finish(right, "Distance of the Jacobian from 1:  ‖J − 1‖² / dimension", log=True)
+    _finish(right, "Distance of the Jacobian from the identity", log=True)
 
 
 def _ranks(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
@@ -214,8 +235,9 @@ def _gains(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
         at = range(1, longest + 1)
         axis.plot(at, [n**-0.5 for n in at], color=GREYS[2], linestyle=":", linewidth=1.4)
         kinds = [("rms", SOLID), ("1 / √block", {"linestyle": ":", "color": GREYS[2]})]
-        _finish(axis, name, log=True, kinds=kinds if name == names[0] else ())
+        _finish(axis, _shorter(name), kinds=kinds if name == names[0] else ())
         axis.tick_params(labelleft=True)
+        axis.set_ylim(bottom=0)
     if not names:
         axes[0].set_axis_off()
         axes[0].text(0.5, 0.5, "no norms of their own", ha="center", color=GREYS[2])
@@ -230,6 +252,11 @@ def _coloured(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[st
 
 def _numbers(values: Values) -> list[float]:
     return [math.nan if value is None else value for value in values]
+
+
+def _shorter(name: str, length: int = 30) -> str:
+    """Its end, which tells paths apart."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _size(count: int) -> float:
@@ -273,7 +300,7 @@ def _finish(
     axis.set_xlabel(below, color=INK)
     positive = any((line.get_ydata() > 0).any() for line in _lines(axis)) if log else False
     if positive:
-        axis.set_yscale("log")
+        _log(axis)
     else:
         for mark in [line for line in axis.lines if line.get_gid() == "zero"]:
             mark.remove()
@@ -300,6 +327,19 @@ def _lines(axis: Any) -> list[Any]:
     for line in lines:
         line.set_ydata(np.asarray(line.get_ydata(), dtype=float))
     return lines
+
+
+def _log(axis: Any) -> None:
+    """A logarithmic axis whose labels are plain numbers: 1, 2, 5 where it spans little."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    decades = math.log10(high / low)
+    steps = (1, 2, 5) if decades < 2.2 else (1,)
+    axis.yaxis.set_major_locator(LogLocator(subs=steps, numticks=9))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
 def _whole(axis: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llmnorm.analysis.anatomy import Block, Place, matrices, recorded
+from llmnorm.analysis.anatomy import Block, Place, matrices, recorded, wide
 from llmnorm.analysis.pieces import Text
 from llmnorm.data.loader import IGNORED
 
@@ -48,7 +48,7 @@ def gradients(
         with recorded(places, graph=True) as seen:
             logits = model(input_ids=batch.ids, use_cache=False).logits
         loss = F.cross_entropy(
-            logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
+            wide(logits).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
         )
         real = batch.real.unsqueeze(-1)
         for layer, block in enumerate(blocks):

@@ -5,8 +5,8 @@
     inspect([Path("gpt2")], data=Path("runs/quickstart"))   any decoder that transformers loads
 
 A run is measured on its validation rows; a directory, which has none, on those of `--data` (or of
-the run beside it), in its own tokens. The files: inspect.html (everything in one file), inspect.json
-and a PNG a figure.
+the run beside it), in its own tokens. The files: inspect.html (everything in one file),
+inspect.json and a PNG a figure.
 """
 
 import json

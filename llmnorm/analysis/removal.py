@@ -29,6 +29,7 @@ from llmnorm.analysis.anatomy import (
     logits_of,
     recorded,
     stream_in,
+    wide,
 )
 from llmnorm.analysis.pieces import Batch, Text
 from llmnorm.data.loader import IGNORED
@@ -90,7 +91,7 @@ def passes(blocks: list[Block], text: Text) -> int:
 def row_losses(model: nn.Module, batch: Batch, rows: int) -> Tensor:
     """The summed loss of every row of the text, 0 for rows of other batches; float64, CPU."""
     losses = F.cross_entropy(
-        logits_of(model, batch.ids).float().flatten(0, 1),
+        wide(logits_of(model, batch.ids)).flatten(0, 1),
         batch.labels.flatten(),
         ignore_index=IGNORED,
         reduction="none",

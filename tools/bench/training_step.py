@@ -362,9 +362,7 @@ def measure(vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
             candidate.close()
     first = candidates[0].losses
     for candidate in candidates[1:]:
-        worst = max(
-            abs(a - b) / b for a, b in zip(first, candidate.losses, strict=True)
-        )
+        worst = max(abs(a - b) / b for a, b in zip(first, candidate.losses, strict=True))
         tolerance = 2e-3 if options.device == "cpu" else 2e-2
         if worst > tolerance:
             sys.exit(f"bench: error: losses of ours and {candidate.name} differ by {worst:.1%}")
@@ -454,9 +452,7 @@ def show(title: str, table: dict[str, Any]) -> None:
             row.get(k) for k in ("ours_over_it", "bar_speed", "our_memory_over_its", "bar_memory")
         ]
         speed, speed_bar, memory, memory_bar = ("" if c is None else f"{c:.2f}" for c in cells)
-        shares = "  ".join(
-            f"{row['share_of_matmul_rate'][way]:>{9 + len(way)}.0%}" for way in ways
-        )
+        shares = "  ".join(f"{row['share_of_matmul_rate'][way]:>{9 + len(way)}.0%}" for way in ways)
         verdict = {None: "", True: "  holds", False: "  BELOW"}[row.get("holds")]
         print(
             f"{name:<10}{row['tokens_per_second']:>10.0f}{speed:>8}{speed_bar:>7}"
