@@ -202,7 +202,7 @@ class _Trace(NamedTuple):
     beside: int | None
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def _blocks(model: Any) -> list[nn.Module]:
     """The outermost list of modules that is as long as the configuration says."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():

@@ -20,6 +20,7 @@ block l, counted from 1, gives, x_L what the final norm reads).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def measure(model: Any, text: Text, *, name: str) -> dict[str, Any]:
         streams = Streams(blocks, hidden_size, device)
         for one in text.batches:
             batch = one.to(device)
-            streams.add(lambda ids=batch.ids: model(input_ids=ids, use_cache=False), batch)
+            streams.add(partial(model, input_ids=batch.ids, use_cache=False), batch)
             bar.update()
         figures = streams.figures()
         absent = dict(streams.absent)

@@ -44,11 +44,12 @@ def _picture(models: Sequence[Mapping[str, Any]], draw: Any) -> bytes:
     # The object interface draws without a display and leaves pyplot's global state alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06)
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)
     draw(figure, models)
     if len(models) > 1:
         handles = [Line2D([], [], linewidth=3, color=COLOURS[i]) for i in range(len(models))]

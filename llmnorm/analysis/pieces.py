@@ -57,7 +57,7 @@ class Text(NamedTuple):
     tokens: int
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Rows in all."""
         return sum(self.rows.values())
 

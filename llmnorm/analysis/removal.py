@@ -51,24 +51,24 @@ def removal(
         "mixer": ..., "mlp": ...}`, in nats a token; None where a block has no such branch.
     """
     device = next(model.parameters()).device
-    counts = torch.zeros(text.count, dtype=torch.float64)
-    losses = torch.zeros(text.count, dtype=torch.float64)
-    changes = {kind: torch.zeros(len(blocks), text.count, dtype=torch.float64) for kind in KINDS}
+    counts = torch.zeros(text.total, dtype=torch.float64)
+    losses = torch.zeros(text.total, dtype=torch.float64)
+    changes = {kind: torch.zeros(len(blocks), text.total, dtype=torch.float64) for kind in KINDS}
     for one in text.batches:
         batch = one.to(device)
         with recorded([Place(block.module, "in") for block in blocks]) as seen:
-            whole = row_losses(model, batch, text.count)
+            whole = row_losses(model, batch, text.total)
         streams = [seen[Place(block.module, "in")] for block in blocks]
         counts.index_add_(0, one.row, (one.labels != IGNORED).sum(-1).double())
         losses += whole
         tick()
         for layer, block in enumerate(blocks):
             with _standing_for(blocks[: layer + 1], streams[layer]):
-                changes["block"][layer] += row_losses(model, batch, text.count) - whole
+                changes["block"][layer] += row_losses(model, batch, text.total) - whole
             tick()
             for side, branch in block.branches.items():
                 with _standing_for(blocks[:layer], streams[layer]), _silent(branch.added):
-                    changes[side][layer] += row_losses(model, batch, text.count) - whole
+                    changes[side][layer] += row_losses(model, batch, text.total) - whole
                 tick()
     found: dict[str, Any] = {"loss": dict(zip(_NAMES, _ratio(losses, counts), strict=True))}
     for kind in KINDS:

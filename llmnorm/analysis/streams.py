@@ -145,7 +145,11 @@ class Streams:
             },
             **ranks(covariance),
         }
-        picks = {"mean": Tensor.mean, "lowest": Tensor.min, "highest": Tensor.max}
+        picks: dict[str, Callable[[Tensor], Tensor]] = {
+            "mean": Tensor.mean,
+            "lowest": Tensor.min,
+            "highest": Tensor.max,
+        }
         sums = [None if e is None else e / self.queries for e in self.entropy]
         found["attention_entropy"] = {
             "nats": [None if s is None else float(s[0].mean()) for s in sums],

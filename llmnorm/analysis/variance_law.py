@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from llmnorm.analysis.anatomy import Block, Branch
 from llmnorm.analysis.gains import effective_gain
+from llmnorm.nn.mixers.contract import Mixer
+from llmnorm.nn.mixers.softmax import SoftmaxAttention
 from llmnorm.nn.mlp import GELU, SwiGLU
 from llmnorm.part import InputError
 
@@ -51,9 +53,11 @@ def predicted_variance(
         if len(block.branches) != 2:
             raise InputError("its blocks have no two branches")
         mixer, mlp = block.branches["mixer"], block.branches["mlp"]
+        if isinstance(mixer.module, Mixer) and not isinstance(mixer.module, SoftmaxAttention):
+            raise InputError(f"{type(mixer.module).__name__} is no softmax attention")
         values = hidden_size * _gain(mixer, hidden_size) ** 2
         spread = rho + (1 - rho) * harmonic
-        v, o = _weight(mixer, "v_proj"), _weight(mixer, "o_proj")
+        v, o = _weight(mixer.module, "v_proj"), _weight(mixer.module, "o_proj")
         added = o.shape[-1] * _mean_square(o) * values * _mean_square(v) * spread
         inputs = hidden_size * _gain(mlp, hidden_size) ** 2
         variances.append(variances[-1] + added + _mlp(mlp.module, inputs))
@@ -69,17 +73,14 @@ def _gain(branch: Branch, hidden_size: int) -> float:
 
 def _mlp(mlp: nn.Module, inputs: float) -> float:
     """The variance that the MLP adds, its normed input having mean square inputs / hidden."""
+    up, down = _weight(mlp, "up_proj"), _weight(mlp, "down_proj")
     activation = _activation(mlp)
-    names = ["up_proj", "down_proj"] + ["gate_proj"] * hasattr(mlp, "gate_proj")
-    weights = {name: getattr(getattr(mlp, name, None), "weight", None) for name in names}
-    if activation is None or any(weight is None for weight in weights.values()):
-        raise InputError(f"{type(mlp).__name__} is not made of gate_proj, up_proj and down_proj")
-    up, down = inputs * _mean_square(weights["up_proj"]), weights["down_proj"]
-    if "gate_proj" in weights:
-        gate = inputs * _mean_square(weights["gate_proj"])
-        inner = up * second_moment(activation, gate)
+    inner = inputs * _mean_square(up)
+    if hasattr(mlp, "gate_proj"):
+        gate = inputs * _mean_square(_weight(mlp, "gate_proj"))
+        inner *= second_moment(activation, gate)
     else:
-        inner = second_moment(activation, up)
+        inner = second_moment(activation, inner)
     return down.shape[-1] * _mean_square(down) * inner
 
 
@@ -90,18 +91,21 @@ def second_moment(activation: Callable[[Tensor], Tensor], variance: float) -> fl
     return float(torch.trapezoid(activation(z * variance**0.5).square() * density, z))
 
 
-def _activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _activation(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
     if isinstance(mlp, SwiGLU):
         return F.silu
     if isinstance(mlp, GELU):
         return F.gelu
-    return getattr(mlp, "act_fn", None)  # Hugging Face's name
+    activation = getattr(mlp, "act_fn", None)  # Hugging Face's name
+    if activation is None:
+        raise InputError(f"{type(mlp).__name__} has no act_fn")
+    return activation
 
 
-def _weight(branch: Branch, name: str) -> Tensor:
-    weight = getattr(getattr(branch.module, name, None), "weight", None)
-    if weight is None:
-        raise InputError(f"{type(branch.module).__name__} has no {name}")
+def _weight(module: nn.Module, name: str) -> Tensor:
+    weight = getattr(getattr(module, name, None), "weight", None)
+    if not isinstance(weight, Tensor):
+        raise InputError(f"{type(module).__name__} has no {name}")
     return weight
 
 

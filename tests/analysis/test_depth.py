@@ -405,7 +405,7 @@ def test_rows_become_documents(smoke_data) -> None:
     packed = packing.prepare(config.data, config.tokenizer)
     total = sum(source.validation_rows for source in packed.sources)
     whole = held_out(packed, 10**6, at_once=7)
-    assert whole.count == total
+    assert whole.total == total
     assert whole.rows == {s.name: s.validation_rows for s in packed.sources}
     labels = 0
     for index in range(len(packed.sources)):
@@ -415,6 +415,6 @@ def test_rows_become_documents(smoke_data) -> None:
                 assert ids[1:].equal(targets[: len(ids) - 1]) or targets[-1] == -100
     assert whole.tokens == labels
     part = held_out(packed, 5, at_once=2)
-    assert part.count == 5 and len(part.rows) == 2 and len(part.batches) == 3
+    assert part.total == 5 and len(part.rows) == 2 and len(part.batches) == 3
     for batch in part.batches:
         assert bool(batch.real[:, 0].all()) and not bool((batch.labels[~batch.real] != -100).any())
