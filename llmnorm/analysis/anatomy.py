@@ -55,12 +55,14 @@ class Block(NamedTuple):
         module: the block.
         branches: by side (mixer, mlp); a side that was not found is missing.
         norms: by the child's name, in the order of the calls; those inside a branch are its own.
+        roles: where each of them stands, "before the mixer" and the like.
         beside: what it gives beside the stream, in older Hugging Face blocks; None: a tensor alone.
     """
 
     module: nn.Module
     branches: dict[str, Branch]
     norms: dict[str, nn.Module]
+    roles: dict[str, str]
     beside: int | None
 
     def giving(self, stream: Tensor) -> Any:
@@ -256,7 +258,25 @@ def _dissect(block: nn.Module, trace: _Trace) -> Block:
     }
     sides = zip(SIDES, found, strict=False) if len(found) <= len(SIDES) else ()
     branches = {side: branch for side, branch in sides if branch is not None}
-    return Block(block, branches, norms, trace.beside)
+    return Block(block, branches, norms, _roles(trace, branches, norms), trace.beside)
+
+
+def _roles(
+    trace: _Trace, branches: dict[str, Branch], norms: dict[str, nn.Module]
+) -> dict[str, str]:
+    """A norm that the MLP reads through is before it; any other is after what was called last."""
+    if len(branches) < len(SIDES):
+        return {name: name for name in norms}
+    roles, called = {}, "before the mixer"
+    for event in trace.events:
+        if event.module is branches["mixer"].module:
+            called = "after the mixer"
+        elif event.module is branches["mlp"].module:
+            called = "after the MLP"
+        elif event.name in norms:
+            read = event.module is branches["mlp"].norm is not branches["mixer"].norm
+            roles[event.name] = "before the MLP" if read else called
+    return roles
 
 
 def _added(events: list[_Event], index: int) -> _Event | None:

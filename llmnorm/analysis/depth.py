@@ -131,7 +131,7 @@ def findings(figures: dict[str, Any]) -> list[str]:
         if not (dead or idle or harm):
             said.append(f"Each of the {layers} blocks lowers the loss by more than two errors.")
     worth = [max(0.0, d) for d in removed]
-    if layers > 1 and sum(worth) > 0:
+    if layers > 1 and any(d > 2 * (e or 0) for d, e in zip(removed, errors, strict=True)):
         deep = sum(worth[(layers + 1) // 2 :]) / sum(worth)
         said.append(
             f"The deeper half of the blocks carries {100 * deep:.0f} % of what removing single "

@@ -93,17 +93,10 @@ def _removal(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
             everything += [value for value in ends if value == value]
             at = [n + shift for n in range(1, len(mean) + 1)]
             size = _size(len(mean))
-            axis.errorbar(
-                at,
-                mean,
-                yerr=error,
-                color=colour,
-                markeredgecolor=colour,
-                linewidth=1.4,
-                elinewidth=1.1,
-                markersize=size,
-                **style,
-            )
+            bars = axis.errorbar(at, mean, yerr=error, fmt="none", ecolor=colour, elinewidth=1.3)
+            bars[2][0].set_alpha(0.45)
+            shape = {"color": colour, "markeredgecolor": colour, "markersize": size}
+            axis.plot(at, mean, linewidth=1.4, **shape, **style)
     for axis in (left, right):
         axis.axhline(0, color=GREYS[1], linewidth=0.8, zorder=0)
     if everything:
@@ -213,33 +206,32 @@ def _spectra(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
                 axis.plot(at, values, "o", color=colour, alpha=0.22, markersize=3.2, mew=0)
         _line(left, found["alpha"], colour, SOLID)
         norms = [one["spectral_norm"] for one in found["matrices"].values()]
-        means = [
-            statistics.geometric_mean(there) if (there := [n for n in column if n]) else None
-            for column in zip(*norms, strict=True)
-        ]
-        _line(right, means, colour, SOLID)
+        there = [[norm for norm in block if norm is not None] for block in zip(*norms, strict=True)]
+        _line(right, [statistics.mean(block) for block in there], colour, SOLID)
     kinds = [("mean of the block", SOLID), ("a matrix", {"marker": "o", "linestyle": "none"})]
     _finish(left, "Tail exponent of the weights (FARMS)", kinds=kinds)
     _finish(right, "Largest singular value of the weights", log=True)
 
 
 def _gains(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for model in models for name in model["figures"]["gains"]))
-    axes = figure.subplots(1, max(1, len(names)), squeeze=False, sharey=True)[0]
-    for axis, name in zip(axes, names, strict=False):
-        longest = 1
+    roles = list(dict.fromkeys(role for model in models for role in model["figures"]["gains"]))
+    axes = figure.subplots(1, max(1, len(roles)), squeeze=False, sharey=True)[0]
+    longest = max(model["layers"] for model in models)
+    highest = 1.0
+    for axis, role in zip(axes, roles, strict=False):
         for colour, f in _coloured(models):
-            if one := f["gains"].get(name):
+            if one := f["gains"].get(role):
                 _band(axis, one["low"], one["high"], colour)
                 _line(axis, one["rms"], colour, SOLID)
-                longest = max(longest, len(one["rms"]))
+                highest = max([highest, *(v for v in one["high"] + one["rms"] if v is not None)])
         at = range(1, longest + 1)
         axis.plot(at, [n**-0.5 for n in at], color=GREYS[2], linestyle=":", linewidth=1.4)
         kinds = [("rms", SOLID), ("1 / √block", {"linestyle": ":", "color": GREYS[2]})]
-        _finish(axis, _shorter(name), kinds=kinds if name == names[0] else ())
+        title = f"Gain of the norm {role}" if len(roles) < 3 else role.capitalize()
+        _finish(axis, _shorter(title, 40), kinds=kinds if role == roles[0] else ())
         axis.tick_params(labelleft=True)
-        axis.set_ylim(bottom=0)
-    if not names:
+    axes[0].set_ylim(0, 1.06 * highest)
+    if not roles:
         axes[0].set_axis_off()
         axes[0].text(0.5, 0.5, "no norms of their own", ha="center", color=GREYS[2])
 
@@ -332,13 +324,14 @@ def _lines(axis: Any) -> list[Any]:
 
 def _log(axis: Any) -> None:
     """A logarithmic axis whose labels are plain numbers: 1, 2, 5 where it spans little."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    axis.set_yscale("log")
+    axis.set_yscale("log", nonpositive="mask")
     low, high = axis.get_ylim()
     decades = math.log10(high / low)
     steps = (1, 2, 5) if decades < 2.2 else (1,)
-    axis.yaxis.set_major_locator(LogLocator(subs=steps, numticks=9))
+    narrow = decades < 0.9
+    axis.yaxis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=steps, numticks=9))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter("{x:g}")
 

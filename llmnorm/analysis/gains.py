@@ -37,20 +37,18 @@ def effective_gain(norm: nn.Module, hidden_size: int, size: float) -> Tensor:
 
 
 def gains(blocks: list[Block], hidden_size: int, sizes: dict[nn.Module, float]) -> dict[str, Any]:
-    """By the norm's name: rms and quantiles of its effective gain in every block.
+    """By the norm's role ("before the mixer"): its name, rms and quantiles of its effective gain.
 
     Args:
         sizes: root mean square of what each norm is fed with.
     """
-    names = dict.fromkeys(name for block in blocks for name in block.norms)
     found: dict[str, Any] = {}
-    for name in names:
-        one: dict[str, list[float | None]] = {key: [] for key in ("rms", *QUANTILES)}
-        for block in blocks:
-            norm = block.norms.get(name)
-            gain = None if norm is None else effective_gain(norm, hidden_size, sizes[norm] or 1.0)
-            one["rms"].append(None if gain is None else float(gain.square().mean().sqrt()))
+    for layer, block in enumerate(blocks):
+        for name, norm in block.norms.items():
+            nowhere = {key: [None] * len(blocks) for key in ("rms", *QUANTILES)}
+            one = found.setdefault(block.roles[name], {"name": name, **nowhere})
+            gain = effective_gain(norm, hidden_size, sizes[norm] or 1.0)
+            one["rms"][layer] = float(gain.square().mean().sqrt())
             for key, q in QUANTILES.items():
-                one[key].append(None if gain is None else float(gain.quantile(q)))
-        found[name] = one
+                one[key][layer] = float(gain.quantile(q))
     return found

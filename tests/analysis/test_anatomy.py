@@ -39,6 +39,14 @@ STOCK: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 }
 
 
+PRE = ["before the mixer", "before the MLP"]
+ROLES = dict.fromkeys(STOCK, PRE) | {
+    "falcon": PRE[:1],
+    "gemma2": ["before the mixer", "after the mixer", "before the MLP", "after the MLP"],
+    "olmo2": ["after the mixer", "after the MLP"],
+}
+
+
 @pytest.mark.parametrize("kind", STOCK)
 def test_the_branches_of_stock_blocks_are_found(kind: str) -> None:
     """Oracle: the source of transformers, read by a person; and x + f + g = the block's output."""
@@ -49,6 +57,7 @@ def test_the_branches_of_stock_blocks_are_found(kind: str) -> None:
     for block in blocks:
         assert [type(block.branches[side].added).__name__ for side in SIDES] == added
         assert list(block.norms) == norms
+        assert list(block.roles.values()) == ROLES[kind]
         assert [block.branches[side].carry for side in SIDES] == [1.0, 1.0]
         places = [Place(block.branches[side].added, "out") for side in SIDES]
         ends = [Place(block.module, "in"), Place(block.module, "out")]

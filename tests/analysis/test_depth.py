@@ -369,6 +369,9 @@ def test_a_planted_dead_block_is_found_and_named() -> None:
     assert figures["removal"]["block"]["standard_error"][2] == 0
     assert [figures["branch_ratio"][side][2] for side in SIDES] == [0, 0]
     assert figures["gradients"]["jacobian"][2] == 0
+    assert list(figures["gains"]) == ["before the mixer", "before the MLP"]
+    assert figures["gains"]["before the MLP"]["name"] == "post_attention_layernorm"
+    assert figures["gains"]["before the MLP"]["rms"] == pytest.approx([1] * 4, rel=1e-4)
     assert figures["angular_distance"][2][3] == pytest.approx(0, abs=1e-7)
     assert found["findings"][0] == "Block 3 is dead: the stream leaves as it came."
 

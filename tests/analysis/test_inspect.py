@@ -52,38 +52,32 @@ def exported(trained: Path) -> Path:
     return directory
 
 
-def test_a_run_gives_a_page_and_the_loss_of_its_own_evaluation(trained, capsys) -> None:
-    """Oracle: metrics.jsonl (its sources' losses weighed by tokens), and the files."""
-    llmnorm("inspect", trained, "--rows", "100000")
-    (model,) = found(trained / "plots" / "inspect")
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    sources = next(x["validation"] for x in reversed(lines) if "validation" in x)["sources"]
-    assert model["rows"].keys() == sources.keys() and model["step"] == 12
-    # The evaluation charges every token once, in rows that it does not count; so compare bounds.
-    losses = [one["loss"] for one in sources.values()]
-    loss = model["figures"]["removal"]["loss"]["mean"]
-    assert min(losses) - 1e-6 <= loss <= max(losses) + 1e-6
-    printed = capsys.readouterr().out
-    assert f"deep, step 12: LlmNormForCausalLM, 3 blocks, loss {loss:.4f}" in printed
-    assert len(re.findall(r"^ +\d+ ", printed, re.M)) == 3
-    assert f"page: {trained / 'plots/inspect/inspect.html'}" in printed
+@pytest.fixture(scope="module")
+def inspected(trained: Path) -> Path:
+    llmnorm("inspect", trained, "--rows", "16")
+    return trained / "plots" / "inspect"
 
 
-def test_one_source_is_read_to_the_last_digit(trained, smoke_data, tmp_path) -> None:
-    """Oracle: `llmnorm eval` on the same rows."""
+def test_a_run_is_read_to_the_last_digit(trained, tmp_path, capsys) -> None:
+    """Oracle: `llmnorm eval` on all rows of one source; a line a block, and where the page is."""
     config = tmp_path / "one.yaml"
     config.write_text(
         f"base: {Path('configs/smoke.yaml').resolve()}\n"
         f"data: {{dir: {tmp_path}, sources: [{{name: notes, path: tests/data/text/notes.txt}}]}}\n"
     )
-    directory = trained.parent / "copied"
-    llmnorm("export", trained, directory)
-    llmnorm("eval", directory, "--data", config)
-    evaluated = json.loads((directory / "eval.json").read_text())["validation"]["loss"]
-    llmnorm("inspect", directory, "--data", config, "--rows", "9999", "--out", tmp_path / "page")
-    (model,) = found(tmp_path / "page")
-    assert list(model["rows"]) == ["notes"]
-    assert model["figures"]["removal"]["loss"]["mean"] == pytest.approx(evaluated, rel=1e-6)
+    llmnorm("eval", trained, "--data", config)
+    evaluated = json.loads((trained / "eval" / "step_00000012.json").read_text())
+    loss = evaluated["validation"]["loss"]
+    out = tmp_path / "page"
+    capsys.readouterr()
+    llmnorm("inspect", trained, "--data", config, "--rows", "9999", "--out", out)
+    (model,) = found(out)
+    assert list(model["rows"]) == ["notes"] and model["data"] == evaluated["data"]
+    assert model["figures"]["removal"]["loss"]["mean"] == pytest.approx(loss, rel=1e-6)
+    printed = capsys.readouterr().out
+    assert f"deep, step 12: LlmNormForCausalLM, 3 blocks, loss {loss:.4f}" in printed
+    assert len(re.findall(r"^ +\d+ ", printed, re.M)) == 3
+    assert printed.endswith(f"page: {out / 'inspect.html'}\n")
 
 
 def test_a_planted_dead_block_is_named_beside_the_run(trained, exported, tmp_path, capsys) -> None:
@@ -121,9 +115,9 @@ class Counted(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_needs_nothing_beside_it(trained) -> None:
+def test_the_page_needs_nothing_beside_it(inspected) -> None:
     """Oracle: a parser: every tag is closed, every picture embedded and a PNG, no address."""
-    html = (trained / "plots" / "inspect" / "inspect.html").read_text()
+    html = (inspected / "inspect.html").read_text()
     parser = Counted()
     parser.feed(html)
     assert parser.open == [] and len(parser.sources) == len(SECTIONS)
@@ -172,9 +166,9 @@ def test_two_checkpoints_of_a_run_are_told_apart(trained, tmp_path) -> None:
     assert found(out)[0]["name"] == "deep, step 12, moving average"
 
 
-def test_pictures_show_what_was_not_measured_as_nothing(trained) -> None:
+def test_pictures_show_what_was_not_measured_as_nothing(inspected) -> None:
     """Oracle: a model without branches, norms, entropy and law can be drawn and told of."""
-    (model,) = found(trained / "plots" / "inspect")
+    (model,) = found(inspected)
     figures, nothing = model["figures"], [None] * 3
     figures["branch_ratio"] = {"mixer": nothing, "mlp": nothing}
     figures["attention_entropy"] = dict.fromkeys(figures["attention_entropy"], nothing)
