@@ -81,7 +81,7 @@ def anatomy(model: nn.Module, ids: Tensor) -> list[Block]:
     Raises:
         InputError: there is no list of blocks, or an earlier token's logits depend on a later one.
     """
-    modules = _blocks(model)
+    modules = blocks_of(model)
     traces: dict[nn.Module, _Trace] = {}
     hooks = [hook for block in modules for hook in _watch(block, traces)]
     try:
@@ -100,6 +100,19 @@ def anatomy(model: nn.Module, ids: Tensor) -> list[Block]:
     if silent := [block for block in modules if block not in traces]:
         raise InputError(f"{type(model).__name__}: {len(silent)} of its blocks are never called")
     return [_dissect(block, traces.pop(block)) for block in modules]
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The outermost list of modules that is as long as the configuration says.
+
+    Raises:
+        InputError: there is none.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and matrices(module[0]):
+            return list(module)
+    raise InputError(f"{type(model).__name__}: has no list of {count} blocks")
 
 
 @torch.no_grad()
@@ -204,15 +217,6 @@ class _Trace(NamedTuple):
     beside: int | None
 
 
-def _blocks(model: Any) -> list[nn.Module]:
-    """The outermost list of modules that is as long as the configuration says."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and matrices(module[0]):
-            return list(module)
-    raise InputError(f"{type(model).__name__}: has no list of {count} blocks")
-
-
 def _watch(block: nn.Module, traces: dict[nn.Module, _Trace]) -> Iterator[Any]:
     events: list[_Event] = []
 
@@ -253,7 +257,7 @@ def _dissect(block: nn.Module, trace: _Trace) -> Block:
         event.name: event.module
         for event in trace.events
         if not matrices(event.module)
-        and event.input.shape == event.output.shape
+        and event.input.shape == event.output.shape == trace.input.shape
         and ("norm" in type(event.module).__name__.lower() or list(event.module.parameters()))
     }
     sides = zip(SIDES, found, strict=False) if len(found) <= len(SIDES) else ()

@@ -4,7 +4,7 @@
     D1 residual variance, mean square, branch ratios          streams.py, variance_law.py
     D2 angular distances of all pairs of streams              streams.py
     D3 loss without a block, its mixer, its MLP               removal.py
-    D4 gradient norms, by block and matrix                    gradients.py
+    D4 gradient norms, by block and matrix; update ratios     gradients.py, weight_distance.py
     D5 distance of a block's Jacobian from the identity       gradients.py
     D6 effective rank, participation ratio, stable rank       streams.py
     D7 tail exponents (FARMS), spectral norms, stable ranks   spectra.py
@@ -54,7 +54,8 @@ def measure(model: Any, text: Text, *, name: str) -> dict[str, Any]:
         InputError: it is no causal decoder made of blocks.
     """
     device = next(model.parameters()).device
-    first = text.batches[0].ids[:, :SHORT].to(device)
+    longest = max(text.batches, key=lambda batch: batch.ids.shape[1])
+    first = longest.ids[:, :SHORT].to(device)
     blocks = anatomy(model, first)
     hidden_size = model.config.get_text_config().hidden_size
     total = 2 * len(text.batches) + passes(blocks, text) + len(blocks)

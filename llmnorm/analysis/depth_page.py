@@ -36,8 +36,9 @@ SECTIONS = {
     "gradients": (
         "What reaches a block in training",
         "<b>Left:</b> the norm of the loss's gradient with respect to all weights of a block, "
-        "mean over batches. <b>Right:</b> ‖J − 1‖² / dimension, J the block's Jacobian over all "
-        "tokens: 0 for a block that hands its input on.",
+        "mean over batches. <b>Then</b> ‖J − 1‖² / dimension, J the block's Jacobian over all "
+        "tokens: 0 for a block that hands its input on. Of two models of one shape, <b>last</b> "
+        "‖W′ − W‖ / ‖W‖, from the first to the second: what the steps between two checkpoints did.",
     ),
     "ranks": (
         "How many directions the stream uses",

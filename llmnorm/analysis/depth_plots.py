@@ -162,12 +162,16 @@ def _angles(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _gradients(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
-    left, right = figure.subplots(1, 2)
+    distance = models[-1]["figures"].get("weight_distance")  # of the second from the first
+    axes = figure.subplots(1, 3 if distance else 2)
     for colour, f in _coloured(models):
-        _line(left, f["gradients"]["block"], colour, SOLID)
-        _line(right, f["gradients"]["jacobian"], colour, SOLID)
-    _finish(left, "Norm of the gradient of a block", log=True)
-    _finish(right, "Distance of the Jacobian from the identity", log=True)
+        _line(axes[0], f["gradients"]["block"], colour, SOLID)
+        _line(axes[1], f["gradients"]["jacobian"], colour, SOLID)
+    _finish(axes[0], "Norm of the gradient of a block", log=True)
+    _finish(axes[1], "Distance of the Jacobian from 1", log=True)
+    if distance:
+        _line(axes[2], distance["block"], INK, SOLID)
+        _finish(axes[2], "Distance of the weights", log=True)
 
 
 def _ranks(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:

@@ -32,7 +32,8 @@ def effective_gain(norm: nn.Module, hidden_size: int, size: float) -> Tensor:
     if hidden_size % 2 and hidden_size > 1:  # 1, -1, ..., 1, 1, -2: mean 0
         probe[-3:] = torch.tensor([1.0, 1.0, -2.0])
     probe = size * probe / probe.square().mean().sqrt()
-    answer = (norm(probe) - norm(-probe)) / 2
+    token = probe.view(1, 1, -1)  # (batch, length, hidden), as in the model
+    answer = (norm(token) - norm(-token)).flatten() / 2
     return (answer * size / probe).double().abs().cpu()
 
 

@@ -10,23 +10,27 @@ inspect.json and a PNG a figure.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llmnorm.analysis.depth import measure
 from llmnorm.analysis.depth_page import page
 from llmnorm.analysis.depth_plots import pictures
 from llmnorm.analysis.pieces import held_out
 from llmnorm.analysis.subject import Subject, open_subject
-from llmnorm.config import RunConfig
+from llmnorm.analysis.weight_distance import Weights, block_matrices, weight_distance
+from llmnorm.data.packed import PackedData
 from llmnorm.doctor import version
 from llmnorm.part import InputError
 from llmnorm.training.heldout import configuration, validation_data
 from llmnorm.training.parallel import Parallel
 
 ROWS = 128
-MOST_NUMBERS = 2**27  # of the largest tensors of a batch: logits, and the streams of all blocks
+MOST_NUMBERS = 2**27  # of a batch's logits, streams of all blocks, or attention of one
 
 
 def inspect(
@@ -56,57 +60,72 @@ def inspect(
     settings = list(overrides)
     subjects = [open_subject(path, checkpoint=checkpoint, ema=ema) for path in paths]
     runs = [subject.run for subject in subjects if subject.run is not None]
-    found = []
-    for subject in subjects:
-        borrowed = data or (runs[0] if subject.run is None and runs else None)
-        config = configuration("inspect", subject.path, subject.run, borrowed, settings)
-        found.append(_measured(subject, config, borrowed, rows))
-    for one, name in zip(found, _names(subjects), strict=True):
-        one["name"] = name
-    run = subjects[0].run
+    texts = [data or (runs[0] if subject.run is None and runs else None) for subject in subjects]
+    configs = [
+        configuration("inspect", subject.path, subject.run, text, settings)
+        for subject, text in zip(subjects, texts, strict=True)
+    ]
     if output is None:
+        run = subjects[0].run
         output = paths[0] / "inspect" if run is None else run / "plots" / "inspect"
+    parallel = Parallel(configs[0].parallel, configs[0].training)
+    try:
+        if parallel.world > 1:
+            raise InputError("inspect: is one process; start it without a launcher")
+        packed = [
+            validation_data(
+                subject.path,
+                config,
+                parallel,
+                data=text,
+                longest=subject.longest,
+                tokenizer=subject.tokenizer,
+                trained_on=subject.trained_on,
+            )
+            for subject, config, text in zip(subjects, configs, texts, strict=True)
+        ]
+        with _writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+        found = _measured(subjects, packed, rows, parallel.device)
+    finally:
+        parallel.close()
     _write(output, found)
     print("\n\n".join([*map(_said, found), f"page: {output / 'inspect.html'}"]))
 
 
-def _measured(subject: Subject, config: RunConfig, data: Path | None, rows: int) -> dict[str, Any]:
-    parallel = Parallel(config.parallel, config.training)
-    try:
-        if parallel.world > 1:
-            raise InputError("inspect: is one process; start it without a launcher")
-        packed = validation_data(
-            subject.path,
-            config,
-            parallel,
-            data=data,
-            longest=subject.longest,
-            tokenizer=subject.tokenizer,
-            trained_on=subject.trained_on,
-        )
-        model = subject.load().to(parallel.device)
-        text_config = model.config.get_text_config()
-        # At least eight batches, since gradients are means over them; and what fits.
-        streams = (text_config.num_hidden_layers + 1) * text_config.hidden_size
-        widest = packed.context_length * max(text_config.vocab_size, streams)
-        at_once = max(1, min(16, rows // 8, MOST_NUMBERS // widest))
-        text = held_out(packed, rows, at_once=at_once)
-        return {
-            "name": subject.name,
+def _measured(
+    subjects: Sequence[Subject], packed: Sequence[PackedData], rows: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """The models one after the other; of the first only its matrices are kept for the second."""
+    found: list[dict[str, Any]] = []
+    before: Weights | None = None
+    for subject, rows_of, name in zip(subjects, packed, _names(subjects), strict=True):
+        model = subject.load().to(device)
+        config = model.config.get_text_config()
+        streams = (config.num_hidden_layers + 1) * config.hidden_size
+        heads = getattr(config, "num_attention_heads", 1) * rows_of.context_length
+        widest = rows_of.context_length * max(config.vocab_size, streams, heads)
+        text = held_out(rows_of, rows, at_once=max(1, min(16, MOST_NUMBERS // widest)))
+        one = {
+            "name": name,
             "weights": str(subject.path),
             "step": subject.step,
             "ema": subject.ema,
             "architecture": type(model).__name__,
             "parameters": model.num_parameters(),
-            "layers": text_config.num_hidden_layers,
-            "hidden_size": text_config.hidden_size,
-            "data": packed.identity,
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "data": rows_of.identity,
             "rows": text.rows,
             "tokens": text.tokens,
-            **measure(model, text, name=subject.name),
+            **measure(model, text, name=name),
         }
-    finally:
-        parallel.close()
+        if before is not None:
+            one["figures"]["weight_distance"] = weight_distance(before, block_matrices(model))
+        elif len(subjects) > 1:
+            before = block_matrices(model)
+        found.append(one)
+    return found
 
 
 def _names(subjects: Sequence[Subject]) -> list[str]:
@@ -117,16 +136,21 @@ def _names(subjects: Sequence[Subject]) -> list[str]:
 
 def _write(output: Path, found: list[dict[str, Any]]) -> None:
     drawn = pictures(found)
-    content = json.dumps({"llmnorm": version(), "models": found}, indent=1) + "\n"
+    numbers = json.dumps({"llmnorm": version(), "models": found}, indent=1) + "\n"
     files = {f"{name}.png": png for name, png in drawn.items()}
-    files["inspect.json"] = content.encode()
+    files["inspect.json"] = numbers.encode()
     files["inspect.html"] = page(found, drawn).encode()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, content_bytes in files.items():
+    with _writing(output):
+        for name, content in files.items():
             temporary = output / f".writing-{name}"
-            temporary.write_bytes(content_bytes)
+            temporary.write_bytes(content)
             temporary.replace(output / name)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"{output}: cannot be written: {error.strerror}") from None
 

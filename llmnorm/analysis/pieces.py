@@ -66,10 +66,12 @@ def held_out(packed: PackedData, rows: int, *, at_once: int) -> Text:
     """`rows` validation rows (or all, if there are fewer), evenly spread over all sources' rows.
 
     Args:
-        at_once: rows of a batch.
+        at_once: rows of a batch at most; fewer if there would not be eight batches, since some
+            figures are means over batches.
     """
     total = sum(source.validation_rows for source in packed.sources)
     count = min(rows, total)
+    at_once = max(1, min(at_once, count // 8))
     chosen = {i * total // count for i in range(count)}
     number, first, lines = 0, 0, []
     by_source: dict[str, int] = {}

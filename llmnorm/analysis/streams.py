@@ -109,7 +109,9 @@ class Streams:
             if matrix is None:
                 self._no_entropy(layer, f"{type(module).__name__} does not show its matrix")
                 return
-            queries = batch.real & (batch.places > 1)
+            queries = batch.real & (batch.places > 1)  # the first token has no choice
+            if not bool(queries.any()):
+                return
             p = matrix.transpose(1, 2)[queries].double()  # (queries, heads, keys)
             if float(p.min()) < 0 or not torch.allclose(p.sum(-1), p.new_ones(()), atol=1e-3):
                 self._no_entropy(layer, f"the rows of {type(module).__name__} are no distributions")

@@ -16,7 +16,7 @@ from llmnorm import cli
 from llmnorm.analysis.depth_page import SECTIONS, page
 from llmnorm.analysis.depth_plots import pictures
 from tests.analysis.tiny import kill
-from tests.running import llmnorm
+from tests.running import llmnorm, state_of
 
 FILES = {"inspect.html", "inspect.json", *(f"{name}.png" for name in SECTIONS)}
 
@@ -162,6 +162,13 @@ def test_two_checkpoints_of_a_run_are_told_apart(trained, tmp_path) -> None:
     one, other = found(out)
     assert [one["name"], other["name"]] == ["deep, step 6", "deep, step 12"]
     assert one["figures"]["removal"]["loss"]["mean"] > other["figures"]["removal"]["loss"]["mean"]
+    name = "mlp.up_proj.weight"
+    states = [state_of(trained, step) for step in (6, 12)]
+    before, after = (state[f"model.model.layers.1.{name}"] for state in states)
+    distance = other["figures"]["weight_distance"]
+    expected = float((after - before).norm() / before.norm())
+    assert distance["matrices"][name][1] == pytest.approx(expected, rel=1e-6)
+    assert 0 < distance["block"][1] < 1 and "weight_distance" not in one["figures"]
     llmnorm("inspect", trained, "--ema", "--rows", "2", "--out", out)
     assert found(out)[0]["name"] == "deep, step 12, moving average"
 
