@@ -194,7 +194,7 @@ def inspect(parsed: argparse.Namespace, overrides: list[str]) -> None:
         if not is_stock(path):
             describe(path, "inspect")
 
-    from llmnorm.analysis.inspect_command import ROWS, inspect
+    from llmnorm.analysis.depth.command import ROWS, inspect
 
     inspect(
         paths,

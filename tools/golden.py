@@ -317,7 +317,7 @@ def farms(vectors: Vectors) -> Iterator[Result]:
 
     Their other start (`xmin_peak`, of the nearest fit) and learning rates are not ours.
     """
-    from llmnorm.analysis.spectra import hill, window_eigenvalues
+    from llmnorm.analysis.depth.spectra import hill, window_eigenvalues
 
     eigenvalues, alphas = 0.0, 0.0
     for number, config in enumerate(vectors.hyperparameters["configs"]):

@@ -1,15 +1,15 @@
 """What the depth of a model is worth: every measurement of `llmnorm inspect`.
 
-    figure                                                    where
-    D1 residual variance, mean square, branch ratios          streams.py, variance_law.py
-    D2 angular distances of all pairs of streams              streams.py
-    D3 loss without a block, its mixer, its MLP               removal.py
-    D4 gradient norms, by block and matrix; update ratios     gradients.py, weight_distance.py
-    D5 distance of a block's Jacobian from the identity       gradients.py
-    D6 effective rank, participation ratio, stable rank       streams.py
-    D7 tail exponents (FARMS), spectral norms, stable ranks   spectra.py
-    D8 attention entropy, mean cosine of two tokens           streams.py
-    D9 effective gains of the norms                           gains.py
+    figure                                                 where
+    residual variance, mean square, branch ratios          streams.py, variance_law.py
+    angular distances of all pairs of streams              streams.py
+    loss without a block, its mixer, its MLP               removal.py
+    gradient norms, by block and matrix; update ratios     gradients.py, weight_distance.py
+    distance of a block's Jacobian from the identity       gradients.py
+    effective rank, participation ratio, stable rank       streams.py
+    tail exponents (FARMS), spectral norms, stable ranks   spectra.py
+    attention entropy, mean cosine of two tokens           streams.py
+    effective gains of the norms                           gains.py
 
 Source: Sun et al. 2025, "The Curse of Depth" (arXiv 2502.05795), whose question it is: which blocks
 do any work? All is measured on held-out text, in float32 with float64 sums, without dropout; what
@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llmnorm.analysis.anatomy import SIDES, Block, Place, anatomy, recorded
-from llmnorm.analysis.gains import gains
-from llmnorm.analysis.gradients import gradients
-from llmnorm.analysis.pieces import Text
-from llmnorm.analysis.removal import passes, removal
-from llmnorm.analysis.spectra import block_spectra
-from llmnorm.analysis.streams import Streams
-from llmnorm.analysis.variance_law import predicted_variance
+from llmnorm.analysis.depth.anatomy import SIDES, Block, Place, anatomy, recorded
+from llmnorm.analysis.depth.gains import gains
+from llmnorm.analysis.depth.gradients import gradients
+from llmnorm.analysis.depth.pieces import Text
+from llmnorm.analysis.depth.removal import passes, removal
+from llmnorm.analysis.depth.spectra import block_spectra
+from llmnorm.analysis.depth.streams import Streams
+from llmnorm.analysis.depth.variance_law import predicted_variance
 from llmnorm.part import InputError
 
 SHORT = 64  # tokens on which the blocks are taken apart

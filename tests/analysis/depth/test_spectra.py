@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmnorm.analysis.anatomy import anatomy
-from llmnorm.analysis.spectra import (
+from llmnorm.analysis.depth.anatomy import anatomy
+from llmnorm.analysis.depth.spectra import (
     _starts,
     block_spectra,
     eigenvalues,
@@ -16,7 +16,7 @@ from llmnorm.analysis.spectra import (
     spectrum,
     window_eigenvalues,
 )
-from tests.analysis.tiny import VOCABULARY, ours
+from tests.analysis.depth.tiny import VOCABULARY, ours
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llmnorm.analysis.anatomy import Block, Place, matrices, recorded, wide
-from llmnorm.analysis.pieces import Text
+from llmnorm.analysis.depth.anatomy import Block, Place, matrices, recorded, wide
+from llmnorm.analysis.depth.pieces import Text
 from llmnorm.data.loader import IGNORED
 
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmnorm.analysis.anatomy import Block, Branch
-from llmnorm.analysis.gains import effective_gain
+from llmnorm.analysis.depth.anatomy import Block, Branch
+from llmnorm.analysis.depth.gains import effective_gain
 from llmnorm.nn.mixers.contract import Mixer
 from llmnorm.nn.mixers.softmax import SoftmaxAttention
 from llmnorm.nn.mlp import GELU, SwiGLU

@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmnorm.analysis.anatomy import SIDES, anatomy
-from llmnorm.analysis.depth import dead_blocks, findings, measure, spans
-from llmnorm.analysis.gains import effective_gain
-from llmnorm.analysis.gradients import gradients
-from llmnorm.analysis.pieces import Text, documents, held_out
-from llmnorm.analysis.removal import KINDS, passes, removal
-from llmnorm.analysis.streams import Streams, ranks
-from llmnorm.analysis.variance_law import predicted_variance, second_moment
+from llmnorm.analysis.depth.anatomy import SIDES, anatomy
+from llmnorm.analysis.depth.gains import effective_gain
+from llmnorm.analysis.depth.gradients import gradients
+from llmnorm.analysis.depth.measure import dead_blocks, findings, measure, spans
+from llmnorm.analysis.depth.pieces import Text, documents, held_out
+from llmnorm.analysis.depth.removal import KINDS, passes, removal
+from llmnorm.analysis.depth.streams import Streams, ranks
+from llmnorm.analysis.depth.variance_law import predicted_variance, second_moment
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import build_model
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
-from tests.analysis.tiny import VOCABULARY, kill, ours, stock, text
+from tests.analysis.depth.tiny import VOCABULARY, kill, ours, stock, text
 
 ROWS = ((7, 5), (12,), (3, 4, 5), (12,), (9,))
 

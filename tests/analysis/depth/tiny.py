@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from llmnorm.analysis.pieces import Batch, Text
+from llmnorm.analysis.depth.pieces import Batch, Text
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import LlmNormForCausalLM, build_model
 

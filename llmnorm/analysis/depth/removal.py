@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmnorm.analysis.anatomy import (
+from llmnorm.analysis.depth.anatomy import (
     SIDES,
     Block,
     Place,
@@ -31,7 +31,7 @@ from llmnorm.analysis.anatomy import (
     stream_in,
     wide,
 )
-from llmnorm.analysis.pieces import Batch, Text
+from llmnorm.analysis.depth.pieces import Batch, Text
 from llmnorm.data.loader import IGNORED
 
 KINDS = ("block", *SIDES)

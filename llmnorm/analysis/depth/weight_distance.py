@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmnorm.analysis.anatomy import blocks_of, matrices
+from llmnorm.analysis.depth.anatomy import blocks_of, matrices
 
 Weights = Sequence[dict[str, Tensor]]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from llmnorm.analysis.anatomy import SIDES, Block, Place, recorded
-from llmnorm.analysis.pieces import Batch
+from llmnorm.analysis.depth.anatomy import SIDES, Block, Place, recorded
+from llmnorm.analysis.depth.pieces import Batch
 from llmnorm.nn.mixers.contract import Mixer
 
 Figures = dict[str, Any]

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from llmnorm.analysis.depth import measure
-from llmnorm.analysis.depth_page import page
-from llmnorm.analysis.depth_plots import pictures
-from llmnorm.analysis.pieces import held_out
-from llmnorm.analysis.subject import Subject, open_subject
-from llmnorm.analysis.weight_distance import Weights, block_matrices, weight_distance
+from llmnorm.analysis.depth.measure import measure
+from llmnorm.analysis.depth.page import page
+from llmnorm.analysis.depth.pictures import pictures
+from llmnorm.analysis.depth.pieces import held_out
+from llmnorm.analysis.depth.subject import Subject, open_subject
+from llmnorm.analysis.depth.weight_distance import Weights, block_matrices, weight_distance
 from llmnorm.data.packed import PackedData
 from llmnorm.doctor import version
 from llmnorm.part import InputError

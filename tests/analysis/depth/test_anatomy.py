@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmnorm.analysis.anatomy import SIDES, Place, anatomy, recorded
+from llmnorm.analysis.depth.anatomy import SIDES, Place, anatomy, recorded
 from llmnorm.part import InputError
-from tests.analysis.tiny import VOCABULARY, ours, stock
+from tests.analysis.depth.tiny import VOCABULARY, ours, stock
 
 IDS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 

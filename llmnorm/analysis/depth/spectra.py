@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmnorm.analysis.anatomy import Block, matrices
+from llmnorm.analysis.depth.anatomy import Block, matrices
 
 WINDOW, OPS = 512, 5
 

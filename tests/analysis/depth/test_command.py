@@ -13,9 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from llmnorm import cli
-from llmnorm.analysis.depth_page import SECTIONS, page
-from llmnorm.analysis.depth_plots import pictures
-from tests.analysis.tiny import kill
+from llmnorm.analysis.depth.page import SECTIONS, page
+from llmnorm.analysis.depth.pictures import pictures
+from tests.analysis.depth.tiny import kill
 from tests.running import llmnorm, state_of
 
 FILES = {"inspect.html", "inspect.json", *(f"{name}.png" for name in SECTIONS)}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmnorm.analysis.anatomy import Block
+from llmnorm.analysis.depth.anatomy import Block
 
 QUANTILES = {"low": 0.1, "median": 0.5, "high": 0.9}
 
