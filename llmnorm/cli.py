@@ -210,6 +210,28 @@ def plot(parsed: argparse.Namespace, _: list[str]) -> None:
     plot(parsed.runs, parsed.out)
 
 
+def inspect(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """`llmnorm inspect`."""
+    from llmnorm.pretrained import describe, is_stock
+
+    paths = [parsed.path] + ([parsed.other] if parsed.other else [])
+    for path in paths:
+        if not is_stock(path):
+            describe(path, "inspect")
+
+    from llmnorm.analysis.depth.command import ROWS, inspect
+
+    inspect(
+        paths,
+        overrides,
+        rows=parsed.rows or ROWS,
+        checkpoint=parsed.checkpoint,
+        ema=parsed.ema,
+        data=parsed.data,
+        output=parsed.out,
+    )
+
+
 def runs(parsed: argparse.Namespace, _: list[str]) -> None:
     """`llmnorm runs`."""
     from llmnorm.analysis.runs import describe_runs
@@ -417,6 +439,22 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plot", "draw runs: loss, rates, gradient norm", plot, overridable=False)
     sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     sub.add_argument("--out", type=Path, metavar="FILE", help="picture to write (.png, .pdf, .svg)")
+    sub = command("inspect", "show what every block of a model does, or of two", inspect)
+    sub.add_argument(
+        "path", type=Path, metavar="RUN_OR_DIR", help="run, or any decoder's directory"
+    )
+    sub.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="another beside it")
+    sub.add_argument("--rows", type=_count, metavar="N", help="validation rows (default: 128)")
+    sub.add_argument("--data", type=Path, metavar="CONFIG_OR_RUN", help="whose text is read")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the page is written")
+    sub.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    sub.add_argument(
+        "--checkpoint",
+        type=_checkpoint,
+        default="latest",
+        metavar="latest|best|STEP",
+        help="which checkpoint of runs",
+    )
     sub = command(
         "runs", "list run directories, how they differ and stand", runs, overridable=False
     )

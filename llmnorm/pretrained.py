@@ -96,6 +96,18 @@ def describe(path: Path, key: str) -> Pretrained:
     return Pretrained(path, None, "latest", config, tokenizer)
 
 
+def is_stock(path: Path) -> bool:
+    """Whether `path` is a model directory of another class than ours, of any architecture."""
+    file = path / "config.json"
+    if not file.is_file() or (path / "config.yaml").is_file():
+        return False
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") not in (None, "llmnorm")
+
+
 def _model_of(checkpoint: Path, key: str) -> dict[str, Any]:
     """The model's configuration in a checkpoint's meta; its checksum is compared on loading."""
     file = checkpoint / "MANIFEST.json"

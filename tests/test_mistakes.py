@@ -110,6 +110,11 @@ COMMAND_LINE = {
         ("tests",),
         real=True,
     ),
+    "inspection of no model": Case(
+        "inspect tests out",
+        "inspect: <directory> has neither config.yaml (a run) nor config.json<more>",
+        ("tests",),
+    ),
     "checkpoint that is no name": Case(
         "generate run --checkpoint lates",
         "argument --checkpoint: '<word>' is no checkpoint; <hint> "

@@ -15,21 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmnorm.config import ParallelSettings, RunConfig, TrainingSettings
-from llmnorm.config_file import load
-from llmnorm.data import packing
-from llmnorm.data.packed import PackedData
-from llmnorm.data.settings import TokenizerSettings
 from llmnorm.doctor import missing_extra, version
 from llmnorm.part import InputError
 from llmnorm.training import benchmark_tasks
 from llmnorm.training.evaluation import evaluate
+from llmnorm.training.heldout import configuration, validation_data
 from llmnorm.training.loading import Source, model_of, open_source
 from llmnorm.training.parallel import Parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-SECTIONS = ("data", "evaluation", "training", "parallel")  # that settings may be given of
 
 
 def evaluate_directory(
@@ -70,7 +65,17 @@ def evaluate_directory(
         config.training if config else TrainingSettings(steps=1),
     )
     try:
-        packed = _data(path, source, config, data, parallel) if config else None
+        packed = None
+        if config:
+            packed = validation_data(
+                path,
+                config,
+                parallel,
+                data=data,
+                longest=source.config.max_position_embeddings,
+                tokenizer=source.tokenizer,
+                trained_on=source.meta.get("data"),
+            )
         model, tokenizer = model_of(source, path)
         scored: PreTrainedModel = model.to(parallel.device)
         if adapter is not None:
@@ -107,52 +112,11 @@ def _config(
     path: Path, source: Source, data: Path | None, overrides: list[str], tasks: bool
 ) -> RunConfig | None:
     """Whose rows are evaluated, and how; None where only tasks are."""
-    for override in overrides:
-        if override.partition("=")[0].partition(".")[0] not in SECTIONS:
-            raise InputError(
-                f"command line: '{override}' would change nothing here; eval reads the sections "
-                f"{', '.join(SECTIONS)}"
-            )
-    where = data or (source.run.path if source.run else None)
-    if where is not None:
-        return load(where, overrides).config
-    if overrides:
-        raise InputError(f"eval: {path} is no run; settings such as '{overrides[0]}' need --data")
-    if not tasks:
-        raise InputError(
-            f"eval: {path} is no run; name the text by --data CONFIG_OR_RUN, or --tasks, or both"
-        )
-    return None
-
-
-def _data(
-    path: Path, source: Source, config: RunConfig, data: Path | None, parallel: Parallel
-) -> PackedData:
-    """The rows: a run's own, or the corpus of `data` in the model's tokens."""
-    length, longest = config.data.context_length, source.config.max_position_embeddings
-    if length > longest:
-        raise InputError(
-            f"data.context_length: {length} is more than the model's {longest} positions; add "
-            f"data.context_length={longest}"
-        )
-    tokenizer, command = config.tokenizer, f"llmnorm data {path}"
-    if data is not None:
-        if source.tokenizer is None:
-            raise InputError(f"{path}: has no tokenizer (no tokenizer.json)")
-        tokenizer = TokenizerSettings(path=source.tokenizer)
-        command = f"llmnorm data {data} tokenizer.path={source.tokenizer}"
-    packed = packing.find(config.data, tokenizer)
-    if packed is None:
-        if parallel.world > 1:
-            raise InputError(f"data: not prepared yet; run once, by itself: {command}")
-        packed = packing.prepare(config.data, tokenizer)
-    trained_on = source.meta.get("data")
-    if data is None and trained_on != packed.identity:
-        raise InputError(
-            f"{path}: was trained on the data {trained_on}, its configuration now gives "
-            f"{packed.identity} ({packed.directory}); restore the corpus, or name it by --data"
-        )
-    return packed
+    if tasks and not overrides and data is None and source.run is None:
+        return None
+    run = source.run.path if source.run else None
+    otherwise = ", or --tasks, or both"
+    return configuration("eval", path, run, data, overrides, otherwise=otherwise)
 
 
 def _micro_batch(config: RunConfig, parallel: Parallel) -> int:

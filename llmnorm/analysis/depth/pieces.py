@@ -1,0 +1,115 @@
+"""Held-out text as any causal decoder can read it: every document of a row by itself.
+
+A packed row holds several documents that must not see each other. Models tell each other's ways to
+say so apart (positions, masks, boundaries), but all causal decoders agree on one: a document from
+position 0 on, padded at its end, where no real token looks. So a row becomes its documents, each a
+line of a batch; the figures of a row are the sums over its lines.
+
+Shapes: ids, labels, real (lines, length), row (lines,).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmnorm.data.loader import IGNORED, evaluation_batches
+from llmnorm.data.packed import PackedData
+
+
+class Batch(NamedTuple):
+    """Documents of some rows.
+
+    Attributes:
+        ids: tokens; whatever stands in the padding.
+        labels: the next tokens, -100 where none is charged.
+        real: which are no padding.
+        row: which row each line belongs to, counted from 0 over the whole text.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    real: Tensor
+    row: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on `device`."""
+        return Batch(*(tensor.to(device) for tensor in self))
+
+    @property
+    def places(self) -> Tensor:
+        """(lines, length): the place of every token in its document, from 1."""
+        return torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device).expand_as(self.ids)
+
+
+class Text(NamedTuple):
+    """Rows to measure on.
+
+    Attributes:
+        batches: all of it, some rows each.
+        rows: how many by source.
+        tokens: those with a label.
+    """
+
+    batches: list[Batch]
+    rows: dict[str, int]
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """Rows in all."""
+        return sum(self.rows.values())
+
+
+def held_out(packed: PackedData, rows: int, *, at_once: int) -> Text:
+    """`rows` validation rows (or all, if there are fewer), evenly spread over all sources' rows.
+
+    Args:
+        at_once: rows of a batch at most; fewer if there would not be eight batches, since some
+            figures are means over batches.
+    """
+    total = sum(source.validation_rows for source in packed.sources)
+    count = min(rows, total)
+    at_once = max(1, min(at_once, count // 8))
+    chosen = {i * total // count for i in range(count)}
+    number, first, lines = 0, 0, []
+    by_source: dict[str, int] = {}
+    for index, source in enumerate(packed.sources):
+        for batch in evaluation_batches(packed, index):
+            if number in chosen:
+                by_source[source.name] = by_source.get(source.name, 0) + 1
+                lines += [(first, *piece) for piece in documents(batch)]
+                first += 1
+            number += 1
+    batches = [
+        _batch([line for line in lines if start <= line[0] < start + at_once])
+        for start in range(0, first, at_once)
+    ]
+    return Text(batches, by_source, sum(int((b.labels != IGNORED).sum()) for b in batches))
+
+
+def documents(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and labels of the documents in the rows of a loader's batch; no padding."""
+    for ids, labels, positions in zip(
+        batch["input_ids"], batch["shift_labels"], batch["position_ids"], strict=True
+    ):
+        starts = (positions == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            if bool((labels[start:end] != IGNORED).any()):
+                yield ids[start:end], labels[start:end]
+
+
+def _batch(lines: list[tuple[int, Tensor, Tensor]]) -> Batch:
+    shape = len(lines), max(len(ids) for _, ids, _ in lines)
+    batch = Batch(
+        torch.zeros(shape, dtype=torch.int64),
+        torch.full(shape, IGNORED),
+        torch.zeros(shape, dtype=torch.bool),
+        torch.tensor([row for row, _, _ in lines]),
+    )
+    for line, (_, ids, labels) in enumerate(lines):
+        batch.ids[line, : len(ids)] = ids
+        batch.labels[line, : len(ids)] = labels
+        batch.real[line, : len(ids)] = True
+    return batch

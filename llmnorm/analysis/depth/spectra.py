@@ -1,0 +1,126 @@
+"""Weight spectra without the bias of their shape: FARMS.
+
+Source: Hu et al. 2025, "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias"
+(FARMS); code HUST-AI-HYZ/FARMS, LLM_Pruning/lib/sampling.py (`fixed_sampling`) and
+esd_utils_farms.py. The tail exponent of a weight's spectrum moves with its aspect ratio, even for
+pure noise; so the spectra of square windows of one size are pooled and fitted together.
+
+Shapes: weight (rows, columns); eigenvalues = squared singular values, ascending.
+
+Hill's estimate from the i-th of N eigenvalues on, n = N - i (counting from 0, i = N // 2):
+alpha = 1 + n / (sum_{j >= i} log e_j - n log e_i). Low alpha: a heavy tail.
+
+What would surprise: windows overlap as much as it takes to have `ops` an axis; a window never
+exceeds the shorter side; eigenvalues come from the Gram matrix in float64, which halves the digits
+of the small ones (relative to the largest), but Hill's fit reads the upper half alone.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmnorm.analysis.depth.anatomy import Block, matrices
+
+WINDOW, OPS = 512, 5
+
+
+class Spectrum(NamedTuple):
+    """What is read from a matrix.
+
+    Attributes:
+        alpha: tail exponent of the pooled windows; nan for a matrix of zeros.
+        spectral_norm: largest singular value of the whole matrix.
+        stable_rank: |W|_F^2 / |W|_2^2 of the whole matrix.
+    """
+
+    alpha: float
+    spectral_norm: float
+    stable_rank: float
+
+
+def spectrum(weight: Tensor, *, window: int = WINDOW, ops: int = OPS) -> Spectrum:
+    """The spectrum of a weight (rows, columns).
+
+    Args:
+        window: side of the windows; the matrix's shorter side if that is less.
+        ops: windows along each axis at most.
+    """
+    values = eigenvalues(weight)
+    largest, total = float(values[-1]), float(values.sum())
+    if largest == 0:
+        return Spectrum(float("nan"), 0.0, 0.0)
+    pooled = window_eigenvalues(weight, window=window, ops=ops)
+    return Spectrum(hill(pooled), largest**0.5, total / largest)
+
+
+def window_eigenvalues(weight: Tensor, *, window: int = WINDOW, ops: int = OPS) -> Tensor:
+    """The eigenvalues of all windows (ascending), float64."""
+    rows, columns = weight.shape
+    side = min(window, rows, columns)
+    found = [
+        eigenvalues(weight[top : top + side, left : left + side])
+        for top in _starts(rows, side, ops)
+        for left in _starts(columns, side, ops)
+    ]
+    return torch.cat(found).sort().values
+
+
+def eigenvalues(weight: Tensor) -> Tensor:
+    """The min(rows, columns) squared singular values, ascending, float64."""
+    wide = weight.detach().double()
+    gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
+    return torch.linalg.eigvalsh(gram).clamp(min=0)
+
+
+def hill(eigenvalues: Tensor, first: int | None = None) -> float:
+    """The tail exponent from the eigenvalue number `first` on; the middle one if None."""
+    first = len(eigenvalues) // 2 if first is None else first
+    tail = eigenvalues[first:].double()
+    spread = tail.log().sum() - len(tail) * tail[0].log()
+    return float(1 + len(tail) / spread) if tail[0] > 0 and spread > 0 else float("nan")
+
+
+def block_spectra(blocks: list[Block], tick: Any) -> dict[str, Any]:
+    """Every matrix of every block, and their mean alpha a block; None where alpha is not defined.
+
+    Args:
+        tick: called after every block.
+
+    Returns:
+        `{"alpha": [...], "matrices": {name: {"alpha": [...], "spectral_norm": [...],
+        "stable_rank": [...]}}}`.
+    """
+    found: list[Mapping[str, Spectrum]] = []
+    for block in blocks:
+        found.append({name: spectrum(weight) for name, weight in matrices(block.module).items()})
+        tick()
+    names = dict.fromkeys(name for one in found for name in one)
+    return {
+        "window": WINDOW,
+        "alpha": [_mean([s.alpha for s in one.values()]) for one in found],
+        "matrices": {
+            name: {
+                key: [_finite(getattr(one[name], key)) if name in one else None for one in found]
+                for key in Spectrum._fields
+            }
+            for name in names
+        },
+    }
+
+
+def _starts(length: int, side: int, ops: int) -> list[int]:
+    """Where the windows begin: at most `ops`, in equal steps of (length - side) // (ops - 1)."""
+    room = length - side
+    step = max(1, room // max(1, ops - 1))
+    return [min(i * step, room) for i in range(min(ops, room // step + 1))]
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value else None
+
+
+def _mean(values: list[float]) -> float | None:
+    finite = [value for value in values if value == value]
+    return sum(finite) / len(finite) if finite else None
