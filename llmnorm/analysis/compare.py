@@ -18,7 +18,7 @@ are missing.
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +33,7 @@ from llmnorm.gpus import check_gpu
 from llmnorm.part import InputError
 from llmnorm.training.run_lock import RunLock, held
 
-SecondsLeft = Callable[[Iterable[tuple[Run, float]]], float | None]
+START_SECONDS = 5.0  # of a run: imports, checks, evaluation
 
 
 def compare(
@@ -128,18 +128,20 @@ def describe(
             continue
         left.append((run, 1.0))
         seconds = estimate.seconds([(run, 1.0)])
-        time = f", {duration(seconds)}" if seconds else ""
         lines.append(
-            f"{run.key}: {protocol.steps_of(run)} steps, {protocol.tokens_of(run):,} tokens{time}\n"
+            f"{run.key}: {protocol.steps_of(run)} steps, {protocol.tokens_of(run):,} tokens, "
+            f"{duration(seconds)}\n"
             f"  {shlex.join(['llmnorm', 'train', *protocol.words(run, runs / run.key)])}"
         )
-    total = estimate.seconds(left)
-    time = f", about {duration(total / places.count)}" if total else ""
+    total = estimate.seconds(left) / places.count
     lines.append(
-        f"{len(left)} of {len(expected)} runs to make, {places.describe()}{time} ({estimate.source})"
+        f"{len(left)} of {len(expected)} runs to make, {places.describe()}, about "
+        f"{duration(total)} ({estimate.source})"
     )
     if any(protocol.tuned(name) for name in protocol.arms):
-        lines.append("A grid grows while its best learning rate is at an edge; then there are more.")
+        lines.append(
+            "A grid grows while its best learning rate is at an edge; then there are more."
+        )
         lines.append("Learning rates of the paired seeds are known after the tuning.")
     return "\n".join(lines)
 
@@ -160,8 +162,8 @@ class Estimate:
             return "by the runs that are finished"
         return "counted: model operations at the rate of this machine's matrix products"
 
-    def seconds(self, runs: Iterable[tuple[Run, float]]) -> float | None:
-        """What the given shares of runs take one after the other; without evaluation and start."""
+    def seconds(self, runs: Iterable[tuple[Run, float]]) -> float:
+        """What the given shares of runs take one after the other."""
         measured: dict[str, list[float]] = {}
         for record in self._ledger.records.values():
             if record.tokens_per_second:
@@ -175,7 +177,7 @@ class Estimate:
                 rate = median([median(rates) for rates in measured.values()])
             else:
                 rate = self._counted(run.arm)
-            total += share * self._protocol.tokens_of(run) / rate
+            total += START_SECONDS + share * self._protocol.tokens_of(run) / rate
         return total
 
     def _counted(self, arm: str) -> float:

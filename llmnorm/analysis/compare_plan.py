@@ -27,7 +27,7 @@ from typing import Any, Literal
 from llmnorm.config import RunConfig, changeable, differences, to_tree
 from llmnorm.config_file import load
 from llmnorm.data.packing import find
-from llmnorm.part import InputError
+from llmnorm.part import InputError, nearest
 
 HORIZONS = {"baseline": (1.0, 1.25, 1.5), "arms": (0.6, 0.7, 0.8, 0.9, 1.0)}
 MOST_STEPS = 4  # by which a grid grows to one side: a factor 16 beyond its edge
@@ -55,13 +55,11 @@ class Arm:
         name: what it is called in tables and file names.
         path: its configuration file.
         overrides: `key=value`, those of all arms first.
-        tuned: whether its learning rate is searched; else it runs as it is written.
     """
 
     name: str
     path: Path
     overrides: tuple[str, ...]
-    tuned: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,7 @@ class Protocol:
         configs: their resolved settings.
         steps: their length in global batches.
         baselines: names of the arms that the others are held against; the first is drawn.
+        untuned: names of the arms that run as they are written.
         seeds: how many paired seeds.
         lr_points: learning rates a grid begins with; 1: none is tuned.
         horizons: whose length is varied.
@@ -102,6 +101,7 @@ class Protocol:
     configs: dict[str, RunConfig]
     steps: dict[str, int]
     baselines: tuple[str, ...]
+    untuned: tuple[str, ...]
     seeds: int
     lr_points: int
     horizons: Literal["baseline", "arms"]
@@ -118,7 +118,7 @@ class Protocol:
 
     def tuned(self, arm: str) -> bool:
         """Whether this arm's learning rate is searched."""
-        return self.arms[arm].tuned and self.lr_points > 1
+        return arm not in self.untuned and self.lr_points > 1
 
     def centre(self, arm: str) -> float:
         """The learning rate that the arm writes."""
@@ -186,7 +186,7 @@ class Protocol:
             if self.tuned(arm):
                 grid, lr = self.grid(arm, losses), self.best_lr(arm, losses)
                 middle = (len(grid) - 1) / 2
-                runs += [((0, abs(i - middle), place), run) for i, run in enumerate(grid)]
+                runs += [((0, abs(i - middle), i, place), run) for i, run in enumerate(grid)]
                 if lr is None and not expected:
                     continue
                 lr = self.centre(arm) if lr is None else lr
@@ -247,6 +247,7 @@ def read(
     arms: Sequence[Arm],
     *,
     baselines: Sequence[str] = (),
+    untuned: Sequence[str] = (),
     seeds: int = 3,
     lr_points: int = 5,
     horizons: Literal["baseline", "arms"] = "baseline",
@@ -256,6 +257,7 @@ def read(
     Args:
         arms: at least two.
         baselines: which of them the others are held against; left out, the first.
+        untuned: which of them run as they are written.
 
     Raises:
         InputError: an arm's setting is not valid, or what it changes makes losses incomparable; one
@@ -268,9 +270,10 @@ def read(
     names = [arm.name for arm in arms]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--arm {twice[0]}: two arms have this name")
-    for name in baselines:
-        if name not in names:
-            raise InputError(f"--baseline {name}: there is no such arm; valid: {', '.join(names)}")
+    for option, wanted in (("--baseline", baselines), ("--untuned", untuned)):
+        for name in wanted:
+            if name not in names:
+                raise InputError(f"{option} {name}: there is no such arm; {nearest(name, names)}")
     chosen = tuple(dict.fromkeys(baselines)) or (names[0],)
     configs = {arm.name: _load(arm) for arm in arms}
     trees = {name: _tree(config) for name, config in configs.items()}
@@ -283,7 +286,14 @@ def read(
         _check_comparable(name, trees[name], reference, trees[reference])
     steps = {name: _steps(name, configs[name]) for name in names}
     protocol = Protocol(
-        {arm.name: arm for arm in arms}, configs, steps, chosen, seeds, lr_points, horizons
+        {arm.name: arm for arm in arms},
+        configs,
+        steps,
+        chosen,
+        tuple(untuned),
+        seeds,
+        lr_points,
+        horizons,
     )
     _check_lengths(protocol)
     for name in names:

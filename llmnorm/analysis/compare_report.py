@@ -96,9 +96,7 @@ def page(found: Tree, title: str, command: str, picture: str) -> str:
         parts += [f"## Result{heading}", markdown(list(COLUMNS), rows(found, baseline))]
     parts.append(_legend(found))
     if found["notes"]:
-        parts.append(
-            "## To beware of\n\n" + "\n".join(f"- {note[0].upper()}{note[1:]}." for note in found["notes"])
-        )
+        parts.append("## To beware of\n\n" + "\n".join(f"- {note}." for note in found["notes"]))
     parts += ["## Arms", _arms(found)]
     if any(arm["tuning"] for arm in found["arms"].values()):
         parts += ["## Learning rates", _tuning(found)]
@@ -124,22 +122,28 @@ def answer(name: str, baseline: str, one: Tree, seeds: int) -> str:
         says = f"{one['verdict']}; its loss is lower by {interval(one['gap'], '.4f')} nats"
     elif one["verdict"] == "not resolved":
         says = (
-            f"no difference that {seeds} paired seeds resolve: {interval(tokens)} of the tokens of "
-            f"{baseline} are worth its own"
+            f"no difference that {seeds} paired seeds resolve: the factor in tokens against "
+            f"{baseline} is {interval(tokens)}"
         )
         if math.isfinite(tokens["resolvable"]):
-            says += f" (they resolve factors beyond {tokens['resolvable']:.3g})"
+            says += f", and they tell factors beyond {tokens['resolvable']:.3g} from 1"
     else:
-        says = f"{one['verdict']}: {baseline} needs {interval(tokens)} times its tokens for its loss"
+        says = (
+            f"{one['verdict']}: {baseline} needs {interval(tokens)} times its tokens for its loss"
+        )
     if seconds and one["verdict"] in ("better", "worse"):
         says += f", and {interval(seconds)} times its seconds on this machine"
-    return f"**{name}** is {says}." if one["verdict"] in ("better", "worse") else f"**{name}**: {says}."
+    return (
+        f"**{name}** is {says}."
+        if one["verdict"] in ("better", "worse")
+        else f"**{name}**: {says}."
+    )
 
 
 def _legend(found: Tree) -> str:
     lines = [
-        "`loss`: validation, nats a token, mean ± standard error over the seeds. `gap in loss`: the "
-        "baseline's minus the arm's, seed by seed; above 0 the arm is ahead. `tokens, x`: the "
+        "`loss`: validation, nats a token, mean ± standard error over the seeds. `gap in loss`: "
+        "the baseline's minus the arm's, seed by seed; above 0 the arm is ahead. `tokens, x`: the "
         "baseline needs so many times the arm's tokens for the same loss; above 1 the arm is "
         "ahead. `resolves`: the smallest such factor that these seeds tell from 1. `seconds, x`: "
         "the same in training time on this machine. Brackets are 95 % intervals by the bootstrap "
@@ -153,11 +157,11 @@ def _legend(found: Tree) -> str:
 def _arms(found: Tree) -> str:
     table = []
     for name, arm in found["arms"].items():
-        settings = "; ".join(f"`{key}={value}`" for key, value in arm["settings"].items())
+        settings = " ".join(f"`{word}`" for word in arm["written"])
         bits = number(arm["bits_per_byte"], ".4f")
         decay = "-" if arm["weight_decay"] is None else number(arm["weight_decay"], ".3g")
-        table.append([name, settings or "the configuration as it is", decay, bits])
-    return markdown(["arm", "differs from the baseline in", "weight decay", "bits per byte"], table)
+        table.append([name, settings or "none: the configuration as it is", decay, bits])
+    return markdown(["arm", "settings of its own", "weight decay", "bits per byte"], table)
 
 
 def _tuning(found: Tree) -> str:

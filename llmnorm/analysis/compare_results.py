@@ -1,7 +1,7 @@
 """What a comparison found: from the lines of its finished runs to numbers.
 
-    results(protocol, records)    a JSON tree: `arms` (what each reached), `against` (each baseline's
-                                  comparison with every other arm), `notes` (what to beware of)
+    results(protocol, records)    a JSON tree: `arms` (what each reached), `against` (for each
+                                  baseline, every other arm), `notes` (what to beware of)
 
 Everything that a clock has measured stands under a key `timing`; all else is the same whenever and
 wherever the runs are made (up to the rounding of other hardware).
@@ -71,11 +71,16 @@ def _arm(
     full = [records[run.key] for run in runs if run.horizon == 1]
     final = np.array([record.final for record in full])
     rates = [record.tokens_per_second for record in full if record.tokens_per_second]
-    bits = [record.bits_per_byte for record in full]
+    bits = [math.nan if r.bits_per_byte is None else r.bits_per_byte for r in full]
     config = protocol.configs[name]
     first = to_tree(protocol.configs[protocol.baselines[0]])
     own = differences(first, to_tree(config))
+    arm = protocol.arms[name]
+    common = set.intersection(*(set(other.overrides) for other in protocol.arms.values()))
+    paths = {other.path for other in protocol.arms.values()}
     return {
+        "written": [str(arm.path)] * (len(paths) > 1)
+        + [word for word in arm.overrides if word not in common],
         "settings": {key: new for key, (_, new) in own.items() if key != "run_dir"},
         "tuned": tuned,
         "lr": getattr(config.optimizer, "lr", None) if lr is None else lr,
@@ -85,7 +90,7 @@ def _arm(
         "losses": final.tolist(),
         "loss": float(final.mean()),
         "standard_error": standard_error(final),
-        "bits_per_byte": float(np.mean(bits)) if None not in bits else math.nan,
+        "bits_per_byte": float(np.mean(bits)),
         "diverged": [run.key for run in [*grid, *runs] if math.isinf(losses[run.key])],
         "horizons": {
             f"{h:g}": [losses[run.key] for run in runs if run.horizon == h]
@@ -184,7 +189,9 @@ def _notes(
     notes = []
     for name, arm in found["arms"].items():
         if arm["diverged"]:
-            notes.append(f"{name}: diverged, counted as infinite loss: {', '.join(arm['diverged'])}")
+            notes.append(
+                f"{name}: diverged, counted as infinite loss: {', '.join(arm['diverged'])}"
+            )
         if arm["at_edge"]:
             notes.append(f"{name}: the best learning rate is the outermost that was tried")
     for baseline, arms in found["against"].items():

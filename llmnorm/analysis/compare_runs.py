@@ -1,7 +1,7 @@
 """The runs of a comparison: N at a time, each an ordinary `llmnorm train` on a device of its own.
 
-    <directory>/runs.jsonl     a line a finished run (see `Record`); what is in it is never run again
-    <runs>/<arm>/<run>/        run directories, with the run's output in train.log beside them
+    <directory>/runs.jsonl     a line a finished run (see `Record`), which is never made again
+    <runs>/<arm>/<run>/        run directories; <run>.log beside them is what the run has printed
 
 A line is brought to the disk before its run counts as finished, so a kill at any moment loses at
 most what a run has trained since its last checkpoint: the next start goes on from there. The lines
@@ -136,13 +136,7 @@ Launch = Callable[[Sequence[str], IO[bytes], Mapping[str, str]], Process]
 
 
 def launch(words: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> Process:
-    """Start `llmnorm train WORDS`, its output in `log`; it stops when this process dies."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
-
-    def stop_with_parent() -> None:
-        if prctl is not None:
-            prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
+    """Start `llmnorm train WORDS`, its output in `log`."""
     # A session of its own: Ctrl-C reaches this process alone, which asks the runs to stop.
     return subprocess.Popen(
         [sys.executable, "-m", "llmnorm", "train", *words],
@@ -153,6 +147,15 @@ def launch(words: Sequence[str], log: IO[bytes], environment: Mapping[str, str])
         start_new_session=True,
         preexec_fn=stop_with_parent,
     )
+
+
+def stop_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies, where it can (Linux)."""
+    if _prctl is not None:
+        _prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def execute(
     ledger: Ledger,
     runs: Path,
     places: Slots,
-    seconds_left: Callable[[Iterable[tuple[Run, float]]], float | None],
+    seconds_left: Callable[[Iterable[tuple[Run, float]]], float],
     *,
     keep_checkpoints: bool = False,
     start: Launch = launch,
@@ -239,9 +242,10 @@ def execute(
     with StopRequest() as stop:
         try:
             while not stop.exit_code:
-                jobs, ended = [j for j in jobs if j.process.poll() is None], [
-                    j for j in jobs if j.process.poll() is not None
-                ]
+                jobs, ended = (
+                    [j for j in jobs if j.process.poll() is None],
+                    [j for j in jobs if j.process.poll() is not None],
+                )
                 for job in ended:
                     directory = runs / job.run.key
                     record = _record(job, RunDirectory(directory), protocol, places)
@@ -317,8 +321,7 @@ def _record(job: _Job, run: RunDirectory, protocol: Comparison, places: Slots) -
         metrics = read_metrics(run.metrics)
         training = metrics.training
         curve = [
-            [int(t), round(x, 4)]
-            for t, x in zip(training["tokens"], training["loss"], strict=True)
+            [int(t), round(x, 4)] for t, x in zip(training["tokens"], training["loss"], strict=True)
         ]
         rates, tokens = training["tokens_per_second"], int(training["tokens"][-1])
         # A loss that is not finite is left out of the record, and the last one must be the end's.
@@ -349,7 +352,7 @@ def _state(
     ledger: Ledger,
     runs: Path,
     places: Slots,
-    seconds_left: Callable[[Iterable[tuple[Run, float]]], float | None],
+    seconds_left: Callable[[Iterable[tuple[Run, float]]], float],
 ) -> str:
     """The line of progress: runs done and running, time left."""
     expected = protocol.needed(ledger.losses, expected=True)
@@ -361,10 +364,9 @@ def _state(
         left.append((run, 1 - step / protocol.steps_of(run)))
         if held(runs / run.key):
             running.append(f"{run.key} at step {step}/{protocol.steps_of(run)}")
-    seconds = seconds_left(left)
-    time_left = f"; about {duration(seconds / places.count)} left" if seconds else ""
+    time_left = duration(seconds_left(left) / places.count)
     now = f"; {', '.join(running)}" if running else ""
-    return f"[{len(expected) - len(left)}/{len(expected)}] runs{time_left}{now}"
+    return f"[{len(expected) - len(left)}/{len(expected)}] runs; about {time_left} left{now}"
 
 
 def duration(seconds: float) -> str:

@@ -251,9 +251,7 @@ def train(
                     )
         checkpoints.wait()
         if parallel.is_main:
-            run_directory.end(
-                run.done if progress.step >= steps else run.preempted, progress.step
-            )
+            run_directory.end(run.done if progress.step >= steps else run.preempted, progress.step)
         return 0 if progress.step >= steps else exit_code
 
 
