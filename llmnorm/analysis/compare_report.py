@@ -17,9 +17,9 @@ COLUMNS = (
     "lr",
     "loss",
     "gap in loss",
-    "tokens, x",
+    "× tokens",
     "resolves",
-    "seconds, x",
+    "× seconds",
     "verdict",
 )
 
@@ -35,7 +35,7 @@ def rows(found: Tree, baseline: str) -> list[list[str]]:
                 *_own(found["arms"][name]),
                 interval(one["gap"], "+.4f"),
                 interval(tokens) + ("*" if tokens["extrapolated"] else ""),
-                number(tokens["resolvable"], ".3g"),
+                factor(tokens["resolvable"]),
                 interval(timing["seconds"]) if timing else "-",
                 one["verdict"],
             ]
@@ -115,37 +115,31 @@ def _answers(found: Tree, baseline: str) -> str:
 def answer(name: str, baseline: str, one: Tree, seeds: int) -> str:
     """One sentence: is this arm better here?"""
     tokens, timing = one["tokens"], one["timing"]
-    factor, seconds = tokens["value"], timing["seconds"] if timing else None
+    if math.isinf(one["gap"]["value"]):
+        who = name if one["gap"]["value"] < 0 else baseline
+        return f"**{name}** is {one['verdict']}: {who} diverged."
     if one["verdict"] == "one seed":
-        says = f"one seed, so nothing is said about chance; it gave {number(factor, '.3g')}x"
-    elif math.isnan(factor) or not one["nats_for_e_times_the_length"] > 0:
-        says = f"{one['verdict']}; its loss is lower by {interval(one['gap'], '.4f')} nats"
-    elif one["verdict"] == "not resolved":
-        says = (
-            f"no difference that {seeds} paired seeds resolve: the factor in tokens against "
-            f"{baseline} is {interval(tokens)}"
-        )
-        if math.isfinite(tokens["resolvable"]):
-            says += f", and they tell factors beyond {tokens['resolvable']:.3g} from 1"
-    else:
-        says = (
-            f"{one['verdict']}: {baseline} needs {interval(tokens)} times its tokens for its loss"
-        )
-    if seconds and one["verdict"] in ("better", "worse"):
-        says += f", and {interval(seconds)} times its seconds on this machine"
-    return (
-        f"**{name}** is {says}."
-        if one["verdict"] in ("better", "worse")
-        else f"**{name}**: {says}."
-    )
+        gave = f"its factor in tokens against {baseline} was {factor(tokens['value'])}"
+        return f"**{name}**: one seed, so nothing is said about chance; {gave}."
+    if one["verdict"] == "not resolved":
+        says = f"the factor in tokens against {baseline} is {interval(tokens)}"
+        if tokens["resolvable"] > 1.005:
+            says += f"; from {factor(tokens['resolvable'])} on it could be told from 1"
+        return f"**{name}**: no difference that {seeds} paired seeds resolve: {says}."
+    if math.isnan(tokens["value"]) or not one["nats_for_e_times_the_length"] > 0:
+        return f"**{name}** is {one['verdict']}: a gap in loss of {interval(one['gap'], '+.4f')}."
+    says = f"{baseline} needs {interval(tokens)} times its tokens for its loss"
+    if timing:
+        says += f", and {interval(timing['seconds'])} times its seconds on this machine"
+    return f"**{name}** is {one['verdict']}: {says}."
 
 
 def _legend(found: Tree) -> str:
     lines = [
         "`loss`: validation, nats a token, mean ± standard error over the seeds. `gap in loss`: "
-        "the baseline's minus the arm's, seed by seed; above 0 the arm is ahead. `tokens, x`: the "
+        "the baseline's minus the arm's, seed by seed; above 0 the arm is ahead. `× tokens`: the "
         "baseline needs so many times the arm's tokens for the same loss; above 1 the arm is "
-        "ahead. `resolves`: the smallest such factor that these seeds tell from 1. `seconds, x`: "
+        "ahead. `resolves`: the smallest such factor that these seeds tell from 1. `× seconds`: "
         "the same in training time on this machine. Brackets are 95 % intervals by the bootstrap "
         "over paired seeds, widened for their small number."
     ]
@@ -228,22 +222,30 @@ def _protocol(found: Tree) -> str:
     )
 
 
-def interval(tree: Tree, form: str = ".3g") -> str:
-    """`1.2 [1.05, 1.36]`; without ends where there is one seed."""
-    value = number(tree["value"], form)
+def interval(tree: Tree, form: str = "") -> str:
+    """`1.20 [1.05, 1.36]`; without ends where there is one seed; without `form`, a factor's."""
+
+    def show(value: float) -> str:
+        return number(value, form) if form else factor(value)
+
     if math.isnan(tree["low"]):
-        return value
-    return f"{value} [{number(tree['low'], form)}, {number(tree['high'], form)}]"
+        return show(tree["value"])
+    return f"{show(tree['value'])} [{show(tree['low'])}, {show(tree['high'])}]"
+
+
+def factor(value: float) -> str:
+    """A factor in length: 1.08, 12.3, ∞ (no length is enough)."""
+    if not value < 1e4:
+        return "-" if math.isnan(value) else "∞"
+    return f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 
 def number(value: float, form: str) -> str:
     """A number, `-` where there is none, and a word for what has no end."""
     if math.isnan(value):
         return "-"
-    if math.isinf(value) or abs(value) > 1e6:
+    if math.isinf(value):
         return "∞" if value > 0 else "-∞"
-    if form.endswith("g") and 0.1 <= abs(value) < 100:
-        return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
     return format(value, form)
 
 

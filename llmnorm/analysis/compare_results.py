@@ -132,7 +132,7 @@ def _against(
         "tokens": {
             **_interval(factor),
             "resolvable": resolvable(base, own, beta),
-            "extrapolated": bool(abs(log_factor) > longest + 1e-9),
+            "extrapolated": longest + 1e-9 < abs(log_factor) < math.inf,
         },
         "verdict": _verdict(gap, factor),
         "timing": _timing(records, runs(baseline), runs(name), base, own, horizons, curve, beta),
@@ -200,7 +200,7 @@ def _notes(
                 notes.append(
                     f"{name} against {baseline}: the factor lies beyond the lengths that were run"
                 )
-            if not one["nats_for_e_times_the_length"] > 0:
+            if one["nats_for_e_times_the_length"] <= 0:
                 notes.append(
                     f"{name} against {baseline}: {one['converted_by']} gains nothing from a longer "
                     "run, so no length makes up for a gap in loss"

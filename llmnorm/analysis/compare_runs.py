@@ -136,14 +136,16 @@ Launch = Callable[[Sequence[str], IO[bytes], Mapping[str, str]], Process]
 
 
 def launch(words: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> Process:
-    """Start `llmnorm train WORDS`, its output in `log`."""
+    """Start `llmnorm train WORDS` of this very package, its output in `log`."""
+    package = str(Path(__file__).parents[2])
+    paths = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
     # A session of its own: Ctrl-C reaches this process alone, which asks the runs to stop.
     return subprocess.Popen(
         [sys.executable, "-m", "llmnorm", "train", *words],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=dict(environment),
+        env={**environment, "PYTHONPATH": paths},
         start_new_session=True,
         preexec_fn=stop_with_parent,
     )
@@ -252,8 +254,10 @@ def execute(
                     ledger.add(record)
                     if not keep_checkpoints:
                         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-                    _say(_finished(record, ledger, protocol))
-                    said = 0.0
+                    _say(
+                        f"{_state(protocol, ledger, runs, places, seconds_left)}; {_shown(record)}"
+                    )
+                    said = time.monotonic()
                 todo = [r for r in protocol.needed(ledger.losses) if r.key not in ledger.records]
                 if not todo:
                     return 0
@@ -266,7 +270,8 @@ def execute(
                         jobs.append(_begin(run, protocol, runs, places, jobs, start))
                 if time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
-                    _say(_state(protocol, ledger, runs, places, seconds_left))
+                    state = _state(protocol, ledger, runs, places, seconds_left)
+                    _say("; ".join([state, *_running(jobs, runs, protocol)]))
                 time.sleep(POLL_SECONDS)
             _say(f"stopping: {len(jobs)} runs save what they have; the same command goes on")
             return stop.exit_code
@@ -340,11 +345,9 @@ def _record(job: _Job, run: RunDirectory, protocol: Comparison, places: Slots) -
     )
 
 
-def _finished(record: Record, ledger: Ledger, protocol: Comparison) -> str:
-    expected = protocol.needed(ledger.losses, expected=True)
-    done = sum(run.key in ledger.records for run in expected)
-    result = "diverged" if record.loss is None else f"loss {record.loss:.4f}"
-    return f"[{done}/{len(expected)}] {record.run}: {result}"
+def _shown(record: Record) -> str:
+    result = "diverged" if record.loss is None else f"has loss {record.loss:.4f}"
+    return f"{record.run} {result}"
 
 
 def _state(
@@ -354,19 +357,23 @@ def _state(
     places: Slots,
     seconds_left: Callable[[Iterable[tuple[Run, float]]], float],
 ) -> str:
-    """The line of progress: runs done and running, time left."""
+    """Runs that are done, and the time that the others will take."""
     expected = protocol.needed(ledger.losses, expected=True)
-    left, running = [], []
-    for run in expected:
-        if run.key in ledger.records:
-            continue
-        step = progress(RunDirectory(runs / run.key))[0]
-        left.append((run, 1 - step / protocol.steps_of(run)))
-        if held(runs / run.key):
-            running.append(f"{run.key} at step {step}/{protocol.steps_of(run)}")
-    time_left = duration(seconds_left(left) / places.count)
-    now = f"; {', '.join(running)}" if running else ""
-    return f"[{len(expected) - len(left)}/{len(expected)}] runs; about {time_left} left{now}"
+    left = [
+        (run, 1 - progress(RunDirectory(runs / run.key))[0] / protocol.steps_of(run))
+        for run in expected
+        if run.key not in ledger.records
+    ]
+    time_left = f" about {duration(seconds_left(left) / places.count)} left" if left else ""
+    return f"[{len(expected) - len(left)}/{len(expected)}]{time_left}"
+
+
+def _running(jobs: Sequence[_Job], runs: Path, protocol: Comparison) -> list[str]:
+    return [
+        f"{job.run.key} at step {progress(RunDirectory(runs / job.run.key))[0]}"
+        f"/{protocol.steps_of(job.run)}"
+        for job in jobs
+    ]
 
 
 def duration(seconds: float) -> str:
