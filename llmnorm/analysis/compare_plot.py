@@ -210,6 +210,16 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
                 color=GREYS[1],
                 bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
             )
+        if math.isinf(one["gap"]["value"]):
+            axis.annotate(
+                "diverged",
+                (1, row),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=GREYS[1],
+            )
         resolvable = one["tokens"]["resolvable"]
         if 1 < resolvable < 8:
             axis.fill_betweenx(
