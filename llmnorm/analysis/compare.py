@@ -78,7 +78,8 @@ def compare(
         raise InputError(f"--out {directory}: another comparison is running in this directory")
     with RunLock(directory):
         compare_plan.save(protocol, directory)
-        packed = [packing.prepare(c.data, c.tokenizer) for c in protocol.configs.values()]
+        config = protocol.configs[protocol.baselines[0]]
+        packed = packing.prepare(config.data, config.tokenizer)  # all arms read the same tokens
         code = execute(
             protocol,
             ledger,
@@ -90,7 +91,7 @@ def compare(
         )
         if code:
             return code
-        tokens = sum(source.validation_tokens for source in packed[0].sources)
+        tokens = sum(source.validation_tokens for source in packed.sources)
         found = results(protocol, ledger.records, tokens)
         write(found, directory, command)
     for baseline in protocol.baselines:

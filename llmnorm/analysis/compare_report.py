@@ -218,7 +218,9 @@ def _protocol(found: Tree) -> str:
     return (
         f"Every run trains {found['tokens']:,} tokens with its own complete schedule. {grid}"
         f"Seeds {', '.join(map(str, seeds))}: all arms share initial weights and the order of rows "
-        f"of each. Gaps in loss become factors by complete runs of {whose} at other lengths{worth}."
+        f"of each. Gaps in loss become factors by complete runs of {whose} at other "
+        f"lengths{worth}. Made by llmnorm {', '.join(found['timing']['version'])}; "
+        f"{'; '.join(found['timing']['place'])}."
     )
 
 

@@ -58,7 +58,9 @@ def results(
         "arms": arms,
         "against": against,
     }
-    return found | {"notes": _notes(protocol, found, records)}
+    used = [records[run.key] for run in protocol.needed(losses)]
+    made = {key: sorted({getattr(r, key) for r in used}) for key in ("place", "version")}
+    return found | {"notes": _notes(protocol, found, made), "timing": made}
 
 
 def _arm(
@@ -183,7 +185,7 @@ def _verdict(gap: Interval, factor: Interval) -> str:
 
 
 def _notes(
-    protocol: Protocol, found: Mapping[str, Any], records: Mapping[str, Record]
+    protocol: Protocol, found: Mapping[str, Any], made: Mapping[str, Sequence[str]]
 ) -> list[str]:
     """What a reader should beware of, each a sentence."""
     notes = []
@@ -217,11 +219,10 @@ def _notes(
         notes.append(
             f"the validation text has {tokens:,} tokens; below {ENOUGH_TOKENS:,} its choice matters"
         )
-    used = {run.key for run in protocol.needed({k: r.final for k, r in records.items()})}
-    places = {record.place for key, record in records.items() if key in used}
-    if len(places) > 1:
-        notes.append(f"timed in unequal places, seconds are not comparable: {'; '.join(places)}")
-    if len({record.version for key, record in records.items() if key in used}) > 1:
+    if len(made["place"]) > 1:
+        places = "; ".join(made["place"])
+        notes.append(f"timed in unequal places, seconds are not comparable: {places}")
+    if len(made["version"]) > 1:
         notes.append("the runs were made by more than one version of the code")
     others = len(protocol.arms) - 1
     if others > 2:

@@ -246,6 +246,7 @@ class Fork:
             try:
                 stop_with_parent()
                 os.setsid()
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as after an exec
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
                 code = cli.main(["train", *words])
@@ -346,6 +347,15 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_report(
     process.join()
     before = ledger.read_bytes()
     assert 1 <= before.count(b"\n") <= 4
+    process = start(directory, smoke_data)
+    fourth = directory / "runs/rms/seed2-x1"
+    while not list(fourth.glob("checkpoints/step_*/MANIFEST.json")):
+        assert process.is_alive(), directory.with_suffix(".log").read_text()
+        time.sleep(0.005)
+    process.terminate()  # the run saves before the comparison ends
+    process.join(300)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert (fourth / "PREEMPT").exists() or b'rms/seed2-x1"' in ledger.read_bytes()
     process = start(directory, smoke_data)
     process.join(300)
     assert process.exitcode == 0, directory.with_suffix(".log").read_text()
