@@ -24,14 +24,14 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code (2 for a mistake that the user can mend)."""
     words = sys.argv[1:] if arguments is None else arguments
-    # argparse cannot have `key=value` both before and after options; they are told by their shape.
-    overrides = [word for word in words if OVERRIDE.match(word)]
     try:
+        overrides, others = _overrides(words)
         parser = _parser()
-        parsed = parser.parse_args([word for word in words if not OVERRIDE.match(word)])
+        parsed = parser.parse_args(others)
         if parsed.command is None:
             parser.print_help()
             return 0
+        parsed.words = words
         if overrides and not parsed.overridable:
             raise InputError(f"{parsed.command}: takes no settings, got '{overrides[0]}'")
         return int(parsed.run(parsed, overrides) or 0)
@@ -239,11 +239,57 @@ def runs(parsed: argparse.Namespace, _: list[str]) -> None:
     print(describe_runs(parsed.directory))
 
 
+def compare(parsed: argparse.Namespace, overrides: list[str]) -> int:
+    """`llmnorm compare`."""
+    from llmnorm.analysis.compare import compare, read_arms
+    from llmnorm.analysis.compare_plan import read
+
+    arms = read_arms(parsed.config, overrides, parsed.arm)
+    protocol = read(
+        arms,
+        baselines=parsed.baseline,
+        untuned=parsed.untuned,
+        seeds=parsed.seeds,
+        lr_points=parsed.lr_points,
+        horizons=parsed.horizons,
+    )
+    return compare(
+        protocol,
+        parsed.out or Path("comparisons") / parsed.config.stem,
+        command=shlex.join(["llmnorm", *parsed.words]),
+        parallel=parsed.parallel,
+        plan=parsed.plan,
+        keep_checkpoints=parsed.keep_checkpoints,
+    )
+
+
 def doctor(_: argparse.Namespace, __: list[str]) -> None:
     """`llmnorm doctor`."""
     from llmnorm.doctor import report
 
     print(report())
+
+
+def _overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """The settings, and all other words; those that follow `--arm NAME` stay where they are.
+
+    argparse cannot have `key=value` both before and after options; they are told by their shape.
+    """
+    overrides, others, arm, arms = [], [], False, False
+    for word in words:
+        if word.startswith("-"):
+            arm = word == "--arm"
+            arms = arms or arm
+        if arm or not OVERRIDE.match(word):
+            others.append(word)
+        elif arms:
+            raise InputError(
+                f"'{word}': settings of all arms stand before the first --arm, an arm's own right "
+                "after --arm NAME"
+            )
+        else:
+            overrides.append(word)
+    return overrides, others
 
 
 def _told(loaded: "Loaded") -> "RunConfig":
@@ -466,6 +512,37 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the runs are (default: runs)",
     )
+    sub = command("compare", "is a part better here? paired, tuned, counted runs of arms", compare)
+    sub.add_argument("config", type=Path, metavar="CONFIG", help="what the arms start from")
+    sub.add_argument(
+        "--arm",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("NAME", "key=value"),
+        help="an arm and what it changes; the first is the baseline, a single one meets CONFIG",
+    )
+    sub.add_argument("--seeds", type=_count, default=3, metavar="N", help="paired seeds (3)")
+    sub.add_argument(
+        "--lr-points", type=_count, default=5, metavar="N", help="learning rates an arm (5)"
+    )
+    sub.add_argument(
+        "--horizons",
+        choices=["baseline", "arms"],
+        default="baseline",
+        metavar="baseline|arms",
+        help="whose length is varied to turn loss into tokens (baseline)",
+    )
+    sub.add_argument(
+        "--baseline", action="append", default=[], metavar="ARM", help="another baseline"
+    )
+    sub.add_argument(
+        "--untuned", action="append", default=[], metavar="ARM", help="an arm that runs as written"
+    )
+    sub.add_argument("--parallel", type=_count, default=1, metavar="N", help="runs at a time (1)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="default: comparisons/<CONFIG's name>")
+    sub.add_argument("--plan", action="store_true", help="print the runs and an estimate only")
+    sub.add_argument("--keep-checkpoints", action="store_true", help="keep those of finished runs")
     text = "report what this machine can run, for a bug report"
     command("doctor", text, doctor, overridable=False)
     return parser

@@ -836,6 +836,7 @@ def test_a_run_that_diverges_says_where(place: Path) -> None:
     done = llmnorm(place, f"train {SMOKE} {words}")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert says("diverged", done.stderr)
+    assert (place / "other" / "DIVERGED").read_text() == "6\n"
 
 
 def test_what_is_said_when_a_run_goes_on(place: Path) -> None:

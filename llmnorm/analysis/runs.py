@@ -5,8 +5,9 @@
     layer      1500/2500  2.6021  2.6021 interrupted   0.004         layer
 
 The loss is the validation's, last and best. A run is `running` while a process holds its lock,
-`finished` at its last step, `stopped` by SIGTERM or Ctrl-C (after a checkpoint), else
-`interrupted`. The columns on the right are the settings that differ between the runs.
+`finished` at its last step, `stopped` by SIGTERM or Ctrl-C (after a checkpoint), `diverged` where
+it gave up on a loss that is not finite, else `interrupted`. The columns on the right are the
+settings that differ between the runs.
 
 What would surprise: settings are compared as they stand in the files, nothing is imported, so that
 runs of parts or versions that are not here any more can be listed too ("-": not in that file).
@@ -56,11 +57,13 @@ def describe_runs(directory: Path) -> str:
 
 
 def state(run: RunDirectory) -> str:
-    """How the run stands: running, finished, stopped, interrupted."""
+    """How the run stands: running, finished, stopped, diverged, interrupted."""
     if held(run.path):
         return "running"
     if run.done.exists():
         return "finished"
+    if run.diverged.exists():
+        return "diverged"
     return "stopped" if run.preempted.exists() else "interrupted"
 
 

@@ -116,7 +116,7 @@ def train(
             _say(parallel, said)
         if progress.step >= steps:
             if parallel.is_main and not dry_run:
-                run_directory.end(run, progress.step, done=True)
+                run_directory.end(run.done, progress.step)
             _say(parallel, f"{run.path} is finished (step {progress.step})")
             return 0
 
@@ -209,6 +209,8 @@ def train(
             last = progress.step >= steps
             if progress.skipped_in_a_row >= (1 if last else config.training.max_skipped_steps):
                 checkpoints.wait()
+                if parallel.is_main:
+                    run_directory.end(run.diverged, progress.step)
                 raise InputError(_diverged(progress, global_batch, checkpoints))
             if last or progress.step % config.logging.every == 0:
                 metrics.log_step(
@@ -256,7 +258,7 @@ def train(
                     )
         checkpoints.wait()
         if parallel.is_main:
-            run_directory.end(run, progress.step, done=progress.step >= steps)
+            run_directory.end(run.done if progress.step >= steps else run.preempted, progress.step)
         return 0 if progress.step >= steps else exit_code
 
 

@@ -2,7 +2,8 @@
 
 A run directory holds config.yaml (the resolved settings), metrics.jsonl, samples.jsonl,
 checkpoints/, tokenizer/, plots/, what trackers and commands keep there (see RunDirectory), and a
-file DONE or PREEMPT that says how the last process ended (launchers turn every exit code into 1).
+file DONE, PREEMPT or DIVERGED that says how the last process ended (launchers turn every exit code
+into 1).
 Nothing here imports torch: a configuration that contradicts the directory is answered at once, and
 by every process alike, before any of them writes.
 """
@@ -83,6 +84,11 @@ class RunDirectory(NamedTuple):
     def preempted(self) -> Path:
         """There when the last process was stopped by a signal; holds the step."""
         return self.path / "PREEMPT"
+
+    @property
+    def diverged(self) -> Path:
+        """There when the last process gave up, its loss not finite any more; holds the step."""
+        return self.path / "DIVERGED"
 
 
 def existing(path: Path) -> RunDirectory:
@@ -180,19 +186,18 @@ def begin(
             run.automatic.write_text("\n".join(automatic) + "\n", encoding="utf-8")
         run.plots.mkdir(exist_ok=True)
         shutil.copytree(tokenizer, run.tokenizer, dirs_exist_ok=True)
-        for sign in (run.done, run.preempted):
+        for sign in (run.done, run.preempted, run.diverged):
             sign.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"run_dir: {run.path} cannot be written: {error.strerror}") from None
 
 
-def end(run: RunDirectory, step: int, *, done: bool) -> None:
-    """Say how this process ended: at the run's last step, or stopped by a signal.
+def end(sign: Path, step: int) -> None:
+    """Say how this process ended, by one of the run's signs: done, preempted, diverged.
 
     Raises:
         InputError: the directory cannot be written.
     """
-    sign = run.done if done else run.preempted
     temporary = sign.with_suffix(".tmp")
     try:
         temporary.write_text(f"{step}\n", encoding="utf-8")

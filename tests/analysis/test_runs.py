@@ -52,6 +52,7 @@ def test_runs_are_listed_with_what_differs_and_how_they_stand(tmp_path: Path) ->
     """Oracle: worked out by hand."""
     make(tmp_path, "a", steps=30, losses=[2.0, 1.5, 1.75], sign="DONE")
     make(tmp_path, "b", steps=12, sign="PREEMPT", lr=0.01)
+    make(tmp_path, "d", steps=9, sign="DIVERGED", lr=0.01)
     make(tmp_path, "deep/c", steps=7, losses=[3.0], length="tokens: 20480")
     inside = tmp_path / "a" / "wandb" / "files"
     inside.mkdir(parents=True)
@@ -62,6 +63,7 @@ def test_runs_are_listed_with_what_differs_and_how_they_stand(tmp_path: Path) ->
         run     steps  loss    best    state        optimizer.lr  training.steps  training.tokens
         a       30/30  1.7500  1.5000  finished     0.003         30              -
         b       12/30  -       -       stopped      0.01          30              -
+        d       9/30   -       -       diverged     0.01          30              -
         deep/c  7/20   3.0000  3.0000  interrupted  0.003         -               20480
     """
     assert describe_runs(tmp_path) == textwrap.dedent(expected).strip()

@@ -1,0 +1,178 @@
+"""What paired seeds say of two arms: speed-up, its interval, the smallest one that they resolve.
+
+Symbols, over n seeds k that both arms share (equal initial weights and rows):
+    h      length of a run in units of the comparison's length, its schedule complete
+    L(h)   final loss of such a run, nats a token
+    beta   -dL / dln h, the nats that e times the length is worth (least squares over horizons)
+    d_k    loss of the baseline minus loss of the arm, seed k, both at h = 1
+    F      exp(mean(d) / beta): the baseline needs F times the tokens of the arm for the same loss
+
+Source of the conversion: loss falls log-linearly in length over a factor of two, so a gap in loss
+is a factor in length. Source of the widening: Hesterberg, "What Teachers Should Know about the
+Bootstrap", arXiv 1411.5279, section 4: a percentile interval of n values is too narrow by
+sqrt((n - 1) / n) and by the normal quantile that stands in for Student's; with 3 seeds it covers
+75 % at best. Here its deviations are stretched by just these two factors.
+
+What would surprise: a run that diverged has an infinite loss and so F = 0 for its arm; where every
+resample can be listed (n <= 5) all n^n are, so no random number enters.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+LEVEL = 0.95
+DRAWS = 10_000  # resamples where they are too many to list
+NORMAL = 1.959963984540054  # the normal distribution's quantile at (1 + LEVEL) / 2
+
+
+class Interval(NamedTuple):
+    """An estimate and the ends of its 95 % interval; the ends are nan where there is one seed."""
+
+    value: float
+    low: float
+    high: float
+
+
+def slope(horizons: Sequence[float], losses: Array) -> Array:
+    """beta: by least squares over ln h, in nats; nan where a loss is infinite.
+
+    Args:
+        horizons: (points,) lengths, at least two different ones.
+        losses: (..., points) final losses.
+
+    Returns:
+        (...) slopes.
+    """
+    x = np.log(np.asarray(horizons, dtype=float))
+    x = x - x.mean()
+    with np.errstate(invalid="ignore"):
+        beta = -(np.asarray(losses) @ x) / (x @ x)
+    return np.where(np.isfinite(beta), beta, np.nan)
+
+
+def log_speed_up(gap: Array | float, beta: Array | float) -> Array:
+    """ln F for a gap in loss (the baseline's minus the arm's).
+
+    Where longer runs gain nothing (beta <= 0) no length makes up for a gap: plus or minus infinity.
+    """
+    gap, beta = np.broadcast_arrays(np.asarray(gap, dtype=float), np.asarray(beta, dtype=float))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = np.where(beta > 0, gap / beta, np.where(np.isnan(beta), np.nan, gap * np.inf))
+    return np.where(gap == 0, 0.0, np.where(np.isinf(gap), gap, factor))
+
+
+def gaps(baseline: Array, arm: Array) -> Array:
+    """d_k; a seed in which both diverged is a tie."""
+    both = np.isinf(baseline) & np.isinf(arm)
+    return np.where(both, 0.0, np.where(both, 0.0, baseline) - np.where(both, 0.0, arm))
+
+
+def gap_interval(baseline: Array, arm: Array) -> Interval:
+    """The mean of d, in nats.
+
+    Args:
+        baseline: (n,) final losses of the baseline, seed by seed.
+        arm: (n,) those of the arm.
+    """
+    d = gaps(baseline, arm)
+    return _interval(float(d.mean()), d[resamples(len(d))].mean(axis=1), len(d))
+
+
+def speed_up_interval(
+    baseline: Array,
+    arm: Array,
+    horizons: Sequence[float],
+    curve: Array,
+    log_ratio: Array | None = None,
+) -> Interval:
+    """F, or with `log_ratio` the same in another unit than tokens.
+
+    Args:
+        baseline: (n,) final losses of the baseline at h = 1.
+        arm: (n,) those of the arm.
+        horizons: (points,) lengths at which one of the two was run.
+        curve: (n, points) its final losses.
+        log_ratio: (n,) log of the baseline's cost of a token over the arm's; left out, zero.
+    """
+    d, n = gaps(baseline, arm), len(baseline)
+    extra = np.zeros(n) if log_ratio is None else log_ratio
+
+    def log_factor(index: NDArray[np.int64]) -> Array:
+        beta = slope(horizons, curve[index].mean(axis=1))
+        return log_speed_up(d[index].mean(axis=1), beta) + extra[index].mean(axis=1)
+
+    value = float(log_factor(np.arange(n)[None])[0])
+    ends = _interval(value, log_factor(resamples(n)), n)
+    return Interval(*(math.exp(min(end, 700.0)) for end in ends))
+
+
+def resolvable(baseline: Array, arm: Array, beta: float) -> float:
+    """The smallest F above 1 whose paired t-interval (95 %) would leave 1 out; nan for one seed."""
+    n = len(baseline)
+    d = gaps(baseline, arm)
+    if n < 2 or not beta > 0 or not np.isfinite(d).all():
+        return math.nan
+    half_width = t_quantile(n - 1) * d.std(ddof=1) / math.sqrt(n)
+    return math.exp(min(half_width / beta, 700.0))
+
+
+def standard_error(losses: Array) -> float:
+    """Of the mean of (n,) losses; nan for one seed or where one diverged."""
+    finite = len(losses) > 1 and bool(np.isfinite(losses).all())
+    return float(losses.std(ddof=1) / math.sqrt(len(losses))) if finite else math.nan
+
+
+def resamples(n: int) -> NDArray[np.int64]:
+    """Seeds drawn with replacement: all n^n draws up to n = 5, else 10,000 of them; (draws, n)."""
+    if n <= 5:
+        return np.asarray(list(itertools.product(range(n), repeat=n)))
+    return np.random.default_rng(0).integers(n, size=(DRAWS, n))
+
+
+def _interval(value: float, draws: Array, n: int) -> Interval:
+    if n < 2 or math.isnan(value):
+        return Interval(value, math.nan, math.nan)
+    if math.isinf(value):  # a divergence: a sure verdict on these seeds, but nothing to stretch
+        stretched = draws
+    else:
+        widening = math.sqrt(n / (n - 1)) * t_quantile(n - 1) / NORMAL
+        stretched = value + widening * (draws - value)
+    stretched = stretched[~np.isnan(stretched)]
+    # The observations themselves, not a point between them: there may be infinities.
+    low = np.quantile(stretched, (1 - LEVEL) / 2, method="lower")
+    high = np.quantile(stretched, (1 + LEVEL) / 2, method="higher")
+    return Interval(value, float(low), float(high))
+
+
+def t_quantile(dof: int) -> float:
+    """Student's quantile at 97.5 % for whole degrees of freedom.
+
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4 (the distribution as a finite sum), inverted by
+    halving.
+    """
+    low, high = 0.0, 1000.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, dof) < LEVEL else (low, middle)
+    return low
+
+
+def _t_within(t: float, dof: int) -> float:
+    """P(|T| < t)."""
+    angle = math.atan(t / math.sqrt(dof))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = dof % 2
+    term = total = cosine if odd else 1.0
+    for power in range(2 + odd, dof - 1, 2):  # cos^3, cos^5 ... or cos^2, cos^4 ...
+        term *= cosine**2 * (power - 1) / power
+        total += term
+    if not odd:
+        return sine * total
+    return 2 / math.pi * (angle + (sine * total if dof > 1 else 0.0))

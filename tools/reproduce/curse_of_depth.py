@@ -1,0 +1,116 @@
+"""The curse of depth at small size: placements of the norm against Pre-LN with scaled init.
+
+usage: python tools/reproduce/curse_of_depth.py [--parallel 2] [--seeds 3] [--plan] [key=value ...]
+
+Every file of configs/recipes/curse_of_depth is an arm with a learning rate tuned for it alone, the
+same tokens, the same paired seeds. The table shows perplexity relative to the honest baseline,
+Pre-LN whose residual projections start smaller (1 / sqrt(2 layers)), with standard errors, beside
+the same ratio of the paper. Each finished run is a line of docs/results/curse_of_depth/runs.jsonl,
+to be committed; what stands there is not run again. Run directories lie in runs/reproduce.
+
+Source: Sun et al., "The Curse of Depth in Large Language Models", arXiv 2502.05795: table 1 (130M
+and 250M, perplexity on C4), table 6 (scaled init) and table 7 (sandwich norm, 130M).
+
+What would surprise: the paper's own gain over this baseline is 1.1 % at 130M and 3.0 % at 250M, not
+the 3.6 % and 7.2 % over plain Pre-LN; at this size only the direction can be expected, if that.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llmnorm.analysis import compare_plan, compare_report
+from llmnorm.analysis.compare import compare, read_arms
+from llmnorm.part import InputError
+
+RECIPES = Path("configs/recipes/curse_of_depth")
+RESULTS = Path("docs/results/curse_of_depth")
+RUNS = Path("runs/reproduce/curse_of_depth")
+
+
+class Paper(NamedTuple):
+    """Perplexity in the paper, None where it has none."""
+
+    title: str
+    at_130m: float | None
+    at_250m: float | None
+
+
+ARMS = {
+    "pre_ln_scaled_init": Paper("Pre-LN + scaled init", 26.04, 20.98),
+    "pre_ln": Paper("Pre-LN", 26.73, 21.92),
+    "post_ln": Paper("Post-LN", 26.95, 1409.79),
+    "deepnorm": Paper("DeepNorm", 27.17, 22.77),
+    "mix_ln": Paper("Mix-LN", 26.07, 21.39),
+    "peri_ln": Paper("Peri-LN (paper: sandwich)", 26.51, None),
+    "lns": Paper("LayerNorm Scaling", 25.76, 20.35),
+}
+BASELINE = "pre_ln_scaled_init"
+
+
+def table(found: dict[str, Any]) -> str:
+    """The arms' perplexities beside the paper's, in Markdown."""
+    base = np.array(found["arms"][BASELINE]["losses"])
+    rows = []
+    for name, paper in ARMS.items():
+        losses = np.array(found["arms"][name]["losses"], dtype=float)
+        relative = f"{math.exp((losses - base).mean()):.4f}"
+        if len(losses) > 1 and name != BASELINE:
+            # The logarithm's standard error is the ratio's, as a share.
+            relative += f" ± {(losses - base).std(ddof=1) / math.sqrt(len(losses)):.4f}"
+        error = found["arms"][name]["standard_error"]
+        loss = f"{losses.mean():.4f}" + (f" ± {error:.4f}" if error is not None else "")
+        theirs = [
+            f"{value / reference:.4f}" if value and reference else "-"
+            for value, reference in zip(paper[1:], ARMS[BASELINE][1:], strict=True)
+        ]
+        rate = f"{found['arms'][name]['lr']:.3g}"
+        rows.append([paper.title, rate, loss, f"{math.exp(losses.mean()):.2f}", relative, *theirs])
+    head = ["arm", "lr", "loss", "perplexity", "relative", "paper, 130M", "paper, 250M"]
+    return compare_report.markdown(head, rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the runs that are missing, then the report and the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, a core each")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--plan", action="store_true", help="print the runs, make none")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all arms")
+    options = parser.parse_args(arguments)
+    try:
+        protocol = compare_plan.read(
+            read_arms(
+                RECIPES / f"{BASELINE}.yaml",
+                options.overrides,
+                [[name, str(RECIPES / f"{name}.yaml")] for name in ARMS],
+            ),
+            baselines=[BASELINE],
+            seeds=options.seeds,
+        )
+        code = compare(
+            protocol,
+            RESULTS,
+            runs=RUNS,
+            command=shlex.join(["python", *(sys.argv if arguments is None else arguments)]),
+            parallel=options.parallel,
+            plan=options.plan,
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if code == 0 and not options.plan:
+        text = table(json.loads((RESULTS / "result.json").read_text(encoding="utf-8")))
+        (RESULTS / "table.md").write_text(text + "\n", encoding="utf-8")
+        print(text)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The race of optimizers at tier T0: AdamW as shipped, AdamW tuned, Muon, NorMuon, Conda, SOAP.
+
+usage: python tools/reproduce/optimizers.py [--parallel 2] [--seeds 3] [--arms muon,soap] [--plan]
+
+The model and its length are configs/recipes/optimizers/t0.yaml (0.79 million parameters in hidden
+matrices, 4 million tokens). Every rule but the shipped AdamW has its learning rate tuned; every
+other arm is held against both AdamWs. Each finished run is a line of
+docs/results/optimizers_t0/runs.jsonl, to be committed; what stands there is not run again, on any
+machine. Run directories lie in runs/reproduce.
+
+Conventions of the arms:
+    lr       centre of its grid: the Step Law's for AdamW, for the others what published settings
+             are relative to it (Muon and NorMuon 1.3 times, in AdamW's unit; Conda with scale 0.25
+             2.5 times; SOAP 0.7 times)
+    decay    lr * weight_decay is AdamW's, in every arm
+    others   embeddings, head, norms and biases: AdamW with its own centre, in every arm, so that
+             the hidden matrices' rule is all that differs
+
+What would surprise: "shipped" is the AdamW baseline of Conda's own LLaMA scripts (lr 1e-3, beta2
+0.999, no decay), which the Step Law puts an order of magnitude below its best rate here; a factor
+against it says more about the baseline than about the rule. Conda's refresh interval scales with
+the run: steps / 50 (its 1B recipe), and as an arm of its own steps / 5 (its 60M recipe).
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from llmnorm.analysis import compare_plan
+from llmnorm.analysis.compare import compare, read_arms
+from llmnorm.part import InputError
+
+BASE = Path("configs/recipes/optimizers/t0.yaml")
+RESULTS = Path("docs/results/optimizers_t0")
+RUNS = Path("runs/reproduce/optimizers_t0")
+
+STEPS = 977
+ADAMW_LR = 1.2e-2
+DECAY = 0.1 * ADAMW_LR  # lr * weight_decay
+
+
+def rule(name: str, lr: float, *settings: str) -> list[str]:
+    """An arm's overrides, with the decay and the auxiliary parameters that all arms share."""
+    own = [f"optimizer={name}", f"optimizer.lr={lr:g}", f"optimizer.weight_decay={DECAY / lr:g}"]
+    return [*own, f"optimizer.auxiliary.lr={ADAMW_LR:g}", *settings]
+
+
+ARMS = {
+    "adamw": rule("adamw", ADAMW_LR, "optimizer.betas=[0.9,0.95]"),
+    "adamw_shipped": [
+        "optimizer=adamw",
+        "optimizer.lr=1e-3",
+        "optimizer.betas=[0.9,0.999]",
+        "optimizer.weight_decay=0",
+    ],
+    "muon": rule("muon", 1.6e-2, "optimizer.update_rms=match_adamw"),
+    "normuon": rule("normuon", 1.6e-2, "optimizer.preset=paper"),
+    "conda": rule("conda", 3e-2, f"optimizer.refresh_every={max(10, STEPS // 50)}"),
+    "soap": rule("soap", 8e-3),
+    "conda_rare": rule("conda", 3e-2, f"optimizer.refresh_every={STEPS // 5}"),
+}
+BASELINES = ("adamw", "adamw_shipped")
+RACE = ("adamw", "adamw_shipped", "muon", "normuon", "conda", "soap")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the runs that are missing, then the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, a core each")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--arms",
+        type=lambda text: text.split(","),
+        default=list(RACE),
+        help=f"of {', '.join(ARMS)}; both AdamWs are always there",
+    )
+    parser.add_argument("--plan", action="store_true", help="print the runs, make none")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all arms")
+    options = parser.parse_args(arguments)
+    chosen = list(dict.fromkeys([*BASELINES, *options.arms]))
+    try:
+        if unknown := [name for name in chosen if name not in ARMS]:
+            raise InputError(f"--arms {unknown[0]}: there is none; valid: {', '.join(ARMS)}")
+        protocol = compare_plan.read(
+            read_arms(BASE, options.overrides, [[name, *ARMS[name]] for name in chosen]),
+            baselines=BASELINES,
+            untuned=["adamw_shipped"],
+            seeds=options.seeds,
+        )
+        return compare(
+            protocol,
+            RESULTS,
+            runs=RUNS,
+            command=shlex.join(["python", *(sys.argv if arguments is None else arguments)]),
+            parallel=options.parallel,
+            plan=options.plan,
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
