@@ -191,7 +191,7 @@ class Estimate:
             model = LlmNormConfig.from_settings(config.model, vocab_size=_vocabulary(config))
             self._flops[arm] = flops_per_token(model, config.data.context_length)
         if self._rate is None:
-            rows = config.training.micro_batch or config.training.global_batch
+            rows = config.training.micro_batch or config.training.rows
             self._rate = _product_rate(
                 min(rows * config.data.context_length, 8192),
                 config.model.hidden_size,

@@ -203,7 +203,7 @@ class Protocol:
     def tokens_of(self, run: Run) -> int:
         """A run's length in tokens (labels, the ignored ones counted)."""
         config = self.configs[run.arm]
-        return self.steps_of(run) * config.training.global_batch * config.data.context_length
+        return self.steps_of(run) * config.training.rows * config.data.context_length
 
     def weight_decay(self, run: Run) -> float | None:
         """The run's weight decay: lr * weight_decay is what the arm wrote; None: it has none."""
@@ -276,6 +276,12 @@ def read(
                 raise InputError(f"{option} {name}: there is no such arm; {nearest(name, names)}")
     chosen = tuple(dict.fromkeys(baselines)) or (names[0],)
     configs = {arm.name: _load(arm) for arm in arms}
+    for name, config in configs.items():
+        if automatic := config.automatic():
+            raise InputError(
+                f"--arm {name}: {automatic[0]} is auto; give a number, from which the comparison "
+                "tunes learning rates"
+            )
     trees = {name: _tree(config) for name, config in configs.items()}
     for place, name in enumerate(names):
         for other in names[:place]:
@@ -402,9 +408,9 @@ def _check_lengths(protocol: Protocol) -> None:
     expected = protocol.tokens_of(Run(reference, None, 0))
     for name, config in protocol.configs.items():
         tokens = protocol.tokens_of(Run(name, None, 0))
-        batch = config.training.global_batch * config.data.context_length
+        batch = config.training.rows * config.data.context_length
         theirs = protocol.configs[reference]
-        other = theirs.training.global_batch * theirs.data.context_length
+        other = theirs.training.rows * theirs.data.context_length
         if abs(tokens - expected) >= max(batch, other) and not math.isclose(tokens, expected):
             raise InputError(
                 f"--arm {name}: trains {tokens} tokens, arm {reference} {expected}; "

@@ -10,16 +10,14 @@ token and bytes carried after 128 and after the longest number of tokens.
 """
 
 import argparse
-import json
 import math
-import os
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from report import RESULTS, Table, publish
 from torch import Tensor
 
 from llmnorm.nn.cache import KeyValues, RaggedCache
@@ -108,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--longest", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/mixers.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "mixers.json")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     mixers = {name: build(mixer) for name, mixer in MIXERS.items()}
@@ -120,27 +118,28 @@ def main(arguments: list[str] | None = None) -> int:
                 times[name][length] = min(times[name][length], seconds(mixer, length))
     slopes = {name: slope(row) for name, row in times.items()}
     steps = {name: decoding(m, (128, options.longest)) for name, m in mixers.items()}
-    print(f"{'ms, forward and backward':<26}" + "".join(f"{n:>9}" for n in lengths) + "   slope")
-    for name, row in times.items():
-        grows = "" if slopes[name] is None else f"{slopes[name]:>8.2f}"
-        print(f"{name:<26}" + "".join(f"{1e3 * s:>9.1f}" for s in row.values()) + grows)
-    for name, pair in steps.items():
-        text = ", ".join(
-            f"{p['milliseconds']:.2f} ms and {p['bytes']:.0f} bytes at {p['tokens']}" for p in pair
-        )
-        print(f"one token, {name}: {text}")
-    result = {
-        "seconds": times,
-        "slopes": slopes,
-        "decoding": steps,
-        "width": WIDTH,
-        "heads": HEADS,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    rows = [
+        [name, *(f"{1e3 * s:.1f}" for s in row.values()), f"{slopes[name] or math.nan:.2f}"]
+        for name, row in times.items()
+    ]
+    tables = [
+        Table(
+            f"forward and backward, ms by length; slope of log time (width {WIDTH}, {HEADS} heads)",
+            ["", *map(str, lengths), "slope"],
+            rows,
+        ),
+        Table(
+            "one more token",
+            ["", "after", "ms", "bytes kept"],
+            [
+                [name, str(p["tokens"]), f"{p['milliseconds']:.2f}", f"{p['bytes']:.0f}"]
+                for name, pair in steps.items()
+                for p in pair
+            ],
+        ),
+    ]
+    figures = {"seconds": times, "slopes": slopes, "decoding": steps}
+    publish(options.out, "Sequence mixers (CPU, float32)", tables, figures)
     return 0
 
 

@@ -9,17 +9,14 @@ rounds in ms and its ratio to the first.
 """
 
 import argparse
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from report import RESULTS, Table, publish
 from torch import Tensor
 
 from llmnorm.nn.loss import chunk_size, linear_cross_entropy
@@ -75,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/nn.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "nn.json")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     tables = {
@@ -87,20 +84,17 @@ def main(arguments: list[str] | None = None) -> int:
         )
         for tokens, width, vocabulary in ((1024, 192, 4096), (1024, 384, 32768))
     }
+    read = []
     for title, row in tables.items():
-        print(title)
         first = next(iter(row.values()))
-        for name, value in row.items():
-            print(f"  {name:<24} {value:>10.2f} ms  {value / first:>6.3f}")
-    result: dict[str, Any] = {
-        "milliseconds": tables,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+        cells = [[name, f"{value:.2f}", f"{value / first:.3f}"] for name, value in row.items()]
+        read.append(Table(title, ["", "ms", "over the first"], cells))
+    publish(
+        options.out,
+        "RMS norm and loss against torch's (forward and backward, best of all rounds)",
+        read,
+        {"milliseconds": tables},
+    )
     return 0
 
 

@@ -216,7 +216,7 @@ def serve(options: argparse.Namespace) -> None:
 
     cuda = options.device == "cuda"
     before = memory_of("VmRSS")
-    waiting = {"left": WARMUP, "start": time.perf_counter(), "losses": []}
+    waiting: dict[str, Any] = {"left": WARMUP, "start": time.perf_counter(), "losses": []}
 
     def done(loss: float) -> None:
         waiting["losses"].append(loss)
