@@ -53,7 +53,7 @@ SHAPE = {
     "max_position_embeddings": LENGTH,
     "tie_word_embeddings": False,
 }
-ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 # Smallest tokens/s over the peer's and largest memory over the peer's, by vocabulary.
 BARS: dict[tuple[int, str], tuple[float, float | None]] = {
     (32768, "trainer"): (1.20, 0.72),
