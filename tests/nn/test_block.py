@@ -80,7 +80,7 @@ def test_the_blocks_follow_the_rule(name: str) -> None:
     model = build(name)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     expected = model(inputs_embeds=x).last_hidden_state
-    context = model._context(x, None, None, None)
+    context = model._context(x, None, None)
     for layer, block in enumerate(model.layers):
         rule, names = RULES[name.split(",")[0]](layer)
         branches = (partial(block.self_attn, context=context), block.mlp)
@@ -160,7 +160,7 @@ def test_qk_norm_cancels_the_scale_of_the_logits() -> None:
             mixer = {"name": "softmax", "qk_norm": qk_norm, "qk_norm_eps": 0}
             model = build("pre", mixer=mixer, depth_scaling=scaling)
             x = torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(2)).double()
-            context = model._context(x, None, None, None)
+            context = model._context(x, None, None)
             block = model.layers[2]
             prepared = block.self_attn.prepare(block.input_layernorm(x), context)
             weights.append(block.self_attn.materialize(prepared, context))

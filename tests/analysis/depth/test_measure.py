@@ -54,7 +54,7 @@ def by_hand(model: Any, ids: Tensor) -> dict[str, Any]:
     """Streams, branches and attention of our model on one document (length,), block by block."""
     base = model.model
     x = base.embed_tokens(ids[None])
-    context = base._context(x, None, None, None)
+    context = base._context(x, None, None)
     found: dict[str, Any] = {"x": [x[0]], "mixer": [], "mlp": [], "weights": []}
     for block in base.layers:
         normed = block.input_layernorm(x)
@@ -258,7 +258,7 @@ def test_the_jacobians_distance_is_estimated_without_bias() -> None:
     many = words._replace(batches=words.batches * 300)
     found = gradients(model, anatomy(model, words.batches[0].ids), many, nothing)
     x = model.model.embed_tokens(words.batches[0].ids)
-    context = model.model._context(x, None, None, None)
+    context = model.model._context(x, None, None)
     block = model.model.layers[0]
     jacobian = torch.autograd.functional.jacobian(lambda t: block(t, context), x.detach())
     off = jacobian.reshape(5 * 16, 5 * 16) - torch.eye(5 * 16)
