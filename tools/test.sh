@@ -3,7 +3,7 @@
 #
 #   bash tools/test.sh                        everything
 #   bash tools/test.sh tests/nn -k rotary     a part of it
-#   bash tools/test.sh -n 2                   two tests at a time
+#   bash tools/test.sh -n 0                   one test at a time (two files run beside each other otherwise)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,7 +27,7 @@ failed=()
 stage "lint" .venv/bin/ruff check || failed+=(lint)
 stage "format" .venv/bin/ruff format --check || failed+=(format)
 stage "types" .venv/bin/mypy || failed+=(types)
-stage "tests" .venv/bin/python -m pytest "$@" || failed+=(tests)
+stage "tests" .venv/bin/python -m pytest -n 2 --dist loadfile "$@" || failed+=(tests)
 if [[ ${#failed[@]} -gt 0 ]]; then
     printf 'failed: %s\n' "${failed[*]}" >&2
     exit 1
