@@ -129,6 +129,9 @@ class ParallelSettings(Settings):
     `hsdp`: spread over groups of processes that hold the same; `zero1` to `zero3`: DeepSpeed."""
     replicas: Count = 1
     """How many groups of processes hold the whole model each; more than 1 makes `fsdp2` `hsdp`."""
+    exchange: Literal["fp32", "bf16"] = "fp32"
+    """Numbers in which gradients and updates of matrix optimizers travel between processes; `fp32`
+    computes what one process would, `bf16` is half the traffic."""
     compile: bool = False
     """torch.compile every block (wants a C++ compiler on a CPU)."""
     activation_checkpointing: bool = False

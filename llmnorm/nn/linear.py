@@ -1,6 +1,7 @@
 """Linear layers, and which library multiplies for them.
 
-Shapes: x (..., in), weight (out, in), y (..., out); `product(a, b)`: a (m, k), b (n, k) -> (m, n).
+Shapes: x (..., in), weight (out, in), y (..., out); `product(a, b)`: a (m, k), b (n, k) -> (m, n);
+`products` the same for a batch of pairs.
 
 torch.mm in float32 on a CPU is MKL's, which on AMD processors runs its AVX2 kernels. torch also
 carries oneDNN, which runs AVX-512 kernels on any processor that has them. Measured on an EPYC of
@@ -38,6 +39,21 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if not _by_onednn(a, b, a.numel() * len(b)):
         return a @ b.t()
     return onednn_product(a, b)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """a (batch, m, k) times the transposes of b (batch, n, k), (batch, m, n); no gradients.
+
+    Which library multiplies is decided for one pair, so a pair's result is the same in any batch.
+    """
+    if not _by_onednn(a, b, a[0].numel() * b.shape[1]):
+        return torch.bmm(a, b.mT)
+    total = a.new_empty(len(a), a.shape[1], b.shape[1]) if len(a) > 1 else None
+    if total is None:
+        return onednn_product(a[0], b[0]).unsqueeze(0)
+    for out, left, right in zip(total, a, b, strict=True):
+        out.copy_(onednn_product(left, right))
+    return total
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -8,32 +8,24 @@ one takes three times as long). What is added: the state is allocated before the
 a checkpoint is copied into it in place and one taken before the first step is complete.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from llmnorm.optim.groups import Groups
-
-if TYPE_CHECKING:
-    from llmnorm.optim.settings import AdamWSettings
+from llmnorm.optim.state import load_in_place
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW over `Groups`; decay on hidden matrices only.
+    """torch.optim.AdamW with its state allocated at once.
 
-    Each param group keeps its peak learning rate under `peak_lr`; the caller sets
-    `lr = peak_lr * schedule(step)` before every step.
+    Args:
+        param_groups: torch's, each with `params`, `lr` and `weight_decay`.
     """
 
-    def __init__(self, groups: Groups, settings: "AdamWSettings") -> None:
-        auxiliary_lr = settings.auxiliary.lr
-        peaks = [settings.lr, settings.lr if auxiliary_lr is None else auxiliary_lr]
-        param_groups = [
-            {"params": list(members.values()), "lr": lr, "peak_lr": lr, "weight_decay": decay}
-            for members, lr, decay in zip(groups, peaks, [settings.weight_decay, 0.0], strict=True)
-            if members
-        ]
-        super().__init__(param_groups, betas=settings.betas, eps=settings.eps, fused=True)
+    def __init__(
+        self, param_groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float
+    ) -> None:
+        super().__init__(param_groups, betas=betas, eps=eps, fused=True)
         for parameter in (p for group in self.param_groups for p in group["params"]):
             self.state[parameter] = {
                 # The fused kernel wants the counter beside the parameter, in float32.
@@ -41,3 +33,7 @@ class AdamW(torch.optim.AdamW):
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a saved state into the tensors that there are."""
+        load_in_place(self, state_dict)

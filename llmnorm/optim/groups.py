@@ -1,14 +1,22 @@
 """Which parameter gets which rule: the only place that decides it.
 
-Hidden matrices (2-D weights inside the blocks) go to the matrix rule and decay; embeddings, head,
-norms, biases and scalars are auxiliary: they go to AdamW, with a learning rate of their own and
-without decay. A tied head is the embedding. Frozen parameters belong to nobody.
+Hidden matrices (weights of linear layers inside the blocks) go to the matrix rule; embeddings,
+head, norms, biases, scalars, convolutions and any other parameter are auxiliary: they go to AdamW,
+with a learning rate of their own. A tied head is the embedding. Frozen parameters belong to nobody.
+
+What would surprise: having two axes does not make a matrix. A gain of (heads, head_dim) or a table
+is no linear map, and orthogonalising it would be wrong; so the module decides, not the shape.
 """
 
+import fnmatch
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+
+from llmnorm.part import InputError, nearest
 
 
 class Groups(NamedTuple):
@@ -16,6 +24,42 @@ class Groups(NamedTuple):
 
     matrices: dict[str, nn.Parameter]
     auxiliary: dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a rule: a parameter, or some of its rows where projections are fused.
+
+    Attributes:
+        name: the parameter's.
+        suffix: what distinguishes its state among those of one parameter: "", or ".0", ".1", ...
+        start, stop: its rows.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    suffix: str
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """Of this matrix."""
+        return self.stop - self.start
+
+    @property
+    def columns(self) -> int:
+        """Of this matrix."""
+        return self.parameter.shape[1]
+
+    def weight(self) -> Tensor:
+        """The rows themselves, (rows, columns)."""
+        return self.parameter.detach()[self.start : self.stop]
+
+    def grad(self) -> Tensor:
+        """Their gradient, (rows, columns)."""
+        assert self.parameter.grad is not None
+        return self.parameter.grad[self.start : self.stop]
 
 
 def split(model: nn.Module) -> Groups:
@@ -26,18 +70,76 @@ def split(model: nn.Module) -> Groups:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         outside |= {id(p) for p in head.parameters()}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - outside
     groups = Groups({}, {})
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            hidden = parameter.ndim == 2 and id(parameter) not in outside
-            (groups.matrices if hidden else groups.auxiliary)[name] = parameter
+            (groups.matrices if id(parameter) in linear else groups.auxiliary)[name] = parameter
+    check(groups, model)
     return groups
 
 
-def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `<parameter>.<field>` -> tensor (no copies)."""
-    return {
-        f"{name}.{field}": value
-        for name, parameter in model.named_parameters()
-        for field, value in optimizer.state.get(parameter, {}).items()
-    }
+def check(groups: Groups, model: nn.Module) -> None:
+    """Refuse groups in which a trainable parameter stands twice or never.
+
+    Raises:
+        ValueError: it names the parameter.
+    """
+    claims = Counter(id(p) for members in groups for p in members.values())
+    for name, parameter in model.named_parameters():
+        count = claims.pop(id(parameter), 0)
+        if count != int(parameter.requires_grad):
+            trained = "trainable" if parameter.requires_grad else "frozen"
+            raise ValueError(f"{name}: {trained}, but claimed by {count} optimizer groups")
+    if claims:
+        raise ValueError("an optimizer group holds a parameter that the model does not")
+
+
+def matrices(groups: Groups, split_sizes: Mapping[str, list[int]]) -> list[Matrix]:
+    """The matrices in the order of their names, fused projections cut into theirs.
+
+    Args:
+        split_sizes: pattern of parameter names (`*.qkv.weight`) -> rows of each piece.
+
+    Raises:
+        InputError: a pattern matches nothing, two match one parameter, or the rows do not add up.
+    """
+    found: list[Matrix] = []
+    used: set[str] = set()
+    for name, parameter in groups.matrices.items():
+        patterns = [p for p in split_sizes if fnmatch.fnmatchcase(name, p)]
+        if len(patterns) > 1:
+            raise InputError(f"optimizer.split_sizes: {' and '.join(patterns)} both match {name}")
+        used.update(patterns)
+        sizes = split_sizes[patterns[0]] if patterns else [parameter.shape[0]]
+        if sum(sizes) != parameter.shape[0]:
+            raise InputError(
+                f"optimizer.split_sizes: {patterns[0]}: {sizes} are {sum(sizes)} rows, "
+                f"{name} has {parameter.shape[0]}"
+            )
+        start = 0
+        for number, size in enumerate(sizes):
+            suffix = f".{number}" if patterns else ""
+            found.append(Matrix(name, parameter, suffix, start, start + size))
+            start += size
+    for pattern in split_sizes:
+        if pattern not in used:
+            hint = nearest(pattern, list(groups.matrices)[:100])
+            raise InputError(f"optimizer.split_sizes: {pattern} matches no hidden matrix; {hint}")
+    return found
+
+
+def check_gradients(matrices: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a matrix without a gradient, which momentum would move all the same.
+
+    Raises:
+        ValueError: it names the parameter.
+    """
+    for name, parameter in matrices.items():
+        if parameter.grad is None:
+            raise ValueError(f"{name}: trainable, but without a gradient")
+
+
+def width(groups: Groups) -> int:
+    """The model's: the most frequent number of inputs of its hidden matrices."""
+    return Counter(p.shape[-1] for p in groups.matrices.values()).most_common(1)[0][0]

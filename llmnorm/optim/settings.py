@@ -1,52 +1,22 @@
 """Settings of the optimizers and the learning-rate schedules (parts)."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
-    from llmnorm.optim.adamw import AdamW
+    import torch
+
     from llmnorm.optim.groups import Groups
+    from llmnorm.optim.sharded import Exchange
+    from llmnorm.optim.stacks import Rule
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class AuxiliarySettings(Settings):
-    """The parameters that are not hidden matrices: embeddings, head, norms, biases, scalars."""
-
-    lr: Annotated[float, Field(ge=0)] | None = None
-    """Their peak learning rate; left out, it is `optimizer.lr`."""
-
-
-class AdamWSettings(Settings):
-    """AdamW with decoupled weight decay on hidden matrices only (torch's fused kernel).
-
-    Source: Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2; torch.optim.AdamW.
-    """
-
-    name: Literal["adamw"] = "adamw"
-    lr: float = Field(default=1e-3, ge=0)
-    """Peak learning rate of the hidden matrices."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Decay rates of the first and the second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the bias-corrected root of the second moment."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decay of the hidden matrices, times the learning rate; nothing else decays."""
-    auxiliary: AuxiliarySettings = AuxiliarySettings()
-    """Embeddings, head, norms, biases and scalars."""
-
-    def build(self, groups: "Groups") -> "AdamW":
-        """The optimizer over `groups`, its state allocated."""
-        from llmnorm.optim.adamw import AdamW
-
-        return AdamW(groups, self)
-
-
-Optimizer = Annotated[AdamWSettings, Part(default="adamw")]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0)] | Literal["auto"]
 
 Multiplier = Callable[[int], float]
 
@@ -129,6 +99,405 @@ class WSDSettings(WarmupSettings):
         return schedule.wsd(steps, self.warmup_steps(steps), self.decay, self.shape, self.final)
 
 
+class SameSettings(Settings):
+    """The course of the hidden matrices: the run's `schedule`."""
+
+    name: Literal["same"] = "same"
+
+
 Schedule = Annotated[
     CosineSettings | LinearSettings | WSDSettings | ConstantSettings, Part(default="cosine")
+]
+AuxiliarySchedule = Annotated[
+    SameSettings | CosineSettings | LinearSettings | WSDSettings | ConstantSettings,
+    Part(default="same"),
+]
+
+
+class AuxiliarySettings(Settings):
+    """The parameters that are not hidden matrices: embeddings, head, norms, biases, scalars."""
+
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Their peak learning rate; left out, that of AdamW whose steps are as large as those of the
+    hidden matrices (AdamW itself: `optimizer.lr`)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Their decay, times their learning rate."""
+    schedule: AuxiliarySchedule = SameSettings()
+    """The course of their learning rate; left out, the run's `schedule`."""
+
+
+class AuxiliaryAdamWSettings(AuxiliarySettings):
+    """The same beside a matrix rule, which leaves them to AdamW."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW's decay rates of the first and the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the bias-corrected root of the second moment."""
+
+
+class OptimizerSettings(Settings):
+    """What every optimizer has; a part of one's own builds on it."""
+
+    auxiliary: AuxiliarySettings = AuxiliarySettings()
+    """Embeddings, head, norms, biases and scalars."""
+    nap: bool = False
+    """Normalize-and-Project: after every step each hidden matrix is scaled back to its initial
+    norm (Lyle et al. 2024, arXiv 2407.01800)."""
+
+    if TYPE_CHECKING:
+        lr: Rate
+        weight_decay: float
+
+    @model_validator(mode="after")
+    def _nothing_decays_under_nap(self) -> "OptimizerSettings":
+        if self.nap and self.weight_decay:
+            raise ValueError(
+                "optimizer.nap takes the place of decay on hidden matrices; "
+                "set optimizer.weight_decay=0"
+            )
+        return self
+
+    def adamw_lr(self, lr: float, width: int) -> float:
+        """The learning rate at which AdamW's steps have the size that `lr` gives this rule's.
+
+        Args:
+            width: of the model, the columns of most hidden matrices.
+        """
+        return lr
+
+    def auxiliary_lr(self, width: int) -> float:
+        """Peak learning rate of the auxiliary parameters."""
+        assert self.lr != "auto", "resolved before a run begins"
+        return self.adamw_lr(self.lr, width) if self.auxiliary.lr is None else self.auxiliary.lr
+
+    def multipliers(self, of_the_run: "Multiplier", steps: int) -> "dict[str, Multiplier]":
+        """The learning rate's course for every kind of param group."""
+        own = self.auxiliary.schedule
+        auxiliary = of_the_run if isinstance(own, SameSettings) else own.build(steps)
+        return {"matrices": of_the_run, "auxiliary": auxiliary}
+
+    def build(
+        self, groups: "Groups", exchange: "Exchange | None" = None
+    ) -> "torch.optim.Optimizer":
+        """The optimizer over `groups`, its state allocated.
+
+        `exchange`: the processes that share the matrices, where there are several.
+
+        Its param groups have a `kind` ("matrices" or "auxiliary") and keep their peak learning rate
+        as `peak_lr`.
+        """
+        raise NotImplementedError
+
+
+class AdamWSettings(OptimizerSettings):
+    """AdamW with decoupled weight decay on hidden matrices only (torch's fused kernel).
+
+    Source: Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2; torch.optim.AdamW.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    lr: Rate = 1e-3
+    """Peak learning rate of the hidden matrices; `auto`: the Step Law's (needs training.tokens or
+    training.steps)."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay rates of the first and the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the bias-corrected root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decay of the hidden matrices, times the learning rate."""
+
+    def build(
+        self, groups: "Groups", exchange: "Exchange | None" = None
+    ) -> "torch.optim.Optimizer":
+        """The optimizer over `groups`, its state allocated."""
+        from llmnorm.optim.build import adamw
+
+        return adamw(self, groups, exchange)
+
+
+class MatrixSettings(OptimizerSettings):
+    """What the optimizers with a rule for whole matrices have."""
+
+    auxiliary: AuxiliaryAdamWSettings = AuxiliaryAdamWSettings()
+    """Embeddings, head, norms, biases and scalars: AdamW."""
+    split_sizes: dict[str, list[Positive]] = {}
+    """Fused projections, cut into matrices of their own: pattern of parameter names -> rows of each
+    piece, e.g. {"*.qkv_proj.weight": [512, 512, 512]}."""
+
+    def rule(self) -> "Rule":
+        """The update of one matrix."""
+        raise NotImplementedError
+
+    def build(
+        self, groups: "Groups", exchange: "Exchange | None" = None
+    ) -> "torch.optim.Optimizer":
+        """The optimizer over `groups`, its state allocated."""
+        from llmnorm.optim.build import with_rule
+
+        return with_rule(self, groups, exchange)
+
+
+class OrthogonalizedSettings(MatrixSettings):
+    """What Muon and its kin have."""
+
+    momentum: Beta = 0.95
+    """Decay rate of the momentum."""
+    orthogonalize: Literal["standard", "gram"] = "standard"
+    """Form of the Newton-Schulz iteration; `gram`: long matrices by their Gram matrix, half the
+    work, with errors of up to 2e-4."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the iteration's products; `auto`: bf16 where the hardware has it."""
+
+    if TYPE_CHECKING:
+        update_rms: Literal["match_adamw", "original"]
+        coefficients: Literal["jordan", "quintic", "polar_express"]
+        nesterov: bool
+
+    @model_validator(mode="after")
+    def _gram_is_not_for_bf16(self) -> "OrthogonalizedSettings":
+        if self.orthogonalize == "gram" and self.precision == "bf16":
+            raise ValueError(
+                "optimizer.orthogonalize=gram is inaccurate in bf16; "
+                "set optimizer.precision=fp32 or optimizer.orthogonalize=standard"
+            )
+        return self
+
+    def adamw_lr(self, lr: float, width: int) -> float:
+        """`original`: lr / (.2 sqrt(width)); exact for matrices with `width` columns."""
+        return lr if self.update_rms == "match_adamw" else lr / (0.2 * width**0.5)
+
+    def _muon(self) -> Any:
+        from llmnorm.optim.muon import Muon
+
+        return Muon(
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            update_rms=self.update_rms,
+            orthogonalize=self.orthogonalize,
+            coefficients=self.coefficients,
+            precision=self.precision,
+        )
+
+
+class MuonSettings(OrthogonalizedSettings):
+    """Momentum whose singular values are all set near 1.
+
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; `match_adamw`: Liu et al. 2025,
+    arXiv 2502.16982.
+    """
+
+    name: Literal["muon"] = "muon"
+    update_rms: Literal["match_adamw", "original"] = "match_adamw"
+    """Size of a step: `match_adamw`, about that of AdamW at the same lr; `original`, a spectral
+    norm of lr sqrt(max(1, rows / columns)). lr (original) = lr (match_adamw) * .2 sqrt(columns),
+    and weight_decay is divided by the same factor."""
+    lr: Rate = Field(default_factory=lambda data: _muon_lr(data["update_rms"]))
+    """Peak learning rate of the hidden matrices; 2e-3 (match_adamw) or 0.02 (original) if not
+    given, `auto`: the Step Law's."""
+    weight_decay: float = Field(default_factory=lambda data: _muon_wd(data["update_rms"]), ge=0)
+    """Decay of the hidden matrices, times the learning rate; 0.1 or 0.02 if not given."""
+    nesterov: bool = True
+    """Look one step ahead: orthogonalise (1 - mu) G + mu M instead of M."""
+    coefficients: Literal["jordan", "quintic", "polar_express"] = "jordan"
+    """The iteration's polynomials."""
+
+    def rule(self) -> "Rule":
+        """The update of one matrix."""
+        return self._muon()
+
+
+# The options in which NorMuon's sources differ.
+_NORMUON: dict[str, dict[str, Any]] = {
+    "official": {
+        "update_rms": "original",
+        "nesterov": True,
+        "axis": "rows",
+        "beta2": 0.95,
+        "coefficients": "jordan",
+        "cautious_decay": False,
+    },
+    "paper": {
+        "update_rms": "match_adamw",
+        "nesterov": False,
+        "axis": "rows",
+        "beta2": 0.95,
+        "coefficients": "jordan",
+        "cautious_decay": False,
+    },
+    "speedrun": {
+        "update_rms": "original",
+        "nesterov": True,
+        "axis": "longer",
+        "beta2": 0.9,
+        "coefficients": "polar_express",
+        "cautious_decay": True,
+    },
+}
+
+
+class NorMuonSettings(OrthogonalizedSettings):
+    """Muon with every neuron's row brought to the same running size.
+
+    Source: Li et al. 2025, arXiv 2510.05491; official code zichongli5/NorMuon.
+    """
+
+    name: Literal["normuon"] = "normuon"
+    preset: Literal["official", "paper", "speedrun"] = "official"
+    """Whose variant: what is not given below is taken from it."""
+    update_rms: Literal["match_adamw", "original"] = Field(
+        default_factory=lambda data: _NORMUON[data["preset"]]["update_rms"]
+    )
+    """Size of a step: `match_adamw`, exactly .2 lr (paper); `original`, that of Muon's (official,
+    speedrun)."""
+    lr: Rate = Field(default_factory=lambda data: _muon_lr(data["update_rms"]))
+    """Peak learning rate of the hidden matrices; 2e-3 (match_adamw) or 0.02 (original) if not
+    given, `auto`: the Step Law's."""
+    weight_decay: float = Field(default_factory=lambda data: _muon_wd(data["update_rms"]), ge=0)
+    """Decay of the hidden matrices, times the learning rate; 0.1 or 0.02 if not given."""
+    nesterov: bool = Field(default_factory=lambda data: _NORMUON[data["preset"]]["nesterov"])
+    """Look one step ahead (official, speedrun)."""
+    axis: Literal["rows", "longer"] = Field(
+        default_factory=lambda data: _NORMUON[data["preset"]]["axis"]
+    )
+    """What has a running size: every row, or every index along the longer side (speedrun)."""
+    beta2: Beta = Field(default_factory=lambda data: _NORMUON[data["preset"]]["beta2"])
+    """Decay rate of the running size; .95 (speedrun: .9)."""
+    coefficients: Literal["jordan", "quintic", "polar_express"] = Field(
+        default_factory=lambda data: _NORMUON[data["preset"]]["coefficients"]
+    )
+    """The iteration's polynomials; jordan (speedrun: polar_express)."""
+    cautious_decay: bool = Field(
+        default_factory=lambda data: _NORMUON[data["preset"]]["cautious_decay"]
+    )
+    """Decay only weights that the step moves towards zero (speedrun; arXiv 2510.12402)."""
+
+    def rule(self) -> "Rule":
+        """The update of one matrix."""
+        from llmnorm.optim.normuon import NorMuon
+
+        return NorMuon(self._muon(), self.beta2, self.axis, self.cautious_decay)
+
+
+class CondaSettings(MatrixSettings):
+    """Adam in the basis of the momentum's singular vectors, at full rank.
+
+    Source: Wang et al. 2025, arXiv 2509.24218; official code jie040109/Conda.
+    """
+
+    name: Literal["conda"] = "conda"
+    lr: Rate = 1e-2
+    """Peak learning rate of the hidden matrices, whose steps are those of Adam at lr * scale;
+    `auto`: the Step Law's."""
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """Decay rates of the first and the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment; not bias-corrected."""
+    weight_decay: float = Field(default=0.025, ge=0)
+    """Decay of the hidden matrices, times the learning rate; AdamW's 0.1 times `scale`."""
+    scale: float = Field(default=0.25, gt=0)
+    """Factor on the matrices' steps."""
+    refresh_every: int = Field(default=2000, ge=1)
+    """Steps between two bases; the paper's runs have 10k to 100k steps, a short one wants about
+    a fiftieth of its length."""
+    refresh: Literal["together", "staggered"] = "together"
+    """`staggered`: every matrix renews its basis at a step of its own, so that none stalls."""
+    basis: Literal["svd", "eigh"] = "svd"
+    """How the basis is found; `eigh`: from the Gram matrix in float64, faster and as exact."""
+    on_refresh: Literal["keep", "rotate", "reset"] = "keep"
+    """What becomes of the second moment when the basis changes; `keep` is the official code's."""
+
+    def adamw_lr(self, lr: float, width: int) -> float:
+        """lr * scale."""
+        return lr * self.scale
+
+    def rule(self) -> "Rule":
+        """The update of one matrix."""
+        from llmnorm.optim.conda import Conda
+
+        return Conda(
+            betas=self.betas,
+            eps=self.eps,
+            scale=self.scale,
+            refresh_every=self.refresh_every,
+            refresh=self.refresh,
+            basis=self.basis,
+            on_refresh=self.on_refresh,
+        )
+
+
+class AdamPSettings(MatrixSettings):
+    """AdamW without the radial part of steps on weights whose scale does not matter.
+
+    Source: Heo et al. 2021, arXiv 2006.08217, Algorithm 2; official code clovaai/AdamP.
+    """
+
+    name: Literal["adamp"] = "adamp"
+    lr: Rate = 1e-3
+    """Peak learning rate of the hidden matrices; `auto`: the Step Law's."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay rates of the first and the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the bias-corrected root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decay of the hidden matrices, times the learning rate."""
+    delta: float = Field(default=0.1, ge=0)
+    """Project where |cos(gradient, weight)| < delta / sqrt(numbers compared)."""
+    wd_ratio: float = Field(default=0.1, ge=0)
+    """Factor on the decay where it was projected."""
+    nesterov: bool = False
+    """Look one step ahead."""
+
+    def rule(self) -> "Rule":
+        """The update of one matrix."""
+        from llmnorm.optim.adamp import AdamP
+
+        return AdamP(self.betas, self.eps, self.delta, self.wd_ratio, self.nesterov)
+
+
+class SOAPSettings(MatrixSettings):
+    """Adam in the eigenbasis of Shampoo's two Gram matrices.
+
+    Source: Vyas et al. 2024, arXiv 2409.11321, Algorithm 3; official code nikhilvyas/SOAP.
+    """
+
+    name: Literal["soap"] = "soap"
+    lr: Rate = 3e-3
+    """Peak learning rate of the hidden matrices; `auto`: the Step Law's."""
+    betas: tuple[Beta, Beta] = (0.95, 0.95)
+    """Decay rates of the first and the second moment."""
+    shampoo_beta: Beta | None = None
+    """Decay rate of the Gram matrices; left out, that of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment; not bias-corrected."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decay of the hidden matrices, times the learning rate."""
+    precondition_frequency: int = Field(default=10, ge=1)
+    """Steps between two refreshes of the bases."""
+    max_precond_dim: int = Field(default=10_000, ge=0)
+    """Sides longer than this are not rotated."""
+
+    def rule(self) -> "Rule":
+        """The update of one matrix."""
+        from llmnorm.optim.soap import SOAP
+
+        return SOAP(
+            self.betas,
+            self.shampoo_beta,
+            self.eps,
+            self.precondition_frequency,
+            self.max_precond_dim,
+        )
+
+
+def _muon_lr(update_rms: str) -> float:
+    return 2e-3 if update_rms == "match_adamw" else 0.02
+
+
+def _muon_wd(update_rms: str) -> float:
+    return 0.1 if update_rms == "match_adamw" else 0.02
+
+
+Optimizer = Annotated[
+    AdamWSettings | MuonSettings | NorMuonSettings | CondaSettings | AdamPSettings | SOAPSettings,
+    Part(default="adamw"),
 ]

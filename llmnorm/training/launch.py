@@ -41,7 +41,8 @@ def layout(parallel: ParallelSettings, training: TrainingSettings) -> str:
     Raises:
         InputError: launch file, environment and configuration ask for different things.
     """
-    file, key, processes = _of_file(), parallel.sharding, int(os.environ.get("WORLD_SIZE", "1"))
+    file, processes = _of_file(), int(os.environ.get("WORLD_SIZE", "1"))
+    key: str = parallel.sharding
     _refuse_precision(training)
     if key == "auto":
         key = file or ("ddp" if processes > 1 else "none")

@@ -83,8 +83,8 @@ def train(
         replica = parallel.prepare(model, fill)
         groups = split(model)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
-        optimizer = config.optimizer.build(groups)
-        learning_rate = config.schedule.build(steps)
+        optimizer = config.optimizer.build(groups, parallel.exchange())
+        multipliers = config.optimizer.multipliers(config.schedule.build(steps), steps)
         ema = None
         if config.training.ema:
             held = {name: local(p.detach()) for name, p in model.named_parameters()}
@@ -183,10 +183,9 @@ def train(
             reduced = torch.stack([loss / parallel.world, loss.new_tensor(stop.exit_code)])
             mean_loss, stopping = parallel.reduce(reduced).tolist()
             exit_code = round(stopping) and (stop.exit_code or 143)
-            factor = learning_rate(progress.step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * multipliers[group["kind"]](progress.step)
             if math.isfinite(mean_loss) and math.isfinite(norm):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
                 optimizer.step()
                 progress.skipped_in_a_row = 0
             else:
@@ -215,7 +214,7 @@ def train(
                         "tokens": progress.tokens,
                         "loss": mean_loss,
                         "grad_norm": norm,
-                        "lr": config.optimizer.lr * factor,
+                        "lr": optimizer.param_groups[0]["lr"],
                         "skipped_steps": progress.skipped_steps,
                     }
                 )

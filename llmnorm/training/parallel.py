@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from llmnorm.config import ParallelSettings, TrainingSettings
+from llmnorm.optim.sharded import Exchange
 from llmnorm.part import InputError
 from llmnorm.training.launch import accelerator, launch_file, layout
 
@@ -210,12 +211,23 @@ class Parallel:
         state = [local(t) for p in optimizer.state.values() for t in p.values()]
         backend = dist.get_backend() if dist.is_initialized() else "no process group"
         replicas = f" x {self.settings.replicas} replicas" if self.sharding == "hsdp" else ""
+        balance = getattr(optimizer, "balance", None)  # only with owners of matrices
+        owners = "" if balance is None else f", busiest owner {balance:.2f} times the mean"
         return (
             f"{self.world} process(es) on {self.device.type} ({backend}), sharding "
             f"{self.sharding}{replicas}, precision {self.precision}; a process holds "
             f"{_size(weights)} of weights, {_size([w for w in weights if w.requires_grad])} of "
-            f"gradients, {_size(state)} of optimizer state"
+            f"gradients, {_size(state)} of optimizer state{owners}"
         )
+
+    def exchange(self) -> Exchange | None:
+        """How matrix optimizers share their work; None where there is one process."""
+        if self.world == 1 and not self.spread:
+            return None
+        group = self._mesh.get_group("shard") if self._mesh is not None else dist.group.WORLD
+        assert group is not None
+        payload = torch.bfloat16 if self.settings.exchange == "bf16" else None
+        return Exchange(group, spread=self.spread, payload=payload)
 
     def autocast(self) -> Any:
         """The context of a forward pass under this run's precision."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from llmnorm.data.packed import PackedData
 from llmnorm.models.convert import named_weights
-from llmnorm.optim.groups import named_state
+from llmnorm.optim.state import named_state
 from llmnorm.part import InputError
 from llmnorm.training.checkpoint import Checkpoints, Interval, State, held, read_meta
 from llmnorm.training.checkpoint_format import as_interval

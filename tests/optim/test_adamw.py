@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from llmnorm.optim.groups import Groups, named_state, split
+from llmnorm.optim.groups import Groups, split
 from llmnorm.optim.settings import AdamWSettings
+from llmnorm.optim.state import named_state
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "adamw_wd_f64.safetensors"
 

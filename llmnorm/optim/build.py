@@ -1,0 +1,113 @@
+"""From settings and groups to an optimizer, and the table of who gets what."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmnorm.optim import nap
+from llmnorm.optim.adamw import AdamW
+from llmnorm.optim.groups import Groups, check_gradients, matrices, width
+from llmnorm.optim.settings import AdamWSettings, MatrixSettings, OptimizerSettings
+from llmnorm.optim.stacks import RuleOptimizer
+from llmnorm.part import InputError
+
+if TYPE_CHECKING:
+    from llmnorm.optim.sharded import Exchange
+
+
+def adamw(
+    settings: AdamWSettings, groups: Groups, exchange: "Exchange | None" = None
+) -> torch.optim.Optimizer:
+    """AdamW on everything."""
+    kinds = {"matrices": groups.matrices, "auxiliary": groups.auxiliary}
+    param_groups = [
+        _param_group(kind, members.values(), *_rates(settings, groups)[kind])
+        for kind, members in kinds.items()
+        if members
+    ]
+    optimizer = AdamW(param_groups, betas=settings.betas, eps=settings.eps)
+    optimizer.register_step_pre_hook(lambda *_: check_gradients(groups.matrices))
+    if settings.nap:
+        nap.attach(optimizer, groups.matrices, exchange)
+    return optimizer
+
+
+def with_rule(
+    settings: MatrixSettings, groups: Groups, exchange: "Exchange | None" = None
+) -> torch.optim.Optimizer:
+    """A rule on the hidden matrices, AdamW on the rest.
+
+    Raises:
+        InputError: there is no hidden matrix to train, or `split_sizes` do not fit.
+    """
+    if not groups.matrices:
+        name = getattr(settings, "name", type(settings).__name__)
+        raise InputError(f"optimizer: {name} has no hidden matrix to train here; use adamw")
+    rates = _rates(settings, groups)
+    auxiliary = None
+    if groups.auxiliary:
+        auxiliary = AdamW(
+            [_param_group("auxiliary", groups.auxiliary.values(), *rates["auxiliary"])],
+            betas=settings.auxiliary.betas,
+            eps=settings.auxiliary.eps,
+        )
+    lr, weight_decay = rates["matrices"]
+    pieces = matrices(groups, settings.split_sizes)
+    rates_of_rule = {"lr": lr, "weight_decay": weight_decay}
+    optimizer: RuleOptimizer
+    if exchange is None:
+        optimizer = RuleOptimizer(pieces, auxiliary, settings.rule(), **rates_of_rule)
+    else:
+        from llmnorm.optim.sharded import ShardedRuleOptimizer
+
+        optimizer = ShardedRuleOptimizer(
+            pieces, auxiliary, settings.rule(), **rates_of_rule, exchange=exchange
+        )
+    if settings.nap:
+        nap.attach(optimizer, groups.matrices, exchange)
+    return optimizer
+
+
+def describe(settings: OptimizerSettings, groups: Groups) -> str:
+    """A line a parameter, fused ones a line a piece: name, shape, rule, lr, weight decay."""
+    rule = getattr(settings, "name", type(settings).__name__)
+    rates = _rates(settings, groups)
+    sizes = getattr(settings, "split_sizes", {})
+    rows: list[tuple[str, ...]] = [("parameter", "shape", "rule", "lr", "weight decay")]
+    for matrix in matrices(groups, sizes):
+        shape = f"{matrix.rows} x {matrix.columns}"
+        rows.append((matrix.name + matrix.suffix, shape, rule, *map(_number, rates["matrices"])))
+    for name, parameter in groups.auxiliary.items():
+        shape = " x ".join(map(str, parameter.shape)) or "scalar"
+        rows.append((name, shape, "adamw", *map(_number, rates["auxiliary"])))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
+    counts = [sum(p.numel() for p in members.values()) for members in groups]
+    lines.append(
+        f"{counts[0]} numbers in {len(groups.matrices)} hidden matrices, "
+        f"{counts[1]} in {len(groups.auxiliary)} auxiliary parameters"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _rates(settings: OptimizerSettings, groups: Groups) -> dict[str, tuple[float, float]]:
+    """Peak learning rate and weight decay of every kind."""
+    assert settings.lr != "auto", "resolved before a run begins"
+    auxiliary_lr = settings.auxiliary_lr(width(groups)) if groups.matrices else settings.lr
+    return {
+        "matrices": (settings.lr, settings.weight_decay),
+        "auxiliary": (auxiliary_lr, settings.auxiliary.weight_decay),
+    }
+
+
+def _param_group(
+    kind: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float
+) -> dict[str, Any]:
+    group = {"params": list(parameters), "kind": kind, "lr": lr, "peak_lr": lr}
+    return group | {"weight_decay": weight_decay}
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"

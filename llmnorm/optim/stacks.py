@@ -1,0 +1,235 @@
+"""Any rule on all hidden matrices of a model, AdamW on the rest: one torch optimizer.
+
+A rule (muon.py, conda.py, ...) sees nothing but stacks: (n, rows, columns) of same-shaped matrices,
+gradients in float32, and the state of those n. Here matrices become stacks, and the rule's result
+becomes new weights:
+
+    decay "before"  W <- W (1 - lr wd) - delta
+    decay "after"   W <- (W - delta) (1 - lr wd)
+    decay "inside"  W <- W - delta, where the rule has read W and put its decay into delta
+
+What would surprise:
+- State is allocated once, before the first step, as one tensor per shape and field; a parameter's
+  state are views into it. So a state saved before the first step is complete, and loading copies.
+- State is float32 whatever the weight's dtype is (float64 for float64 weights).
+- A rule gets a stack in pieces of a few matrices, which bounds the memory of its temporaries; its
+  result does not depend on how many it gets.
+- `step` (updates before this one) lives on the CPU and is one number for a whole stack, counted
+  here; `phase` is a matrix's place among all, in [0, 1), for what is to be spread over steps.
+- A parameter of several fused projections is several matrices: its fields are numbered.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from llmnorm.optim.adamw import AdamW
+from llmnorm.optim.groups import Matrix, check_gradients
+from llmnorm.optim.state import load_in_place
+
+Decay = Literal["before", "after", "inside"]
+State = dict[str, Tensor]
+
+# Bytes of the matrices that a rule gets at once. More gains nothing on a CPU, whose caches are
+# small; a GPU wants to be full.
+CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**26}
+
+
+class Hyperparameters(NamedTuple):
+    """What may change from step to step."""
+
+    lr: float
+    weight_decay: float
+
+
+class Rule(Protocol):
+    """The update of whole matrices."""
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """Which of `step` and `phase` (0-dim and (n,), on the CPU) the state holds too."""
+
+    @property
+    def decay(self) -> Decay:
+        """How the caller decays weights; `inside` is a rule that is given them."""
+
+    def fields(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """The state of one matrix: name -> shape."""
+
+    def update(
+        self,
+        grad: Tensor,
+        state: State,
+        hyperparameters: Hyperparameters,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """What is subtracted from the weights; grad stays as it is, state changes in place."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape, dtype and device, and their state: fields (n, ...)."""
+
+    matrices: list[Matrix]
+    state: State
+
+    def chunks(self) -> Iterator[slice]:
+        """Members that are worked on together."""
+        first = self.matrices[0]
+        size = 4 * first.rows * first.columns
+        count = max(1, CHUNK_BYTES.get(first.parameter.device.type, CHUNK_BYTES["cuda"]) // size)
+        for start in range(0, len(self.matrices), count):
+            yield slice(start, start + count)
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """`rule` on the matrices, AdamW on the auxiliary parameters.
+
+    Each param group keeps its peak learning rate under `peak_lr`; the caller sets
+    `lr = peak_lr * schedule(step)` before every step. `kind` says which group it is.
+
+    Args:
+        matrices: what the rule gets; at least one.
+        auxiliary: an optimizer over the other parameters, its state allocated; None if there are
+            none.
+    """
+
+    def __init__(
+        self,
+        matrices: list[Matrix],
+        auxiliary: AdamW | None,
+        rule: Rule,
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        parameters = list(dict.fromkeys(m.parameter for m in matrices))
+        group = {"params": parameters, "kind": "matrices", "lr": lr, "peak_lr": lr}
+        super().__init__([group | {"weight_decay": weight_decay}], {})
+        self.rule = rule
+        self._named = {m.name: m.parameter for m in matrices}
+        self.stacks = self._allocate(matrices)
+        for stack in self.stacks:
+            for number, matrix in enumerate(stack.matrices):
+                for field, value in stack.state.items():
+                    part = value if field == "step" else value[number]
+                    self.state[matrix.parameter][field + matrix.suffix] = part
+        self._auxiliary = auxiliary
+        if auxiliary is not None:
+            self.param_groups += auxiliary.param_groups  # the same objects: one learning rate
+            self.state.update(auxiliary.state)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """One update of every parameter.
+
+        Raises:
+            ValueError: a matrix has no gradient; nothing was changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_gradients(self._named)
+        group = self.param_groups[0]
+        hyperparameters = Hyperparameters(group["lr"], group["weight_decay"])
+        self._update(hyperparameters)
+        if self._auxiliary is not None:
+            self._auxiliary.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a saved state into the tensors that there are."""
+        load_in_place(self, state_dict)
+
+    def _allocate(self, matrices: list[Matrix]) -> list[Stack]:
+        """The stacks that this process has the state of."""
+        return allocate(dict(enumerate(matrices)), len(matrices), self.rule)
+
+    def _update(self, hyperparameters: Hyperparameters) -> None:
+        """Give every matrix its new weights."""
+        for stack in self.stacks:
+            weights, grads = Matrix.weight, Matrix.grad
+            for matrix, delta in deltas(stack, self.rule, hyperparameters, grads, weights):
+                apply(self.rule, matrix.weight(), delta, hyperparameters)
+
+
+def deltas(
+    stack: Stack,
+    rule: Rule,
+    hyperparameters: Hyperparameters,
+    grad: Callable[[Matrix], Tensor],
+    weight: Callable[[Matrix], Tensor],
+) -> Iterator[tuple[Matrix, Tensor]]:
+    """What the rule wants subtracted from each matrix of a stack, whose state moves on.
+
+    Args:
+        grad, weight: gradient and weights of a matrix, (rows, columns).
+    """
+    for members in stack.chunks():
+        matrices = stack.matrices[members]
+        state = {k: v if k == "step" else v[members] for k, v in stack.state.items()}
+        dtype = state_dtype(matrices[0].parameter)
+        inside = rule.decay == "inside"
+        delta = rule.update(
+            _stacked([grad(matrix) for matrix in matrices], dtype),
+            state,
+            hyperparameters,
+            _stacked([weight(matrix) for matrix in matrices], dtype) if inside else None,
+        )
+        yield from zip(matrices, delta, strict=True)
+    if "step" in stack.state:
+        stack.state["step"] += 1
+
+
+def apply(rule: Rule, weight: Tensor, delta: Tensor, hyperparameters: Hyperparameters) -> None:
+    """Give some rows of a matrix, (rows, columns), their new weights."""
+    kept = 1 - hyperparameters.lr * hyperparameters.weight_decay
+    if rule.decay == "before" and kept != 1:
+        weight.mul_(kept)  # torch._foreach_mul_ would round `kept` to bf16
+    weight.sub_(delta)
+    if rule.decay == "after" and kept != 1:
+        weight.mul_(kept)
+
+
+def allocate(matrices: Mapping[int, Matrix], count: int, rule: Rule) -> list[Stack]:
+    """The matrices sorted into stacks, each with its state as it is before the first step.
+
+    Args:
+        matrices: by their numbers among all `count`.
+    """
+    members: dict[Any, list[int]] = {}
+    for number, matrix in matrices.items():
+        kind = (matrix.rows, matrix.columns, matrix.parameter.dtype, matrix.parameter.device)
+        members.setdefault(kind, []).append(number)
+    stacks = []
+    for (rows, columns, _, device), numbers in members.items():
+        dtype = state_dtype(matrices[numbers[0]].parameter)
+        state = {
+            field: torch.zeros(len(numbers), *shape, dtype=dtype, device=device)
+            for field, shape in rule.fields(rows, columns).items()
+        }
+        if "step" in rule.scalars:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        if "phase" in rule.scalars:
+            places = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+            state["phase"] = places / count
+        stacks.append(Stack([matrices[number] for number in numbers], state))
+    return stacks
+
+
+def state_dtype(weight: Tensor) -> torch.dtype:
+    """Of state and arithmetic: float32, or float64 where the weight is."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """(n, rows, columns) in `dtype`; of one tensor it may be a view."""
+    if len(tensors) == 1:
+        return tensors[0].to(dtype).unsqueeze(0)
+    return torch.stack(tensors).to(dtype)

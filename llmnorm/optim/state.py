@@ -1,0 +1,44 @@
+"""An optimizer's state by name, and how a saved one comes back.
+
+What would surprise: torch's own `load_state_dict` puts new tensors in the place of the old ones.
+Here states are views into stacks and are saved by reference, so loading copies.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter>.<field>` -> tensor (no copies)."""
+    return {
+        f"{name}.{field}": value
+        for name, parameter in model.named_parameters()
+        for field, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+@torch.no_grad()
+def load_in_place(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Copy what `optimizer.state_dict()` gave into the tensors that there are.
+
+    Raises:
+        ValueError: it is the state of other parameters or of another rule; nothing was copied then.
+    """
+    own = optimizer.state_dict()
+    for mine, other in zip(own["param_groups"], saved["param_groups"], strict=True):
+        if mine["params"] != other["params"]:
+            raise ValueError("the saved state belongs to other parameter groups")
+    for state in (own["state"], saved["state"]):
+        if {i: list(f) for i, f in state.items()} != {i: list(f) for i, f in own["state"].items()}:
+            raise ValueError("the saved state has other fields")
+    for index, fields in saved["state"].items():
+        for field, value in fields.items():
+            if value.shape != own["state"][index][field].shape:
+                raise ValueError(f"the saved '{field}' has another shape: {tuple(value.shape)}")
+    for index, fields in saved["state"].items():
+        for field, value in fields.items():
+            own["state"][index][field].copy_(value)
+    for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({key: value for key, value in other.items() if key != "params"})
