@@ -57,6 +57,11 @@ def layout(parallel: ParallelSettings, training: TrainingSettings) -> str:
             f"parallel.sharding: 'none' is one process, but {processes} were launched; "
             "did you mean 'ddp'?"
         )
+    if kind.startswith("zero"):
+        raise InputError(
+            f"parallel.sharding: '{kind}' (DeepSpeed) is not offered; fsdp2 spreads the same "
+            f"and every optimizer is exact under it: launch with {launch_file('fsdp2')}"
+        )
     if key == "ddp" and processes == 1:
         key = "none"  # one replica
     if parallel.replicas == 1:
@@ -118,7 +123,7 @@ def _of_file() -> str | None:
         if _is_set(variable):
             raise InputError(
                 f"the launch file asks for {what}, which parallel.sharding does not offer; "
-                "valid: ddp, fsdp2, zero1, zero2, zero3 (launch/accelerate/)"
+                "valid: ddp, fsdp2 (launch/accelerate/)"
             )
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate always exports it
     return "ddp" if launched and "WORLD_SIZE" in os.environ else None

@@ -87,7 +87,7 @@ def go_on(
             f"{packed.identity} ({packed.directory}); restore the corpus or start a new run_dir"
         )
     here, there = environment(parallel), meta["environment"]
-    changed = [f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k)]
+    changed = [f"{k} {there[k]} -> {here[k]}" for k in here if here[k] != there.get(k, here[k])]
     checkpoints.load(path, state)
     said = f"going on from {path}"
     if changed:

@@ -36,8 +36,13 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw+nap": ("adamw", {"nap": True, "weight_decay": 0.0}),
     "muon+nap": ("muon", {"nap": True, "weight_decay": 0.0, "precision": "fp32"}),
 }
-# SOAP's rotations amplify rounding.
+# SOAP's bases are eigenvectors, which only a Gram matrix of full rank determines: hence no side
+# longer than the other one has a basis, and key and value are square.
+OPTIMIZERS["soap"][1]["max_precond_dim"] = 16
 TOLERANCE = {"soap": 1e-7}
+SHAPE = {"soap": {"num_key_value_heads": 4}}
+# Rules that read weights, which travel to the owners too.
+READERS = ("adamp", "soap")
 CONFIG = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -67,7 +72,7 @@ class Run:
             ParallelSettings(sharding=sharding, replicas=replicas),
             TrainingSettings(steps=1, device="cpu"),
         )
-        config = LlmNormConfig(**CONFIG)
+        config = LlmNormConfig(**(CONFIG | SHAPE.get(optimizer, {})))
         model = empty_model(config, device="meta", dtype=torch.float64).train()
         self.replica = self.parallel.prepare(
             model, lambda modules: initialize(model, seed=3, modules=modules)
@@ -330,7 +335,7 @@ def test_a_sharded_run_is_the_run_of_one_process(launched, alone, world, shardin
     expected = alone[name]
     for process in said:
         norms = process[f"{sharding} {name}"]["norms"]
-        assert norms == pytest.approx(expected["norms"], rel=1e-9)
+        assert norms == pytest.approx(expected["norms"], rel=TOLERANCE.get(name, 1e-9))
     state = read(place / f"{sharding}-{name}", 2 * STEPS, expected["state"])
     compare(state, expected["state"], name)
 
@@ -377,14 +382,15 @@ def test_the_exchange_changes_no_bit_and_calls_what_it_should(
     """Oracle: the optimizer of one process on the same gradients; collectives as they happened."""
     for process in launched[world][1]:
         found = process["exchanged"][f"{sharding} {name}"]
-        # The projection's norms are sums in another order.
-        assert found["difference"] <= (1e-6 if "nap" in name else 0.0)
+        # No rule: torch's fused AdamW rounds the last elements of a shard as it does a tensor's
+        # last ones. The projection's norms are sums in another order.
+        inexact = name == "adamw" or "nap" in name
+        assert found["difference"] <= (1e-6 if inexact else 0.0)
         expected = []
         if found["buckets"]:
-            assert name.startswith("adamw") is False
             each = ["all_gather_into_tensor"]
             if sharding != "ddp":
-                each = ["all_to_all_single"] * (3 if name == "adamp" else 2)
+                each = ["all_to_all_single"] * (3 if name in READERS else 2)
             expected = each * found["buckets"]
         if "nap" in name and sharding != "ddp":
             expected.append("all_reduce")
