@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llmnorm import cli
 from llmnorm.config_file import load
+from llmnorm.data import packing
 from llmnorm.part import InputError
 from llmnorm.training.loading import load_model
 from tests.running import SMOKE, llmnorm, metrics_of, state_of
@@ -51,7 +52,10 @@ def mistral(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
     )
     directory = tmp_path_factory.mktemp("stock") / "mistral"
     AutoModelForCausalLM.from_config(config).save_pretrained(directory, max_shard_size="50KB")
-    (packed,) = smoke_data.glob("packed/*/tokenizer")
+    config = load(SMOKE, [f"data.dir={smoke_data}"]).config
+    found = packing.find(config.data, config.tokenizer)  # other tests prepare data there too
+    assert found is not None
+    packed = found.tokenizer_directory
     shutil.copytree(packed, directory, dirs_exist_ok=True)
     return directory
 
