@@ -1,9 +1,11 @@
-"""Measures the two places where llmnorm/nn has a function of its own against torch's.
+"""Measures where llmnorm/nn has a function of its own against torch's.
 
 usage: python tools/bench/nn.py [--rounds 15] [--out docs/results/nn.json]
 
-Forward and backward, one thread or as many as OMP_NUM_THREADS says, of RMS norm against F.rms_norm
-and F.layer_norm, and of the chunked loss against logits + F.cross_entropy for several chunk sizes.
+Forward and backward, one thread or as many as OMP_NUM_THREADS says: every norm in training against
+F.rms_norm and F.layer_norm; a training step (forward, backward, AdamW) of a Pre-LN and a
+Pre-RMSNorm model; the chunked loss against logits + F.cross_entropy for several chunk sizes. Of a
+model with `unified` folded away, the profiled operations that could belong to a norm.
 The candidates of a row alternate, so that a busy machine slows all; the table shows the best of all
 rounds in ms and its ratio to the first.
 """
@@ -13,14 +15,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from report import RESULTS, Table, publish
 from torch import Tensor
 
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.convert import named_weights
+from llmnorm.models.equivalence import Weights, convert
+from llmnorm.models.modeling import LlmNormForCausalLM, build_model
 from llmnorm.nn.loss import chunk_size, linear_cross_entropy
-from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.norms.depth_scaling import scale_by_depth
+from llmnorm.nn.norms.settings import (
+    CRMSNormSettings,
+    DyTSettings,
+    LayerNormSettings,
+    PowerNormSettings,
+    RMSNormSettings,
+    UnifiedNormSettings,
+)
 
 Run = Callable[[], Tensor]
 
@@ -32,22 +47,95 @@ def best(candidates: dict[str, Run], leaves: list[Tensor], rounds: int) -> dict[
     for turn in range(rounds + 2):
         for name, run in candidates.items():
             start = time.perf_counter()
-            torch.autograd.grad(run(), leaves, upstream)
+            torch.autograd.grad(run(), leaves, upstream, allow_unused=True)
             if turn >= 2:
                 times[name].append(1000 * (time.perf_counter() - start))
     return {name: round(min(values), 3) for name, values in times.items()}
 
 
 def norms(rows: int, width: int, rounds: int) -> dict[str, float]:
-    """RMS norm over (rows, width) in float32."""
-    norm = RMSNorm(width, eps=1e-6)
+    """Every norm in training over (rows, width) in float32."""
     x = torch.randn(rows, width, requires_grad=True)
+    gain = torch.ones(width, requires_grad=True)
     candidates: dict[str, Run] = {
-        "F.rms_norm": lambda: F.rms_norm(x, (width,), norm.weight, 1e-6),
-        "RMSNorm": lambda: norm(x),
-        "F.layer_norm": lambda: F.layer_norm(x, (width,), norm.weight, None, 1e-6),
+        "F.rms_norm": lambda: F.rms_norm(x, (width,), gain, 1e-6),
+        "F.layer_norm": lambda: F.layer_norm(x, (width,), gain, None, 1e-6),
     }
-    return best(candidates, [x, norm.weight], rounds)
+    parts: dict[str, Any] = {
+        "rms": RMSNormSettings(),
+        "rms + lns": RMSNormSettings(),
+        "layer": LayerNormSettings(),
+        "crms": CRMSNormSettings(),
+        "dyt": DyTSettings(),
+        "power": PowerNormSettings(),
+        "unified": UnifiedNormSettings(allow_leak=True),
+    }
+    leaves: list[Tensor] = [x, gain]
+    for name, settings in parts.items():
+        norm = settings.build(width)
+        if "lns" in name:
+            scale_by_depth(norm, 3)
+        leaves += norm.parameters()
+        candidates[name] = _step_of(norm, x)
+    return best(candidates, leaves, rounds)
+
+
+def _step_of(norm: Any, x: Tensor) -> Run:
+    """A micro-batch that counts as a step, where the norm counts steps."""
+
+    def run() -> Tensor:
+        if hasattr(norm, "begin"):
+            norm.begin(None)
+        y: Tensor = norm(x)
+        return y
+
+    return run
+
+
+MODEL: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+}
+
+
+def training_steps(rounds: int) -> dict[str, float]:
+    """Milliseconds of a step on 4 rows of 256 tokens."""
+    ids = torch.randint(0, 4096, (4, 256))
+    models = {
+        name: build_model(LlmNormConfig(**MODEL, norm=norm), seed=0).train()
+        for name, norm in (("Pre-LN", {"name": "layer", "eps": 1e-6}), ("Pre-RMSNorm", "rms"))
+    }
+    optimizers = {name: torch.optim.AdamW(m.parameters(), fused=True) for name, m in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 2):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            if turn >= 2:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: round(min(values), 3) for name, values in times.items()}
+
+
+def norms_after_folding() -> dict[str, list[str]]:
+    """Profiled operations that normalise, in evaluation, before and after `unified` is folded."""
+    config = LlmNormConfig(**MODEL, norm={"name": "unified", "allow_leak": True})
+    model = build_model(config, seed=0).eval()
+    weights = convert(Weights(config.settings(), named_weights(model)), "identity")
+    folded = LlmNormForCausalLM(LlmNormConfig.from_settings(weights.settings)).eval()
+    for name, tensor in named_weights(folded).items():
+        tensor.copy_(weights.tensors[name])
+    found = {}
+    for name, one in (("unified", model), ("folded", folded)):
+        with torch.profiler.profile() as profile, torch.no_grad():
+            one(torch.randint(0, 4096, (1, 64)))
+        names = {event.key for event in profile.key_averages()}
+        found[name] = sorted(n for n in names if any(w in n for w in ("norm", "rsqrt", "addcmul")))
+    return found
 
 
 def losses(tokens: int, width: int, vocabulary: int, rounds: int) -> dict[str, float]:
@@ -75,10 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "nn.json")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    tables = {
-        f"RMS norm, {rows} x {width}": norms(rows, width, options.rounds)
+    tables: dict[str, dict[str, float]] = {
+        f"norms, {rows} x {width}": norms(rows, width, options.rounds)
         for rows, width in ((4096, 768), (2048, 192))
-    } | {
+    }
+    tables["training step, 4 x 256 tokens, 6 layers of 256"] = training_steps(options.rounds)
+    tables |= {
         f"loss, {tokens} tokens x {width}, vocabulary {vocabulary}": losses(
             tokens, width, vocabulary, max(3, options.rounds * 4096 // vocabulary)
         )
@@ -89,11 +179,14 @@ def main(arguments: list[str] | None = None) -> int:
         first = next(iter(row.values()))
         cells = [[name, f"{value:.2f}", f"{value / first:.3f}"] for name, value in row.items()]
         read.append(Table(title, ["", "ms", "over the first"], cells))
+    folded = norms_after_folding()
+    names = [[name, ", ".join(found) or "none"] for name, found in folded.items()]
+    read.append(Table("operations of norms in evaluation", ["model", "profiled"], names))
     publish(
         options.out,
-        "RMS norm and loss against torch's (forward and backward, best of all rounds)",
+        "Norms and loss (CPU, float32, forward and backward, best of all rounds)",
         read,
-        {"milliseconds": tables},
+        {"milliseconds": tables, "operations_of_norms": folded},
     )
     return 0
 
