@@ -116,6 +116,11 @@ def inputs(length: int = LENGTH) -> Tensor:
     return torch.randn(BATCH, length, 20, dtype=torch.float64, generator=generator)
 
 
+def rounding(mixer: dict[str, Any]) -> float:
+    """Softmax is a mean; sums over the row are larger and round accordingly."""
+    return 1e-13 if mixer["name"] == "softmax" else 1e-12
+
+
 def mixed_by_matrix(mixer: Mixer, p: Any, context: Context) -> Tensor:
     matrix = mixer.materialize(p, context)
     values = p.v.repeat_interleave(matrix.shape[1] // p.v.shape[2], dim=2)
@@ -130,7 +135,7 @@ def test_mix_is_the_matrix_times_the_values(mixer: dict[str, Any]) -> None:
         p = built.prepare(x, context)
         y, expected = built.mix(p, context), mixed_by_matrix(built, p, context)
         assert y.shape == expected.shape and y.shape[:2] == (BATCH, LENGTH)
-        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(y, expected, rtol=0, atol=rounding(mixer))
         torch.testing.assert_close(built(x, context), built.finish(y, x, p), rtol=0, atol=1e-12)
 
 
@@ -200,7 +205,7 @@ def test_packed_documents_are_the_documents_alone(mixer: dict[str, Any]) -> None
     parts = x.flatten(0, 1).split(context.documents), out.split(context.documents)
     for part, whole in zip(*parts, strict=True):
         alone = built(part.unsqueeze(0), plain(len(part))).squeeze(0)
-        torch.testing.assert_close(whole, alone, rtol=0, atol=1e-12)
+        torch.testing.assert_close(whole, alone, rtol=0, atol=rounding(mixer))
 
 
 @every(MIXERS)
@@ -239,7 +244,8 @@ def test_any_cut_through_the_cache_is_one_pass(mixer: dict[str, Any], cuts: list
     built, x = build(mixer), inputs()
     cache = RaggedCache([built.new_cache()])
     outs = [through_the_cache(built, cache, part) for part in x.split(cuts, 1)]
-    torch.testing.assert_close(torch.cat(outs, 1), built(x, plain()), rtol=0, atol=1e-11)
+    atol = 10 * rounding(mixer)
+    torch.testing.assert_close(torch.cat(outs, 1), built(x, plain()), rtol=0, atol=atol)
 
 
 @every(CAUSAL)
