@@ -1,6 +1,6 @@
 """Run recorded vectors of official implementations against our parts.
 
-    python tools/golden.py DIR [--kind NAME]
+    python tools/golden.py DIR [--kind NAME] [--markdown]
 
 DIR holds safetensors files whose header says kind, hyperparameters, source and tolerance. For every
 file and precision a line is printed: file, kind, precision, largest error, tolerance, verdict. A
@@ -1144,13 +1144,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("directory", type=Path, help="folder of safetensors files")
     parser.add_argument("--kind", default="*", help="only this kind, e.g. rope/yarn or 'rope/*'")
+    parser.add_argument("--markdown", action="store_true", help="print the table for a page")
     options = parser.parse_args(arguments)
     files = sorted(options.directory.glob("*.safetensors"))
     if not files:
         print(f"golden: {options.directory}: no safetensors file", file=sys.stderr)
         return 2
     row = "{:<32} {:<32} {:<25} {:>9} {:>9}  {}"
+    if options.markdown:
+        row = "| {} | {} | {} | {} | {} | {} |"
     print(row.format("file", "kind", "precision", "error", "tolerance", "verdict"))
+    if options.markdown:
+        print(row.format(*["---"] * 6))
     failed = False
     for path in files:
         vectors = Vectors(path)

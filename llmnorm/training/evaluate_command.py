@@ -20,10 +20,11 @@ from llmnorm.data import packing
 from llmnorm.data.packed import PackedData
 from llmnorm.data.settings import TokenizerSettings
 from llmnorm.doctor import missing_extra, version
+from llmnorm.models.convert import named_weights
 from llmnorm.part import InputError
 from llmnorm.training import benchmark_tasks
 from llmnorm.training.evaluation import evaluate
-from llmnorm.training.loading import Source, model_of, open_source
+from llmnorm.training.loading import Source, empty_of, open_source, tokenizer_of
 from llmnorm.training.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -71,8 +72,16 @@ def evaluate_directory(
     )
     try:
         packed = _data(path, source, config, data, parallel) if config else None
-        model, tokenizer = model_of(source, path)
-        scored: PreTrainedModel = model.to(parallel.device)
+        tokenizer = tokenizer_of(source, path)
+        model = empty_of(source, "meta").eval()
+        parallel.lay_out(model, lambda modules: source.read_into(named_weights(modules)))
+        scored: PreTrainedModel = model
+        if parallel.spread and (adapter is not None or asked):
+            raise InputError(
+                f"--{'adapter' if adapter else 'tasks'}: needs the whole model on every process, "
+                f"which sharding '{parallel.sharding}' does not give; launch with "
+                "launch/accelerate/ddp.yaml and parallel.sharding=auto"
+            )
         if adapter is not None:
             scored = _with_adapter(scored, adapter)
         found: dict[str, Any] = {

@@ -1,0 +1,46 @@
+"""Real runs with every optimizer: they learn, are saved, and go on to the same numbers."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.running import SMOKE, assert_same_run, llmnorm, state_of
+
+FIELDS = {
+    "muon": {"momentum"},
+    "normuon": {"momentum", "second_moment"},
+    "conda": {"momentum", "second_moment", "basis", "step", "phase"},
+    "adamp": {"momentum", "second_moment", "step"},
+    "soap": {
+        *("momentum", "second_moment", "step"),
+        *("gram_left", "gram_right", "basis_left", "basis_right"),
+    },
+}
+OPTIONS = {
+    "muon": ["optimizer.lr=0.01", "optimizer.nap=true", "optimizer.weight_decay=0"],
+    "normuon": ["optimizer.preset=speedrun", "optimizer.auxiliary.schedule=linear"],
+    "conda": ["optimizer.refresh_every=3", "optimizer.refresh=staggered"],
+    "adamp": ["optimizer.lr=0.01"],
+    "soap": ["optimizer.lr=0.01", "optimizer.precondition_frequency=2"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_run_learns_and_goes_on(name: str, tmp_path, smoke_data) -> None:
+    """Oracle: the uninterrupted run; the fields' names; a loss that has fallen."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words = ["training.steps=8", "checkpoint.every=4", "evaluation.samples=0"]
+    words += [f"optimizer={name}", *OPTIONS[name], f"data.dir={smoke_data}"]
+    llmnorm("train", SMOKE, f"run_dir={whole}", *words)
+    losses = [json.loads(x).get("loss") for x in (whole / "metrics.jsonl").read_text().splitlines()]
+    losses = [x for x in losses if x is not None]
+    assert losses[7] < losses[0] - 0.3
+    matrix = "optimizer.model.layers.0.self_attn.q_proj.weight."
+    fields = {key.removeprefix(matrix) for key in state_of(whole, 8) if key.startswith(matrix)}
+    assert fields == FIELDS[name] | ({"initial_norm"} if name == "muon" else set())
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step_00000008")
+    (cut / "DONE").unlink()
+    llmnorm("train", SMOKE, f"run_dir={cut}", *words)
+    assert_same_run(cut, whole, 8)
