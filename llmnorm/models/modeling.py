@@ -33,6 +33,7 @@ from llmnorm.nn.mixers.contract import (
 )
 from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.norms.running import RunningNorm
+from llmnorm.nn.precision import wide_dtype
 from llmnorm.part import InputError
 
 
@@ -252,7 +253,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         return context, order
 
     def _rotary_tables(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(hidden.dtype)
         return self.rotary(position_ids, wide)
 
 

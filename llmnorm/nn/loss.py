@@ -23,6 +23,7 @@ from llmnorm.nn.linear import (
     product,
     sum_of_weight_gradients,
 )
+from llmnorm.nn.precision import wide_dtype
 
 IGNORED = -100
 
@@ -68,7 +69,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if items is None:
         items = (labels != IGNORED).sum().clamp(min=1)
-    scale = 1 / torch.as_tensor(items, dtype=_wide(dtype), device=hidden.device)
+    scale = 1 / torch.as_tensor(items, dtype=wide_dtype(dtype), device=hidden.device)
     chunk = chunk or chunk_size(weight.shape[0])
     # Inside a Function neither tells: needs_input_grad is true without gradients too.
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
@@ -79,7 +80,7 @@ def linear_cross_entropy(
 def cross_entropy(logits: Tensor, labels: Tensor, items: Tensor | float | None = None) -> Tensor:
     """The same loss from logits (..., vocabulary) that are there already, labels (...)."""
     total = F.cross_entropy(
-        logits.flatten(0, -2).to(_wide(logits.dtype)),
+        logits.flatten(0, -2).to(wide_dtype(logits.dtype)),
         labels.flatten(),
         ignore_index=IGNORED,
         reduction="sum",
@@ -118,7 +119,7 @@ def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     log(max p), which cannot underflow as -log(p[label]) can: two reads instead of a pass of exp.
     """
     logits = product(hidden.to(weight.dtype), weight)
-    wide = _wide(logits.dtype)
+    wide = wide_dtype(logits.dtype)
     largest = logits.amax(-1).to(wide)
     picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     if logits.dtype == wide and logits.device.type == "cpu":
@@ -128,10 +129,6 @@ def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tens
         probabilities = F.softmax(logits, -1, dtype=wide)
     normaliser = largest - probabilities.amax(-1).log_()
     return probabilities, (normaliser - picked).masked_fill_(labels == IGNORED, 0)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Loss(torch.autograd.Function):
@@ -147,7 +144,7 @@ class _Loss(torch.autograd.Function):
         wants_hidden: bool,
         wants_weight: bool,
     ) -> Tensor:
-        wide = _wide(dtype)
+        wide = wide_dtype(dtype)
         head = weight.to(dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None

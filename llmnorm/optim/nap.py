@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from llmnorm.optim.stacks import state_dtype
+from llmnorm.nn.precision import wide_dtype
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def attach(optimizer: torch.optim.Optimizer, matrices: Mapping[str, nn.Parameter
     parameters: list[torch.Tensor] = list(matrices.values())
     for parameter in parameters:
         norm = parameter.norm(dtype=torch.float64)
-        optimizer.state[parameter]["initial_norm"] = norm.to(state_dtype(parameter))
+        optimizer.state[parameter]["initial_norm"] = norm.to(wide_dtype(parameter.dtype))
 
     @torch.no_grad()
     def project(*_: object) -> None:

@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from llmnorm.nn.precision import wide_dtype
 from llmnorm.optim.adamw import AdamW
 from llmnorm.optim.groups import Matrix, check_gradients
 from llmnorm.optim.state import load_in_place
@@ -154,7 +155,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         matrices = stack.matrices[members]
         state = {k: v if k == "step" else v[members] for k, v in stack.state.items()}
         weights = [matrix.weight() for matrix in matrices]
-        dtype = state_dtype(weights[0])
+        dtype = wide_dtype(weights[0].dtype)
         inside = self.rule.decay == "inside"
         delta = self.rule.update(
             _stacked([matrix.grad() for matrix in matrices], dtype),
@@ -179,7 +180,7 @@ def allocate(matrices: list[Matrix], rule: Rule) -> list[Stack]:
         members.setdefault(kind, []).append(number)
     stacks = []
     for (rows, columns, _, device), numbers in members.items():
-        dtype = state_dtype(matrices[numbers[0]].parameter)
+        dtype = wide_dtype(matrices[numbers[0]].parameter.dtype)
         state = {
             field: torch.zeros(len(numbers), *shape, dtype=dtype, device=device)
             for field, shape in rule.fields(rows, columns).items()
@@ -191,11 +192,6 @@ def allocate(matrices: list[Matrix], rule: Rule) -> list[Stack]:
             state["phase"] = places / len(matrices)
         stacks.append(Stack([matrices[number] for number in numbers], state))
     return stacks
-
-
-def state_dtype(weight: Tensor) -> torch.dtype:
-    """Of state and arithmetic: float32, or float64 where the weight is."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:

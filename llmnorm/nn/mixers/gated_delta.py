@@ -35,6 +35,7 @@ from llmnorm.nn.mixers.linear_recurrence import (
 )
 from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
 
 CHUNK = 64
@@ -103,7 +104,7 @@ class GatedDeltaNet(Mixer):
         *qkv, z = by_head.split([self.key_dim, self.key_dim, values, values], -1)
         convolved = torch.cat([t.flatten(2) for t in qkv], -1)
         b, a = self.in_proj_ba(x).unflatten(-1, (self.key_heads, -1)).split(group, -1)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         b = b.flatten(2).to(wide).sigmoid()
         step = F.softplus(a.flatten(2).to(wide) + self.dt_bias.to(wide))
         log_decay = -self.A_log.to(wide).exp() * step
@@ -180,7 +181,7 @@ def delta_recurrence(
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """Every y_t, and the state after the last token, both float32 or float64."""
-    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(v.dtype)
     chunk, group = min(chunk, q.shape[1]), v.shape[2] // k.shape[2]
     if log_decay is None:
         log_decay = torch.zeros_like(b)

@@ -22,6 +22,7 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.mixers.linear_recurrence import Documents, in_blocks, whole_chunks
 from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
 
 CHUNK = 16
@@ -78,7 +79,7 @@ class GatedLinearAttention(Mixer):
         """Project; padding gets keys and gates of zero."""
         heads = (*x.shape[:-1], self.heads, -1)
         q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         logits = self.gk_proj(x).view(heads).to(wide)
         log_gate = F.logsigmoid(logits) / self.gate_logit_normalizer
         if context.real is not None:
@@ -136,7 +137,7 @@ def channel_recurrence(
     Returns:
         y (batch, length, heads, value_dim) and the state after the last token, float32 or float64.
     """
-    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(v.dtype)
     chunk = min(chunk, q.shape[1])
     if state is None:
         state = v.new_zeros(len(v), v.shape[2], q.shape[3], v.shape[3], dtype=wide)

@@ -26,6 +26,7 @@ from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.linear_recurrence import decay_matrix, flops_per_token, linear_recurrence
 from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.precision import wide_dtype
 
 
 class Direction(NamedTuple):
@@ -94,7 +95,7 @@ class Hydra(Mixer):
     def prepare(self, x: Tensor, context: Context, cache: None = None) -> HydraParameters:
         """Project, convolve, make both directions' time steps."""
         z, convolved, raw = self.in_proj(x).split(self.parts, -1)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         dt = F.softplus(raw.unflatten(-1, (2, -1)).to(wide) + self.dt_bias.to(wide))
         if self.dt_limit is not None:
             dt = dt.clamp(*self.dt_limit)

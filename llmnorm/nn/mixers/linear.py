@@ -29,6 +29,7 @@ from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurren
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
 
 
@@ -116,7 +117,7 @@ class LinearAttention(Mixer):
         self, q: Tensor, k: Tensor, context: Context
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of q and k as they are, and turned, in float32; padding's keys have none."""
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(q.dtype)
         with torch.autocast(q.device.type, enabled=False):
             q, k = self.features(q.to(wide), k.to(wide))
             if context.real is not None:

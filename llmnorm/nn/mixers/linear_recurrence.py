@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from llmnorm.nn.precision import wide_dtype
+
 CHUNK = 64
 BLOCK = 32  # chunks
 
@@ -55,7 +57,7 @@ def linear_recurrence(
     Returns:
         y (batch, length, max(q_heads, v_heads), V) and state, both float32 or float64.
     """
-    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(v.dtype)
     length = q.shape[1]
     chunk = min(chunk, length)
     if state is None:

@@ -23,6 +23,7 @@ from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.linear_recurrence import decay_matrix, flops_per_token, linear_recurrence
 from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
 
 
@@ -91,7 +92,7 @@ class SSD(Mixer):
     ) -> SSDParameters:
         """Project, convolve, make time steps."""
         z, convolved, dt = self.in_proj(x).split(self.parts, -1)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         if self.dt_limit is not None:
             dt = dt.clamp(*self.dt_limit)
@@ -173,7 +174,7 @@ class GroupedRMSNorm(RMSNorm):
         """Normalise x (..., hidden)."""
         if self.groups == 1:
             return super().forward(x)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         parts = x.to(wide).unflatten(-1, (self.groups, -1))
         r = torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
         return ((parts * r).flatten(-2) * self.weight.to(wide)).to(x.dtype)

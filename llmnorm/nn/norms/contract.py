@@ -4,7 +4,6 @@ Shapes: x and y (..., hidden); what is normalised is the last axis. Statistics a
 float32 (float64 for float64 input), and the output has the input's dtype.
 """
 
-import torch
 from torch import Tensor, nn
 
 
@@ -26,8 +25,3 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
         raise NotImplementedError
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the statistics for inputs of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

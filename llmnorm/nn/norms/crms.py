@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmnorm.nn.norms.contract import Norm, wide
+from llmnorm.nn.norms.contract import Norm
+from llmnorm.nn.precision import wide_dtype
 
 
 class CRMSNorm(Norm):
@@ -40,7 +41,7 @@ class CRMSNorm(Norm):
 class _CRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, scale: float) -> Tensor:
-        dtype = wide(x.dtype)
+        dtype = wide_dtype(x.dtype)
         total = x.sum(-1, keepdim=True, dtype=dtype)
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square_()
         r = squares.add_(total.square()).div_(x.shape[-1] + 1).add_(eps).rsqrt_()

@@ -10,7 +10,8 @@ g t, dbias = sum over tokens of g. It is not invariant to the scale of x.
 import torch
 from torch import Tensor, nn
 
-from llmnorm.nn.norms.contract import Norm, wide
+from llmnorm.nn.norms.contract import Norm
+from llmnorm.nn.precision import wide_dtype
 
 
 class DyT(Norm):
@@ -32,7 +33,7 @@ class DyT(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Squash x (..., hidden)."""
-        dtype = wide(x.dtype)
+        dtype = wide_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             squashed = torch.tanh(x.to(dtype) * self.alpha.to(dtype))
             gain = self.scaled(self.weight.to(dtype))

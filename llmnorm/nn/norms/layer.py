@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmnorm.nn.norms.contract import Norm, wide
+from llmnorm.nn.norms.contract import Norm
+from llmnorm.nn.precision import wide_dtype
 
 
 class LayerNorm(Norm):
@@ -29,7 +30,7 @@ class LayerNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
-        dtype = wide(x.dtype)
+        dtype = wide_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             gain = self.scaled(self.weight.to(dtype))
             bias = None if self.bias is None else self.scaled(self.bias.to(dtype))

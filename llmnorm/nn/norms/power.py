@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmnorm.nn.norms.contract import wide
 from llmnorm.nn.norms.rms import rms_norm
 from llmnorm.nn.norms.running import RunningNorm, column_sums
+from llmnorm.nn.precision import wide_dtype
 
 GROUP_EPS = 1e-5
 
@@ -73,7 +73,7 @@ class PowerNorm(RunningNorm):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
-        dtype = wide(x.dtype)
+        dtype = wide_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             groups = x.to(dtype).reshape(-1, self.groups, x.shape[-1] // self.groups)
             scaled = rms_norm(groups, groups.new_ones(groups.shape[-1]), GROUP_EPS)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmnorm.nn.norms.contract import Norm, wide
+from llmnorm.nn.norms.contract import Norm
+from llmnorm.nn.precision import wide_dtype
 
 PIECE = 400_000  # numbers a thread at a time: the cache's size over a few tensors of float32
 
@@ -57,11 +58,11 @@ class RMSNorm(Norm):
                 return self._llama(x, gain)
             if self.bias is None:
                 return rms_norm(x, gain, self.eps)
-            values, offset = x.to(wide(x.dtype)), self.scaled(self.bias)
+            values, offset = x.to(wide_dtype(x.dtype)), self.scaled(self.bias)
             return (rms_norm(values, gain, self.eps) + offset).to(x.dtype)
 
     def _llama(self, x: Tensor, gain: Tensor) -> Tensor:
-        values = x.to(wide(x.dtype))
+        values = x.to(wide_dtype(x.dtype))
         r = torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.eps)
         return gain * (values * r).to(x.dtype)
 
@@ -87,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x.dtype))
         r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain, r)
         return (x * r).mul_(gain).to(x.dtype)

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmnorm.nn.norms.contract import wide
 from llmnorm.nn.norms.running import RunningNorm, column_sums
+from llmnorm.nn.precision import wide_dtype
 
 
 class _Step(NamedTuple):
@@ -93,7 +93,7 @@ class UnifiedNorm(RunningNorm):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
-        dtype = wide(x.dtype)
+        dtype = wide_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             values = x.to(dtype).reshape(-1, x.shape[-1])
             weight, bias = self.scaled(self.weight.to(dtype)), self.scaled(self.bias.to(dtype))
