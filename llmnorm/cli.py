@@ -9,8 +9,9 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmnorm.part import InputError, nearest
 
@@ -372,6 +373,15 @@ class _Completion(argparse.Action):
         raise SystemExit(0)
 
 
+def _argument(
+    name: str, type: Callable[[str], Any], metavar: str, help: str, default: Any = None
+) -> _Parser:
+    """An argument that several commands share, as argparse wants it: a parser of its own."""
+    shared = _Parser(add_help=False)
+    shared.add_argument(name, type=type, metavar=metavar, help=help, default=default)
+    return shared
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="llmnorm",
@@ -385,17 +395,30 @@ def _parser() -> argparse.ArgumentParser:
         action=_Completion,
         help="print a completion script",
     )
+    # What several commands take.
+    config_file = _argument("config", Path, "CONFIG", "YAML file or run directory")
+    model = _argument("path", Path, "RUN_OR_DIR", "run, exported or stock model")
+    written = _argument("directory", Path, "DIR", "what is written; new or empty")
+    checkpoint = _argument(
+        "--checkpoint", _checkpoint, "latest|best|STEP", "which checkpoint of a run", "latest"
+    )
+    ema = _Parser(add_help=False)
+    ema.add_argument("--ema", action="store_true", help="the moving average of the weights")
+
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     def command(
-        name: str, help: str, run: object, *, overridable: bool = True
+        name: str,
+        help: str,
+        run: object,
+        *shared: _Parser,
+        overridable: bool = True,
     ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+        sub = commands.add_parser(name, help=help, description=help, parents=shared)
         sub.set_defaults(run=run, overridable=overridable)
         return sub
 
-    sub = command("train", "train, or go on with a run", train)
-    sub.add_argument("config", type=Path, metavar="CONFIG", help="YAML file or run directory")
+    sub = command("train", "train, or go on with a run", train, config_file)
     sub.add_argument(
         "--dry-run", action="store_true", help="stop after the checks before the first step"
     )
@@ -412,8 +435,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="time|memory",
         help="profile a few steps into the run directory",
     )
-    sub = command("data", "prepare the corpus: tokenizer and packed rows", data)
-    sub.add_argument("config", type=Path, metavar="CONFIG", help="YAML file or run directory")
+    sub = command("data", "prepare the corpus: tokenizer and packed rows", data, config_file)
     sub.add_argument("--show", type=_count, metavar="N", help="print N rows as the model sees them")
     sub.add_argument("--stats", action="store_true", help="documents, tokens, epochs")
     sub = command("config", "print the resolved settings", config)
@@ -421,38 +443,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
     sub = command("parts", "list the swappable parts with their settings", parts, overridable=False)
     sub.add_argument("name", metavar="NAME", nargs="?", help="one part or one key")
-    sub = command("generate", "continue text with a trained run or a model directory", generate)
-    sub.add_argument("path", type=Path, metavar="RUN_OR_DIR", help="run, exported or stock model")
+    text = "continue text with a trained run or a model directory"
+    sub = command("generate", text, generate, model, checkpoint, ema)
     sub.add_argument("--prompt", action="append", help="text to continue; may be given repeatedly")
-    sub.add_argument(
-        "--checkpoint",
-        type=_checkpoint,
-        default="latest",
-        metavar="latest|best|STEP",
-        help="which checkpoint",
-    )
-    sub.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    sub = command("export", "write a model directory for other tools", export, overridable=False)
-    sub.add_argument("path", type=Path, metavar="RUN_OR_DIR", help="run, exported or stock model")
-    sub.add_argument("directory", type=Path, metavar="DIR", help="what is written; new or empty")
+    text = "write a model directory for other tools"
+    shared = model, written, checkpoint, ema
+    sub = command("export", text, export, *shared, overridable=False)
     sub.add_argument(
         "--stock", action="store_true", help="as Llama, Qwen3 (QK-norm) or what it came from"
     )
     sub.add_argument(
         "--average", type=_count, default=1, metavar="N", help="mean of the last N checkpoints"
     )
-    sub.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    sub.add_argument(
-        "--checkpoint",
-        type=_checkpoint,
-        default="latest",
-        metavar="latest|best|STEP",
-        help="which checkpoint",
-    )
     text = "write a model directory with the same function and another norm"
-    sub = command("convert", text, convert, overridable=False)
-    sub.add_argument("path", type=Path, metavar="RUN_OR_DIR", help="run, exported or stock model")
-    sub.add_argument("directory", type=Path, metavar="DIR", help="what is written; new or empty")
+    sub = command("convert", text, convert, model, written, checkpoint, overridable=False)
     sub.add_argument(
         "--to",
         required=True,
@@ -460,32 +464,18 @@ def _parser() -> argparse.ArgumentParser:
         help="the norm; depth scaling out of or into the gains; no norm (from unified)",
     )
     sub.add_argument("--untie", action="store_true", help="give a tied head its own matrix")
-    sub.add_argument(
-        "--checkpoint",
-        type=_checkpoint,
-        default="latest",
-        metavar="latest|best|STEP",
-        help="which checkpoint",
-    )
-    sub = command("eval", "evaluate a model on validation rows and lm-eval's tasks", evaluate)
-    sub.add_argument("path", type=Path, metavar="RUN_OR_DIR", help="run, exported or stock model")
+    text = "evaluate a model on validation rows and lm-eval's tasks"
+    sub = command("eval", text, evaluate, model, checkpoint, ema)
     sub.add_argument("--tasks", type=_names, metavar="A,B", help="lm-eval's tasks: names, paths")
     sub.add_argument("--limit", type=_count, metavar="N", help="examples of every task at most")
     sub.add_argument("--batch-size", type=_count, metavar="N", help="rows at once")
     sub.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT adapter on the model")
     sub.add_argument("--data", type=Path, metavar="CONFIG_OR_RUN", help="whose text is evaluated")
-    sub.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    sub.add_argument(
-        "--checkpoint",
-        type=_checkpoint,
-        default="latest",
-        metavar="latest|best|STEP",
-        help="which checkpoint",
-    )
     sub = command("plot", "draw runs: loss, rates, gradient norm", plot, overridable=False)
     sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     sub.add_argument("--out", type=Path, metavar="FILE", help="picture to write (.png, .pdf, .svg)")
-    sub = command("inspect", "show what every block of a model does, or of two", inspect)
+    text = "show what every block of a model does, or of two"
+    sub = command("inspect", text, inspect, checkpoint, ema)
     sub.add_argument(
         "path", type=Path, metavar="RUN_OR_DIR", help="run, or any decoder's directory"
     )
@@ -493,14 +483,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--rows", type=_count, metavar="N", help="validation rows (default: 128)")
     sub.add_argument("--data", type=Path, metavar="CONFIG_OR_RUN", help="whose text is read")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the page is written")
-    sub.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    sub.add_argument(
-        "--checkpoint",
-        type=_checkpoint,
-        default="latest",
-        metavar="latest|best|STEP",
-        help="which checkpoint of runs",
-    )
     sub = command(
         "runs", "list run directories, how they differ and stand", runs, overridable=False
     )
