@@ -63,9 +63,9 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     """
     if not _by_onednn(a, b, a[0].numel() * b.shape[1]):
         return torch.bmm(a, b.mT)
-    total = a.new_empty(len(a), a.shape[1], b.shape[1]) if len(a) > 1 else None
-    if total is None:
+    if len(a) == 1:  # no copy into a stack
         return onednn_product(a[0], b[0]).unsqueeze(0)
+    total = a.new_empty(len(a), a.shape[1], b.shape[1])
     for out, left, right in zip(total, a, b, strict=True):
         out.copy_(onednn_product(left, right))
     return total

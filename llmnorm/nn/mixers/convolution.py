@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmnorm.nn.recurrent_cache import last_inputs
+
 
 class ShortConvolution(nn.Module):
     """The convolution; parameters carry Conv1d's names."""
@@ -52,6 +54,10 @@ class ShortConvolution(nn.Module):
             inputs = around[:, tap : tap + length].masked_fill(~same, 0)
             y = torch.addcmul(y, inputs, weight[:, 0, tap])
         return y
+
+    def carried(self, window: Tensor | None, x: Tensor, counts: Tensor) -> Tensor:
+        """The next `window`, after the first `counts` (batch,) of the inputs x."""
+        return last_inputs(window, x, counts, self.kernel - 1)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

@@ -36,7 +36,7 @@ from llmnorm.nn.mixers.linear_recurrence import (
 from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
 
 CHUNK = 64
 BLOCK = 32  # chunks
@@ -133,18 +133,18 @@ class GatedDeltaNet(Mixer):
             assert context.places is not None
             counts = torch.as_tensor(context.places.counts, device=y.device)
             inputs = (p.convolved, p.k, p.v, p.b, p.log_decay)
-            cache.append(inputs, (state, self._window(kept, p.convolved, counts)), context.places)
+            cache.append(
+                inputs,
+                (state, self.conv1d.carried(part(kept, 1), p.convolved, counts)),
+                context.places,
+            )
         return y.to(p.v.dtype)
-
-    def _window(self, kept: State | None, convolved: Tensor, counts: Tensor) -> Tensor:
-        window = part(kept, 1)
-        return last_inputs(window, convolved, counts, self.conv1d.kernel - 1)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         convolved, k, v, b, log_decay = inputs
         after = delta_recurrence(k, k, v, b, log_decay, state=part(state, 0))[1]
-        return after, self._window(state, convolved, counts)
+        return after, self.conv1d.carried(part(state, 1), convolved, counts)
 
     def materialize(self, parameters: DeltaParameters, context: Context) -> Tensor:
         """(q k^T * D) (1 + tril(b k k^T * D, -1))^-1 b."""

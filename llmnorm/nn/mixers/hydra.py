@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
-from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
+from llmnorm.nn.mixers.contract import Context, Mixer, causal_mask, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
-from llmnorm.nn.mixers.linear_recurrence import decay_matrix, flops_per_token, linear_recurrence
-from llmnorm.nn.mixers.ssd import initial_dt_bias
+from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
+from llmnorm.nn.mixers.ssd import initial_dt_bias, semiseparable_matrix, time_steps
 from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.nn.precision import wide_dtype
 
 
 class Direction(NamedTuple):
@@ -95,17 +94,14 @@ class Hydra(Mixer):
     def prepare(self, x: Tensor, context: Context, cache: None = None) -> HydraParameters:
         """Project, convolve, make both directions' time steps."""
         z, convolved, raw = self.in_proj(x).split(self.parts, -1)
-        wide = wide_dtype(x.dtype)
-        dt = F.softplus(raw.unflatten(-1, (2, -1)).to(wide) + self.dt_bias.to(wide))
-        if self.dt_limit is not None:
-            dt = dt.clamp(*self.dt_limit)
+        raw = raw.unflatten(-1, (2, -1))
+        dt = time_steps(raw, self.dt_bias, self.dt_limit, context.real)
         if context.real is not None:
-            dt = dt.masked_fill(~context.real[..., None, None], 0)
             convolved = convolved.masked_fill(~context.real[..., None], 0)
         mixed = F.silu(self.conv1d(convolved, context.segments))
         v, both = mixed.split([self.heads * self.head_dim, 4 * self.groups * self.state_size], -1)
         both = both.unflatten(-1, (2, 2, self.groups, self.state_size))
-        decay = -self.A_log.to(wide).exp() * dt
+        decay = -self.A_log.to(dt.dtype).exp() * dt
         forward, backward = (
             Direction(both[:, :, i, 1], both[:, :, i, 0], dt[:, :, i], decay[:, :, i])
             for i in (0, 1)
@@ -144,11 +140,8 @@ class Hydra(Mixer):
         return (lower + upper).masked_fill(~visible, 0) + delta
 
     def _shifted_matrix(self, p: Direction) -> Tensor:
-        repeats, length = self.heads // self.groups, p.dt.shape[1]
-        C, B = (t.repeat_interleave(repeats, 2).to(p.dt.dtype) for t in (p.C, p.B))
-        visible = torch.ones(length, length, dtype=torch.bool, device=p.dt.device).tril()
-        weights = torch.einsum("bihn,bjhn->bhij", C, B) * decay_matrix(p.log_decay, visible)
-        weights = weights * p.dt.transpose(1, 2)[:, :, None]
+        visible = causal_mask(p.dt.shape[1], p.dt.device)
+        weights = semiseparable_matrix(*p, visible)
         return F.pad(weights[:, :, :-1], (0, 0, 1, 0))
 
     def finish(self, y: Tensor, x: Tensor, parameters: HydraParameters) -> Tensor:

@@ -30,7 +30,7 @@ from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
 
 
 class LinearParameters(NamedTuple):
@@ -169,8 +169,7 @@ class LinearAttention(Mixer):
         if self.conv1d is None:
             return ()
         counts = torch.as_tensor(counts, device=v.device)
-        window = part(kept, 2)
-        return (last_inputs(window, v.flatten(2), counts, self.conv1d.kernel - 1),)
+        return (self.conv1d.carried(part(kept, 2), v.flatten(2), counts),)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""

@@ -24,7 +24,7 @@ from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.linear_recurrence import decay_matrix, flops_per_token, linear_recurrence
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, last_inputs, part
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
 
 
 class SSDParameters(NamedTuple):
@@ -92,12 +92,8 @@ class SSD(Mixer):
     ) -> SSDParameters:
         """Project, convolve, make time steps."""
         z, convolved, dt = self.in_proj(x).split(self.parts, -1)
-        wide = wide_dtype(x.dtype)
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        if self.dt_limit is not None:
-            dt = dt.clamp(*self.dt_limit)
+        dt = time_steps(dt, self.dt_bias, self.dt_limit, context.real)
         if context.real is not None:
-            dt = dt.masked_fill(~context.real[..., None], 0)
             convolved = convolved.masked_fill(~context.real[..., None], 0)
         window = None if cache is None else part(cache.state, 1)
         mixed = F.silu(self.conv1d(convolved, context.segments, window))
@@ -105,7 +101,7 @@ class SSD(Mixer):
         v, B, C = mixed.split([self.heads * self.head_dim, both, both], -1)
         groups = (*x.shape[:-1], self.groups, self.state_size)
         v = v.unflatten(-1, (self.heads, self.head_dim))
-        log_decay = -self.A_log.to(wide).exp() * dt
+        log_decay = -self.A_log.to(dt.dtype).exp() * dt
         return SSDParameters(C.view(groups), B.view(groups), v, dt, log_decay, z, convolved)
 
     def mix(
@@ -121,29 +117,23 @@ class SSD(Mixer):
         if cache is not None:
             assert context.places is not None
             counts = torch.as_tensor(context.places.counts, device=y.device)
-            window = self._window(kept, p.convolved, counts)
+            window = self.conv1d.carried(part(kept, 1), p.convolved, counts)
             inputs = (p.convolved, p.B, written, p.log_decay)
             cache.append(inputs, (state, window), context.places)
         return torch.addcmul(y, self.D.to(y.dtype)[:, None], p.v.to(y.dtype)).to(p.v.dtype)
-
-    def _window(self, kept: State | None, convolved: Tensor, counts: Tensor) -> Tensor:
-        window = part(kept, 1)
-        return last_inputs(window, convolved, counts, self.conv1d.kernel - 1)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         convolved, B, written, log_decay = inputs
         after = linear_recurrence(B, B, written, log_decay, state=part(state, 0))[1]
-        return after, self._window(state, convolved, counts)
+        return after, self.conv1d.carried(part(state, 1), convolved, counts)
 
     def materialize(self, parameters: SSDParameters, context: Context) -> Tensor:
-        """(C B^T) * decay * dt_j, and D on the diagonal."""
-        p, repeats = parameters, self.heads // self.groups
+        """The semiseparable matrix, and D on the diagonal."""
+        p = parameters
         visible = visible_pairs(p.v, context, causal=True)
-        C, B = (t.repeat_interleave(repeats, 2).to(p.dt.dtype) for t in (p.C, p.B))
-        weights = torch.einsum("bihn,bjhn->bhij", C, B) * decay_matrix(p.log_decay, visible)
         diagonal = torch.eye(p.v.shape[1], device=p.v.device) * self.D[:, None, None]
-        return weights * p.dt.transpose(1, 2)[:, :, None] + diagonal
+        return semiseparable_matrix(p.C, p.B, p.dt, p.log_decay, visible) + diagonal
 
     def finish(self, y: Tensor, x: Tensor, parameters: SSDParameters) -> Tensor:
         """Gate, norm, project."""
@@ -161,6 +151,30 @@ def initial_dt_bias(like: Tensor, between: tuple[float, float], floor: float) ->
     low, high = (math.log(value) for value in between)
     dt = torch.empty_like(like).uniform_(low, high).exp_().clamp_(min=floor)
     return dt + torch.log(-torch.expm1(-dt))
+
+
+def time_steps(
+    raw: Tensor, offset: Tensor, limit: tuple[float, float] | None, real: Tensor | None
+) -> Tensor:
+    """dt = softplus(raw + offset) within `limit`, in float32 or float64; 0 for padding.
+
+    raw (batch, length, ..., heads); real (batch, length) is False for padding.
+    """
+    wide = wide_dtype(raw.dtype)
+    dt = F.softplus(raw.to(wide) + offset.to(wide))
+    if limit is not None:
+        dt = dt.clamp(*limit)
+    return dt if real is None else dt.masked_fill(~real.view(*real.shape, *[1] * (dt.ndim - 2)), 0)
+
+
+def semiseparable_matrix(
+    C: Tensor, B: Tensor, dt: Tensor, log_decay: Tensor, visible: Tensor
+) -> Tensor:
+    """(C_i . B_j) * decay from j to i * dt_j, (batch, heads, length, length); 0 if not visible."""
+    repeats = dt.shape[2] // C.shape[2]
+    C, B = (t.repeat_interleave(repeats, 2).to(dt.dtype) for t in (C, B))
+    weights = torch.einsum("bihn,bjhn->bhij", C, B) * decay_matrix(log_decay, visible)
+    return weights * dt.transpose(1, 2)[:, :, None]
 
 
 class GroupedRMSNorm(RMSNorm):
