@@ -17,6 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -317,34 +318,14 @@ def crms_norm(vectors: Vectors) -> Iterator[Result]:
 MIX = {"name": "mix", "post": 0.25}  # the first of the file's four layers
 
 
-@serves("placement/lns")
-def depth_scaling(vectors: Vectors) -> Iterator[Result]:
-    """LayerNorm Scaling."""
-    return _placement(vectors, "lns", {"depth_scaling": "lns"})
-
-
-@serves("placement/pre")
-def pre(vectors: Vectors) -> Iterator[Result]:
-    """Pre-norm."""
-    return _placement(vectors, "pre", {"placement": "pre"})
-
-
-@serves("placement/mix(post_pre)")
-def mix(vectors: Vectors) -> Iterator[Result]:
-    """Mix-LN."""
-    return _placement(vectors, "post_pre", {"placement": MIX})
-
-
-@serves("placement/post")
-def post(vectors: Vectors) -> Iterator[Result]:
-    """Post-norm."""
-    return _placement(vectors, "post", {"placement": "post"})
-
-
-@serves("placement/sandwich")
-def sandwich(vectors: Vectors) -> Iterator[Result]:
-    """Norms on both sides of a branch."""
-    return _placement(vectors, "sandwich", {"placement": "peri"})
+# Kind -> the file's name for it, and our settings.
+PLACEMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "placement/lns": ("lns", {"depth_scaling": "lns"}),
+    "placement/pre": ("pre", {"placement": "pre"}),
+    "placement/mix(post_pre)": ("post_pre", {"placement": MIX}),
+    "placement/post": ("post", {"placement": "post"}),
+    "placement/sandwich": ("sandwich", {"placement": "peri"}),
+}
 
 
 @serves("placement/deeppost_repo")
@@ -377,6 +358,10 @@ def _placement(
         limit = "f64_max_rel" if precision == "float64" else "f32_max_rel"
         worst = max(_placement_errors(model, vectors, name, dtype))
         yield Result(precision, worst, vectors.tolerance[limit])
+
+
+for _kind, (_name, _ours) in PLACEMENTS.items():
+    serves(_kind)(partial(_placement, name=_name, ours=_ours))
 
 
 def _placement_errors(
