@@ -60,6 +60,26 @@ def find(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData | None:
     return open_packed(directory, data.context_length, sources, contents=False)
 
 
+def ready(
+    data: DataSettings, tokenizer: TokenizerSettings, *, alone: bool, command: str
+) -> PackedData:
+    """The prepared data of these settings; what is missing is prepared by a process that is alone.
+
+    Args:
+        alone: whether this is the only process.
+        command: what prepares the data, for the message.
+
+    Raises:
+        InputError: as `find` and `prepare`; or the data is missing and there are several processes.
+    """
+    packed = find(data, tokenizer)
+    if packed is not None:
+        return packed
+    if not alone:
+        raise InputError(f"data: not prepared yet; run once, by itself: {command}")
+    return prepare(data, tokenizer)
+
+
 def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData:
     """Makes the data of these settings, or checks what is there, and returns it.
 

@@ -94,11 +94,7 @@ def validation_data(
             raise InputError(f"{path}: has no tokenizer (no tokenizer.json)")
         settings = TokenizerSettings(path=tokenizer)
         command = f"llmnorm data {data} tokenizer.path={tokenizer}"
-    packed = packing.find(config.data, settings)
-    if packed is None:
-        if parallel.world > 1:
-            raise InputError(f"data: not prepared yet; run once, by itself: {command}")
-        packed = packing.prepare(config.data, settings)
+    packed = packing.ready(config.data, settings, alone=parallel.world == 1, command=command)
     if data is None and trained_on != packed.identity:
         raise InputError(
             f"{path}: was trained on the data {trained_on}, its configuration now gives "

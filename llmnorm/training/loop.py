@@ -75,7 +75,9 @@ def train(
     with ExitStack() as stack:
         parallel = Parallel(config.parallel, config.training)
         stack.callback(parallel.close)
-        packed = _data(config, parallel, data_command)
+        packed = packing.ready(
+            config.data, config.tokenizer, alone=parallel.world == 1, command=data_command
+        )
         global_batch = config.training.rows
         micro_batch = _micro_batch(config, parallel)
         rows = sum(source.rows for source in packed.sources)
@@ -299,15 +301,6 @@ def _tokens(config: RunConfig, packed: PackedData) -> dict[str, int]:
         "eos_token_id": packed.eos,
         "pad_token_id": packed.pad,
     }
-
-
-def _data(config: RunConfig, parallel: Parallel, data_command: str) -> PackedData:
-    packed = packing.find(config.data, config.tokenizer)
-    if packed is not None:
-        return packed
-    if parallel.world > 1:
-        raise InputError(f"data: not prepared yet; run once, by itself: {data_command}")
-    return packing.prepare(config.data, config.tokenizer)
 
 
 def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
