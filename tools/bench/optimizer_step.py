@@ -215,14 +215,9 @@ def temporaries(step: Step) -> int:
     libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back at once
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    before = _status("VmRSS")
+    before = report.memory_of("VmRSS")
     step()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+    return max(0, report.memory_of("VmHWM") - before)
 
 
 def operations(name: str, layers: int) -> float:

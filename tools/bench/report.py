@@ -74,6 +74,12 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def memory_of(key: str) -> int:
+    """Bytes of this process (Linux): now (VmRSS), at most (VmHWM; rusage counts the parent's)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split(f"{key}:")[1].split()[0]) * 1024
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     import torch

@@ -38,7 +38,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import report  # noqa: E402
 import torch  # noqa: E402
-from report import Table, publish  # noqa: E402
+from report import Table, memory_of, publish  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from llmnorm.nn.linear import onednn_is_faster, onednn_product  # noqa: E402
@@ -198,12 +198,6 @@ def run_trainer(
         train_dataset=Rows(vocabulary, count, steps),
         callbacks=[Turns()],
     ).train()
-
-
-def memory_of(key: str) -> int:
-    """Bytes of this process in memory: now (VmRSS), at most (VmHWM; rusage counts the parent's)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
 
 def serve(options: argparse.Namespace) -> None:
