@@ -43,7 +43,7 @@ class Paper(NamedTuple):
 
 
 ARMS = {
-    "pre_ln_scaled_init": Paper("Pre-LN + scaled init", 26.04, 20.98),
+    "pre_ln_scaled": Paper("Pre-LN + scaled init", 26.04, 20.98),
     "pre_ln": Paper("Pre-LN", 26.73, 21.92),
     "post_ln": Paper("Post-LN", 26.95, 1409.79),
     "deepnorm": Paper("DeepNorm", 27.17, 22.77),
@@ -51,7 +51,7 @@ ARMS = {
     "peri_ln": Paper("Peri-LN (paper: sandwich)", 26.51, None),
     "lns": Paper("LayerNorm Scaling", 25.76, 20.35),
 }
-BASELINE = "pre_ln_scaled_init"
+BASELINE = "pre_ln_scaled"
 
 
 def table(found: dict[str, Any]) -> str:
