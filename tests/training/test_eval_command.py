@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,25 +29,14 @@ def mistake(capsys, *words: str | Path) -> str:
 
 
 def write_task(directory: Path) -> Path:
-    """A task of six questions whose right answers are "a a b b a b"."""
+    """A copy of the shipped task: six questions whose right answers are "a a b b a b"."""
     directory.mkdir()
+    shipped = ROOT / "tests" / "data" / "tasks"
     data = directory / "questions.jsonl"
-    answers = [0, 0, 1, 1, 0, 1]
-    lines = [json.dumps({"question": f"Day {i}", "answer": a}) for i, a in enumerate(answers)]
-    data.write_text("\n".join(lines) + "\n")
+    shutil.copy(shipped / "weather.jsonl", data)
     task = directory / "weather.yaml"
-    task.write_text(
-        f"""task: weather
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-doc_to_choice: [the sun came out, rain fell]
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
-    )
+    text = (shipped / "weather.yaml").read_text()
+    task.write_text(text.replace("tests/data/tasks/weather.jsonl", str(data)))
     return task
 
 

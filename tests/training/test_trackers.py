@@ -131,7 +131,7 @@ def log_records(path: Path) -> Iterator[bytes]:
             record = b""
 
 
-def test_trackio_holds_one_run(killed: Killed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_holds_one_run(killed: Killed) -> None:
     """Oracle: metrics.jsonl, through trackio's own storage in a process of its own."""
     code = (
         "import json; from trackio.sqlite_storage import SQLiteStorage as S\n"
