@@ -29,6 +29,7 @@ from llmnorm.analysis.compare_results import results
 from llmnorm.analysis.compare_runs import Launch, Ledger, Slots, duration, execute, launch, slots
 from llmnorm.config import RunConfig
 from llmnorm.data import packing
+from llmnorm.files import write_whole
 from llmnorm.gpus import check_gpu
 from llmnorm.part import InputError
 from llmnorm.training.run_lock import RunLock, held
@@ -112,9 +113,7 @@ def write(found: Mapping[str, Any], directory: Path, command: str) -> None:
         ("table.csv", compare_report.csv_table(found)),
         ("result.json", json.dumps(_plain(kept), indent=1, allow_nan=False) + "\n"),
     ):
-        temporary = directory / f".writing-{name}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(directory / name)
+        write_whole(directory / name, text)
 
 
 def describe(

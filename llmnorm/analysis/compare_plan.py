@@ -27,6 +27,7 @@ from typing import Any, Literal
 from llmnorm.config import RunConfig, changeable, differences, to_tree
 from llmnorm.config_file import load
 from llmnorm.data.packing import find
+from llmnorm.files import write_whole
 from llmnorm.part import InputError, nearest
 
 HORIZONS = {"baseline": (1.0, 1.25, 1.5), "arms": (0.6, 0.7, 0.8, 0.9, 1.0)}
@@ -341,9 +342,7 @@ def save(protocol: Protocol, directory: Path) -> None:
     file = directory / "comparison.json"
     arms = json.loads(file.read_text(encoding="utf-8"))["arms"] if file.is_file() else {}
     arms |= {name: _tree(config) for name, config in protocol.configs.items()}
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"arms": arms}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_whole(file, json.dumps({"arms": arms}, indent=1) + "\n")
 
 
 def _load(arm: Arm, overrides: Sequence[str] | None = None) -> RunConfig:

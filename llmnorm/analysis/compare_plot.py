@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from llmnorm.analysis.compare_report import interval
-from llmnorm.analysis.plots import COLOURS, GREYS
+from llmnorm.analysis.plots import COLOURS, GREYS, save
 from llmnorm.analysis.record import smoothed
-from llmnorm.part import InputError
 
 Tree = Mapping[str, Any]
 
@@ -60,12 +59,7 @@ def draw(found: Tree, output: Path, title: str) -> None:
         title=title,
         title_fontproperties={"weight": "bold", "size": 12},
     )
-    try:
-        temporary = output.with_name(f".writing-{output.name}")
-        figure.savefig(temporary)
-        temporary.replace(output)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{output} cannot be written: {error}") from None
+    save(figure, output)
 
 
 def _tuning(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:

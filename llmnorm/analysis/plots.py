@@ -104,6 +104,15 @@ def draw(records: Mapping[str, Record], output: Path, rates: References | None =
         figure.suptitle(next(iter(records)), fontsize=14, fontweight="bold")
     else:
         _legend(figure, styles)
+    save(figure, output)
+
+
+def save(figure: Any, output: Path) -> None:
+    """Write a matplotlib figure, whole or not at all.
+
+    Raises:
+        InputError: the picture cannot be written.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = output.with_name(f".writing-{output.name}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmnorm.config import ParallelSettings, RunConfig, TrainingSettings
 from llmnorm.doctor import missing_extra, version
+from llmnorm.files import write_whole
 from llmnorm.part import InputError
 from llmnorm.training import benchmark_tasks
 from llmnorm.training.evaluation import evaluate
@@ -169,10 +170,8 @@ def _output(path: Path, source: Source, ema: bool, adapter: Path | None) -> Path
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:
-    temporary = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(exist_ok=True)
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, json.dumps(found, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None

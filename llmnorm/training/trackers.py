@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from llmnorm.config import LoggingSettings, RunConfig, to_tree, to_yaml
 from llmnorm.doctor import EXTRAS, missing_extra
+from llmnorm.files import write_whole
 from llmnorm.part import InputError
 from llmnorm.training.run_directory import RunDirectory
 
@@ -118,7 +119,7 @@ class Trackers:
         if name == "trackio" and name not in known:  # resumes by name, which other runs may have
             key = f"{title}-{key}"
         # Kept before the tracker starts: a run killed in between finds its chart again too.
-        _write(run.tracker, known | {name: key})
+        write_whole(run.tracker, json.dumps(known | {name: key}, indent=1) + "\n")
         project = config.logging.project
         match name:
             case "tensorboard":
@@ -176,12 +177,6 @@ def _read(path: Path) -> dict[str, str]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-
-
-def _write(path: Path, known: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _leaves(path: str, tree: Any) -> Iterator[tuple[str, float | str]]:

@@ -25,6 +25,7 @@ from llmnorm.analysis.depth.subject import Subject, open_subject
 from llmnorm.analysis.depth.weight_distance import Weights, block_matrices, weight_distance
 from llmnorm.data.packed import PackedData
 from llmnorm.doctor import version
+from llmnorm.files import write_whole
 from llmnorm.part import InputError
 from llmnorm.training.heldout import configuration, validation_data
 from llmnorm.training.parallel import Parallel
@@ -142,9 +143,7 @@ def _write(output: Path, found: list[dict[str, Any]]) -> None:
     files["inspect.html"] = page(found, drawn).encode()
     with _writing(output):
         for name, content in files.items():
-            temporary = output / f".writing-{name}"
-            temporary.write_bytes(content)
-            temporary.replace(output / name)
+            write_whole(output / name, content)
 
 
 @contextmanager
