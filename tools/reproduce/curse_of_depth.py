@@ -1,12 +1,13 @@
 """The curse of depth at small size: placements of the norm against Pre-LN with scaled init.
 
-usage: python tools/reproduce/curse_of_depth.py [--parallel 2] [--seeds 3] [--plan] [key=value ...]
+usage: python tools/reproduce/curse_of_depth.py [--arms NAME ...] [--parallel 2] [--seeds 3] [--plan]
 
 Every file of configs/recipes/curse_of_depth is an arm with a learning rate tuned for it alone, the
 same tokens, the same paired seeds. The table shows perplexity relative to the honest baseline,
 Pre-LN whose residual projections start smaller (1 / sqrt(2 layers)), with standard errors, beside
 the same ratio of the paper. Each finished run is a line of docs/results/curse_of_depth/runs.jsonl,
-to be committed; what stands there is not run again. Run directories lie in runs/reproduce.
+to be committed; what stands there is not run again, so arms can be added one by one. Run
+directories lie in runs/reproduce.
 
 Source: Sun et al., "The Curse of Depth in Large Language Models", arXiv 2502.05795: table 1 (130M
 and 250M, perplexity on C4), table 6 (scaled init) and table 7 (sandwich norm, 130M).
@@ -59,6 +60,8 @@ def table(found: dict[str, Any]) -> str:
     base = np.array(found["arms"][BASELINE]["losses"])
     rows = []
     for name, paper in ARMS.items():
+        if name not in found["arms"]:
+            continue
         losses = np.array(found["arms"][name]["losses"], dtype=float)
         relative = f"{math.exp((losses - base).mean()):.4f}"
         if len(losses) > 1 and name != BASELINE:
@@ -82,14 +85,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, a core each")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plan", action="store_true", help="print the runs, make none")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all arms")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which; the baseline joins them"
+    )
     options = parser.parse_args(arguments)
     try:
         protocol = compare_plan.read(
             read_arms(
                 RECIPES / f"{BASELINE}.yaml",
-                options.overrides,
-                [[name, str(RECIPES / f"{name}.yaml")] for name in ARMS],
+                [],
+                [
+                    [name, str(RECIPES / f"{name}.yaml")]
+                    for name in ARMS
+                    if name in (BASELINE, *options.arms)
+                ],
             ),
             baselines=[BASELINE],
             seeds=options.seeds,
