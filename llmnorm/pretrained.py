@@ -18,7 +18,7 @@ from llmnorm.part import InputError
 from llmnorm.stock import from_stock
 
 # Beside `model.pretrained`: what leaves the function of the loaded weights as it is.
-FREE = ("dropout", "export_as", "max_position_embeddings")
+FREE = ("dropout", "embedding_dropout", "export_as", "max_position_embeddings")
 
 
 class Pretrained(NamedTuple):
