@@ -110,8 +110,8 @@ class DeepNormBlock(PostBlock):
         super().__init__(settings, layer)
         layers = settings.num_hidden_layers
         self.alpha = (2 * layers) ** 0.25
-        values = [self.self_attn.values, self.self_attn.output]
-        values += [] if self.mlp is None else self.mlp.children()
+        mlp = [] if self.mlp is None else list(self.mlp.children())
+        values = [self.self_attn.values, self.self_attn.output, *mlp]
         for linear in self.modules():
             if isinstance(linear, Linear):
                 xavier = math.sqrt(2 / (linear.in_features + linear.out_features))

@@ -1,10 +1,10 @@
 """Linear cross-entropy in chunks: the loss of a language model's head without its full logits.
 
-Shapes: hidden (tokens, hidden), weight (vocabulary, hidden), an encoder's bias (vocabulary,), labels
-(tokens,), -100 = not counted.
-The logits exist for one chunk of tokens at a time; both gradients are computed there too, in the
-forward pass, since softmax(logits) - onehot(label) is at hand, so that nothing is computed twice
-and what is kept for the backward pass has the size of `hidden` and `weight`.
+Shapes: hidden (tokens, hidden), weight (vocabulary, hidden), bias of an encoder's head
+(vocabulary,), labels (tokens,), -100 = not counted. The logits exist for one chunk of tokens at a
+time; all gradients are computed there too, in the forward pass, since softmax(logits) -
+onehot(label) is at hand, so that nothing is computed twice and what is kept for the backward pass
+has the size of `hidden` and `weight`.
 
 Surprises: the weight's gradient is accumulated in float32 (float64 for float64) over the chunks
 also where the products are bf16; the division by the number of tokens is applied to narrow tensors,

@@ -180,8 +180,8 @@ class ModelSettings(Settings):
     rope_parameters: RopeParameters = RopeParameters()
     """Rotary positions."""
     type_vocab_size: int = Field(0, ge=0)
-    """Rows of a second embedding that tells the first sentence's tokens from the second's (BERT: 2);
-    0: none."""
+    """Rows of a second embedding, which tells the first sentence's tokens from the second's (BERT:
+    2); 0: none."""
     embedding_norm: bool = False
     """A norm of the embeddings, before the first block, as in BERT."""
     embedding_dropout: float = Field(0.0, ge=0, lt=1)

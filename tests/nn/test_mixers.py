@@ -92,9 +92,7 @@ def plain(length: int = LENGTH) -> Context:
     return Context(*tables(torch.arange(length).unsqueeze(0)))
 
 
-def packed(
-    positions: Tensor = PACKED, *, by_mask: bool = False, causal: bool = True
-) -> Context:
+def packed(positions: Tensor = PACKED, *, by_mask: bool = False, causal: bool = True) -> Context:
     documents = document_lengths(positions)
     assert documents is not None
     segments = document_numbers(documents, len(positions), positions.device)
