@@ -13,11 +13,12 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from llmnorm.data.examples import Examples
+from llmnorm.data.packed import PackedData
 from llmnorm.optim.state import named_state
 from llmnorm.part import InputError
 from llmnorm.training.checkpoint import Checkpoints, read_meta
 from llmnorm.training.ema import EMA
-from llmnorm.training.objectives.contract import Data
 from llmnorm.training.parallel import Parallel
 
 
@@ -58,7 +59,7 @@ def named_tensors(
 def go_on(
     checkpoints: Checkpoints,
     state: dict[str, torch.Tensor],
-    data: Data,
+    data: PackedData | Examples,
     parallel: Parallel,
     branch_from: Path | None,
 ) -> tuple[Progress, str | None]:
