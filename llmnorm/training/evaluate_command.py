@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from llmnorm.config import ParallelSettings, RunConfig, TrainingSettings
 from llmnorm.doctor import missing_extra, version
 from llmnorm.files import write_whole
+from llmnorm.models.convert import named_weights
 from llmnorm.part import InputError
 from llmnorm.training import benchmark_tasks
 from llmnorm.training.evaluation import evaluate
 from llmnorm.training.heldout import configuration, validation_data
-from llmnorm.training.loading import Source, model_of, open_source
+from llmnorm.training.loading import Source, empty_of, open_source, tokenizer_of
 from llmnorm.training.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -66,6 +67,12 @@ def evaluate_directory(
         config.training if config else TrainingSettings(steps=1),
     )
     try:
+        if parallel.spread and (adapter is not None or asked):
+            raise InputError(
+                f"--{'adapter' if adapter else 'tasks'}: needs the whole model on every process, "
+                f"which sharding '{parallel.sharding}' does not give; launch with "
+                "launch/accelerate/ddp.yaml and parallel.sharding=auto"
+            )
         packed = None
         if config:
             packed = validation_data(
@@ -77,8 +84,10 @@ def evaluate_directory(
                 tokenizer=source.tokenizer,
                 trained_on=source.meta.get("data"),
             )
-        model, tokenizer = model_of(source, path)
-        scored: PreTrainedModel = model.to(parallel.device)
+        tokenizer = tokenizer_of(source, path)
+        model = empty_of(source, "meta").eval()
+        parallel.lay_out(model, lambda modules: source.read_into(named_weights(modules)))
+        scored: PreTrainedModel = model
         if adapter is not None:
             scored = _with_adapter(scored, adapter)
         found: dict[str, Any] = {

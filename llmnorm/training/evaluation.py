@@ -57,7 +57,7 @@ def _evaluate(
         total = torch.zeros(2, dtype=torch.float64)
         for batch in evaluation_batches(packed, index, parallel.rank, parallel.world, micro_batch):
             count = int((batch["shift_labels"] != -100).sum())
-            if count == 0:
+            if count == 0 and not parallel.spread:  # shards are gathered from all processes
                 continue
             with parallel.autocast():
                 loss = model(

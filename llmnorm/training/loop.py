@@ -24,7 +24,8 @@ from llmnorm.data.packed import PackedData
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.flops import flops_per_token
-from llmnorm.models.modeling import LlmNormForCausalLM, build_model, empty_model
+from llmnorm.models.initialization import initialize
+from llmnorm.models.modeling import LlmNormForCausalLM, empty_model
 from llmnorm.nn.norms.running import RunningStatistics
 from llmnorm.optim.groups import split
 from llmnorm.part import InputError
@@ -33,9 +34,10 @@ from llmnorm.training import run_directory
 from llmnorm.training.checkpoint import Checkpoints
 from llmnorm.training.ema import EMA
 from llmnorm.training.evaluation import evaluate
+from llmnorm.training.layout import check, describe
 from llmnorm.training.loading import open_source
 from llmnorm.training.metrics import Metrics
-from llmnorm.training.parallel import Parallel
+from llmnorm.training.parallel import Fill, Parallel, local
 from llmnorm.training.profiling import Profiler
 from llmnorm.training.run_directory import RunDirectory
 from llmnorm.training.run_lock import RunLock
@@ -84,15 +86,17 @@ def train(
         steps = config.training.total_steps(rows, packed.context_length)
 
         # Model, layout, optimizer, schedule.
-        model = _model(config, run, packed, parallel)
-        replica = parallel.prepare(model)
+        model, fill = _model(config, run, packed, parallel)
+        replica = parallel.prepare(model, fill)
         statistics = RunningStatistics(model, parallel.reduce)
         groups = split(model)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
-        optimizer = config.optimizer.build(groups)
+        optimizer = config.optimizer.build(groups, parallel.exchange())
         multipliers = config.optimizer.multipliers(config.schedule.build(steps), steps)
-        ema = EMA(model, config.training.ema) if config.training.ema else None
-        parallel.check()
+        ema = None
+        if config.training.ema:
+            held = {name: local(p.detach()) for name, p in model.named_parameters()}
+            ema = EMA(held, config.training.ema)
 
         # The run directory, and the newest whole checkpoint in it.
         def lock() -> None:
@@ -113,6 +117,7 @@ def train(
         if not dry_run:
             checkpoints.clean()
         state = named_tensors(model, optimizer, ema)
+        written = checkpoints.without_copies(state)
         progress, said = go_on(checkpoints, state, packed, parallel, config.training.branch_from)
         if said:
             _say(parallel, said)
@@ -131,7 +136,11 @@ def train(
             micro_batch=micro_batch,
         )
         batches = loader.batches(progress.row)
-        _say(parallel, f"{parallel.describe()}; {_size(model, groups)}; {steps} steps")
+        _say(
+            parallel,
+            f"{describe(parallel, model, optimizer)}; {_size(model, groups)}; {steps} steps",
+        )
+        check(parallel, model, torch.cat([b["rows"] for b in next(loader.batches(progress.row))]))
         _dry_step(replica, parameters, loader, progress.row, micro_batch, parallel)
         statistics.discard()
         if dry_run:
@@ -183,7 +192,7 @@ def train(
             norm = float(parallel.clip(parameters, config.training.max_grad_norm))
 
             # One reduction serves the loss and the agreement to stop.
-            reduced = torch.stack([loss / parallel.world, loss.new_tensor(stop.exit_code)])
+            reduced = torch.stack([loss, loss.new_tensor(stop.exit_code)])
             mean_loss, stopping = parallel.reduce(reduced).tolist()
             exit_code = round(stopping) and (stop.exit_code or 143)
             for group in optimizer.param_groups:
@@ -254,7 +263,7 @@ def train(
                 with metrics.pause():
                     checkpoints.save(
                         progress.step,
-                        state if parallel.is_main else {},  # replicas hold the same: one writes
+                        written,
                         meta,
                         validation_loss=figures["loss"] if figures else None,
                     )
@@ -266,8 +275,11 @@ def train(
 
 def _model(
     config: RunConfig, run: RunDirectory, packed: PackedData, parallel: Parallel
-) -> LlmNormForCausalLM:
-    """The run's model with its first weights; the same numbers on every process and device."""
+) -> tuple[LlmNormForCausalLM, Fill]:
+    """The run's model, still without values, and what gives it its first weights.
+
+    They are the same numbers on every process and device.
+    """
     rows, pretrained = config.model.vocab_size, config.model.pretrained
     if rows != "auto" and rows < packed.vocab_size:
         if pretrained is not None:
@@ -280,16 +292,15 @@ def _model(
             "leave it out, or give at least that"
         )
     settings = LlmNormConfig.from_settings(config.model, **_tokens(config, packed))
+    model = empty_model(settings, device="meta").train()
     begun = config.training.branch_from is not None or bool(Checkpoints(run.checkpoints).steps())
     if pretrained is None or begun:  # a checkpoint's weights will take the place of these
-        return build_model(settings, seed=config.seed, device=parallel.device).train()
+        return model, lambda modules: initialize(model, seed=config.seed, modules=modules)
     source = open_source(
         pretrained, key="model.pretrained", rank=parallel.rank, world=parallel.world
     )
-    model = empty_model(settings, device=parallel.device)
-    source.read_into(named_weights(model))
     _say(parallel, f"weights from {pretrained}")
-    return model.train()
+    return model, lambda modules: source.read_into(named_weights(modules))
 
 
 def _tokens(config: RunConfig, packed: PackedData) -> dict[str, int]:
@@ -330,7 +341,7 @@ def _forward_backward(
     """Gradients of the global mean loss over this process's micro-batches.
 
     Returns:
-        This process's share of the loss times the number of processes, 0-dim float32.
+        This process's share of the loss, 0-dim float32.
     """
     total = torch.zeros((), device=parallel.device)
     for number, batch in enumerate(micro_batches):
@@ -339,8 +350,7 @@ def _forward_backward(
                 input_ids=batch["input_ids"].to(parallel.device, non_blocking=True),
                 position_ids=batch["position_ids"].to(parallel.device, non_blocking=True),
                 shift_labels=batch["shift_labels"].to(parallel.device, non_blocking=True),
-                # Replicas average their gradients, hence tokens a process.
-                num_items_in_batch=max(labels, 1) / parallel.world,
+                num_items_in_batch=max(labels, 1),
                 use_cache=False,
             ).loss
         loss.backward()

@@ -74,7 +74,8 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     """Our steps: the loss of each."""
     from llmnorm.config import ParallelSettings, TrainingSettings
     from llmnorm.models import LlmNormConfig
-    from llmnorm.models.modeling import build_model
+    from llmnorm.models.initialization import initialize
+    from llmnorm.models.modeling import empty_model
     from llmnorm.optim.groups import split
     from llmnorm.optim.settings import AdamWSettings
     from llmnorm.training import loop
@@ -88,8 +89,8 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     )
     parallel = Parallel(ParallelSettings(compile=cuda), training)
     config = LlmNormConfig(vocab_size=vocabulary, **SHAPE)
-    model = build_model(config, seed=0, device=parallel.device).train()
-    replica = parallel.prepare(model)
+    model = empty_model(config, device="meta").train()
+    replica = parallel.prepare(model, lambda modules: initialize(model, seed=0, modules=modules))
     groups = split(model)
     parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
     optimizer = AdamWSettings(**ADAMW).build(groups)
