@@ -49,9 +49,26 @@ MIXERS: dict[str, dict[str, Any]] = {
     },
     "hydra": {"name": "hydra", "head_dim": 8, "state_size": 3, "conv_kernel": 5},
     "hydra groups": {"name": "hydra", "head_dim": 5, "n_groups": 2, "state_size": 4},
+    **{
+        f"matrix {family}{'' if own else ' learned'}": {
+            **{"name": "matrix", "head_dim": 8, "conv_kernel": 5},
+            "family": {"name": family, "data_dependent": own, **({"qk_dim": 3} if qk else {})},
+        }
+        for family, qk in {
+            **{"toeplitz": False, "vandermonde": True, "cauchy": True},
+            **{"low_rank": True, "attention": True, "quasiseparable": True},
+        }.items()
+        for own in (True, False)
+    },
+    "matrix dense": {"name": "matrix", "head_dim": 10, "family": "dense"},
+    "matrix dft": {"name": "matrix", "head_dim": 5, "family": "dft"},
     "nala both": {"name": "nala", "bidirectional": True, "conv_kernel": 5, "rotary": False},
 }
-CAUSAL = {k: v for k, v in MIXERS.items() if not v.get("bidirectional") and v["name"] != "hydra"}
+CAUSAL = {
+    k: v
+    for k, v in MIXERS.items()
+    if not v.get("bidirectional") and v["name"] not in ("hydra", "matrix")
+}
 PACKED = torch.tensor(
     [
         [0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5],
@@ -63,7 +80,11 @@ PACKED = torch.tensor(
 
 def settings(kv_heads: int = 2) -> ModelSettings:
     return ModelSettings(
-        hidden_size=20, num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=6
+        hidden_size=20,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=6,
+        max_position_embeddings=131,
     )
 
 

@@ -114,35 +114,15 @@ class Hydra(Mixer):
     def mix(self, parameters: HydraParameters, context: Context, cache: None = None) -> Tensor:
         """Both scans, shifted, and the diagonal."""
         p = parameters
-        before = self._shifted_scan(p.forward, p.v, context.segments)
-        flipped = Direction(*(t.flip(1) for t in p.backward))
-        segments = None if context.segments is None else context.segments.flip(1)
-        after = self._shifted_scan(flipped, p.v.flip(1), segments).flip(1)
-        return (before + after + p.delta[..., None] * p.v).to(p.v.dtype)
-
-    def _shifted_scan(self, p: Direction, v: Tensor, segments: Tensor | None) -> Tensor:
-        """Row i is what the state holds of the tokens before i, in i's document."""
-        written = v * p.dt[..., None]
-        y, _ = linear_recurrence(p.C, p.B, written, p.log_decay, segments=segments)
-        y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
-        if segments is None:
-            return y
-        first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-        return y.masked_fill(first[..., None, None], 0)
+        y = scan_both_ways(p.forward, p.backward, p.v, context.segments)
+        return (y + p.delta[..., None] * p.v).to(p.v.dtype)
 
     def materialize(self, parameters: HydraParameters, context: Context) -> Tensor:
         """Strictly lower and upper triangles of rank state_size, and delta between them."""
         p = parameters
         visible = visible_pairs(p.v, context, causal=False)
-        lower = self._shifted_matrix(p.forward)
-        upper = self._shifted_matrix(Direction(*(t.flip(1) for t in p.backward))).flip(2, 3)
         delta = torch.diag_embed(p.delta.transpose(1, 2))
-        return (lower + upper).masked_fill(~visible, 0) + delta
-
-    def _shifted_matrix(self, p: Direction) -> Tensor:
-        visible = causal_mask(p.dt.shape[1], p.dt.device)
-        weights = semiseparable_matrix(*p, visible)
-        return F.pad(weights[:, :, :-1], (0, 0, 1, 0))
+        return triangles(p.forward, p.backward).masked_fill(~visible, 0) + delta
 
     def finish(self, y: Tensor, x: Tensor, parameters: HydraParameters) -> Tensor:
         """Norm, gate, project."""
@@ -153,3 +133,38 @@ class Hydra(Mixer):
         heads = self.groups, self.groups, self.heads
         scans = 2 * flops_per_token(heads, self.state_size, self.head_dim)
         return scans + 2.0 * self.conv1d.kernel * self.parts[1]
+
+
+def scan_both_ways(
+    forward: Direction, backward: Direction, v: Tensor, segments: Tensor | None
+) -> Tensor:
+    """What each token reads of those before and behind it, in float32 or float64."""
+    before = _shifted_scan(forward, v, segments)
+    flipped = None if segments is None else segments.flip(1)
+    return before + _shifted_scan(_flip(backward), v.flip(1), flipped).flip(1)
+
+
+def triangles(forward: Direction, backward: Direction) -> Tensor:
+    """The matrix of `scan_both_ways` for one document, (batch, heads, length, length)."""
+    return _shifted_matrix(forward) + _shifted_matrix(_flip(backward)).flip(2, 3)
+
+
+def _flip(direction: Direction) -> Direction:
+    return Direction(*(t.flip(1) for t in direction))
+
+
+def _shifted_scan(p: Direction, v: Tensor, segments: Tensor | None) -> Tensor:
+    """Row i is what the state holds of the tokens before i, in i's document."""
+    written = v * p.dt[..., None]
+    y, _ = linear_recurrence(p.C, p.B, written, p.log_decay, segments=segments)
+    y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
+    if segments is None:
+        return y
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return y.masked_fill(first[..., None, None], 0)
+
+
+def _shifted_matrix(p: Direction) -> Tensor:
+    visible = causal_mask(p.dt.shape[1], p.dt.device)
+    weights = semiseparable_matrix(*p, visible)
+    return F.pad(weights[:, :, :-1], (0, 0, 1, 0))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from llmnorm.nn.mixers.matrix.settings import Family, FamilySettings, QuasiseparableSettings
 from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from llmnorm.nn.mixers.gla import GatedLinearAttention
     from llmnorm.nn.mixers.hydra import Hydra
     from llmnorm.nn.mixers.linear import LinearAttention
+    from llmnorm.nn.mixers.matrix.mixer import MatrixMixer
     from llmnorm.nn.mixers.nala import NaLa
     from llmnorm.nn.mixers.softmax import SoftmaxAttention
     from llmnorm.nn.mixers.ssd import SSD
@@ -285,6 +287,61 @@ class HydraSettings(_StateSpaceSettings):
         return Hydra(model.hidden_size, **own, **self._shape())
 
 
+class MatrixSettings(MixerSettings):
+    """A mixing matrix of any family of the Hydra paper in one block, for encoders (Hwang et al.
+    2024, arXiv 2407.09941, section 4.1). It has heads of its own, expand * hidden_size / head_dim
+    of them."""
+
+    name: Literal["matrix"] = "matrix"
+    family: Family = QuasiseparableSettings()
+    """What the matrix is made of."""
+    expand: int = Field(2, ge=1)
+    """Inner width over hidden_size."""
+    head_dim: int = Field(128, ge=1)
+    """Width of a head's values."""
+    conv_kernel: int = Field(7, ge=1)
+    """Width, odd, of the symmetric convolution of all that is projected but the gate."""
+    norm_eps: float = Field(1e-5, ge=0)
+    """Added inside the norm after mixing."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether it can serve a causal language model."""
+        return False
+
+    @field_validator("conv_kernel")
+    @classmethod
+    def _has_a_middle(cls, kernel: int) -> int:
+        if not kernel % 2:
+            raise ValueError(f"must be odd, got {kernel}; e.g. {kernel + 1}")
+        return kernel
+
+    def check(self, model: "ModelSettings") -> None:
+        """Whole heads."""
+        inner = self.expand * model.hidden_size
+        if inner % self.head_dim:
+            raise ValueError(
+                f"mixer 'matrix': head_dim {self.head_dim} does not divide expand * hidden_size = "
+                f"{inner}"
+            )
+
+    def build(self, model: "ModelSettings", layer: int) -> "MatrixMixer":
+        """The mixer of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.mixers.matrix.mixer import MatrixMixer
+
+        assert isinstance(self.family, FamilySettings)
+        heads = self.expand * model.hidden_size // self.head_dim
+        family = self.family.build(heads, self.head_dim, model.max_position_embeddings)
+        return MatrixMixer(
+            model.hidden_size,
+            family,
+            heads=heads,
+            head_dim=self.head_dim,
+            conv_kernel=self.conv_kernel,
+            norm_eps=self.norm_eps,
+        )
+
+
 class GLASettings(MixerSettings):
     """Gated linear attention: a decay for each channel of the key (Yang et al. 2023, arXiv
     2312.06635). It has heads of its own."""
@@ -393,6 +450,7 @@ Mixer = Annotated[
     | NaLaSettings
     | SSDSettings
     | HydraSettings
+    | MatrixSettings
     | GLASettings
     | GatedDeltaSettings,
     Part(default="softmax", many=True),
