@@ -23,9 +23,11 @@ class Attention(QueryKeyFamily):
 
     def matrix(self, made: QueriesKeys, v: Tensor, context: Context) -> Tensor:
         """The weights."""
-        scores = torch.einsum("bihd,bjhd->bhij", made.q, made.k).to(wide_dtype(v.dtype))
-        scores = scores / math.sqrt(self.qk_dim)
-        return scores.masked_fill(~_mask(v, context), -torch.inf).softmax(-1)
+        wide = wide_dtype(v.dtype)
+        with torch.autocast(v.device.type, enabled=False):
+            q, k = (t.to(wide) for t in made)
+            scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(self.qk_dim)
+            return scores.masked_fill(~_mask(v, context), -torch.inf).softmax(-1)
 
     def mix(self, made: QueriesKeys, v: Tensor, context: Context) -> Tensor:
         """By torch's kernels, unless one matrix serves all rows."""

@@ -37,8 +37,8 @@ class LowRank(QueryKeyFamily):
 
     def matrix(self, made: QueriesKeys, v: Tensor, context: Context) -> Tensor:
         """Products of queries and keys."""
-        weights = torch.einsum("bihd,bjhd->bhij", made.q, made.k).to(wide_dtype(v.dtype))
-        weights = weights / self._root(v, context).transpose(1, 2)
+        q, k = (t.to(wide_dtype(v.dtype)) for t in made)
+        weights = torch.einsum("bihd,bjhd->bhij", q, k) / self._root(v, context).transpose(1, 2)
         return weights.masked_fill(~visible_pairs(v, context, causal=False), 0)
 
     def mix(self, made: QueriesKeys, v: Tensor, context: Context) -> Tensor:
