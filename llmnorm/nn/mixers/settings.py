@@ -58,6 +58,19 @@ class SoftmaxSettings(MixerSettings):
     """Added to the mean square in that norm."""
     sliding_window: int | None = Field(None, ge=1)
     """Tokens that a query sees, itself included; all before it if not given (Mistral)."""
+    bidirectional: bool = False
+    """Look at later tokens too, as an encoder does."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether it can serve a causal language model."""
+        return not self.bidirectional
+
+    @model_validator(mode="after")
+    def _windows_look_back(self) -> Self:
+        if self.bidirectional and self.sliding_window is not None:
+            raise ValueError("sliding_window is of tokens before; leave it or bidirectional out")
+        return self
 
     @property
     def layer_type(self) -> str:
@@ -77,6 +90,7 @@ class SoftmaxSettings(MixerSettings):
             output_bias=self.attention_bias is True,
             qk_norm_eps=self.qk_norm_eps if self.qk_norm else None,
             sliding_window=self.sliding_window,
+            causal=self.causal,
         )
 
 
@@ -266,6 +280,9 @@ class HydraSettings(_StateSpaceSettings):
     """Width of keys and queries (B and C)."""
     conv_kernel: int = Field(7, ge=1)
     """Width, odd, of the symmetric convolution of x, B and C."""
+    combination: Literal["quasiseparable", "add", "concat"] = "quasiseparable"
+    """How the two directions come together: `add` and `concat` are the paper's ablations (table 3),
+    which sum both scans, or project them side by side, without shift and free diagonal."""
 
     @property
     def causal(self) -> bool:
@@ -283,7 +300,8 @@ class HydraSettings(_StateSpaceSettings):
         """The mixer of one layer (counted from 0) of `model`."""
         from llmnorm.nn.mixers.hydra import Hydra
 
-        own: dict[str, Any] = {"state_size": self.state_size, "conv_kernel": self.conv_kernel}
+        keys = ("state_size", "conv_kernel", "combination")
+        own = {key: getattr(self, key) for key in keys}
         return Hydra(model.hidden_size, **own, **self._shape())
 
 

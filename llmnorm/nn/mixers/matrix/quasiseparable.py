@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, visible_pairs
-from llmnorm.nn.mixers.hydra import Direction, scan_both_ways, triangles
+from llmnorm.nn.mixers.hydra import Direction, both_scans, both_triangles
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token
 from llmnorm.nn.mixers.matrix.family import Family, places
 from llmnorm.nn.mixers.ssd import initial_dt_bias, time_steps
@@ -81,13 +81,14 @@ class Quasiseparable(Family):
     def matrix(self, made: Made, v: Tensor, context: Context) -> Tensor:
         """The two triangles, and delta between them."""
         visible = visible_pairs(v, context, causal=False)
-        beside = triangles(made.forward, made.backward).masked_fill(~visible, 0)
-        return beside + torch.diag_embed(made.delta.transpose(1, 2))
+        lower, upper = both_triangles(made.forward, made.backward)
+        delta = torch.diag_embed(made.delta.transpose(1, 2))
+        return (lower + upper).masked_fill(~visible, 0) + delta
 
     def mix(self, made: Made, v: Tensor, context: Context) -> Tensor:
         """Both scans, and the diagonal."""
-        y = scan_both_ways(made.forward, made.backward, v, context.segments)
-        return (y + made.delta[..., None] * v).to(v.dtype)
+        before, behind = both_scans(made.forward, made.backward, v, context.segments)
+        return (before + behind + made.delta[..., None] * v).to(v.dtype)
 
     def flops_per_token(self, context_length: int, head_dim: int) -> float:
         """Both scans."""
