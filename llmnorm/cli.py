@@ -92,6 +92,8 @@ def data(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from llmnorm.config_file import load
 
     config, _ = _numbers(_told(load(parsed.config, overrides)))
+    if not config.objective.packs:
+        raise InputError("data: a classification reads its files as it begins; nothing to prepare")
 
     from llmnorm.data import packing, report
 

@@ -5,6 +5,7 @@ thing itself (training/objectives/), which the loop, the evaluation and `llmnorm
 and figures. Nothing else knows which objective a run has.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -15,6 +16,7 @@ from llmnorm.part import Part, Settings, part_name
 if TYPE_CHECKING:
     from llmnorm.config import RunConfig
     from llmnorm.training.objectives.causal_lm import CausalLM
+    from llmnorm.training.objectives.classification import Classification
     from llmnorm.training.objectives.contract import Objective as Built
     from llmnorm.training.objectives.masked_lm import MaskedLM
 
@@ -28,6 +30,8 @@ class ObjectiveSettings(Settings):
     """The model class that it trains."""
     keeps_head: ClassVar[bool] = True
     """Whether it goes on with the head of a pretrained model of that class."""
+    packs: ClassVar[bool] = True
+    """Whether its rows are packed text, which `llmnorm data` prepares."""
 
     def refusal(self, config: "RunConfig") -> str | None:
         """Why this run cannot have it; None if it can."""
@@ -119,7 +123,57 @@ class MaskedLMSettings(ObjectiveSettings):
         return MaskedLM(config, self, alone=alone, command=command)
 
 
-Objective = Annotated[CausalLMSettings | MaskedLMSettings, Part(default="causal_lm")]
+class ClassificationSettings(ObjectiveSettings):
+    """The class of a text or of a pair of texts, or a number for it: fine-tuning on labelled files
+    (Devlin et al. 2019, BERT, arXiv 1810.04805, section 4.1)."""
+
+    name: Literal["classification"] = "classification"
+    architecture = "LlmNormForSequenceClassification"
+    keeps_head = False
+    packs = False
+    train: Path
+    """The examples to train on: .jsonl, .json, .csv or .tsv with a line of names."""
+    validation: Path
+    """The examples to evaluate on."""
+    text_field: str = "sentence"
+    """The field of an example that holds the text."""
+    pair_field: str | None = None
+    """The field of the second text, where examples are pairs."""
+    label_field: str = "label"
+    """The field of the label."""
+    labels: list[str] | None = None
+    """The classes in their order; left out, those of `train`, sorted."""
+    regression: bool = False
+    """Labels are numbers to be met, by the squared error, and no classes."""
+
+    def refusal(self, config: "RunConfig") -> str | None:
+        """What belongs to packed text, labels that are none."""
+        if self.regression and self.labels is not None:
+            return "objective.labels are of classes; a regression has none"
+        if self.labels is not None and len(set(self.labels)) != max(2, len(self.labels)):
+            return "objective.labels must be at least two, each given once"
+        for name, field in type(config.data).model_fields.items():
+            given = getattr(config.data, name) != field.default
+            if given and name not in ("context_length", "seed"):
+                return f"data.{name}: a classification reads objective.train; leave it out"
+        if config.evaluation.prompts:
+            return "evaluation.prompts are continued, which 'classification' cannot; leave them out"
+        return None
+
+    def uses(self, run: str) -> str:
+        """What one does with the trained run at this path, a line."""
+        return f"use elsewhere: llmnorm export {run} DIR"
+
+    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Classification":
+        """The objective on its files."""
+        from llmnorm.training.objectives.classification import Classification
+
+        return Classification(config, self)
+
+
+Objective = Annotated[
+    CausalLMSettings | MaskedLMSettings | ClassificationSettings, Part(default="causal_lm")
+]
 
 
 def _first_mixer(model: ModelSettings) -> str:
