@@ -17,6 +17,11 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.yaml"
+# What makes the smoke run one of masked tokens.
+MASKED = [
+    *("objective=masked_lm", "tokenizer.mask=true", "model.mixer=hydra"),
+    *("model.mixer.head_dim=32", "model.mixer.state_size=8", "model.mlp=none"),
+]
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["llmnorm.cli", "llmnorm.training.loop", "accelerate"])
