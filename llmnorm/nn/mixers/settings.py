@@ -307,7 +307,7 @@ class HydraSettings(_StateSpaceSettings):
 
 class MatrixSettings(MixerSettings):
     """A mixing matrix of any family of the Hydra paper in one block, for encoders (Hwang et al.
-    2024, arXiv 2407.09941, section 4.1). It has heads of its own, expand * hidden_size / head_dim
+    2024, arXiv 2407.09941, table 1). It has heads of its own, expand * hidden_size / head_dim
     of them."""
 
     name: Literal["matrix"] = "matrix"

@@ -1,6 +1,6 @@
 """What a family of mixing matrices is, and what families share.
 
-Source: Hwang, Lahoti, Dao, Gu 2024 (arXiv 2407.09941), section 2 and table 1. A family is
+Source: Hwang, Lahoti, Dao, Gu 2024 (arXiv 2407.09941), table 1. A family is
 data-dependent (a token brings the numbers of its row and column) or not (they are learned for each
 position, in tables that end at the longest document).
 

@@ -1,6 +1,6 @@
 """The matrix mixer: y = M v for a matrix of any family, in one block for all of them.
 
-Source: Hwang, Lahoti, Dao, Gu 2024 (arXiv 2407.09941), section 4.1 and appendix D, and the official
+Source: Hwang, Lahoti, Dao, Gu 2024 (arXiv 2407.09941), table 1 and appendix D.2, and the official
 module (goombalab/hydra, hydra/modules/matrix_mixer.py), whose parameter names these are. One
 projection gives the gate z, the values and what the family's matrix is made of; all but z and time
 steps pass a symmetric depthwise convolution, the values silu as well; the output is

@@ -1,6 +1,6 @@
 """The quasiseparable family: Hydra's matrix, with B and C shared by directions and heads.
 
-Source: Hwang et al. 2024 (arXiv 2407.09941), proposition 3.7 and section 4.1; hydra.py says what
+Source: Hwang et al. 2024 (arXiv 2407.09941), proposition 3.7; hydra.py says what
 the matrix is. Its diagonal, delta = fc_D(v) + D, stands for the identity that other families add.
 
 Shapes: B and C (batch or 1, length, 1, heads * qk_dim), one group for all heads; dt (batch, length,

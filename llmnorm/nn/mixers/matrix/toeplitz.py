@@ -85,9 +85,9 @@ class Toeplitz(Family):
             last = self.fixed - 1
             distance = torch.where(distance == last, -last, distance + 1)
         token = _tokens_at(place, visible[:, 0]).gather(2, distance.abs())
+        which = torch.where(distance >= 0, token, token + place.shape[1])
         row = torch.arange(len(made.forward), device=v.device)[:, None, None]
-        forward, reverse = (taps[row, token] for taps in made)
-        taps = torch.where((distance >= 0)[..., None], forward, reverse).permute(0, 3, 1, 2)
+        taps = torch.cat(made, 1)[row, which].permute(0, 3, 1, 2)
         root = root_of_length(v, context, self.fixed)[:, None, :, None]
         return (taps.to(wide_dtype(v.dtype)) * 0.5 / root).masked_fill(~visible, 0)
 

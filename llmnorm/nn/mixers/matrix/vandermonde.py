@@ -1,6 +1,6 @@
 """The Vandermonde family: waves over the positions; and its fixed form, the Fourier transform.
 
-Source: Hwang et al. 2024 (arXiv 2407.09941), table 1 and section 4.1, in the real form of the
+Source: Hwang et al. 2024 (arXiv 2407.09941), table 1, in the real form of the
 official code, where both rows and columns have frequencies:
   M_ij = sum_c [cos(2 pi eps q_ic j) - cos(2 pi eps k_jc i)] / sqrt(2 qk_dim length),
 data-dependent, eps learned (`log_eps`, 1e-3 at first; the paper has none, the official code keeps
