@@ -2,13 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.running import ROOT, SMOKE, llmnorm, metrics_of, state_of
+from llmnorm.training import checkpoint
+from tests.distributed.processes import run as run_processes
+from tests.running import ROOT, SMOKE, assert_same_run, llmnorm, metrics_of, state_of
 
 COMMON = ["schedule=constant", "evaluation.every=5", "checkpoint.every=5", "training.ema=0.9"]
 SHARDINGS = ["ddp", "fsdp2"]
@@ -106,6 +112,52 @@ def test_eval_under_the_same_file_gives_the_last_validation_again(two) -> None:
         found = json.loads((two / "eval" / "step_00000005.json").read_text())["validation"]
         (line,) = [line for line in metrics_of(two) if "validation" in line]
         assert found["loss"] == line["validation"]["loss"]
+
+
+def test_a_sharded_run_is_exported_from_its_files(two, tmp_path) -> None:
+    """Oracle: the rows that each process wrote."""
+    assert len(list((two / "checkpoints" / "step_00000005").glob("*.safetensors"))) == (
+        2 if "fsdp2" in str(two) else 1
+    )
+    llmnorm("export", two, tmp_path / "exported")
+    found = load_file(tmp_path / "exported" / "model.safetensors")
+    state = state_of(two, 5)
+    expected = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def trains(directory: Path, rank: int, world: int, *, words: list[str], dies: bool) -> int:
+    """A command on every process; one is killed in the middle of its second checkpoint's file."""
+    from llmnorm.cli import main
+
+    real, files = checkpoint.write_file, []
+
+    def die(path: Path, parts: Any) -> Any:
+        files.append(path)
+        if len(files) < 2:
+            return real(path, parts)
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if dies and rank == 1:
+        checkpoint.write_file = die
+    os.chdir(ROOT)
+    return main(words)
+
+
+def test_a_killed_sharded_run_goes_on_to_the_same_numbers(two, tmp_path, smoke_data) -> None:
+    """Oracle: the run that was not stopped, to the bit; kill -9 of one process while it saves."""
+    if "fsdp2" not in str(two):
+        return
+    words = ["train", str(SMOKE), f"run_dir={tmp_path}/run", f"data.dir={smoke_data}", *COMMON]
+    words += ["training.steps=5", "training.micro_batch=4", "checkpoint.every=2"]
+    words += ["parallel.sharding=fsdp2"]
+    first, second = run_processes(partial(trains, words=words, dies=True), tmp_path / "killed")
+    assert second == -signal.SIGKILL and first not in (0, 2)
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000004").exists()
+    assert run_processes(partial(trains, words=words, dies=False), tmp_path / "on") == [0, 0]
+    assert_same_run(tmp_path / "run", two, 5)
 
 
 def test_a_run_of_two_goes_on_with_one(two, one, start) -> None:
