@@ -6,12 +6,15 @@ Real processes over gloo train the tests' tiny model; a figure is the largest di
 weight from one process's. In float64 the limit is 1e-9 (SOAP, whose bases are eigenvectors: 1e-7).
 In float32 the yardstick stands beside it: how far two runs of one process are from each other that
 cut a step's rows into 1 and into W micro-batches; the limit is 3 times that, and 2e-6 for AdamW and
-Muon after 5 steps. One launch a column runs all optimizers.
+Muon after 5 steps. SOAP turns rounding into other eigenvectors wherever two eigenvalues are close,
+in one cut and not in another, so its limit is 3 times the largest of all cuts. One launch a column
+runs all optimizers.
 """
 
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from tests.distributed.tiny import OPTIMIZERS, Run
 # (sharding, processes, replicas)
 CELLS = [(kind, world, 1) for kind in ("ddp", "fsdp2") for world in (2, 3, 4)] + [("hsdp", 4, 2)]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-SOON = 5  # steps
+SOON, AT_ONCE = 5, ("adamw", "muon")  # steps, and whose
 LIMITS = {"float64": 1e-9, "soap": 1e-7, "soon": 2e-6, "times the yardstick": 3}
 Weights = dict[str, Tensor]
 
@@ -106,24 +109,26 @@ def main(arguments: list[str] | None = None) -> int:
                     }
                 )
     for row in figures:
-        row["holds"] = _holds(row)
+        same = [one for one in figures if one["optimizer"] == row["optimizer"]]
+        chosen = same if row["optimizer"] == "soap" else [row]
+        row["holds"] = _holds(row, max(one["yardstick"] for one in chosen))
     title = f"Sharded runs against one process, {options.steps} steps"
     publish(options.out, title, _tables(figures), {"limits": LIMITS, "cells": figures})
     return 0 if all(row["holds"] for row in figures) else 1
 
 
-def _holds(row: dict[str, Any]) -> bool:
+def _holds(row: dict[str, Any], yardstick: float) -> bool:
     exact = row["float64"] <= LIMITS.get(row["optimizer"], LIMITS["float64"])
-    soon = row["soon"] <= LIMITS["soon"] or row["optimizer"] not in ("adamw", "muon")
-    return exact and soon and row["float32"] <= LIMITS["times the yardstick"] * row["yardstick"]
+    soon = row["soon"] <= LIMITS["soon"] or row["optimizer"] not in AT_ONCE
+    return exact and soon and row["float32"] <= LIMITS["times the yardstick"] * yardstick
 
 
 def _tables(figures: list[dict[str, Any]]) -> list[Table]:
     columns = [f"{sharding} {world}" for sharding, world, _ in CELLS]
 
-    def table(title: str, cell: Any) -> Table:
+    def table(title: str, cell: Any, names: Iterable[str] = OPTIMIZERS) -> Table:
         rows = []
-        for name in OPTIMIZERS:
+        for name in names:
             mine = [row for row in figures if row["optimizer"] == name]
             rows.append([name, *map(cell, mine)])
         return Table(title, ["optimizer", *columns], rows)
@@ -137,6 +142,7 @@ def _tables(figures: list[dict[str, Any]]) -> list[Table]:
             "float32, and the yardstick beside it",
             lambda row: f"{row['float32']:.0e} / {row['yardstick']:.0e}",
         ),
+        table(f"float32 after {SOON} steps", lambda row: f"{row['soon']:.0e}", AT_ONCE),
     ]
 
 
