@@ -17,6 +17,7 @@ from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.optim.settings import AdamWSettings, CosineSettings, Optimizer, Schedule
 from llmnorm.part import Settings
+from llmnorm.training.settings import CausalLMSettings, Objective, ObjectiveSettings
 
 Count = Annotated[int, Field(ge=1)]
 # accelerate's trackers, which cannot be asked for here without importing torch; a test compares.
@@ -98,7 +99,8 @@ class TrainingSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Validation: loss, perplexity and bits per byte of every source. Always done at the end."""
+    """Validation: the objective's figures (loss, perplexity and bits per byte; of masked tokens
+    loss and accuracy; a classification's scores) of every source. Always done at the end."""
 
     every: Count | None = None
     """Steps between two evaluations; left out, only at the end."""
@@ -107,7 +109,8 @@ class EvaluationSettings(Settings):
     prompts: list[str] = []
     """Texts to continue at every evaluation, with the sampling of `generation` and fixed noise."""
     samples: int = Field(default=2, ge=0)
-    """Without `prompts`: how many validation rows' first tokens are continued instead; 0: none."""
+    """Without `prompts`: how many validation rows' first tokens are continued instead; 0: none.
+    Other objectives than causal_lm continue nothing."""
     sample_tokens: Count = 32
     """Tokens generated at most for each of them."""
 
@@ -207,6 +210,8 @@ class RunConfig(Settings):
     """Text to tokens."""
     model: RunModelSettings = RunModelSettings()
     """The transformer."""
+    objective: Objective = CausalLMSettings()
+    """What is learned from the rows."""
     optimizer: Optimizer = AdamWSettings()
     """The update rule."""
     schedule: Schedule = CosineSettings()
@@ -234,6 +239,10 @@ class RunConfig(Settings):
         warmup, steps = getattr(self.schedule, "warmup", 0), self.training.steps
         if steps is not None and warmup >= max(steps, 2):
             raise ValueError(f"schedule.warmup {warmup} is not less than training.steps {steps}")
+        if isinstance(self.objective, ObjectiveSettings):
+            why = self.objective.refusal(self)
+            if why is not None:
+                raise ValueError(why)
         return self
 
     def automatic(self) -> list[str]:

@@ -19,6 +19,11 @@ from llmnorm.training.checkpoint_format import copy_into, read_manifest
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.yaml"
+# What makes the smoke run one of masked tokens.
+MASKED = [
+    *("objective=masked_lm", "tokenizer.mask=true", "model.mixer=hydra"),
+    *("model.mixer.head_dim=32", "model.mixer.state_size=8", "model.mlp=none"),
+]
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["llmnorm.cli", "llmnorm.training.loop", "accelerate"])

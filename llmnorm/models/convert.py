@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.models.modeling import class_of
 from llmnorm.part import InputError, nearest
 
 MAX_SHARD_BYTES = 2_000_000_000
@@ -104,7 +104,7 @@ def check_weights(config: LlmNormConfig, tensors: Mapping[str, Stored], where: P
         InputError: a tensor is missing, has another shape, or has no place in the model.
     """
     with torch.device("meta"):
-        wanted = named_weights(LlmNormForCausalLM(config))
+        wanted = named_weights(class_of(config)(config))
     if missing := [name for name in wanted if name not in tensors]:
         hint = nearest(missing[0], list(tensors)[:1000])
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

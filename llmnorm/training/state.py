@@ -13,13 +13,13 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from llmnorm.data.packed import PackedData
 from llmnorm.models.convert import named_weights
 from llmnorm.optim.state import named_state
 from llmnorm.part import InputError
 from llmnorm.training.checkpoint import Checkpoints, Interval, State, held, read_meta
 from llmnorm.training.checkpoint_format import as_interval
 from llmnorm.training.ema import EMA
+from llmnorm.training.objectives.contract import Data
 from llmnorm.training.parallel import Parallel
 
 
@@ -31,7 +31,7 @@ class Progress:
     row: int = 0
     """Number of the next row, counted from the run's first."""
     tokens: int = 0
-    """Labels charged so far, over all processes."""
+    """Trained on so far, over all processes: labels of text, tokens read by an encoder."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
@@ -62,7 +62,7 @@ def named_tensors(
 def go_on(
     checkpoints: Checkpoints,
     state: State,
-    packed: PackedData,
+    data: Data,
     parallel: Parallel,
     branch_from: Path | None,
 ) -> tuple[Progress, str | None]:
@@ -81,10 +81,10 @@ def go_on(
     else:
         return Progress(), None
     meta = read_meta(path)
-    if meta["data"] != packed.identity:
+    if meta["data"] != data.identity:
         raise InputError(
             f"{path}: was trained on the data {meta['data']}, this run's data is now "
-            f"{packed.identity} ({packed.directory}); restore the corpus or start a new run_dir"
+            f"{data.identity} ({data.directory}); restore the corpus or start a new run_dir"
         )
     here, there = environment(parallel), meta["environment"]
     changed = [f"{k} {there[k]} -> {here[k]}" for k in here if here[k] != there.get(k, here[k])]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from llmnorm.training import checkpoint
 from tests.distributed.processes import run as run_processes
-from tests.running import ROOT, SMOKE, assert_same_run, llmnorm, metrics_of, state_of
+from tests.running import MASKED, ROOT, SMOKE, assert_same_run, llmnorm, metrics_of, state_of
 
 COMMON = ["schedule=constant", "evaluation.every=5", "checkpoint.every=5", "training.ema=0.9"]
 SHARDINGS = ["ddp", "fsdp2"]
@@ -167,6 +167,22 @@ def test_a_run_of_two_goes_on_with_one(two, one, start) -> None:
     for found, other in zip(metrics_of(two), metrics_of(one), strict=True):
         if "loss" in found:
             assert found["loss"] == pytest.approx(other["loss"], rel=5e-6)
+
+
+def test_masks_and_their_loss_are_those_of_one_process(start, tmp_path, smoke_data) -> None:
+    """Oracle: one process, which masks and averages over the whole batch at once."""
+    words = [*MASKED, f"data.dir={smoke_data}", "training.steps=3", "evaluation.every=3"]
+    one, two = (f"run_dir={tmp_path}/{name}" for name in ("one", "two"))
+    assert start("train", SMOKE, one, *words).finish() == 0
+    done = launch("ddp", "train", SMOKE, two, *words, "training.micro_batch=4")
+    assert done.returncode == 0, done.stderr
+    alone, together = (metrics_of(tmp_path / name) for name in ("one", "two"))
+    for line, other in zip(alone, together, strict=True):
+        assert line["tokens"] == other["tokens"]
+        found = [line, other] if "loss" in line else [line["validation"], other["validation"]]
+        for key in ("loss", "grad_norm", "accuracy"):
+            if key in found[0]:
+                assert found[0][key] == pytest.approx(found[1][key], rel=1e-5)
 
 
 def test_what_several_processes_cannot_do_is_said_once(tmp_path) -> None:

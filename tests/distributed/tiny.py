@@ -19,6 +19,7 @@ from llmnorm.optim.groups import split
 from llmnorm.optim.settings import Optimizer
 from llmnorm.training import loop
 from llmnorm.training.checkpoint import Checkpoints, Interval
+from llmnorm.training.objectives.contract import MicroBatch
 from llmnorm.training.parallel import Parallel
 from llmnorm.training.state import named_tensors
 
@@ -111,17 +112,20 @@ class Run:
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(3, 40, (ROWS, LENGTH), generator=generator)
         ids = ids[self.rows(step) - step * ROWS]
-        micro_batches = [
-            {
-                "input_ids": part,
-                "shift_labels": nn.functional.pad(part[:, 1:], (0, 1), value=-100),
-                "position_ids": torch.arange(LENGTH).expand(len(part), -1),
-            }
-            for part in ids.chunk(self.micro_batches)
-        ]
-        labels = loop._count_labels(micro_batches, self.parallel)
+        micro_batches = [self._asked(part) for part in ids.chunk(self.micro_batches)]
+        labels, _ = loop._count(micro_batches, self.parallel)
         loss = loop._forward_backward(self.replica, micro_batches, labels, self.parallel)
         return float(self.parallel.reduce(loss))
+
+    def _asked(self, ids: Tensor) -> MicroBatch:
+        """The next tokens; of an encoder the tokens themselves."""
+        positions = torch.arange(LENGTH).expand(len(ids), -1)
+        inputs = {"input_ids": ids, "position_ids": positions, "labels": ids}
+        if self.model.model.causal:
+            del inputs["labels"]
+            inputs["shift_labels"] = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        labels = int((inputs.get("shift_labels", ids) != -100).sum())
+        return MicroBatch(inputs, labels, labels, rows=ids[:, 0])
 
     def train(
         self, first: int, last: int, after: Callable[[int], None] = lambda step: None

@@ -79,6 +79,7 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     from llmnorm.optim.groups import split
     from llmnorm.optim.settings import AdamWSettings
     from llmnorm.training import loop
+    from llmnorm.training.objectives.contract import MicroBatch
     from llmnorm.training.parallel import Parallel
 
     cuda = device == "cuda"
@@ -99,8 +100,9 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     while True:
         ids = rows(vocabulary, count, step)
         labels = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-        batch = {"input_ids": ids, "position_ids": positions, "shift_labels": labels}
-        items = loop._count_labels([batch], parallel)
+        inputs = {"input_ids": ids, "position_ids": positions, "shift_labels": labels}
+        items = int((labels != -100).sum())
+        batch = MicroBatch(inputs, items, items, torch.arange(count))
         loss = loop._forward_backward(replica, [batch], items, parallel)
         float(parallel.clip(parameters, 1.0))
         optimizer.step()
