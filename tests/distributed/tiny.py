@@ -49,11 +49,11 @@ CONFIG = {
 ROWS, LENGTH = 24, 12
 
 
-def settings_of(name: str) -> Any:
+def settings_of(name: str, lr: float = 1e-2) -> Any:
     """Of an optimizer of the table; products of matrices in full precision."""
     kind, keys = OPTIMIZERS[name]
     precision = {"precision": "fp32"} if "precision" in KINDS[kind].model_fields else {}
-    return KINDS[kind](lr=1e-2, **(precision | keys))
+    return KINDS[kind](lr=lr, **(precision | keys))
 
 
 def tensor_of(part: Tensor | Interval) -> Tensor:
@@ -71,6 +71,7 @@ class Run:
         frozen: how the names end of parameters that are not trained.
         micro_batches: how many a process cuts its rows of a step into.
         dtype: of the weights.
+        lr: the matrices' learning rate.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Run:
         frozen: tuple[str, ...] = (),
         micro_batches: int = 2,
         dtype: torch.dtype = torch.float64,
+        lr: float = 1e-2,
     ) -> None:
         self.parallel = Parallel(
             ParallelSettings(sharding=sharding, replicas=replicas),
@@ -99,7 +101,7 @@ class Run:
         self.statistics = RunningStatistics(self.model, self.parallel.reduce)
         groups = split(self.model)
         self.parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
-        self.optimizer = settings_of(optimizer).build(groups, self.parallel.exchange())
+        self.optimizer = settings_of(optimizer, lr).build(groups, self.parallel.exchange())
         self.state = named_tensors(self.model, self.optimizer, None)
 
     def rows(self, step: int) -> Tensor:

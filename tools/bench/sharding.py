@@ -2,7 +2,7 @@
 
 usage: python tools/bench/sharding.py [--steps 20] [--out docs/results/sharding.json]
 
-Real processes over gloo train the tests' tiny model; a figure is the largest difference of any
+Real processes over gloo train the tests' tiny model (lr 0.001, clipped); a figure is the largest difference of any
 weight from one process's. In float64 the limit is 1e-9 (SOAP, whose bases are eigenvectors: 1e-7).
 In float32 the yardstick stands beside it: how far two runs of one process are from each other that
 cut a step's rows into 1 and into W micro-batches; the limit is 3 times that, and 2e-6 for AdamW and
@@ -30,6 +30,7 @@ from tests.distributed.tiny import OPTIMIZERS, Run
 # (sharding, processes, replicas)
 CELLS = [(kind, world, 1) for kind in ("ddp", "fsdp2") for world in (2, 3, 4)] + [("hsdp", 4, 2)]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
+LR = 1e-3
 SOON, AT_ONCE = 5, ("adamw", "muon")  # steps, and whose
 LIMITS = {"float64": 1e-9, "soap": 1e-7, "soon": 2e-6, "times the yardstick": 3}
 Weights = dict[str, Tensor]
@@ -57,7 +58,7 @@ def column(
     sharded.BUCKET_BYTES = 4096  # several buckets
     for name in OPTIMIZERS:
         for precision, dtype in DTYPES.items():
-            one = Run(sharding, name, replicas, micro_batches=1, dtype=dtype)
+            one = Run(sharding, name, replicas, micro_batches=1, dtype=dtype, lr=LR)
             found = trained(one, steps)
             if rank == 0:
                 torch.save(found, directory.parent / f"{name} {precision}")
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     cuts = sorted({1, *(world for _, world, _ in CELLS)})
     alone: dict[str, Any] = {
         f"{name} {precision} {cut}": trained(
-            Run("none", name, micro_batches=cut, dtype=dtype), options.steps
+            Run("none", name, micro_batches=cut, dtype=dtype, lr=LR), options.steps
         )
         for name in OPTIMIZERS
         for precision, dtype in DTYPES.items()
