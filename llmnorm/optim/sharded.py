@@ -251,18 +251,14 @@ class ShardedRuleOptimizer(RuleOptimizer):
         return wait
 
     def _all_gather(self, send: Tensor, sizes: list[int]) -> Callable[[], Tensor]:
-        longest = max(sizes)
-        padded = torch.nn.functional.pad(send, (0, longest - len(send)))
-        received = send.new_empty(longest * self.world)
-        work = dist.all_gather_into_tensor(
-            received, padded, group=self.exchange.group, async_op=True
-        )
+        padded = torch.nn.functional.pad(send, (0, max(sizes) - len(send)))
+        received = [torch.empty_like(padded) for _ in sizes]
+        work = dist.all_gather(received, padded, group=self.exchange.group, async_op=True)
 
         def wait() -> Tensor:
-            assert padded is not None
+            assert padded is not None  # in memory until it has been sent
             work.wait()
-            parts = received.split(longest)
-            return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+            return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
 
         return wait
 

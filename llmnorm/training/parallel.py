@@ -119,13 +119,11 @@ class Parallel:
             model.model.fixed_shapes = True
         self._model = self.lay_out(model, fill)
         if self.sharding == "ddp":
-            self._model = DistributedDataParallel(
-                model,
-                device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # running statistics are sums over processes already
-            )
-            self._model.register_comm_hook(None, _sum)
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            replica = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
+            replica.broadcast_buffers = False  # running statistics are sums over processes already
+            replica.register_comm_hook(None, _sum)
+            self._model = replica
         return self._model
 
     def lay_out(self, model: "LlmNormForCausalLM", fill: Fill) -> nn.Module:
@@ -133,19 +131,17 @@ class Parallel:
 
         A block is filled and sharded before the next is, so that no process ever holds the whole.
         """
-        blocks = {id(block) for block in model.model.layers}
-        modules = dict(model.named_modules())
-        for name, block in modules.items():
-            if id(block) in blocks and self._mesh is not None:
-                inside = {f"{name}.{n}".removesuffix("."): m for n, m in block.named_modules()}
-                self._materialize(inside)
-                fill(inside)
-                fully_shard(block, mesh=self._shards())
-                modules = {n: m for n, m in modules.items() if n not in inside}
-        self._materialize(modules)
+        rest = dict(model.named_modules())
+        for number, block in enumerate(model.model.layers if self.spread else []):
+            name = f"model.layers.{number}"
+            inside = {n: rest.pop(n) for n in [*rest] if n == name or n.startswith(f"{name}.")}
+            self._materialize(inside)
+            fill(inside)
+            fully_shard(block, mesh=self._shards())
+        self._materialize(rest)
         model.tie_weights()  # the head was given memory of its own
-        fill(modules)
-        if self._mesh is not None:
+        fill(rest)
+        if self.spread:
             # Resharded too: evaluation may be followed by a change of the weights (ema.py).
             fully_shard(model, mesh=self._shards(), reshard_after_forward=True)
             for unit in [model, *model.model.layers]:  # sums, where torch's default are means

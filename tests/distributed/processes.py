@@ -51,7 +51,7 @@ def _process(scenario: Scenario, directory: Path, rank: int, world: int) -> None
         init_method=f"file://{directory}/rendezvous",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=300),
     )
     try:
         answer = scenario(directory / "checkpoints", rank, world)

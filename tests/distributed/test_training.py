@@ -2,16 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.running import MASKED, ROOT, SMOKE, llmnorm, metrics_of, state_of
+from llmnorm.training import checkpoint
+from tests.distributed.processes import run as run_processes
+from tests.running import MASKED, ROOT, SMOKE, assert_same_run, llmnorm, metrics_of, state_of
 
 COMMON = ["schedule=constant", "evaluation.every=5", "checkpoint.every=5", "training.ema=0.9"]
-SHARDINGS = ["ddp", "fsdp2"]
 
 
 def launch(sharding: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -28,15 +33,40 @@ def launch(sharding: str, *arguments: object) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.fixture(scope="module", params=SHARDINGS)
-def two(request, tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
+def command(directory: Path, rank: int, world: int, *, words: list[str], dies: bool = False) -> int:
+    """A command on every process; one may be killed in the middle of its second checkpoint."""
+    from llmnorm.cli import main
+
+    real, files = checkpoint.write_file, []
+
+    def die(path: Path, parts: Any) -> Any:
+        files.append(path)
+        if len(files) < 2:
+            return real(path, parts)
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if dies and rank == 1:
+        checkpoint.write_file = die
+    os.chdir(ROOT)
+    return main(words)
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def sharding(request: pytest.FixtureRequest) -> str:
+    """What the launch file asks for."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def two(sharding, tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
     """A run of 5 steps of 2 processes, each accumulating over 2 micro-batches."""
-    run = tmp_path_factory.mktemp(request.param) / "run"
+    run = tmp_path_factory.mktemp(sharding) / "run"
     words = [f"run_dir={run}", f"data.dir={smoke_data}", "training.steps=5", *COMMON]
-    done = launch(request.param, "train", SMOKE, *words, "training.micro_batch=4")
+    done = launch(sharding, "train", SMOKE, *words, "training.micro_batch=4")
     assert done.returncode == 0, done.stderr
-    assert f"2 process(es) on cpu (gloo), sharding {request.param}, precision" in done.stderr
-    weights, state = ("0.5", "0.9") if request.param == "ddp" else ("0.2", "0.5")
+    assert f"2 process(es) on cpu (gloo), sharding {sharding}, precision" in done.stderr
+    weights, state = ("0.5", "0.9") if sharding == "ddp" else ("0.2", "0.5")
     assert f"holds {weights} MiB of weights, {weights} MiB of gradients, {state}" in done.stderr
     return run
 
@@ -98,14 +128,40 @@ def test_two_processes_generate_what_one_does(two, one) -> None:
     assert found[0] == expected[0]
 
 
-def test_eval_under_the_same_file_gives_the_last_validation_again(two) -> None:
+def test_eval_under_the_same_sharding_gives_the_last_validation_again(
+    two, sharding, tmp_path
+) -> None:
     """Oracle: the line of metrics.jsonl that the run itself wrote."""
-    if "fsdp2" in str(two):
-        done = launch("fsdp2", "eval", two)
-        assert done.returncode == 0, done.stderr
-        found = json.loads((two / "eval" / "step_00000005.json").read_text())["validation"]
-        (line,) = [line for line in metrics_of(two) if "validation" in line]
-        assert found["loss"] == line["validation"]["loss"]
+    words = ["eval", str(two), f"parallel.sharding={sharding}"]
+    assert run_processes(partial(command, words=words), tmp_path / "eval") == [0, 0]
+    found = json.loads((two / "eval" / "step_00000005.json").read_text())["validation"]
+    (line,) = [line for line in metrics_of(two) if "validation" in line]
+    assert found["loss"] == line["validation"]["loss"]
+
+
+def test_a_sharded_run_is_exported_from_its_files(two, sharding, tmp_path) -> None:
+    """Oracle: the rows that each process wrote, two files of them under fsdp2."""
+    files = list((two / "checkpoints" / "step_00000005").glob("*.safetensors"))
+    assert len(files) == {"ddp": 1, "fsdp2": 2}[sharding]
+    llmnorm("export", two, tmp_path / "exported")
+    found = load_file(tmp_path / "exported" / "model.safetensors")
+    state = state_of(two, 5)
+    expected = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(two, sharding, tmp_path, smoke_data) -> None:
+    """Oracle: the run that was not stopped, to the bit; kill -9 of one process while it saves."""
+    words = ["train", str(SMOKE), f"run_dir={tmp_path}/run", f"data.dir={smoke_data}", *COMMON]
+    words += ["training.steps=5", "training.micro_batch=4", "checkpoint.every=2"]
+    words += [f"parallel.sharding={sharding}"]
+    killed, goes_on = partial(command, words=words, dies=True), partial(command, words=words)
+    first, second = run_processes(killed, tmp_path / "killed")
+    assert second == -signal.SIGKILL and first not in (0, 2)
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000004").exists()
+    assert run_processes(goes_on, tmp_path / "on") == [0, 0]
+    assert_same_run(tmp_path / "run", two, 5)
 
 
 def test_a_run_of_two_goes_on_with_one(two, one, start) -> None:
