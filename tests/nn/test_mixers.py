@@ -421,11 +421,12 @@ def test_blocks_beside_the_diagonal_are_of_the_states_rank(name: str) -> None:
 @pytest.mark.parametrize("rotary", [False, True])
 def test_rows_of_nala_sum_to_one_without_rotation_only(rotary: bool) -> None:
     """Oracle: weights are non-negative and sum to den / (den + eps t); rotated ones do neither."""
-    built = build({"name": "nala", "rotary": rotary})
+    built: Any = build({"name": "nala", "rotary": rotary})
     p = built.prepare(inputs(), plain())
     matrix = built.materialize(p, plain())
     count = torch.arange(1, LENGTH + 1)
-    den = torch.einsum("bihf,bjhf->bhij", p.q, p.k.repeat_interleave(2, 2)).tril().sum(-1)
+    q, k = built.features(p.q, p.k)
+    den = torch.einsum("bihf,bjhf->bhij", q, k.repeat_interleave(2, 2)).tril().sum(-1)
     right = (matrix.sum(-1) - den / (den + 1e-6 * count.double())).abs().max() < 1e-12
     assert bool(right) is bool((matrix >= 0).all()) is not rotary
 

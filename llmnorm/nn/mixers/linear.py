@@ -16,7 +16,7 @@ normaliser with v = 1. The optional local term (a convolution of v), norm and ga
 mixing: (norm(y + conv(v)) * silu(g)) W_o.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,12 +136,10 @@ class LinearAttention(Mixer):
         p = parameters
         kept = None if cache is None else cache.state
         wide = wide_dtype(p.v.dtype)
-        states = part(kept, 0), part(kept, 1)
-        if states[0] is None or states[1] is None:
-            shape = len(p.v), self.kv_heads, self.feature_dim
-            states = tuple(p.v.new_zeros(*shape, n, dtype=wide) for n in (self.head_dim, 1))
+        shape = len(p.v), self.kv_heads, self.feature_dim
+        states = kept or tuple(p.v.new_zeros(*shape, n, dtype=wide) for n in (self.head_dim, 1))
         q, k, v = (t.to(wide) for t in (p.q, p.k, p.v))
-        y, total, *after = self._sums(q, k, v, states, context)
+        y, total, *after = self._sums(q, k, v, states[:2], context)
         if cache is not None:
             assert context.places is not None
             _, keys, _, turned_keys = self.both_features(
@@ -155,17 +153,15 @@ class LinearAttention(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, states: State, context: Context
     ) -> tuple[Tensor, ...]:
         """Numerator, normaliser, and both states behind the last token."""
-        row = (q, k, v, context.cos, context.sin, context.real, context.segments)
-        before = normalised_sums(self.both_features, *row, states)
+        row: tuple[Any, ...] = (q, k, v, context.cos, context.sin, context.real, context.segments)
+        before = normalised_sums(self.both_features, states, *row)
         if self.causal:
             return before
         row = tuple(None if t is None else t.flip(1) for t in row)
-        after = (t.flip(1) for t in normalised_sums(self.both_features, *row, states)[:2])
+        after = (t.flip(1) for t in normalised_sums(self.both_features, states, *row)[:2])
         # Both directions count the token itself.
         repeats = self.heads // self.kv_heads
-        q, k, turned_q, turned_k = self.both_features(
-            q, k, context.cos, context.sin, context.real
-        )
+        q, k, turned_q, turned_k = self.both_features(q, k, context.cos, context.sin, context.real)
         k, turned_k, v = (t.repeat_interleave(repeats, 2) for t in (k, turned_k, v))
         itself = (turned_q * turned_k).sum(-1, keepdim=True) * v, (q * k).sum(-1, keepdim=True)
         return tuple(a + b - c for a, b, c in zip(before, after, itself, strict=False))

@@ -65,9 +65,9 @@ def linear_recurrence(
     chunk = min(chunk, length)
     if state is None:
         state = v.new_zeros(len(v), v.shape[2], q.shape[3], v.shape[3], dtype=wide)
-    inputs = (None if t is None else t.to(wide) for t in (q, k, v, log_decay))
-    *inputs, segments = whole_chunks(tuple(inputs), segments, chunk)
-    y, state = _Recurrence.apply(*inputs, state.to(wide), segments, chunk)
+    inputs = tuple(None if t is None else t.to(wide) for t in (q, k, v, log_decay))
+    *whole, segments = whole_chunks(inputs, segments, chunk)
+    y, state = _Recurrence.apply(*whole, state.to(wide), segments, chunk)
     return y[:, :length], state
 
 
@@ -101,7 +101,7 @@ class _Recurrence(torch.autograd.Function):
             for place in places(q, chunk):
                 states.append(state)
                 documents = documents_at(place, segments, chunk)
-                block = Block(*_parts((q, k, v, decay), place), documents, chunk)
+                block = Block(documents, chunk, *_parts((q, k, v, decay), place))
                 state = block.forward(state, y[:, place])
         ctx.save_for_backward(q, k, v, decay, segments, *states)
         ctx.chunk = chunk
@@ -116,7 +116,7 @@ class _Recurrence(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for place in reversed(places(q, ctx.chunk)):
                 documents = documents_at(place, segments, ctx.chunk)
-                block = Block(*_parts((q, k, v, decay), place), documents, ctx.chunk)
+                block = Block(documents, ctx.chunk, *_parts((q, k, v, decay), place))
                 into = _parts(found, place)
                 d_state = block.backward(states.pop(), dy[:, place], d_state, *into)
         return (*found, state_by_head(d_state, v), None, None)
@@ -156,12 +156,12 @@ class Block:
 
     def __init__(
         self,
+        documents: Documents | None,
+        chunk: int,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         decay: Tensor | None,
-        documents: Documents | None,
-        chunk: int,
     ) -> None:
         self.groups, self.chunk = k.shape[2], chunk
         self.readers, self.writers = q.shape[2] // self.groups, v.shape[2] // self.groups
@@ -256,10 +256,10 @@ class Block:
         if self.writers > 1:
             d_scores = d_scores.sum(3, keepdim=True)
         d_scores = d_scores.flatten(3, 4)
-        d_read, d_written = self.matrix(d_read), None
-        found = _plus(d_scores @ self.k, d_read, states[:-1].mT)
+        found = _plus(d_scores @ self.k, self.matrix(d_read), states[:-1].mT)
         self.by_head(dq).copy_(found.unflatten(3, (self.readers, -1)))
-        self.by_head(dk).squeeze(3).copy_(_plus(d_scores.mT @ self.q, self.written, d_states[1:].mT))
+        found = _plus(d_scores.mT @ self.q, self.written, d_states[1:].mT)
+        self.by_head(dk).squeeze(3).copy_(found)
         return d_states[0].clone()
 
     def decay_gradient(
@@ -267,6 +267,7 @@ class Block:
     ) -> Tensor:
         """(batch, length, v_heads): each factor's gradient times the factor, summed over all that
         the decay of a token has a share in."""
+        assert self.until is not None and self.carried is not None
         of_weights = d_weights * self.weights
         read = self.merging_of(self.q @ states[:-1], self.readers)
         of_read, of_written = (read * d_read).sum(-1), (d_written * self.values).sum(-1)
@@ -286,10 +287,11 @@ class Block:
         return weights.tril_() if self.inside is None else weights * self.inside
 
     def left(self, x: Tensor, factor: Tensor | None) -> Tensor:
+        """Times what is left, for what `merging` made."""
         return x if factor is None else x * self.factor(factor)
 
     def factor(self, left: Tensor) -> Tensor:
-        """(n, b, g, r, c) -> for what `merging` made."""
+        """(n, b, g, r, c), in the order of what `merging` made."""
         return left[..., None] if self.writers == 1 else left.transpose(3, 4)[..., None]
 
     def by_head(self, x: Tensor) -> Tensor:
@@ -310,7 +312,9 @@ class Block:
 
     def merging_of(self, x: Tensor, readers: int) -> Tensor:
         """The way back."""
-        return x.unflatten(3, (readers, -1)) if self.writers == 1 else x.unflatten(4, (self.writers, -1))
+        if self.writers == 1:
+            return x.unflatten(3, (readers, -1))
+        return x.unflatten(4, (self.writers, -1))
 
 
 def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:

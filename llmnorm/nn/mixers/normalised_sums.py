@@ -36,6 +36,7 @@ Features = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 def normalised_sums(
     features: Features,
+    states: tuple[Tensor, ...],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -43,7 +44,6 @@ def normalised_sums(
     sin: Tensor,
     real: Tensor | None,
     segments: Tensor | None,
-    states: tuple[Tensor, ...],
     *,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,6 +51,7 @@ def normalised_sums(
 
     Args:
         features: makes features of a piece of a row; has no parameters of its own.
+        states: what came before the first token.
         q: queries, float32 or float64.
         k: keys.
         v: values.
@@ -58,7 +59,6 @@ def normalised_sums(
         sin: the same for the sine.
         real: (batch, length), False for padding.
         segments: (batch, length) numbers of the documents, which begin with empty states.
-        states: what came before the first token.
         chunk: tokens a chunk; changes time and memory, and numbers by rounding only.
 
     Returns:
@@ -96,7 +96,7 @@ class _Sums(torch.autograd.Function):
             for place in places(q, chunk):
                 kept += [state, keys]
                 row = _parts((q, k, v, cos, sin, real), place)
-                piece = _Piece(features, *row, documents_at(place, segments, chunk), chunk)
+                piece = _Piece(features, documents_at(place, segments, chunk), chunk, *row)
                 state = piece.block.forward(state, numerator[:, place])
                 keys = piece.normaliser(keys, normaliser[:, place])
         ctx.save_for_backward(q, k, v, cos, sin, real, segments, *kept)
@@ -119,10 +119,10 @@ class _Sums(torch.autograd.Function):
                 leaves = [t.detach().requires_grad_() for t in row[:2]]
                 with torch.enable_grad():
                     documents = documents_at(place, segments, chunk)
-                    piece = _Piece(ctx.features, *leaves, *row[2:], documents, chunk)
-                d_turned = [torch.empty_like(t) for t in (*piece.turned, piece.v)]
+                    piece = _Piece(ctx.features, documents, chunk, *leaves, *row[2:])
+                d_turned: list[Any] = [torch.empty_like(t) for t in (*piece.turned, piece.v)]
                 d_state = piece.block.backward(
-                    state, d_numerator[:, place], d_state, *d_turned, None
+                    state, d_numerator[:, place], d_state, *(*d_turned, None)
                 )
                 *d_plain, d_keys = piece.normaliser_backward(keys, d_normaliser[:, place], d_keys)
                 length = leaves[0].shape[1]
@@ -145,19 +145,19 @@ class _Piece:
     def __init__(
         self,
         features: Features,
+        documents: Documents | None,
+        chunk: int,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         cos: Tensor,
         sin: Tensor,
         real: Tensor | None,
-        documents: Documents | None,
-        chunk: int,
     ) -> None:
         self.made = features(q, k, cos, sin, real)
         *filled, self.v, _ = whole_chunks((*(t.detach() for t in self.made), v), None, chunk)
         q, k, *self.turned = filled
-        self.block = Block(*self.turned, self.v, None, documents, chunk)
+        self.block = Block(documents, chunk, *(*self.turned, self.v, None))
         # (b, n, c, g, r, F) and (b, n, c, g F)
         self.q = q.unflatten(1, (-1, chunk)).unflatten(3, (k.shape[2], -1))
         self.k = k.unflatten(1, (-1, chunk)).flatten(3)
