@@ -64,7 +64,7 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     run = run_directory.agree(config, going_on=parsed.config.is_dir())
     if run_directory.finished(run, config):
         print(f"{run.path} is finished (step {run.done.read_text().strip()})")
-        print(run_directory.next_commands(run))
+        print(run_directory.next_commands(run, config))
         return 0
     check_gpu(config.training.device)
     words = [str(parsed.config), *overrides]
@@ -83,7 +83,7 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> int:
         profile=parsed.profile,
     )
     if os.environ.get("RANK", "0") == "0" and not parsed.dry_run:
-        print(run_directory.next_commands(run))
+        print(run_directory.next_commands(run, config))
     return code
 
 
@@ -92,6 +92,8 @@ def data(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from llmnorm.config_file import load
 
     config, _ = _numbers(_told(load(parsed.config, overrides)))
+    if not config.objective.packs:
+        raise InputError("data: a classification reads its files as it begins; nothing to prepare")
 
     from llmnorm.data import packing, report
 
@@ -135,13 +137,17 @@ def parts(parsed: argparse.Namespace, _: list[str]) -> None:
 def generate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """`llmnorm generate`."""
     from llmnorm.config_file import load, section
-    from llmnorm.pretrained import describe
+    from llmnorm.pretrained import describe, refuse_encoder
 
     path = parsed.path
     if (path / "config.yaml").is_file():
-        settings = _told(load(path, overrides)).generation
+        config = _told(load(path, overrides))
+        settings = config.generation
+        refuse_encoder([config.objective.architecture], f"generate: {path}", "text is continued by")
     else:
-        describe(path, "generate")
+        refuse_encoder(
+            describe(path, "generate").architectures, f"generate: {path}", "text is continued by"
+        )
         settings = section("generation", overrides)
 
     from llmnorm.generation.sampling import generate
@@ -213,12 +219,13 @@ def plot(parsed: argparse.Namespace, _: list[str]) -> None:
 
 def inspect(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """`llmnorm inspect`."""
-    from llmnorm.pretrained import describe, is_stock
+    from llmnorm.pretrained import describe, is_stock, refuse_encoder
 
     paths = [parsed.path] + ([parsed.other] if parsed.other else [])
     for path in paths:
         if not is_stock(path):
-            describe(path, "inspect")
+            classes = describe(path, "inspect").architectures
+            refuse_encoder(classes, f"inspect: {path}", "its figures are of")
 
     from llmnorm.analysis.depth.command import ROWS, inspect
 

@@ -17,6 +17,7 @@ from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.optim.settings import AdamWSettings, CosineSettings, Optimizer, Schedule
 from llmnorm.part import Settings
+from llmnorm.training.settings import CausalLMSettings, Objective, ObjectiveSettings
 
 Count = Annotated[int, Field(ge=1)]
 # accelerate's trackers, which cannot be asked for here without importing torch; a test compares.
@@ -98,7 +99,8 @@ class TrainingSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Validation: loss, perplexity and bits per byte of every source. Always done at the end."""
+    """Validation: the objective's figures (loss, perplexity and bits per byte; of masked tokens
+    loss and accuracy; a classification's scores) of every source. Always done at the end."""
 
     every: Count | None = None
     """Steps between two evaluations; left out, only at the end."""
@@ -107,7 +109,8 @@ class EvaluationSettings(Settings):
     prompts: list[str] = []
     """Texts to continue at every evaluation, with the sampling of `generation` and fixed noise."""
     samples: int = Field(default=2, ge=0)
-    """Without `prompts`: how many validation rows' first tokens are continued instead; 0: none."""
+    """Without `prompts`: how many validation rows' first tokens are continued instead; 0: none.
+    Other objectives than causal_lm continue nothing."""
     sample_tokens: Count = 32
     """Tokens generated at most for each of them."""
 
@@ -130,12 +133,30 @@ class CheckpointSettings(Settings):
 class ParallelSettings(Settings):
     """How the model is laid out over processes, and the per-block switches."""
 
-    sharding: Literal["auto", "none", "ddp"] = "auto"
-    """`auto`: what the launch file asks for; `none`: one process; `ddp`: plain data parallelism."""
+    sharding: Literal["auto", "none", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = "auto"
+    """`auto`: what the launch file asks for; `none`: one process; `ddp`: every process holds the
+    whole model; `fsdp2`: weights, gradients and optimizer state are spread over the processes;
+    `hsdp`: spread over groups of processes that hold the same; `zero1` to `zero3`: DeepSpeed."""
+    replicas: Count = 1
+    """How many groups of processes hold the whole model each; more than 1 makes `fsdp2` `hsdp`."""
+    exchange: Literal["fp32", "bf16"] = "fp32"
+    """Numbers in which gradients and updates of matrix optimizers travel between processes; `fp32`
+    computes what one process would, `bf16` is half the traffic."""
     compile: bool = False
     """torch.compile every block (wants a C++ compiler on a CPU)."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ParallelSettings":
+        if self.sharding == "hsdp" and self.replicas == 1:
+            raise ValueError("parallel.sharding 'hsdp' needs parallel.replicas; 1 is 'fsdp2'")
+        if self.replicas > 1 and self.sharding not in ("auto", "fsdp2", "hsdp"):
+            raise ValueError(
+                f"parallel.replicas {self.replicas} has no meaning for parallel.sharding "
+                f"'{self.sharding}'; valid: fsdp2, hsdp"
+            )
+        return self
 
 
 class LoggingSettings(Settings):
@@ -189,6 +210,8 @@ class RunConfig(Settings):
     """Text to tokens."""
     model: RunModelSettings = RunModelSettings()
     """The transformer."""
+    objective: Objective = CausalLMSettings()
+    """What is learned from the rows."""
     optimizer: Optimizer = AdamWSettings()
     """The update rule."""
     schedule: Schedule = CosineSettings()
@@ -216,6 +239,10 @@ class RunConfig(Settings):
         warmup, steps = getattr(self.schedule, "warmup", 0), self.training.steps
         if steps is not None and warmup >= max(steps, 2):
             raise ValueError(f"schedule.warmup {warmup} is not less than training.steps {steps}")
+        if isinstance(self.objective, ObjectiveSettings):
+            why = self.objective.refusal(self)
+            if why is not None:
+                raise ValueError(why)
         return self
 
     def automatic(self) -> list[str]:

@@ -18,7 +18,7 @@ from llmnorm.part import InputError
 from llmnorm.stock import from_stock
 
 # Beside `model.pretrained`: what leaves the function of the loaded weights as it is.
-FREE = ("dropout", "export_as", "max_position_embeddings")
+FREE = ("dropout", "embedding_dropout", "export_as", "max_position_embeddings")
 
 
 class Pretrained(NamedTuple):
@@ -37,6 +37,11 @@ class Pretrained(NamedTuple):
     checkpoint: str
     config: dict[str, Any]
     tokenizer: Path | None
+
+    @property
+    def architectures(self) -> list[str] | None:
+        """The model class, in Hugging Face's key; None: the causal language model."""
+        return self.config.get("architectures")
 
     @property
     def model(self) -> dict[str, Any]:
@@ -94,6 +99,21 @@ def describe(path: Path, key: str) -> Pretrained:
         config = from_stock(config, f"{key}: {file}")
     tokenizer = path if (path / "tokenizer.json").is_file() else None
     return Pretrained(path, None, "latest", config, tokenizer)
+
+
+def refuse_encoder(architectures: list[str] | None, who: str, what: str) -> None:
+    """Raise an InputError unless `architectures` names a causal language model.
+
+    Args:
+        architectures: of a configuration.
+        who: the message's beginning: option or command, and the path.
+        what: what needs a causal language model, the message's subject and verb.
+    """
+    if architectures and "ForCausalLM" not in architectures[0]:
+        raise InputError(
+            f"{who} is of class {architectures[0]}; {what} a causal language model, which tells "
+            "the next token from those before it"
+        )
 
 
 def is_stock(path: Path) -> bool:

@@ -160,6 +160,11 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     def refuse(key: str, why: str) -> NoReturn:
         raise InputError(f"--stock: model.{key}: {why}; export without --stock")
 
+    if not settings.causal:
+        refuse("mixer", "an encoder; the stock architectures look back only")
+    for key, plain in (("type_vocab_size", 0), ("embedding_norm", False), ("final_norm", True)):
+        if getattr(settings, key) != plain:
+            refuse(key, f"{getattr(settings, key)} is what no stock architecture has")
     if not isinstance(settings.placement, PreSettings):
         refuse("placement", f"no stock architecture has {_called(settings.placement)}, only pre")
     norm, mlp, mixers = settings.norm, settings.mlp, settings.mixers()

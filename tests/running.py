@@ -13,10 +13,17 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the children are bit-equal only at equal threads
 
-from safetensors.torch import load_file
+import torch
+
+from llmnorm.training.checkpoint_format import copy_into, read_manifest
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.yaml"
+# What makes the smoke run one of masked tokens.
+MASKED = [
+    *("objective=masked_lm", "tokenizer.mask=true", "model.mixer=hydra"),
+    *("model.mixer.head_dim=32", "model.mixer.state_size=8", "model.mlp=none"),
+]
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["llmnorm.cli", "llmnorm.training.loop", "accelerate"])
@@ -65,9 +72,13 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def state_of(run: Path, step: int) -> dict[str, Any]:
     """Every tensor of a checkpoint by name."""
-    state: dict[str, Any] = {}
-    for file in sorted((run / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")):
-        state |= load_file(file)
+    path = run / "checkpoints" / f"step_{step:08d}"
+    manifest = read_manifest(path)
+    state = {
+        name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        for name, entry in manifest["tensors"].items()
+    }
+    copy_into(path, manifest, state)
     return state
 
 

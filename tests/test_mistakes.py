@@ -193,6 +193,15 @@ def setting(words: str, message: str, *needs: str, real: bool = False) -> Case:
 
 
 SETTINGS = {
+    "replicas of nothing": setting(
+        "parallel.replicas=2 parallel.sharding=ddp",
+        "<place>: parallel.replicas <n> has no meaning for parallel.sharding '<sharding>'; "
+        "valid: fsdp2, hsdp",
+    ),
+    "hsdp without replicas": setting(
+        "parallel.sharding=hsdp",
+        "<place>: parallel.sharding 'hsdp' needs parallel.replicas; 1 is 'fsdp2'",
+    ),
     "unknown key": setting("model.nrom=rms", UNKNOWN_KEY, "model.nrom:", "did you mean 'norm'?"),
     "unknown section": setting("optimiser.lr=1", UNKNOWN_KEY, "did you mean 'optimizer'?"),
     "unknown key of a list's item": setting(
@@ -690,6 +699,23 @@ TROUBLE = {
     "fallen back": "<file> is damaged (its checksum differs); going back to step <n>",
     "bits": "going on from <checkpoint>; the last bits may differ from an uninterrupted run: "
     "<what> <there> -> <here>",
+    "file and key": "parallel.sharding: is '<sharding>', but the launch file asks for <sharding>; "
+    "leave the key out, or launch with <file>",
+    "precision": "the launch file asks for mixed precision '<precision>', training.precision is "
+    "'<precision>' and alone decides; write mixed_precision: 'no' there",
+    "fsdp section": "the launch file says <key>: <value>, but <reason>; write <key>: <value>",
+    "other library": "the launch file asks for <what>, which parallel.sharding does not offer; "
+    "valid: ddp, fsdp2 (launch/accelerate/)",
+    "deepspeed": "parallel.sharding: '<sharding>' (DeepSpeed) is not offered; fsdp2 spreads the "
+    "same and every optimizer is exact under it: launch with launch/accelerate/fsdp2.yaml",
+    "replicas": "parallel.replicas: <n> does not divide the <n> processes; "
+    "the nearest that does is <n>",
+    "none of several": "parallel.sharding: 'none' is one process, but <n> were launched; "
+    "did you mean 'ddp'?",
+    "replicas, ddp": "parallel.replicas: <n> has no meaning for sharding '<sharding>'; "
+    "launch with launch/accelerate/fsdp2.yaml",
+    "whole model": "<option>: needs the whole model on every process, which sharding '<sharding>' "
+    "does not give; launch with launch/accelerate/ddp.yaml and parallel.sharding=auto",
     "dropped": "<key> was dropped: a later override chose another part",
     "short of a row": "<source>: <tokens> tokens do not fill a row of data.context_length <n>; "
     "give more text, or a shorter context_length",
@@ -853,6 +879,51 @@ def test_what_is_said_when_a_run_goes_on(place: Path) -> None:
     assert "step_00000004" in str(says("fallen back", done.stderr))
     assert str(says("bits", done.stderr)).endswith("-> DEFAULT")
     assert "going on from run/checkpoints/step_00000002;" in done.stderr
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+PROCESSES = {"WORLD_SIZE": "4", "RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
+# What accelerate exports, overrides, which message, what it says.
+LAUNCHES = {
+    "another key": (FSDP, "parallel.sharding=ddp", "file and key", "asks for fsdp2"),
+    "ddp file": (PROCESSES, "parallel.sharding=fsdp2", "file and key", "asks for ddp"),
+    "bf16": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "", "precision", "'bf16'"),
+    "fsdp 1": (FSDP | {"FSDP_VERSION": "1"}, "", "fsdp section", "fsdp_version: 1"),
+    "offloading": (
+        FSDP | {"FSDP_OFFLOAD_PARAMS": "true"},
+        "",
+        "fsdp section",
+        "write fsdp_offload_params: false",
+    ),
+    "megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "", "other library", "Megatron-LM"),
+    "deepspeed": (
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+        "",
+        "deepspeed",
+        "'zero3'",
+    ),
+    "deepspeed by key": ({}, "parallel.sharding=zero1", "deepspeed", "'zero1'"),
+    "three of four": (FSDP | PROCESSES, "parallel.replicas=3", "replicas", "does is 2"),
+    "replicas of ddp": (PROCESSES, "parallel.replicas=2", "replicas, ddp", "'ddp'"),
+    "none": (PROCESSES, "parallel.sharding=none", "none of several", "4 were launched"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_what_launch_file_and_key_disagree_in(name: str, place: Path) -> None:
+    environment, words, trouble, needs = LAUNCHES[name]
+    before = contents(place)
+    done = llmnorm(place, f"train {SMOKE} run_dir=other {words}", **environment)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert needs in str(says(trouble, done.stderr)), done.stderr
+    assert contents(place) == before
+
+
+def test_tasks_want_the_whole_model(place: Path) -> None:
+    words = "eval run parallel.sharding=fsdp2 --tasks tests/data/tasks/weather.yaml"
+    shutil.copytree(ROOT / "tests/data/tasks", place / "tests/data/tasks", dirs_exist_ok=True)
+    done = llmnorm(place, words)
+    assert done.returncode == 2 and says("whole model", done.stderr), done.stderr
 
 
 def test_a_dropped_override_is_noted(place: Path) -> None:

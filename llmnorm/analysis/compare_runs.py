@@ -331,7 +331,7 @@ def _record(job: _Job, run: RunDirectory, protocol: Comparison, places: Slots) -
         rates, tokens = training["tokens_per_second"], int(training["tokens"][-1])
         # A loss that is not finite is left out of the record, and the last one must be the end's.
         if metrics.validation["step"] and metrics.validation["step"][-1] == step:
-            loss, bits = metrics.validation["loss"][-1], metrics.bits_per_byte["all"]
+            loss, bits = metrics.validation["loss"][-1], metrics.bits_per_byte.get("all")
     return Record(
         run=job.run.key,
         steps=step,

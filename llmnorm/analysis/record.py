@@ -22,7 +22,8 @@ class Record(NamedTuple):
     Attributes:
         training: by column (see COLUMNS), a number a logged step.
         validation: step, tokens, seconds and loss, a number an evaluation.
-        bits_per_byte: of the last evaluation: ALL first, then source by source.
+        bits_per_byte: of the last evaluation: ALL first, then source by source; empty where the
+            objective has none.
     """
 
     training: dict[str, list[float]]
@@ -49,9 +50,13 @@ def read_metrics(path: Path) -> Record:
             entry: dict[str, Any] = json.loads(line)
             if "validation" in entry:
                 figures = entry["validation"]
-                rates = {name: one["bits_per_byte"] for name, one in figures["sources"].items()}
+                one_each = {ALL: figures, **figures["sources"]}
                 row = [float({**entry, "loss": figures["loss"]}[key]) for key in validation]
-                bits_per_byte = {ALL: float(figures["bits_per_byte"]), **rates}
+                bits_per_byte = {
+                    name: float(one["bits_per_byte"])
+                    for name, one in one_each.items()
+                    if "bits_per_byte" in one
+                }
                 into = validation
             else:
                 row, into = [float(entry[key]) for key in training], training

@@ -63,7 +63,8 @@ def _described(
         entries.append(
             named | {name: [note(path) for path in paths] for name, paths in files.items()}
         )
-    trained: Any = tokenizer.model_dump(mode="json")
+    # Without a mask as before there was one, so that what was prepared then is still found.
+    trained: Any = tokenizer.model_dump(mode="json", exclude=set() if tokenizer.mask else {"mask"})
     if tokenizer.path is not None:
         trained = [[path.name, note(path)] for path in _tokenizer_inputs(tokenizer)]
     return {

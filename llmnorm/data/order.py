@@ -53,7 +53,7 @@ class Order:
         self._rows = np.asarray(rows, np.int64)
         self._a = np.array([_side(n) for n in rows], np.uint64)
         self._b = np.array([-(-n // _side(n)) for n in rows], np.uint64)
-        self._key = _mix(np.array((seed + GOLDEN) % 2**64, np.uint64))
+        self._key = mix(np.array((seed + GOLDEN) % 2**64, np.uint64))
 
     def locate(self, first: int, count: int) -> tuple[Integers, Integers]:
         """Where the run's rows from `first` on lie: (source, index), both (count,) int64."""
@@ -103,7 +103,7 @@ class Order:
         """Permutes each place within its source; all sources and epochs of the window at once."""
         pairs, which = np.unique(epoch * len(self._rows) + source, return_inverse=True)
         rounds = np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-        keys = _mix(
+        keys = mix(
             self._epoch_key(pairs % len(self._rows), pairs // len(self._rows))[:, None] + rounds
         )
         key = keys.T[:, which]  # (round, count)
@@ -126,11 +126,11 @@ class Order:
         epochs, which = np.unique(epoch, return_inverse=True)
         keys = self._epoch_key(np.full_like(epochs, source), epochs)[:, None]
         places = np.arange(self._rows[source]).astype(np.uint64) * np.uint64(GOLDEN)
-        order = np.argsort(_mix(keys + places), axis=1, kind="stable")
+        order = np.argsort(mix(keys + places), axis=1, kind="stable")
         return order[which, place]
 
     def _epoch_key(self, source: Integers, epoch: Integers) -> Words:
-        return _mix(_mix(self._key ^ source.astype(np.uint64)) ^ epoch.astype(np.uint64))
+        return mix(mix(self._key ^ source.astype(np.uint64)) ^ epoch.astype(np.uint64))
 
 
 def _side(rows: int) -> int:
@@ -140,11 +140,11 @@ def _side(rows: int) -> int:
 
 def _add(half: Words, word: Words, modulus: Words) -> Words:
     """(half + hash(word)) mod modulus, the hash scaled down to below the modulus (< 2**32)."""
-    half = half + ((_mix(word) >> np.uint64(32)) * modulus >> np.uint64(32))
+    half = half + ((mix(word) >> np.uint64(32)) * modulus >> np.uint64(32))
     return np.where(half >= modulus, half - modulus, half)
 
 
-def _mix(word: Words) -> Words:
+def mix(word: Words) -> Words:
     """The output function of splitmix64: a bijection whose every bit depends on every bit."""
     with np.errstate(over="ignore"):  # arithmetic mod 2**64 is meant
         word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

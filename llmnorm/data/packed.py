@@ -1,6 +1,7 @@
 """Prepared data as a run reads it: sources, their rows and what is known of them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,17 @@ class PackedData:
     pad: int
     context_length: int
     sources: list[PackedSource]
+
+    @property
+    def rows(self) -> int:
+        """Training rows of all sources."""
+        return sum(source.rows for source in self.sources)
+
+    def mean(self, figures: Mapping[str, float]) -> float:
+        """The mean of a figure over the sources, by name, weighed by their training bytes."""
+        weights = {source.name: source.bytes for source in self.sources}
+        total = sum(weights.values())
+        return sum(weights[name] / total * figure for name, figure in figures.items())
 
     def sizes(self) -> list[dict[str, str | int]]:
         """The sources in plain values, for what is kept with a checkpoint."""

@@ -269,7 +269,8 @@ def _make_tokenizer(
     start = time.perf_counter()
     taken = split.sample(documents, held, settings.train_bytes)
     chosen = (split.sampled(texts(index), part) for index, part in enumerate(taken))
-    tokenizers.train(itertools.chain.from_iterable(chosen), settings.vocab_size, directory)
+    text = itertools.chain.from_iterable(chosen)
+    tokenizers.train(text, settings.vocab_size, directory, mask=settings.mask)
     size = _megabytes(sum(int(part.sum()) for part in taken))
     _say(f"tokenizer trained on {size} in {time.perf_counter() - start:.1f} s")
 

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from llmnorm.part import Settings
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
+MASK_TOKEN = "<|mask|>"
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
@@ -90,14 +91,18 @@ class TokenizerSettings(Settings):
     """A local Hugging Face tokenizer directory to use instead of training one."""
     train_bytes: int = Field(default=32_000_000, ge=1)
     """At most this much text, shared evenly by the sources, is read to train the BPE."""
+    mask: bool = False
+    """A fourth special token, `<|mask|>`, which the objective `masked_lm` needs."""
 
     @model_validator(mode="after")
     def _train_or_load(self) -> "TokenizerSettings":
         # A run's saved configuration holds every default, so a default counts as left out.
         fields = type(self).model_fields
-        for name in ("vocab_size", "train_bytes"):
+        for name in ("vocab_size", "train_bytes", "mask"):
             if self.path is not None and getattr(self, name) != fields[name].default:
                 raise ValueError(f"'{name}' belongs to a tokenizer that is trained, not to 'path'")
+        if self.mask and self.vocab_size == SMALLEST_VOCABULARY:
+            raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY + 1} with a mask")
         return self
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from llmnorm.data.corpus import write_file
-from llmnorm.data.settings import SPECIAL_TOKENS
+from llmnorm.data.settings import MASK_TOKEN, SPECIAL_TOKENS
 from llmnorm.part import InputError
 
 # What makes a tokenizer directory; weights and other files that lie beside them are not taken.
@@ -60,7 +60,11 @@ class TextEncoder:
 
     Attributes:
         vocab_size: number of token ids.
-        bos, eos, pad: ids around a document and of what fills a row (`bos` and `eos` may be one).
+        bos, eos, pad: ids around a document and of what fills a row (`bos` and `eos` may be one);
+            BERT's [CLS] and [SEP] where a tokenizer has only these.
+        mask: id of what stands for a token to be guessed, None if there is none.
+        special: ids that stand for no text, those above included.
+        ordinary: all others.
         dtype: what the tokens are stored in.
 
     Raises:
@@ -82,7 +86,10 @@ class TextEncoder:
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         special = _special_tokens(directory, key)
-        bos, eos, pad = (ids.get(special.get(name, "")) for name in ("bos", "eos", "pad"))
+        cls, sep, pad, self.mask = (
+            ids.get(special.get(name, "")) for name in ("cls", "sep", "pad", "mask")
+        )
+        bos, eos = ids.get(special.get("bos", ""), cls), ids.get(special.get("eos", ""), sep)
         either = bos if bos is not None else eos
         if either is None:
             raise InputError(f"{key}: {directory} names neither bos_token nor eos_token; set one")
@@ -90,6 +97,10 @@ class TextEncoder:
         self.bos = either
         self.eos = either if eos is None else eos
         self.pad = self.eos if pad is None else pad
+        added = self._tokenizer.get_added_tokens_decoder()
+        named = {self.bos, self.eos, self.pad, cls, sep, self.mask} - {None}
+        self.special = named | {token for token, one in added.items() if one.special}
+        self.ordinary = sorted(set(ids.values()) - self.special)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def encode(self, texts: Iterable[str], threads: int) -> Iterator[Block]:
@@ -104,6 +115,11 @@ class TextEncoder:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+
+    def encode_alone(self, texts: list[str]) -> list[list[int]]:
+        """Each text's tokens without special ones."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, tokens: NDArray[np.integer]) -> str:
         """The text of tokens, special ones spelled out."""
@@ -130,15 +146,18 @@ class TextEncoder:
         return Block(tokens, np.array(starts, np.int64), np.array(ends, np.int64))
 
 
-def train(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
-    """Trains a byte-level BPE on `texts` and saves it as a Hugging Face tokenizer directory."""
+def train(texts: Iterable[str], vocab_size: int, directory: Path, *, mask: bool = False) -> None:
+    """Trains a byte-level BPE on `texts` and saves it as a Hugging Face tokenizer directory.
+
+    `mask`: with a token that stands for one to be guessed.
+    """
     bos, eos, pad = SPECIAL_TOKENS
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, MASK_TOKEN] if mask else list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -153,6 +172,7 @@ def train(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
         "bos_token": bos,
         "eos_token": eos,
         "pad_token": pad,
+        **({"mask_token": MASK_TOKEN} if mask else {}),
         # Hugging Face's default removes spaces before punctuation when it decodes.
         "clean_up_tokenization_spaces": False,
     }
@@ -203,7 +223,7 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[_Piece]]:
 
 
 def _special_tokens(directory: Path, key: str) -> dict[str, str]:
-    """bos, eos, pad -> spelling, from the directory's configuration."""
+    """bos, eos, pad, cls, sep, mask -> spelling, from the directory's configuration."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = directory / name
@@ -212,7 +232,7 @@ def _special_tokens(directory: Path, key: str) -> dict[str, str]:
                 config = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise InputError(f"{key}: {path} is no JSON ({error})") from None
-            for kind in ("bos", "eos", "pad"):
+            for kind in ("bos", "eos", "pad", "cls", "sep", "mask"):
                 token = config.get(f"{kind}_token")
                 token = token.get("content") if isinstance(token, dict) else token
                 if token is not None:

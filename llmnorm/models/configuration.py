@@ -38,9 +38,12 @@ _AUTO_MAP = {
     "AutoConfig": f"{_MODULE}.LlmNormConfig",
     "AutoModel": f"{_MODULE}.LlmNormModel",
     "AutoModelForCausalLM": f"{_MODULE}.LlmNormForCausalLM",
+    "AutoModelForMaskedLM": f"{_MODULE}.LlmNormForMaskedLM",
+    "AutoModelForSequenceClassification": f"{_MODULE}.LlmNormForSequenceClassification",
 }
 _SOURCE = '''"""The classes of the installed package llmnorm (Auto classes, trust_remote_code)."""
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.encoders import LlmNormForMaskedLM, LlmNormForSequenceClassification
 from llmnorm.models.modeling import LlmNormForCausalLM, LlmNormModel
 '''
 

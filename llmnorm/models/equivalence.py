@@ -67,6 +67,10 @@ def convert(weights: Weights, target: str, *, untie: bool = False) -> Weights:
         InputError: the algebra does not hold for this model; the reason is given.
     """
     settings = weights.settings
+    if not settings.causal:
+        _refuse(target, "only decoders are converted, this is an encoder (model.mixer)")
+    if settings.type_vocab_size or settings.embedding_norm or not settings.final_norm:
+        _refuse(target, "only models that begin and end as Llama does are converted")
     if not isinstance(settings.placement, PreSettings):
         _refuse(target, "the blocks are not pre-norm (model.placement)")
     if not all(isinstance(mixer, SoftmaxSettings) for mixer in settings.mixers()):

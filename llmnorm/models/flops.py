@@ -10,16 +10,26 @@ import torch
 from torch import nn
 
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.models.modeling import class_of
 from llmnorm.nn.mixers.contract import Mixer
 
 
-def flops_per_token(model: nn.Module | LlmNormConfig, context_length: int) -> float:
-    """Forward and backward operations for one token of rows of `context_length`."""
+def flops_per_token(
+    model: nn.Module | LlmNormConfig, context_length: int, *, head_share: float = 1.0
+) -> float:
+    """Forward and backward operations for one token of rows of `context_length`.
+
+    `head_share`: of the tokens, how many reach what stands behind the last block.
+    """
     if isinstance(model, LlmNormConfig):
         with torch.device("meta"):
-            model = LlmNormForCausalLM(model)
+            model = class_of(model)(model)
     modules = list(model.modules())
-    weights = sum(m.in_features * m.out_features for m in modules if isinstance(m, nn.Linear))
+    base = set(getattr(model, "base_model", model).modules())
+    weights = sum(
+        m.in_features * m.out_features * (1.0 if m in base else head_share)
+        for m in modules
+        if isinstance(m, nn.Linear)
+    )
     mixing = sum(m.flops_per_token(context_length) for m in modules if isinstance(m, Mixer))
     return 6.0 * weights + 3.0 * mixing

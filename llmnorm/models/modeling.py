@@ -4,7 +4,8 @@ Shapes: input_ids, labels, position_ids and attention_mask (batch, length); hidd
 hidden). Parameter names are Llama's, so a stock Llama, Qwen or Mistral state dict maps one to one.
 
 Surprises: documents of packed rows are kept apart where position_ids restart at 0 (no
-attention_mask, no cache); with labels in training, and always with shift_labels, no logits are made
+attention_mask, no cache); where the mixers look both ways (`causal` is False) there is no cache
+either; with labels in training, and always with shift_labels, no logits are made
 (loss.py); without `use_cache=True` or a cache there is no cache; in `generate` rows of a
 left-padded batch get slots of their own length, so padding is never stored.
 """
@@ -34,13 +35,31 @@ from llmnorm.nn.mixers.contract import (
 from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.part import InputError
+from llmnorm.part import InputError, nearest
+
+
+def class_of(config: LlmNormConfig) -> Any:
+    """The model class that `config.architectures` names; the causal language model's if none.
+
+    Raises:
+        InputError: it names another one.
+    """
+    from llmnorm import models  # the package imports this file
+
+    known = ("LlmNormForCausalLM", "LlmNormForMaskedLM", "LlmNormForSequenceClassification")
+    name = (config.architectures or known)[0]
+    if name not in known:
+        raise InputError(f"model configuration: architectures: '{name}'; {nearest(name, [*known])}")
+    return getattr(models, name)
 
 
 def build_model(
     config: LlmNormConfig, *, seed: int, device: torch.device | str = "cpu"
 ) -> "LlmNormForCausalLM":
-    """A freshly initialised float32 model on `device`, the same numbers on any device."""
+    """A freshly initialised float32 model on `device`, the same numbers on any device.
+
+    Its class is `class_of(config)`; the type named here is the usual one's.
+    """
     model = empty_model(config, device=device)
     initialize(model, seed=seed)
     return model
@@ -51,7 +70,7 @@ def empty_model(
 ) -> "LlmNormForCausalLM":
     """A model whose parameters are allocated and hold nothing yet."""
     with torch.device("meta"):
-        model = LlmNormForCausalLM(config).to(dtype)
+        model: LlmNormForCausalLM = class_of(config)(config).to(dtype)
     model.to_empty(device=torch.device(device))
     model.tie_weights()  # to_empty gave a tied head a tensor of its own
     return model
@@ -95,11 +114,19 @@ class LlmNormModel(LlmNormPreTrainedModel):
         super().__init__(config)
         settings = config.settings()
         assert isinstance(settings.vocab_size, int)
+        self.causal = settings.causal
         self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
+        self.embed_types: nn.Embedding | None = None
+        if settings.type_vocab_size:
+            self.embed_types = nn.Embedding(settings.type_vocab_size, settings.hidden_size)
+        self.embed_norm: nn.Module | None = None
+        if settings.embedding_norm:
+            self.embed_norm = settings.norm.build(settings.hidden_size)
+        self.embedding_dropout = settings.embedding_dropout
         self.layers = nn.ModuleList(
             settings.placement.build(settings, layer) for layer in range(settings.num_hidden_layers)
         )
-        self.norm = settings.norm.build(settings.hidden_size)
+        self.norm = settings.norm.build(settings.hidden_size) if settings.final_norm else None
         self._running_norms = [m for m in self.modules() if isinstance(m, RunningNorm)]
         self.rotary = Rotary(
             settings.rope_parameters, settings.head_dim, settings.max_position_embeddings
@@ -107,10 +134,10 @@ class LlmNormModel(LlmNormPreTrainedModel):
         self.fixed_shapes = False
         for layer, block in enumerate(self.layers):
             assert isinstance(block, Block)
-            if not block.self_attn.causal:
+            if block.self_attn.causal != self.causal:  # a part of another package's
                 raise InputError(
-                    f"model.mixer: the mixer of layer {layer} looks at later tokens and cannot "
-                    "serve a causal language model"
+                    f"model.mixer: the mixer of layer {layer} does not look the way that its "
+                    "settings say (`causal`)"
                 )
         self.post_init()
 
@@ -126,16 +153,20 @@ class LlmNormModel(LlmNormPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         loss_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Last hidden states (batch, length, hidden); arguments as Hugging Face's.
 
         Args:
+            token_type_ids: (batch, length), 0 for the first sentence and 1 for the second; all 0 if
+                None.
             loss_mask: (batch, length), True where a token counts for norms that keep statistics;
                 the attention mask's tokens, or all, if None.
 
         Raises:
             InputError: both or neither of input_ids and inputs_embeds, a foreign cache, a mask that
-                is not (batch, keys), packed documents with a cache, output_attentions.
+                is not (batch, keys), packed documents with a cache, a cache for an encoder, token
+                types that the model does not know, output_attentions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
@@ -148,6 +179,8 @@ class LlmNormModel(LlmNormPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is not None:
             position_ids = position_ids.expand(hidden.shape[:2])
+        if token_type_ids is not None and self.embed_types is None:
+            raise InputError("token_type_ids: model.type_vocab_size is 0; leave them out")
         cache = past_key_values
         if cache is None and use_cache:
             cache = self.new_cache()
@@ -160,13 +193,14 @@ class LlmNormModel(LlmNormPreTrainedModel):
             loss_mask = attention_mask.bool()
         for norm in self._running_norms:
             norm.begin(loss_mask)
+        hidden = self._embedded(hidden, token_type_ids)
         if order is not None:
             hidden = hidden.take_along_dim(order[..., None], 1)
         states = [hidden]
         for layer, block in enumerate(self.layers):
             hidden = block(hidden, context, None if cache is None else cache.slots.layers[layer])
             states = [*states, hidden] if output_hidden_states else [hidden]
-        states[-1] = self.norm(hidden)
+        states[-1] = hidden if self.norm is None else self.norm(hidden)
         if order is not None:
             back = order.argsort(1)[..., None]
             states = [state.take_along_dim(back, 1) for state in states]
@@ -177,8 +211,22 @@ class LlmNormModel(LlmNormPreTrainedModel):
         )
         return output.to_tuple() if return_dict is False else output
 
+    def _embedded(self, hidden: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """What enters the first block: token types added, normed, dropped out."""
+        if self.embed_types is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+            hidden = hidden + self.embed_types(token_type_ids)
+        if self.embed_norm is not None:
+            hidden = self.embed_norm(hidden)
+        if self.embedding_dropout:
+            hidden = F.dropout(hidden, self.embedding_dropout, self.training)
+        return hidden
+
     def new_cache(self) -> LlmNormCache:
         """An empty cache for this model's mixers."""
+        if not self.causal:
+            raise InputError("use_cache: an encoder reads its tokens all at once and has no cache")
         blocks = [block for block in self.layers if isinstance(block, Block)]
         return LlmNormCache([block.self_attn.new_cache() for block in blocks])
 
@@ -192,7 +240,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             real = attention_mask.bool()
             if position_ids is None:
                 position_ids = (real.cumsum(1) - 1).clamp(min=0)
-            mask = padding_mask(real)
+            mask = padding_mask(real, causal=self.causal)
             real = None if bool(real.all()) else real
         elif position_ids is not None:
             documents = document_lengths(position_ids)
@@ -201,7 +249,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         if documents is not None:
             segments = document_numbers(documents, batch, hidden.device)
         if segments is not None and self.fixed_shapes:
-            mask, documents = document_mask(segments), None
+            mask, documents = document_mask(segments, causal=self.causal), None
         elif documents is not None and hidden.is_cuda:
             boundaries = document_boundaries(documents, hidden.device)
         cos, sin = self._rotary_tables(hidden, position_ids)
@@ -228,6 +276,8 @@ class LlmNormModel(LlmNormPreTrainedModel):
         each row's real ones first, for which the context is made.
         """
         batch, length, _ = hidden.shape
+        if not self.causal:
+            raise InputError("past_key_values: an encoder has no cache")
         if not isinstance(cache, LlmNormCache):
             raise InputError(f"past_key_values must be an LlmNormCache, got {type(cache).__name__}")
         if self.training and torch.is_grad_enabled():
@@ -265,6 +315,11 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
     def __init__(self, config: LlmNormConfig) -> None:
         super().__init__(config)
         self.model = LlmNormModel(config)
+        if not self.model.causal:
+            raise InputError(
+                "model.mixer: looks at later tokens and cannot serve a causal language model; "
+                "LlmNormForMaskedLM can have it"
+            )
         self.lm_head: nn.Module = LanguageHead(config.hidden_size, config.vocab_size)
         self.post_init()
 

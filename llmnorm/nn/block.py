@@ -10,7 +10,8 @@
 
 Shapes: hidden (batch, length, hidden). Submodules carry the names of Llama, OLMo 2 and Gemma 2,
 whatever the mixer is, so that checkpoints map one to one: `post_attention_layernorm` stands before
-the MLP in `pre` and after the mixer in all others.
+the MLP in `pre` and after the mixer in all others. With `mlp: none` the second line of each
+equation, and its norms, are left out.
 """
 
 import math
@@ -35,7 +36,8 @@ class Block(nn.Module):
         self.mlp = settings.mlp.build(settings.hidden_size, settings.intermediate_size)
         if settings.initialization == "scaled":
             scaled = settings.initializer_range / math.sqrt(2 * settings.num_hidden_layers)
-            outputs: tuple[Linear, ...] = self.self_attn.output, self.mlp.down_proj
+            outputs: list[Linear] = [self.self_attn.output]
+            outputs += [] if self.mlp is None else [self.mlp.down_proj]
             for linear in outputs:
                 linear.initial_std = scaled
 
@@ -47,6 +49,7 @@ class Block(nn.Module):
         return self._drop(self.self_attn(x, context, cache))
 
     def _feed(self, x: Tensor) -> Tensor:
+        assert self.mlp is not None
         return self._drop(self.mlp(x))
 
     def _drop(self, branch: Tensor) -> Tensor:
@@ -59,14 +62,19 @@ class PreBlock(Block):
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__(settings, layer)
         self.input_layernorm = settings.norm.build(settings.hidden_size)
-        self.post_attention_layernorm = settings.norm.build(settings.hidden_size)
+        norms = [self.input_layernorm]
+        if self.mlp is not None:
+            self.post_attention_layernorm = settings.norm.build(settings.hidden_size)
+            norms.append(self.post_attention_layernorm)
         if settings.depth_scaling == "lns":
-            scale_by_depth(self.input_layernorm, layer)
-            scale_by_depth(self.post_attention_layernorm, layer)
+            for norm in norms:
+                scale_by_depth(norm, layer)
 
     def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         hidden = hidden + self._mix(self.input_layernorm(hidden), context, cache)
+        if self.mlp is None:
+            return hidden
         return hidden + self._feed(self.post_attention_layernorm(hidden))
 
 
@@ -78,12 +86,15 @@ class PostBlock(Block):
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__(settings, layer)
         self.post_attention_layernorm = settings.norm.build(settings.hidden_size)
-        self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
+        if self.mlp is not None:
+            self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
 
     def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         branch = self._mix(hidden, context, cache)
         hidden = self.post_attention_layernorm(branch.add(hidden, alpha=self.alpha))
+        if self.mlp is None:
+            return hidden
         branch = self._feed(hidden)
         return self.post_feedforward_layernorm(branch.add(hidden, alpha=self.alpha))
 
@@ -99,7 +110,8 @@ class DeepNormBlock(PostBlock):
         super().__init__(settings, layer)
         layers = settings.num_hidden_layers
         self.alpha = (2 * layers) ** 0.25
-        values = [self.self_attn.values, self.self_attn.output, *self.mlp.children()]
+        mlp = [] if self.mlp is None else list(self.mlp.children())
+        values = [self.self_attn.values, self.self_attn.output, *mlp]
         for linear in self.modules():
             if isinstance(linear, Linear):
                 xavier = math.sqrt(2 / (linear.in_features + linear.out_features))
@@ -114,13 +126,16 @@ class SandwichBlock(Block):
         super().__init__(settings, layer)
         self.input_layernorm = settings.norm.build(settings.hidden_size)
         self.post_attention_layernorm = settings.norm.build(settings.hidden_size)
-        self.pre_feedforward_layernorm = settings.norm.build(settings.hidden_size)
-        self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
+        if self.mlp is not None:
+            self.pre_feedforward_layernorm = settings.norm.build(settings.hidden_size)
+            self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
 
     def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         branch = self._mix(self.input_layernorm(hidden), context, cache)
         hidden = hidden + self.post_attention_layernorm(branch)
+        if self.mlp is None:
+            return hidden
         branch = self._feed(self.pre_feedforward_layernorm(hidden))
         return hidden + self.post_feedforward_layernorm(branch)
 
@@ -131,9 +146,12 @@ class ReorderedBlock(Block):
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__(settings, layer)
         self.post_attention_layernorm = settings.norm.build(settings.hidden_size)
-        self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
+        if self.mlp is not None:
+            self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
 
     def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         hidden = hidden + self.post_attention_layernorm(self._mix(hidden, context, cache))
+        if self.mlp is None:
+            return hidden
         return hidden + self.post_feedforward_layernorm(self._feed(hidden))

@@ -1,9 +1,10 @@
 """Linear cross-entropy in chunks: the loss of a language model's head without its full logits.
 
-Shapes: hidden (tokens, hidden), weight (vocabulary, hidden), labels (tokens,), -100 = not counted.
-The logits exist for one chunk of tokens at a time; both gradients are computed there too, in the
-forward pass, since softmax(logits) - onehot(label) is at hand, so that nothing is computed twice
-and what is kept for the backward pass has the size of `hidden` and `weight`.
+Shapes: hidden (tokens, hidden), weight (vocabulary, hidden), bias of an encoder's head
+(vocabulary,), labels (tokens,), -100 = not counted. The logits exist for one chunk of tokens at a
+time; all gradients are computed there too, in the forward pass, since softmax(logits) -
+onehot(label) is at hand, so that nothing is computed twice and what is kept for the backward pass
+has the size of `hidden` and `weight`.
 
 Surprises: the weight's gradient is accumulated in float32 (float64 for float64) over the chunks
 also where the products are bf16; the division by the number of tokens is applied to narrow tensors,
@@ -35,8 +36,8 @@ class LanguageHead(Linear):
     weight whole.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int) -> None:
-        super().__init__(hidden_size, vocab_size, bias=False)
+    def __init__(self, hidden_size: int, vocab_size: int, *, bias: bool = False) -> None:
+        super().__init__(hidden_size, vocab_size, bias=bias)
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, labels: Tensor | None = None, items: Tensor | float | None = None
@@ -44,7 +45,9 @@ class LanguageHead(Linear):
         """Logits (..., vocabulary) of hidden (..., hidden), or the loss against labels (...)."""
         if labels is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten(), items)
+        return linear_cross_entropy(
+            hidden.flatten(0, -2), self.weight, labels.flatten(), items, bias=self.bias
+        )
 
 
 def linear_cross_entropy(
@@ -53,6 +56,7 @@ def linear_cross_entropy(
     labels: Tensor,
     items: Tensor | float | None = None,
     *,
+    bias: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """Sum of the real labels' cross-entropies over `items`, a scalar in float32 (or float64).
@@ -63,6 +67,7 @@ def linear_cross_entropy(
         labels: (tokens,), already shifted; -100 is not counted.
         items: what to divide by, e.g. the real labels of all micro batches and processes; the real
             labels of this call if None (1 if there are none).
+        bias: (vocabulary,), added to the logits.
         chunk: tokens at a time; `chunk_size(vocabulary)` if None.
     """
     device = hidden.device.type
@@ -72,9 +77,12 @@ def linear_cross_entropy(
     scale = 1 / torch.as_tensor(items, dtype=wide_dtype(dtype), device=hidden.device)
     chunk = chunk or chunk_size(weight.shape[0])
     # Inside a Function neither tells: needs_input_grad is true without gradients too.
-    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
+    wanted = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    ]
     with torch.autocast(device, enabled=False):
-        return _Loss.apply(hidden, weight, labels, scale, chunk, dtype, *wanted)
+        return _Loss.apply(hidden, weight, bias, labels, scale, chunk, dtype, wanted)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, items: Tensor | float | None = None) -> Tensor:
@@ -112,13 +120,17 @@ def chunk_size(vocabulary: int) -> int:
     return max(512, 2**21 // vocabulary)
 
 
-def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Probabilities (tokens, vocabulary) and losses (tokens,), in float32 or float64.
 
     The normaliser is taken from the largest logit and its probability, log sum exp(l) = max l -
     log(max p), which cannot underflow as -log(p[label]) can: two reads instead of a pass of exp.
     """
     logits = product(hidden.to(weight.dtype), weight)
+    if bias is not None:
+        logits += bias
     wide = wide_dtype(logits.dtype)
     largest = logits.amax(-1).to(wide)
     picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -137,25 +149,28 @@ class _Loss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         labels: Tensor,
         scale: Tensor,
         chunk: int,
         dtype: torch.dtype,
-        wants_hidden: bool,
-        wants_weight: bool,
+        wanted: list[bool],
     ) -> Tensor:
         wide = wide_dtype(dtype)
         head = weight.to(dtype)
+        offset = None if bias is None else bias.to(dtype)
+        wants_hidden, wants_weight, wants_bias = wanted
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = sum_of_weight_gradients(weight, wide) if wants_weight else None
+        bias_grad = weight.new_zeros(len(weight), dtype=wide) if wants_bias else None
         real = (labels != IGNORED).to(wide).mul_(scale).unsqueeze(1)
         rows = torch.arange(min(chunk, len(labels)), device=hidden.device)
         for first in range(0, len(labels), chunk):
             part = slice(first, first + chunk)
-            gradient, losses = _chunk(hidden[part], head, labels[part])
+            gradient, losses = _chunk(hidden[part], head, labels[part], offset)
             total += losses.sum()
-            if wants_hidden or wants_weight:
+            if any(wanted):
                 gradient[rows[: len(losses)], labels[part].clamp(min=0)] -= 1
                 gradient = gradient.to(dtype)
             if hidden_grad is not None:
@@ -163,21 +178,25 @@ class _Loss(torch.autograd.Function):
             if weight_grad is not None:
                 scaled = hidden[part].to(wide).mul(real[part]).to(dtype)
                 add_weight_gradient(weight_grad, gradient, scaled)
+            if bias_grad is not None:
+                bias_grad += (real[part].t() @ gradient.to(wide)).squeeze(0)
             del gradient  # before the next chunk's logits are made
         if weight_grad is not None:
             weight_grad = weight_grad.contiguous()
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
         ctx.weight_dtype = weight.dtype
         return total * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         if grads[0].device.type == "cpu" and grads[0] == 1 and ctx.weight_dtype == grads[0].dtype:
-            return hidden_grad, weight_grad, None, None, None, None, None, None
+            return hidden_grad, weight_grad, bias_grad, None, None, None, None, None
         if hidden_grad is not None:
             hidden_grad = (hidden_grad * grads[0]).to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = (weight_grad * grads[0]).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None, None
+        if bias_grad is not None:
+            bias_grad = (bias_grad * grads[0]).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, bias_grad, None, None, None, None, None

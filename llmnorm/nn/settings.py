@@ -59,7 +59,20 @@ class GELUSettings(Settings):
         return GELU(hidden_size, intermediate_size, bias=self.bias)
 
 
-Mlp = Annotated[SwiGLUSettings | GELUSettings, Part(default="swiglu")]
+class NoMLPSettings(Settings):
+    """Nothing: a block is its mixer alone, as in Mamba and Hydra-BERT."""
+
+    name: Literal["none"] = "none"
+
+    def default_intermediate_size(self, hidden_size: int) -> int:
+        """Of no use."""
+        return 1
+
+    def build(self, hidden_size: int, intermediate_size: int) -> None:
+        """No module."""
+
+
+Mlp = Annotated[SwiGLUSettings | GELUSettings | NoMLPSettings, Part(default="swiglu")]
 
 # What each kind of rotary scaling needs and may have besides rope_type and rope_theta, as in
 # transformers' modeling_rope_utils.
@@ -130,7 +143,7 @@ class RopeParameters(Settings):
 
 
 class ModelSettings(Settings):
-    """A decoder-only language model."""
+    """A transformer: decoder or, where its mixers look at later tokens too, encoder."""
 
     vocab_size: int | Literal["auto"] = "auto"
     """Rows of the embedding; `auto` takes the tokenizer's."""
@@ -166,6 +179,15 @@ class ModelSettings(Settings):
     """Longest context the model is meant for; some rotary kinds scale with it."""
     rope_parameters: RopeParameters = RopeParameters()
     """Rotary positions."""
+    type_vocab_size: int = Field(0, ge=0)
+    """Rows of a second embedding, which tells the first sentence's tokens from the second's (BERT:
+    2); 0: none."""
+    embedding_norm: bool = False
+    """A norm of the embeddings, before the first block, as in BERT."""
+    embedding_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the embeddings (and of what a classifier reads) that is dropped in training."""
+    final_norm: bool = True
+    """A norm after the last block; BERT, whose blocks end with one, has none."""
     tie_word_embeddings: bool = False
     """Use the embedding as the output head."""
     initializer_range: float = Field(0.02, ge=0)
@@ -214,8 +236,10 @@ class ModelSettings(Settings):
                     f"rope_parameters.{key} has {len(factors)} numbers, "
                     f"head_dim {self.head_dim} needs {self.head_dim // 2}"
                 )
-        if isinstance(self.norm, NormSettings) and (why := self.norm.refusal(self.hidden_size)):
-            raise ValueError(why)
+        if isinstance(self.norm, NormSettings):
+            why = self.norm.refusal(self.hidden_size, causal=self.causal)
+            if why is not None:
+                raise ValueError(why)
         if isinstance(self.placement, PlacementSettings):
             if self.depth_scaling != "none" and not self.placement.scales_with_depth:
                 raise ValueError(
@@ -235,12 +259,20 @@ class ModelSettings(Settings):
         for part in mixers:
             if isinstance(part, MixerSettings):
                 part.check(self)
-            if isinstance(part, MixerSettings) and not part.causal:
-                raise ValueError(
-                    f"mixer '{getattr(part, 'name', type(part).__name__)}' looks at later tokens "
-                    "and cannot serve a causal language model"
-                )
+        known = [part for part in mixers if isinstance(part, MixerSettings)]
+        causal = [part_name(type(part)) for part in known if part.causal]
+        if causal and len(causal) < len(known):
+            (other, *_) = (part_name(type(part)) for part in known if not part.causal)
+            raise ValueError(
+                f"mixer lists '{other}', which looks at later tokens, beside '{causal[0]}', which "
+                "does not; all layers look the same way"
+            )
         return self
+
+    @property
+    def causal(self) -> bool:
+        """Whether every token sees only itself and what is before it."""
+        return all(mixer.causal for mixer in self.mixers() if isinstance(mixer, MixerSettings))
 
     def notes(self) -> list[str]:
         """What can be meant but rarely is."""

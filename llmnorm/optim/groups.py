@@ -1,8 +1,9 @@
 """Which parameter gets which rule: the only place that decides it.
 
 Hidden matrices (weights of linear layers inside the blocks) go to the matrix rule; embeddings,
-head, norms, biases, scalars, convolutions and any other parameter are auxiliary: they go to AdamW,
-with a learning rate of their own. A tied head is the embedding. Frozen parameters belong to nobody.
+heads (all of them, of an encoder too), norms, biases, scalars, convolutions and any other parameter
+are auxiliary: they go to AdamW, with a learning rate of their own. A tied head is the embedding.
+Frozen parameters belong to nobody.
 
 What would surprise: having two axes does not make a matrix. A gain of (heads, head_dim) or a table
 is no linear map, and orthogonalising it would be wrong; so the module decides, not the shape.
@@ -70,6 +71,9 @@ def split(model: nn.Module) -> Groups:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         outside |= {id(p) for p in head.parameters()}
+    base = getattr(model, "base_model", model)  # what Hugging Face calls the model without a head
+    if isinstance(base, nn.Module):
+        outside |= {id(p) for p in model.parameters()} - {id(p) for p in base.parameters()}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - outside
     groups = Groups({}, {})
     for name, parameter in model.named_parameters():

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from llmnorm.part import InputError
 from llmnorm.training.checkpoint_format import (
@@ -41,7 +42,7 @@ from llmnorm.training.checkpoint_format import (
 )
 from llmnorm.training.checkpoint_store import LATEST, Keep, Store
 
-__all__ = ["Checkpoints", "Interval", "read_meta"]
+__all__ = ["Checkpoints", "Interval", "State", "held", "read_meta"]
 
 T = TypeVar("T")
 State = Mapping[str, Tensor | Interval]
@@ -109,6 +110,20 @@ class Checkpoints:
         else:
             parts = self._copy_to_buffers(parts)
             self._saving = self._thread.submit(self._write, step, parts, snapshot, validation_loss)
+
+    def without_copies(self, state: State) -> dict[str, Interval]:
+        """What this process passes to `save` of a state of which others hold parts too.
+
+        Of copies the process of the lowest rank writes its own.
+        """
+        intervals = {name: as_interval(value) for name, value in state.items()}
+        mine = {(name, part.start): part for name, part in intervals.items()}
+        everyone: list[Any] = [list(mine)]
+        if self._world > 1:
+            everyone *= self._world
+            dist.all_gather_object(everyone, list(mine), group=self._group)
+        lower = {key for keys in everyone[: self._rank] for key in keys}
+        return {key[0]: part for key, part in mine.items() if key not in lower}
 
     def wait(self) -> None:
         """Until the save under way is on the disk; raises its error, once."""
@@ -244,6 +259,16 @@ class Checkpoints:
             dist.broadcast_object_list(shared, src=0, group=self._group)
             result, error = shared[0], error or shared[1]
         return _result(result, error)
+
+
+def held(tensor: Tensor) -> Tensor | Interval:
+    """What this process holds of a tensor: the tensor itself, or its rows of a sharded one."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    axis = tensor.placements.index(Shard(0))
+    rows, index = tensor.shape[0], tensor.device_mesh.get_local_rank(axis)
+    start = min(-(-rows // tensor.device_mesh.size(axis)) * index, rows)  # as torch.chunk cuts
+    return Interval(tensor.to_local(), start, tuple(tensor.shape))
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llmnorm.models.convert import Stored
 from llmnorm.models.convert import Weights as StoredWeights
 from llmnorm.models.equivalence import TARGETS, Weights, centre_gpt2, convert
 from llmnorm.part import InputError
+from llmnorm.pretrained import refuse_encoder
 from llmnorm.training.export import check_empty, write_directory
 from llmnorm.training.loading import open_source
 from llmnorm.training.model_card import model_card
@@ -45,6 +46,7 @@ def convert_directory(
         _convert_gpt2(path, directory, target, untie)
         return
     source = open_source(path, checkpoint=checkpoint)
+    refuse_encoder(source.config.architectures, f"convert: {path}", "the algebra is that of")
     before = _read(source.tensors, source.read_into)
     settings, tensors = convert(Weights(source.config.settings(), before), target, untie=untie)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")

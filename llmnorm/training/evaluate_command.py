@@ -1,8 +1,9 @@
 """`llmnorm eval`: what a trained model is worth, as a table and a JSON file.
 
-On validation rows: loss, perplexity and bits per byte of every source and in total, by the same
-function as during training, so that a run's last evaluation is reproduced to the last digit (same
-processes, same micro batch). A run has its rows; a directory without a run is told by `--data`
+On validation rows: the objective's figures (loss, perplexity and bits per byte; of masked tokens
+loss and accuracy; a classification's scores) of every source and in total, by the same function as
+during training, so that a run's last evaluation is reproduced to the last digit (same processes,
+same micro batch). A run has its rows; a directory without a run is told by `--data`
 which corpus to use, and its own tokenizer makes the rows. On lm-eval's tasks: benchmark_tasks.py.
 
 The file: `RUN/eval/step_00001000.json` (`-ema` where the average was evaluated), `DIR/eval.json`,
@@ -17,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 from llmnorm.config import ParallelSettings, RunConfig, TrainingSettings
 from llmnorm.doctor import missing_extra, version
 from llmnorm.files import write_whole
+from llmnorm.models.convert import named_weights
+from llmnorm.models.modeling import class_of
 from llmnorm.part import InputError
+from llmnorm.pretrained import refuse_encoder
 from llmnorm.training import benchmark_tasks
-from llmnorm.training.evaluation import evaluate
-from llmnorm.training.heldout import configuration, validation_data
-from llmnorm.training.loading import Source, model_of, open_source
+from llmnorm.training.evaluation import evaluate, table
+from llmnorm.training.heldout import configuration, validation_objective
+from llmnorm.training.loading import Source, empty_of, open_source, tokenizer_of
 from llmnorm.training.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -60,25 +64,36 @@ def evaluate_directory(
         raise InputError("--limit: counts examples of --tasks; validation rows are all evaluated")
     asked = benchmark_tasks.find(tasks) if tasks else None
     source = open_source(path, checkpoint=checkpoint, ema=ema)
+    if asked:
+        refuse_encoder(source.config.architectures, f"--tasks: {path}", "lm-eval's tasks ask for")
     config = _config(path, source, data, list(overrides), bool(tasks))
     parallel = Parallel(
         config.parallel if config else ParallelSettings(),
         config.training if config else TrainingSettings(steps=1),
     )
     try:
-        packed = None
+        if parallel.spread and (adapter is not None or asked):
+            raise InputError(
+                f"--{'adapter' if adapter else 'tasks'}: needs the whole model on every process, "
+                f"which sharding '{parallel.sharding}' does not give; launch with "
+                "launch/accelerate/ddp.yaml and parallel.sharding=auto"
+            )
+        objective = None
         if config:
-            packed = validation_data(
+            objective = validation_objective(
                 path,
                 config,
                 parallel,
                 data=data,
+                architecture=class_of(source.config).__name__,
                 longest=source.config.max_position_embeddings,
                 tokenizer=source.tokenizer,
                 trained_on=source.meta.get("data"),
             )
-        model, tokenizer = model_of(source, path)
-        scored: PreTrainedModel = model.to(parallel.device)
+        tokenizer = tokenizer_of(source, path)
+        model = empty_of(source, "meta").eval()
+        parallel.lay_out(model, lambda modules: source.read_into(named_weights(modules)))
+        scored: PreTrainedModel = model
         if adapter is not None:
             scored = _with_adapter(scored, adapter)
         found: dict[str, Any] = {
@@ -89,11 +104,11 @@ def evaluate_directory(
             "adapter": str(adapter) if adapter else None,
         }
         said = [_title(found)]
-        if config and packed:
+        if config and objective:
             rows = batch_size or _micro_batch(config, parallel)
-            figures = evaluate(scored, packed, micro_batch=rows, parallel=parallel)
-            found |= {"data": packed.identity, "validation": figures}
-            said.append(_table(figures))
+            figures = evaluate(scored, objective, micro_batch=rows, parallel=parallel)
+            found |= {"data": objective.data.identity, "validation": figures}
+            said.append(table(figures))
         if asked:
             results = benchmark_tasks.run(
                 asked, scored, tokenizer, parallel, batch_size=batch_size or 8, limit=limit
@@ -149,16 +164,6 @@ def _title(found: dict[str, Any]) -> str:
     if found["adapter"]:
         parts.append(f"adapter {found['adapter']}")
     return ", ".join(parts)
-
-
-def _table(figures: dict[str, Any]) -> str:
-    rows = {"all": figures, **figures["sources"]}
-    width = max(len(name) for name in [*rows, "validation"])
-    lines = [f"{'validation':{width}}{'loss':>10}{'perplexity':>12}{'bits per byte':>15}"]
-    for name, row in rows.items():
-        loss, perplexity, bits = row["loss"], row["perplexity"], row["bits_per_byte"]
-        lines.append(f"{name:{width}}{loss:>10.4f}{perplexity:>12.2f}{bits:>15.4f}")
-    return "\n".join(lines)
 
 
 def _output(path: Path, source: Source, ema: bool, adapter: Path | None) -> Path:

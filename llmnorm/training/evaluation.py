@@ -1,85 +1,77 @@
-"""Validation: loss, perplexity and bits per byte, source by source.
+"""Evaluation: an objective's figures of the weights and of their moving average.
 
-Every token of the validation text is charged exactly once (the last row is padded with ignored
-labels), so bits per byte = summed loss / ln 2 / bytes of the text, whatever the tokenizer; it can
-be held against a compressor's rate on the same text. Totals weigh the sources by their training
-bytes.
+    evaluate(model, objective, micro_batch=8, parallel=parallel, ema=ema)
+    sentence(figures)                                 -> "loss 3.1416, perplexity 23.14, ..."
+    table(figures)                                    -> a line a source
+
+Figures are `{name: number, ..., "sources": {source: {name: number, ...}}}`, and under "ema" the
+same of the averaged weights; which names there are is the objective's business.
 """
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from llmnorm.data.loader import evaluation_batches
-from llmnorm.data.packed import PackedData
 from llmnorm.training.ema import EMA
+from llmnorm.training.objectives.contract import Objective
 from llmnorm.training.parallel import Parallel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    packed: PackedData,
+    model: "PreTrainedModel",
+    objective: Objective,
     *,
     micro_batch: int,
     parallel: Parallel,
     ema: EMA | None = None,
 ) -> dict[str, Any]:
-    """The validation figures of `model` on every source of `packed`.
+    """The figures of `model`; its mode is as before afterwards.
 
     Args:
+        objective: what is measured, on which rows.
         micro_batch: rows at once; the shape of every batch.
-        parallel: this process; each evaluates its part of the rows, the sums are reduced.
+        parallel: this process.
         ema: the weights' moving average, evaluated too.
-
-    Returns:
-        `{"loss", "perplexity", "bits_per_byte", "sources": {name: the same three}}`, loss in nats
-        a token; with `ema` the same of the averaged weights under "ema".
     """
     was_training = model.training
     model.eval()
-    figures = _evaluate(model, packed, micro_batch, parallel)
+    figures = objective.evaluate(model, micro_batch=micro_batch, parallel=parallel)
     if ema is not None:
         with ema.in_place_of_weights():
-            figures["ema"] = _evaluate(model, packed, micro_batch, parallel)
+            figures["ema"] = objective.evaluate(model, micro_batch=micro_batch, parallel=parallel)
     model.train(was_training)
     return figures
 
 
-def _evaluate(
-    model: nn.Module, packed: PackedData, micro_batch: int, parallel: Parallel
-) -> dict[str, Any]:
-    sources: dict[str, dict[str, float]] = {}
-    for index, source in enumerate(packed.sources):
-        # Summed in float64: the total is the same to the last digits however rows are spread.
-        total = torch.zeros(2, dtype=torch.float64)
-        for batch in evaluation_batches(packed, index, parallel.rank, parallel.world, micro_batch):
-            count = int((batch["shift_labels"] != -100).sum())
-            if count == 0:
-                continue
-            with parallel.autocast():
-                loss = model(
-                    input_ids=batch["input_ids"].to(parallel.device),
-                    position_ids=batch["position_ids"].to(parallel.device),
-                    shift_labels=batch["shift_labels"].to(parallel.device),
-                    num_items_in_batch=1.0,
-                    use_cache=False,
-                ).loss
-            total += torch.tensor([float(loss), count], dtype=torch.float64)
-        summed, tokens = parallel.reduce(total).tolist()
-        sources[source.name] = _figures(summed / tokens, summed / source.validation_bytes)
-    weights = {s.name: s.bytes for s in packed.sources}
-    share = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    loss = sum(share[name] * figures["loss"] for name, figures in sources.items())
-    bits = sum(share[name] * figures["bits_per_byte"] for name, figures in sources.items())
-    return {**_figures(loss, bits * math.log(2)), "sources": sources}
+def names(figures: dict[str, Any]) -> list[str]:
+    """The figures' names, the loss first."""
+    return [name for name in figures if name not in ("sources", "ema")]
 
 
-def _figures(nats_per_token: float, nats_per_byte: float) -> dict[str, float]:
-    return {
-        "loss": nats_per_token,
-        "perplexity": math.exp(min(nats_per_token, 700.0)),
-        "bits_per_byte": nats_per_byte / math.log(2),
-    }
+def sentence(figures: dict[str, Any]) -> str:
+    """The totals in a sentence."""
+    return ", ".join(f"{_spoken(name)} {_shown(name, figures[name])}" for name in names(figures))
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The totals and those of every source, a line each."""
+    rows = {"all": figures, **figures["sources"]}
+    width = max(len(name) for name in [*rows, "validation"])
+    widths = {name: max(10, len(name) + 2) for name in names(figures)}
+    lines = [f"{'validation':{width}}" + "".join(f"{_spoken(n):>{w}}" for n, w in widths.items())]
+    for row, found in rows.items():
+        cells = "".join(f"{_shown(n, found[n]):>{w}}" for n, w in widths.items())
+        lines.append(f"{row:{width}}{cells}")
+    return "\n".join(lines)
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"

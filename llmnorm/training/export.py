@@ -24,7 +24,9 @@ from transformers import GenerationConfig
 from llmnorm.data import tokenizer
 from llmnorm.models.convert import MAX_SHARD_BYTES, Stored, write_weights
 from llmnorm.models.equivalence import depth_factors
+from llmnorm.models.modeling import class_of
 from llmnorm.part import InputError
+from llmnorm.pretrained import refuse_encoder
 from llmnorm.stock import to_stock
 from llmnorm.training.checkpoint import Checkpoints
 from llmnorm.training.loading import Source, open_source
@@ -58,8 +60,10 @@ def export(
     check_empty(directory)
     sources = _sources(path, average, ema, checkpoint)
     newest = sources[-1]
-    config, architecture, read_into = newest.config, "LlmNormForCausalLM", _reader(sources)
+    config, read_into = newest.config, _reader(sources)
+    architecture = class_of(config).__name__
     if stock:
+        refuse_encoder(config.architectures, f"--stock: {path}", "the stock architectures are of")
         settings = config.settings()
         architecture, keys = to_stock(settings)
         tokens = {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -6,14 +6,19 @@ tokenizer makes the rows.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
+
+from pydantic import ValidationError
 
 from llmnorm.config import RunConfig
 from llmnorm.config_file import load
-from llmnorm.data import packing
 from llmnorm.data.packed import PackedData
 from llmnorm.data.settings import TokenizerSettings
-from llmnorm.part import InputError
+from llmnorm.part import InputError, Settings, part_classes
+from llmnorm.training.objectives.contract import Objective
 from llmnorm.training.parallel import Parallel
+from llmnorm.training.settings import CausalLMSettings, ObjectiveSettings
+from llmnorm.training.settings import Objective as ObjectivePart
 
 SECTIONS = ("data", "evaluation", "training", "parallel")  # that settings may be given of
 
@@ -58,6 +63,58 @@ def configuration(
     )
 
 
+def validation_objective(
+    path: Path,
+    config: RunConfig,
+    parallel: Parallel,
+    *,
+    data: Path | None,
+    architecture: str,
+    longest: int,
+    tokenizer: Path | None,
+    trained_on: str | None,
+) -> Objective:
+    """What is measured on which rows: a run's own, or the text of `data` in the model's tokens.
+
+    Args:
+        path: what the user named, for messages.
+        config: from `configuration`.
+        parallel: this process.
+        data: the configuration or run that `config` was read from, if it is not the run's own.
+        architecture: the model's class.
+        longest: the model's positions.
+        tokenizer: the model's tokenizer directory.
+        trained_on: identity of the data that the run was trained on.
+
+    Raises:
+        InputError: the rows are longer than the model's positions, there is no tokenizer, the model
+            is of another objective, or the run was trained on other data than its configuration now
+            gives.
+    """
+    if config.data.context_length > longest:
+        raise InputError(
+            f"data.context_length: {config.data.context_length} is more than the model's {longest} "
+            f"positions; add data.context_length={longest}"
+        )
+    command = f"llmnorm data {path}"
+    if data is not None:
+        if tokenizer is None:
+            raise InputError(f"{path}: has no tokenizer (no tokenizer.json)")
+        own: dict[str, Settings] = {"tokenizer": TokenizerSettings(path=tokenizer)}
+        if config.objective.architecture != architecture:
+            own["objective"] = _usual(architecture, data)
+        config = config.model_copy(update=own)
+        command = f"llmnorm data {data} tokenizer.path={tokenizer}"
+    objective = config.objective.build(config, alone=parallel.world == 1, command=command)
+    found = objective.data
+    if data is None and trained_on != found.identity:
+        raise InputError(
+            f"{path}: was trained on the data {trained_on}, its configuration now gives "
+            f"{found.identity} ({found.directory}); restore the corpus, or name it by --data"
+        )
+    return objective
+
+
 def validation_data(
     path: Path,
     config: RunConfig,
@@ -68,36 +125,27 @@ def validation_data(
     tokenizer: Path | None,
     trained_on: str | None,
 ) -> PackedData:
-    """The rows: a run's own, or the corpus of `data` in the model's tokens.
+    """The rows of a causal language model; arguments as `validation_objective`'s."""
+    objective = validation_objective(
+        path,
+        config,
+        parallel,
+        data=data,
+        architecture=CausalLMSettings.architecture,
+        longest=longest,
+        tokenizer=tokenizer,
+        trained_on=trained_on,
+    )
+    assert isinstance(objective.data, PackedData)
+    return objective.data
 
-    Args:
-        path: what the user named, for messages.
-        config: from `configuration`.
-        parallel: this process.
-        data: the configuration or run that `config` was read from, if it is not the run's own.
-        longest: the model's positions.
-        tokenizer: the model's tokenizer directory.
-        trained_on: identity of the data that the run was trained on.
 
-    Raises:
-        InputError: the rows are longer than the model's positions, there is no tokenizer, or the
-            run was trained on other data than its configuration now gives.
-    """
-    if config.data.context_length > longest:
-        raise InputError(
-            f"data.context_length: {config.data.context_length} is more than the model's {longest} "
-            f"positions; add data.context_length={longest}"
-        )
-    settings, command = config.tokenizer, f"llmnorm data {path}"
-    if data is not None:
-        if tokenizer is None:
-            raise InputError(f"{path}: has no tokenizer (no tokenizer.json)")
-        settings = TokenizerSettings(path=tokenizer)
-        command = f"llmnorm data {data} tokenizer.path={tokenizer}"
-    packed = packing.ready(config.data, settings, alone=parallel.world == 1, command=command)
-    if data is None and trained_on != packed.identity:
-        raise InputError(
-            f"{path}: was trained on the data {trained_on}, its configuration now gives "
-            f"{packed.identity} ({packed.directory}); restore the corpus, or name it by --data"
-        )
-    return packed
+def _usual(architecture: str, data: Path) -> ObjectiveSettings:
+    """The objective of a model class with its defaults, where it needs nothing else."""
+    for cls in part_classes(get_args(ObjectivePart)[0]).values():
+        if issubclass(cls, ObjectiveSettings) and cls.architecture == architecture:
+            try:
+                return cls()
+            except ValidationError:
+                break
+    raise InputError(f"--data: {data} has another objective than the model, {architecture}")

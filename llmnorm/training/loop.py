@@ -9,22 +9,21 @@ a checkpoint holds weights, optimizer state and counts, nothing else.
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from llmnorm.config import RunConfig, to_tree
-from llmnorm.data import packing
-from llmnorm.data.loader import Batch, Loader
-from llmnorm.data.packed import PackedData
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.flops import flops_per_token
-from llmnorm.models.modeling import LlmNormForCausalLM, build_model, empty_model
+from llmnorm.models.initialization import initialize
+from llmnorm.models.modeling import LlmNormForCausalLM, class_of, empty_model
 from llmnorm.nn.norms.running import RunningStatistics
 from llmnorm.optim.groups import split
 from llmnorm.part import InputError
@@ -33,13 +32,14 @@ from llmnorm.training import run_directory
 from llmnorm.training.checkpoint import Checkpoints
 from llmnorm.training.ema import EMA
 from llmnorm.training.evaluation import evaluate
+from llmnorm.training.layout import check, describe
 from llmnorm.training.loading import open_source
 from llmnorm.training.metrics import Metrics
-from llmnorm.training.parallel import Parallel
+from llmnorm.training.objectives.contract import MicroBatch, Objective
+from llmnorm.training.parallel import Fill, Parallel, local
 from llmnorm.training.profiling import Profiler
 from llmnorm.training.run_directory import RunDirectory
 from llmnorm.training.run_lock import RunLock
-from llmnorm.training.samples import Samples
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.state import Progress, environment, go_on, named_tensors
 from llmnorm.training.trackers import Trackers
@@ -75,24 +75,24 @@ def train(
     with ExitStack() as stack:
         parallel = Parallel(config.parallel, config.training)
         stack.callback(parallel.close)
-        packed = packing.ready(
-            config.data, config.tokenizer, alone=parallel.world == 1, command=data_command
-        )
+        objective = config.objective.build(config, alone=parallel.world == 1, command=data_command)
+        data = objective.data
         global_batch = config.training.rows
         micro_batch = _micro_batch(config, parallel)
-        rows = sum(source.rows for source in packed.sources)
-        steps = config.training.total_steps(rows, packed.context_length)
+        steps = config.training.total_steps(data.rows, data.context_length)
 
         # Model, layout, optimizer, schedule.
-        model = _model(config, run, packed, parallel)
-        replica = parallel.prepare(model)
+        model, fill = _model(config, run, objective, parallel)
+        replica = parallel.prepare(model, fill)
         statistics = RunningStatistics(model, parallel.reduce)
         groups = split(model)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
-        optimizer = config.optimizer.build(groups)
+        optimizer = config.optimizer.build(groups, parallel.exchange())
         multipliers = config.optimizer.multipliers(config.schedule.build(steps), steps)
-        ema = EMA(model, config.training.ema) if config.training.ema else None
-        parallel.check()
+        ema = None
+        if config.training.ema:
+            held = {name: local(p.detach()) for name, p in model.named_parameters()}
+            ema = EMA(held, config.training.ema)
 
         # The run directory, and the newest whole checkpoint in it.
         def lock() -> None:
@@ -113,7 +113,8 @@ def train(
         if not dry_run:
             checkpoints.clean()
         state = named_tensors(model, optimizer, ema)
-        progress, said = go_on(checkpoints, state, packed, parallel, config.training.branch_from)
+        written = checkpoints.without_copies(state)
+        progress, said = go_on(checkpoints, state, data, parallel, config.training.branch_from)
         if said:
             _say(parallel, said)
         if progress.step >= steps:
@@ -122,17 +123,21 @@ def train(
             _say(parallel, f"{run.path} is finished (step {progress.step})")
             return 0
 
-        loader = Loader(
-            packed,
-            seed=config.data_seed,
+        rows = partial(
+            objective.batches,
+            progress.row,
             global_batch=global_batch,
             rank=parallel.rank,
             world=parallel.world,
             micro_batch=micro_batch,
         )
-        batches = loader.batches(progress.row)
-        _say(parallel, f"{parallel.describe()}; {_size(model, groups)}; {steps} steps")
-        _dry_step(replica, parameters, loader, progress.row, micro_batch, parallel)
+        first = next(rows())
+        _say(
+            parallel,
+            f"{describe(parallel, model, optimizer)}; {_size(model, groups)}; {steps} steps",
+        )
+        check(parallel, model, torch.cat([batch.rows for batch in first]))
+        _dry_step(replica, parameters, first, micro_batch, parallel)
         statistics.discard()
         if dry_run:
             _say(parallel, "dry run: every check passed, nothing was trained")
@@ -140,14 +145,13 @@ def train(
 
         # Everything that could be refused has been looked at: only now is anything written.
         def begin() -> None:
-            run_directory.begin(run, config, packed.tokenizer_directory, automatic)
+            run_directory.begin(run, config, data.tokenizer_directory, automatic)
             record.cut(run, progress.step)
 
         parallel.on_main(begin)
 
         # The steps.
         stop = stack.enter_context(StopRequest())
-        samples = Samples(config, packed)
         trackers = stack.enter_context(
             Trackers(config, run, start=progress.step, enabled=parallel.is_main)
         )
@@ -157,7 +161,9 @@ def train(
                 trackers,
                 steps=steps,
                 start=progress.step,
-                flops_per_token=flops_per_token(model, config.data.context_length),
+                flops_per_token=flops_per_token(
+                    model, config.data.context_length, head_share=objective.head_share
+                ),
                 device=parallel.device,
                 world=parallel.world,
                 enabled=parallel.is_main,
@@ -174,16 +180,16 @@ def train(
                 say=metrics.say,
             )
         )
-        exit_code = 0
+        exit_code, batches = 0, rows()
         while progress.step < steps and not exit_code:
             micro_batches = next(batches)
             _seed(config.seed, progress.step, parallel.rank)
-            labels = _count_labels(micro_batches, parallel)
+            labels, tokens = _count(micro_batches, parallel)
             loss = _forward_backward(replica, micro_batches, labels, parallel)
             norm = float(parallel.clip(parameters, config.training.max_grad_norm))
 
             # One reduction serves the loss and the agreement to stop.
-            reduced = torch.stack([loss / parallel.world, loss.new_tensor(stop.exit_code)])
+            reduced = torch.stack([loss, loss.new_tensor(stop.exit_code)])
             mean_loss, stopping = parallel.reduce(reduced).tolist()
             exit_code = round(stopping) and (stop.exit_code or 143)
             for group in optimizer.param_groups:
@@ -204,8 +210,8 @@ def train(
                 ema.update(progress.step)
             progress.step += 1
             progress.row += global_batch
-            progress.tokens += labels
-            metrics.count(labels, mean_loss)
+            progress.tokens += tokens
+            metrics.count(tokens, mean_loss)
             profiler.step()
 
             last = progress.step >= steps
@@ -230,12 +236,12 @@ def train(
                 with metrics.pause():
                     figures = evaluate(
                         model,
-                        packed,
+                        objective,
                         micro_batch=config.evaluation.micro_batch or micro_batch,
                         parallel=parallel,
                         ema=ema,
                     )
-                    texts = samples.generate(model, parallel)
+                    texts = objective.texts(model, parallel)
                 metrics.log_evaluation(progress.step, progress.tokens, figures)
                 metrics.log_samples(progress.step, progress.tokens, texts)
             # Weights whose loss is not finite are not worth a checkpoint, whatever the interval.
@@ -244,17 +250,17 @@ def train(
                 progress.seconds = metrics.seconds
                 meta = {
                     **asdict(progress),
-                    "data": packed.identity,
+                    "data": data.identity,
                     "environment": environment(parallel),
                     "config": to_tree(config),
                     "model": json.loads(model.config.to_json_string()),
-                    "sources": packed.sizes(),
+                    "sources": data.sizes(),
                     "llmnorm": run_directory.version(),
                 }
                 with metrics.pause():
                     checkpoints.save(
                         progress.step,
-                        state if parallel.is_main else {},  # replicas hold the same: one writes
+                        written,
                         meta,
                         validation_loss=figures["loss"] if figures else None,
                     )
@@ -265,42 +271,52 @@ def train(
 
 
 def _model(
-    config: RunConfig, run: RunDirectory, packed: PackedData, parallel: Parallel
-) -> LlmNormForCausalLM:
-    """The run's model with its first weights; the same numbers on every process and device."""
-    rows, pretrained = config.model.vocab_size, config.model.pretrained
-    if rows != "auto" and rows < packed.vocab_size:
+    config: RunConfig, run: RunDirectory, objective: Objective, parallel: Parallel
+) -> tuple[LlmNormForCausalLM, Fill]:
+    """The run's model, still without values, and what gives it its first weights.
+
+    They are the same numbers on every process and device. What is loaded is all of it, or all but
+    the head where that is another objective's.
+    """
+    rows, pretrained, data = config.model.vocab_size, config.model.pretrained, objective.data
+    if rows != "auto" and rows < data.vocab_size:
         if pretrained is not None:
             raise InputError(
                 f"model.pretrained: {pretrained} has {rows} embedding rows, the tokenizer "
-                f"{packed.vocab_size} tokens; leave the tokenizer section out to use its own"
+                f"{data.vocab_size} tokens; leave the tokenizer section out to use its own"
             )
         raise InputError(
-            f"model.vocab_size: {rows} is less than the tokenizer's {packed.vocab_size}; "
+            f"model.vocab_size: {rows} is less than the tokenizer's {data.vocab_size}; "
             "leave it out, or give at least that"
         )
-    settings = LlmNormConfig.from_settings(config.model, **_tokens(config, packed))
+    settings = LlmNormConfig.from_settings(
+        config.model,
+        vocab_size=data.vocab_size if rows == "auto" else rows,
+        bos_token_id=data.bos,
+        eos_token_id=data.eos,
+        pad_token_id=data.pad,
+        architectures=[config.objective.architecture],
+        **objective.model_keys(),
+    )
+    model = empty_model(settings, device="meta").train()
     begun = config.training.branch_from is not None or bool(Checkpoints(run.checkpoints).steps())
     if pretrained is None or begun:  # a checkpoint's weights will take the place of these
-        return build_model(settings, seed=config.seed, device=parallel.device).train()
+        return model, lambda modules: initialize(model, seed=config.seed, modules=modules)
     source = open_source(
         pretrained, key="model.pretrained", rank=parallel.rank, world=parallel.world
     )
-    model = empty_model(settings, device=parallel.device)
-    source.read_into(named_weights(model))
-    _say(parallel, f"weights from {pretrained}")
-    return model.train()
+    if config.objective.keeps_head and class_of(source.config) is class_of(settings):
+        _say(parallel, f"weights from {pretrained}")
+        return model, lambda modules: source.read_into(named_weights(modules))
+    prefix = f"{model.base_model_prefix}."
 
+    def fill(modules: Mapping[str, nn.Module]) -> None:
+        initialize(model, seed=config.seed, modules=modules)
+        named = named_weights(modules)
+        source.read_into({n: t for n, t in named.items() if n.startswith(prefix)})
 
-def _tokens(config: RunConfig, packed: PackedData) -> dict[str, int]:
-    """What the model has to know of the tokenizer."""
-    chosen = config.model.vocab_size
-    return {
-        "vocab_size": packed.vocab_size if chosen == "auto" else int(chosen),
-        "bos_token_id": packed.bos,
-        "eos_token_id": packed.eos,
-        "pad_token_id": packed.pad,
-    }
+    _say(parallel, f"weights from {pretrained}, its head left out")
+    return model, fill
 
 
 def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
@@ -325,40 +341,37 @@ def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
 
 
 def _forward_backward(
-    replica: nn.Module, micro_batches: list[Batch], labels: int, parallel: Parallel
+    replica: nn.Module, micro_batches: list[MicroBatch], labels: int, parallel: Parallel
 ) -> torch.Tensor:
     """Gradients of the global mean loss over this process's micro-batches.
 
     Returns:
-        This process's share of the loss times the number of processes, 0-dim float32.
+        This process's share of the loss, 0-dim float32.
     """
     total = torch.zeros((), device=parallel.device)
     for number, batch in enumerate(micro_batches):
         with parallel.accumulate(last=number == len(micro_batches) - 1):
-            loss = replica(
-                input_ids=batch["input_ids"].to(parallel.device, non_blocking=True),
-                position_ids=batch["position_ids"].to(parallel.device, non_blocking=True),
-                shift_labels=batch["shift_labels"].to(parallel.device, non_blocking=True),
-                # Replicas average their gradients, hence tokens a process.
-                num_items_in_batch=max(labels, 1) / parallel.world,
-                use_cache=False,
-            ).loss
+            inputs = {
+                name: tensor.to(parallel.device, non_blocking=True)
+                for name, tensor in batch.inputs.items()
+            }
+            loss = replica(**inputs, num_items_in_batch=max(labels, 1)).loss
         loss.backward()
         total += loss.detach()
     return total
 
 
-def _count_labels(micro_batches: list[Batch], parallel: Parallel) -> int:
-    """Real labels of the step over all processes."""
-    count = sum(int((batch["shift_labels"] != -100).sum()) for batch in micro_batches)
-    return int(parallel.reduce(torch.tensor(count, device=parallel.device)))
+def _count(micro_batches: list[MicroBatch], parallel: Parallel) -> tuple[int, int]:
+    """Labels and tokens of the step over all processes."""
+    counts = [sum(b.labels for b in micro_batches), sum(b.tokens for b in micro_batches)]
+    labels, tokens = parallel.reduce(torch.tensor(counts, device=parallel.device)).tolist()
+    return labels, tokens
 
 
 def _dry_step(
     replica: nn.Module,
     parameters: list[nn.Parameter],
-    loader: Loader,
-    row: int,
+    micro_batches: list[MicroBatch],
     micro_batch: int,
     parallel: Parallel,
 ) -> None:
@@ -371,10 +384,8 @@ def _dry_step(
     devices = [parallel.device] if parallel.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            micro_batches = next(loader.batches(row))
-            _forward_backward(
-                replica, micro_batches, _count_labels(micro_batches, parallel), parallel
-            )
+            labels, _ = _count(micro_batches, parallel)
+            _forward_backward(replica, micro_batches, labels, parallel)
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"training.micro_batch: {micro_batch} rows do not fit into the memory of "

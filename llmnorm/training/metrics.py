@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from llmnorm.part import InputError
+from llmnorm.training.evaluation import sentence
 from llmnorm.training.run_directory import RunDirectory
 from llmnorm.training.trackers import Trackers
 
@@ -153,7 +154,7 @@ class Metrics:
         return self._seconds_before + time.perf_counter() - self._started
 
     def count(self, tokens: int, loss: float) -> None:
-        """One step is done: `tokens` labels over all processes, with this mean loss."""
+        """One step is done, on so many tokens over all processes, with this mean loss."""
         self._tokens_since += tokens
         self._bar.set_postfix_str(self._postfix(loss), refresh=False)
         self._bar.update()
@@ -179,10 +180,7 @@ class Metrics:
         self._write(
             {"step": step, "tokens": tokens, "validation": figures, "seconds": self.seconds}
         )
-        self.say(
-            f"step {step}: validation loss {figures['loss']:.4f}, "
-            f"perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits per byte"
-        )
+        self.say(f"step {step}: validation {sentence(figures)}")
 
     def log_samples(self, step: int, tokens: int, samples: list[dict[str, str]]) -> None:
         """Write generated texts into samples.jsonl and say them above the bar."""

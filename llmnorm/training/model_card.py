@@ -3,13 +3,28 @@
 import json
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
+from llmnorm.training.evaluation import names
 from llmnorm.training.loading import Source
 
+
+class _Kind(NamedTuple):
+    text: str
+    pipeline: str
+    loader: str
+
+
+_KINDS = {  # by the ending of the class's name
+    "ForCausalLM": _Kind("causal language model", "text-generation", "AutoModelForCausalLM"),
+    "ForMaskedLM": _Kind("masked language model", "fill-mask", "AutoModelForMaskedLM"),
+    "ForSequenceClassification": _Kind(
+        "text classifier", "text-classification", "AutoModelForSequenceClassification"
+    ),
+}
 _PACKAGES = ("llmnorm", "torch", "transformers", "tokenizers", "safetensors")
 
 
@@ -26,12 +41,13 @@ def model_card(
         ema: whether the weights are their moving average.
     """
     total = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
-    own = architecture == "LlmNormForCausalLM"
+    own = architecture.startswith("LlmNorm")
+    kind = next(kind for ending, kind in _KINDS.items() if architecture.endswith(ending))
     blocks = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [llmnorm]\n---",
+        f"---\nlibrary_name: transformers\npipeline_tag: {kind.pipeline}\ntags: [llmnorm]\n---",
         f"# {name}",
-        f"A causal language model of {total:,} parameters, an export of llmnorm: `{architecture}`.",
-        _how_to_load(own),
+        f"A {kind.text} of {total:,} parameters, an export of llmnorm: `{architecture}`.",
+        _how_to_load(own, kind.loader),
         *(_of_the_run(source, steps, ema) if source.meta else [_no_run()]),
         "## Model\n\n" + _code("yaml", _yaml(_settings(source))),
     ]
@@ -43,7 +59,7 @@ def model_card(
     return "\n\n".join(blocks) + "\n"
 
 
-def _how_to_load(own: bool) -> str:
+def _how_to_load(own: bool, loader: str) -> str:
     needs = "It needs the package llmnorm.\n\n" if own else ""
     argument = ", trust_remote_code=True" if own else ""
     return (
@@ -51,8 +67,8 @@ def _how_to_load(own: bool) -> str:
         + needs
         + _code(
             "python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained(DIRECTORY{argument})\n"
+            f"from transformers import {loader}, AutoTokenizer\n\n"
+            f"model = {loader}.from_pretrained(DIRECTORY{argument})\n"
             "tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)",
         )
     )
@@ -87,7 +103,7 @@ def _losses(source: Source, averaged: bool, ema: bool) -> str:
     if found is None:
         return "Not evaluated at this step."
     figures = found.get("ema", found) if ema else found
-    keys = ("loss", "perplexity", "bits_per_byte")
+    keys = names(figures)
     rows = [{"source": name, **one} for name, one in figures["sources"].items()]
     rows.append({"source": "all", **{key: figures[key] for key in keys}})
     what = f"At step {source.meta['step']}"

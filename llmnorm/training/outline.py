@@ -9,7 +9,7 @@ import torch
 from llmnorm.config import RunConfig
 from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.models.modeling import LlmNormForCausalLM, class_of
 from llmnorm.optim.build import describe
 from llmnorm.optim.groups import split
 
@@ -21,7 +21,10 @@ def outline(config: RunConfig) -> LlmNormForCausalLM:
         path = config.tokenizer.path
         rows = config.tokenizer.vocab_size if path is None else TextEncoder(path).vocab_size
     with torch.device("meta"):
-        return LlmNormForCausalLM(LlmNormConfig.from_settings(config.model, vocab_size=rows))
+        classes = [config.objective.architecture]
+        settings = LlmNormConfig.from_settings(config.model, vocab_size=rows, architectures=classes)
+        model: LlmNormForCausalLM = class_of(settings)(settings)
+        return model
 
 
 def parameters_outside_the_embedding(config: RunConfig) -> int:

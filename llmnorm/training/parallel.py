@@ -1,31 +1,41 @@
-"""Processes, device and the layout of the model: recompute, compile, replicate, in this order.
+"""Processes, device and the layout of the model: recompute, compile, shard, in this order.
 
 `accelerate launch` starts the processes and accelerate makes the process group; everything after
-that is here. Accumulation is ours: gradients are summed over micro-batches and reduced with the
-last one. The loss must come divided by the tokens of a process (global tokens / processes),
-since replicas average their gradients.
+that is here, the same code on gloo and nccl. `fsdp2` makes each block a unit of torch's
+`fully_shard` and the rest (embedding, final norm, head) one more; `hsdp` repeats that in groups of
+processes that hold the same. Accumulation is ours: replicas reduce gradients with the last
+micro-batch, shards with every one (so that no process holds all gradients). Gradients are summed:
+the loss comes divided by the tokens of all processes, so that a gradient inside the backward pass
+(norms keep statistics of it) is what it is on one process.
 
-What would surprise: what a launch file asks for can silently become something else (two unconnected
-trainings, one process where four were meant); `check` looks at what is really there.
+What would surprise: weights are float32 and gathered so: precision is autocast's, the same under
+every sharding. What is really there is looked at in `layout.py`.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmnorm.config import ParallelSettings, TrainingSettings
+from llmnorm.optim.sharded import Exchange
 from llmnorm.part import InputError
+from llmnorm.training.launch import accelerator, agreed_sharding, launch_file
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from llmnorm.models.modeling import LlmNormForCausalLM
+
+Modules = Mapping[str, nn.Module]
+Fill = Callable[[Modules], None]
 
 
 class Parallel:
@@ -34,6 +44,8 @@ class Parallel:
     Attributes:
         rank, world: this process and the number of processes.
         device: where this process computes.
+        backend: what the processes talk over.
+        sharding: how the model is laid out over them (`parallel.sharding`, never `auto`).
         accelerator: accelerate's handle on the process group.
     """
 
@@ -45,7 +57,7 @@ class Parallel:
         """
         self.settings = parallel
         self.precision = training.precision
-        _agree_with_launch_file(parallel, training)
+        self.sharding = agreed_sharding(parallel, training)
         cuda = training.device != "cpu" and torch.cuda.is_available()
         if training.device == "cuda" and not cuda:
             raise InputError(
@@ -56,7 +68,7 @@ class Parallel:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
-        self.accelerator = _accelerator(cuda)
+        self.accelerator = accelerator(cuda)
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
         self.device = self.accelerator.device
@@ -64,26 +76,37 @@ class Parallel:
         if asked != self.world:
             raise InputError(
                 f"the launcher started {asked} processes, but {self.world} are connected; launch "
-                "with `accelerate launch --config_file launch/accelerate/ddp.yaml`"
+                f"with `accelerate launch --config_file {launch_file(self.sharding)}`"
             )
-        if parallel.sharding == "none" and self.world > 1:
-            raise InputError(
-                f"parallel.sharding: 'none' is one process, but {self.world} were launched; "
-                "did you mean 'ddp'?"
-            )
-        self._replica: nn.Module | None = None
+        self._mesh: DeviceMesh | None = None  # of the processes over which a tensor is spread
+        if self.sharding in ("fsdp2", "hsdp"):
+            if not dist.is_initialized():  # one process, started without a launcher
+                backend = "nccl" if cuda else "gloo"
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            shape = (parallel.replicas, self.world // parallel.replicas)
+            names = ("replicate", "shard")
+            self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self.backend = dist.get_backend() if dist.is_initialized() else "no process group"
+        self._model: nn.Module | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
-    def prepare(self, model: "LlmNormForCausalLM") -> nn.Module:
-        """Lay the model out, in place; returns what to call in training (same parameters, names).
+    @property
+    def spread(self) -> bool:
+        """Whether a process holds only a part of every tensor."""
+        return self._mesh is not None
+
+    def prepare(self, model: "LlmNormForCausalLM", fill: Fill) -> nn.Module:
+        """Lay the model out for training; returns what to call (same parameters, names).
 
         Args:
-            model: on its device, initialised; its blocks are the unit of recomputation and
-                compilation.
+            model: on the meta device; its blocks are the unit of recomputation, compilation and
+                sharding.
+            fill: gives the tensors that belong to the modules that it is passed, by name, their
+                values, on this process's device.
         """
         for block in model.model.layers:
             if self.settings.activation_checkpointing:
@@ -94,37 +117,64 @@ class Parallel:
                 block.compile()
         if self.settings.compile:
             model.model.fixed_shapes = True
-        if self.world == 1:
-            self._replica = model
-        else:
-            self._replica = DistributedDataParallel(
+        self._model = self.lay_out(model, fill)
+        if self.sharding == "ddp":
+            self._model = DistributedDataParallel(
                 model,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,  # running statistics are sums over processes already
             )
-        return self._replica
+            self._model.register_comm_hook(None, _sum)
+        return self._model
 
-    def check(self) -> None:
-        """Look at what is really there before the first step; a mismatch is an error of ours."""
-        assert self._replica is not None
-        if self.world > 1:
-            assert isinstance(self._replica, DistributedDataParallel)
-            assert torch.distributed.get_world_size() == self.world
-        for name, parameter in self._replica.named_parameters():
-            assert parameter.device.type == self.device.type, f"{name} is on {parameter.device}"
-            assert parameter.dtype in (torch.float32, torch.float64), f"{name} is no master weight"
+    def lay_out(self, model: "LlmNormForCausalLM", fill: Fill) -> nn.Module:
+        """Give the model on the meta device its values, and each process its shards of them.
 
-    def describe(self) -> str:
-        """One line for the run's log: backend, world size, sharding, bytes a process."""
-        assert self._replica is not None
-        parameters = sum(p.numel() * p.element_size() for p in self._replica.parameters())
-        backend = torch.distributed.get_backend() if self.world > 1 else "no process group"
-        layout = "ddp" if self.world > 1 else "none"
-        return (
-            f"{self.world} process(es) on {self.device.type} ({backend}), sharding {layout}, "
-            f"precision {self.precision}, weights {parameters / 2**20:.1f} MiB a process"
-        )
+        A block is filled and sharded before the next is, so that no process ever holds the whole.
+        """
+        blocks = {id(block) for block in model.model.layers}
+        modules = dict(model.named_modules())
+        for name, block in modules.items():
+            if id(block) in blocks and self._mesh is not None:
+                inside = {f"{name}.{n}".removesuffix("."): m for n, m in block.named_modules()}
+                self._materialize(inside)
+                fill(inside)
+                fully_shard(block, mesh=self._shards())
+                modules = {n: m for n, m in modules.items() if n not in inside}
+        self._materialize(modules)
+        model.tie_weights()  # the head was given memory of its own
+        fill(modules)
+        if self._mesh is not None:
+            # Resharded too: evaluation may be followed by a change of the weights (ema.py).
+            fully_shard(model, mesh=self._shards(), reshard_after_forward=True)
+            for unit in [model, *model.model.layers]:  # sums, where torch's default are means
+                unit.set_gradient_divide_factor(1.0)
+                unit.set_force_sum_reduction_for_comms(True)
+        return model
+
+    def _materialize(self, modules: Modules) -> None:
+        for module in modules.values():
+            module.to_empty(device=self.device, recurse=False)
+
+    def _shards(self) -> DeviceMesh:
+        assert self._mesh is not None
+        return self._mesh if self.sharding == "hsdp" else self._mesh["shard"]
+
+    def found(self) -> str:
+        """The sharding that the model really has, whatever was asked for."""
+        if isinstance(self._model, FSDPModule):
+            return "hsdp" if self._mesh is not None and self._mesh.size(0) > 1 else "fsdp2"
+        return "ddp" if isinstance(self._model, DistributedDataParallel) else "none"
+
+    def exchange(self) -> Exchange | None:
+        """How matrix optimizers share their work; None where there is one process."""
+        if self.world == 1 and not self.spread:
+            return None
+        group = self._mesh.get_group("shard") if self._mesh is not None else dist.group.WORLD
+        assert group is not None
+        payload = torch.bfloat16 if self.settings.exchange == "bf16" else None
+        return Exchange(group, spread=self.spread, payload=payload)
 
     def autocast(self) -> Any:
         """The context of a forward pass under this run's precision."""
@@ -134,26 +184,44 @@ class Parallel:
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of one micro-batch; the last one reduces."""
-        replica = self._replica
-        quiet = isinstance(replica, DistributedDataParallel) and not last
-        with replica.no_sync() if quiet else nullcontext(), self.autocast():  # type: ignore[union-attr,operator]
+        """Around the forward pass of one micro-batch; what it says holds for its backward pass."""
+        model = self._model
+        quiet: Any = nullcontext()
+        if isinstance(model, DistributedDataParallel) and not last:
+            quiet = model.no_sync()
+        elif isinstance(model, FSDPModule):
+            model.set_requires_all_reduce(last)
+            model.set_is_last_backward(last)
+        with quiet, self.autocast():
             yield
 
-    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them); returns their global norm.
 
         The norm is a 0-dim float32 tensor over all gradients of the model, the same everywhere.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._mesh is not None:
+            square = norm.square()
+            dist.all_reduce(square, group=self._mesh.get_group("shard"))
+            norm = square.sqrt()
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def reduce(self, values: torch.Tensor) -> torch.Tensor:
+    def gather(self, values: Tensor) -> Tensor:
+        """The `values` (n,) of all processes, (world * n,)."""
+        if self.world == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts)
+
+    def reduce(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes, in place where there is more than one."""
         if self.world > 1:
-            torch.distributed.all_reduce(values)
+            dist.all_reduce(values)
         return values
 
     def on_main(self, work: Callable[[], None]) -> None:
@@ -169,39 +237,17 @@ class Parallel:
 
     def close(self) -> None:
         """Leave the process group together: leaving alone can abort the others."""
-        if self.world > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
 
 
-def _agree_with_launch_file(parallel: ParallelSettings, training: TrainingSettings) -> None:
-    """Refuse what the launcher's environment asks for and this run would not do."""
-    for variable, what in (
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-    ):
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise InputError(
-                f"the launch file asks for {what}, which parallel.sharding does not offer; "
-                "valid: auto, none, ddp (launch/accelerate/ddp.yaml)"
-            )
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    ours = {"fp32": "no", "bf16": "bf16"}[training.precision]
-    if asked not in ("no", ours):
-        raise InputError(
-            f"the launch file asks for mixed precision '{asked}', training.precision is "
-            f"'{training.precision}'; leave it out of the launch file"
-        )
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; in-place changes reach the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _accelerator(cuda: bool) -> "Accelerator":
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    # Without the variable accelerate warns of a mixed precision that is not its business here.
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-    if not cuda:
-        return Accelerator(cpu=True)
-    # Checkpoints are written over gloo beside the GPUs' own backend.
-    group = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")
-    return Accelerator(kwargs_handlers=[group])
+def _sum(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Replicas' gradients, summed where torch's default is their mean."""
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])

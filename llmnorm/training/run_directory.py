@@ -157,11 +157,11 @@ def finished(run: RunDirectory, config: RunConfig) -> bool:
     return not any(f"training.{key}" in changed for key in ("steps", "tokens", "epochs"))
 
 
-def next_commands(run: RunDirectory) -> str:
+def next_commands(run: RunDirectory, config: RunConfig) -> str:
     """What one does next with this run."""
     return (
         f"everything lies in {run.path}: config.yaml, metrics.jsonl, checkpoints/, plots/\n"
-        f"  generate text: llmnorm generate {run.path} --prompt 'Once upon a time'\n"
+        f"  {config.objective.uses(str(run.path))}\n"
         f"  train longer:  llmnorm train {run.path} training.steps=N"
     )
 

@@ -13,11 +13,13 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from llmnorm.data.packed import PackedData
+from llmnorm.models.convert import named_weights
 from llmnorm.optim.state import named_state
 from llmnorm.part import InputError
-from llmnorm.training.checkpoint import Checkpoints, read_meta
+from llmnorm.training.checkpoint import Checkpoints, Interval, State, held, read_meta
+from llmnorm.training.checkpoint_format import as_interval
 from llmnorm.training.ema import EMA
+from llmnorm.training.objectives.contract import Data
 from llmnorm.training.parallel import Parallel
 
 
@@ -29,7 +31,7 @@ class Progress:
     row: int = 0
     """Number of the next row, counted from the run's first."""
     tokens: int = 0
-    """Labels charged so far, over all processes."""
+    """Trained on so far, over all processes: labels of text, tokens read by an encoder."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
@@ -43,22 +45,24 @@ class Progress:
 
 def named_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None
-) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds, by name: the tensors themselves, a tied one once."""
-    saved = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+) -> dict[str, torch.Tensor | Interval]:
+    """All that this process holds of a checkpoint, by name: the tensors themselves, tied ones once.
+
+    Of a sharded tensor it is this process's rows.
+    """
+    weights = {name: held(tensor) for name, tensor in named_weights(model).items()}
+    average = ema.average if ema else {}
     return {
-        **{f"model.{name}": tensor for name, tensor in (weights | buffers).items()},
-        **{f"optimizer.{name}": t for name, t in named_state(optimizer, model).items()},
-        **({f"ema.{name}": t for name, t in ema.average.items()} if ema else {}),
+        **{f"model.{name}": part for name, part in weights.items()},
+        **{f"optimizer.{name}": held(t) for name, t in named_state(optimizer, model).items()},
+        **{f"ema.{n}": as_interval(weights[n])._replace(tensor=t) for n, t in average.items()},
     }
 
 
 def go_on(
     checkpoints: Checkpoints,
-    state: dict[str, torch.Tensor],
-    packed: PackedData,
+    state: State,
+    data: Data,
     parallel: Parallel,
     branch_from: Path | None,
 ) -> tuple[Progress, str | None]:
@@ -77,13 +81,13 @@ def go_on(
     else:
         return Progress(), None
     meta = read_meta(path)
-    if meta["data"] != packed.identity:
+    if meta["data"] != data.identity:
         raise InputError(
             f"{path}: was trained on the data {meta['data']}, this run's data is now "
-            f"{packed.identity} ({packed.directory}); restore the corpus or start a new run_dir"
+            f"{data.identity} ({data.directory}); restore the corpus or start a new run_dir"
         )
     here, there = environment(parallel), meta["environment"]
-    changed = [f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k)]
+    changed = [f"{k} {there[k]} -> {here[k]}" for k in here if here[k] != there.get(k, here[k])]
     checkpoints.load(path, state)
     said = f"going on from {path}"
     if changed:
@@ -97,6 +101,7 @@ def environment(parallel: Parallel) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "processes": parallel.world,
+        "sharding": parallel.sharding,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(parallel.device) if cuda else "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

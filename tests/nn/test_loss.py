@@ -149,7 +149,7 @@ def test_full_logits_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     chunk = loss_module._chunk
     monkeypatch.setattr(
-        loss_module, "_chunk", lambda h, w, y: seen.append(len(h)) or chunk(h, w, y)
+        loss_module, "_chunk", lambda h, w, y, b: seen.append(len(h)) or chunk(h, w, y, b)
     )
     linear_cross_entropy(hidden, weight, labels).backward()
     assert max(seen) == chunk_size(8192) == 512 and sum(seen) == 1000
@@ -164,8 +164,25 @@ def test_losses_of_single_tokens() -> None:
 
 def test_head_gives_logits_or_loss() -> None:
     """Oracle: nn.Linear, and the function itself."""
-    head = LanguageHead(4, 7)
     hidden, labels = torch.randn(2, 3, 4), torch.randint(0, 7, (2, 3))
-    assert torch.equal(head(hidden), hidden @ head.weight.t())
-    expected = linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), 5.0)
-    assert torch.equal(head(hidden, labels, 5.0), expected)
+    for head in (LanguageHead(4, 7), LanguageHead(4, 7, bias=True)):
+        torch.testing.assert_close(head(hidden), F.linear(hidden, head.weight, head.bias))
+        expected = linear_cross_entropy(
+            hidden.flatten(0, 1), head.weight, labels.flatten(), 5.0, bias=head.bias
+        )
+        assert torch.equal(head(hidden, labels, 5.0), expected)
+
+
+@pytest.mark.parametrize("tokens", [0, 11])
+def test_an_offset_is_part_of_the_logits(tokens: int) -> None:
+    """Oracle: F.cross_entropy on logits with the offset, float64, gradients; none of 0 tokens."""
+    hidden, weight, labels = data(tokens, 3, 5)
+    bias = torch.linspace(-1, 1, 5, dtype=torch.float64).requires_grad_()
+    inputs = (hidden, weight, bias)
+    got = linear_cross_entropy(hidden, weight, labels, 7.0, bias=bias, chunk=4)
+    logits = F.linear(hidden, weight, bias)
+    expected = F.cross_entropy(logits, labels, reduction="sum") / 7
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    pairs = (torch.autograd.grad(3 * loss, inputs) for loss in (got, expected))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)

@@ -33,6 +33,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "softmax qk_norm": {"name": "softmax", "qk_norm": True},
     "softmax qkv bias": {"name": "softmax", "attention_bias": "qkv"},
     "softmax bias": {"name": "softmax", "attention_bias": True},
+    "softmax both": {"name": "softmax", "bidirectional": True, "qk_norm": True},
     "softmax window": {"name": "softmax", "sliding_window": 4},
     "linear": {"name": "linear"},
     "linear block": {"name": "linear", "bias": True, "rotary": False, **BLOCK},
@@ -54,9 +55,28 @@ MIXERS: dict[str, dict[str, Any]] = {
     },
     "hydra": {"name": "hydra", "head_dim": 8, "state_size": 3, "conv_kernel": 5},
     "hydra groups": {"name": "hydra", "head_dim": 5, "n_groups": 2, "state_size": 4},
+    **{
+        f"matrix {family}{'' if own else ' learned'}": {
+            **{"name": "matrix", "head_dim": 8, "conv_kernel": 5},
+            "family": {"name": family, "data_dependent": own, **({"qk_dim": 3} if qk else {})},
+        }
+        for family, qk in {
+            **{"toeplitz": False, "vandermonde": True, "cauchy": True},
+            **{"low_rank": True, "attention": True, "quasiseparable": True},
+        }.items()
+        for own in (True, False)
+    },
+    "matrix dense": {"name": "matrix", "head_dim": 10, "family": "dense"},
+    "matrix dft": {"name": "matrix", "head_dim": 5, "family": "dft"},
+    "hydra add": {"name": "hydra", "head_dim": 8, "state_size": 3, "combination": "add"},
+    "hydra concat": {"name": "hydra", "head_dim": 8, "state_size": 3, "combination": "concat"},
     "nala both": {"name": "nala", "bidirectional": True, "conv_kernel": 5, "rotary": False},
 }
-CAUSAL = {k: v for k, v in MIXERS.items() if not v.get("bidirectional") and v["name"] != "hydra"}
+CAUSAL = {
+    k: v
+    for k, v in MIXERS.items()
+    if not v.get("bidirectional") and v["name"] not in ("hydra", "matrix")
+}
 PACKED = torch.tensor(
     [
         [0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5],
@@ -68,7 +88,11 @@ PACKED = torch.tensor(
 
 def settings(kv_heads: int = 2) -> ModelSettings:
     return ModelSettings(
-        hidden_size=20, num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=6
+        hidden_size=20,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=6,
+        max_position_embeddings=131,
     )
 
 
@@ -94,26 +118,28 @@ def plain(length: int = LENGTH) -> Context:
     return Context(*tables(torch.arange(length).unsqueeze(0)))
 
 
-def packed(positions: Tensor = PACKED, *, by_mask: bool = False) -> Context:
+def packed(positions: Tensor = PACKED, *, by_mask: bool = False, causal: bool = True) -> Context:
     documents = document_lengths(positions)
     assert documents is not None
     segments = document_numbers(documents, len(positions), positions.device)
     cos, sin = tables(positions)
     if by_mask:
-        return Context(cos, sin, document_mask(segments), segments=segments)
+        mask = document_mask(segments, causal=causal)
+        return Context(cos, sin, mask, segments=segments)
     return Context(cos, sin, documents=documents, segments=segments)
 
 
-def padded(length: int = LENGTH) -> Context:
+def padded(length: int = LENGTH, *, causal: bool = True) -> Context:
     """Padding on the left of row 1 and on the right of row 2."""
     real = torch.ones(BATCH, length, dtype=torch.bool)
     real[1, : length // 3] = False
     real[2, length - length // 4 :] = False
-    return Context(*tables((real.cumsum(1) - 1).clamp(min=0)), padding_mask(real), real=real)
+    mask = padding_mask(real, causal=causal)
+    return Context(*tables((real.cumsum(1) - 1).clamp(min=0)), mask, real=real)
 
 
-def contexts() -> Iterator[Context]:
-    yield from (plain(), packed(), packed(by_mask=True), padded())
+def contexts(causal: bool = True) -> Iterator[Context]:
+    yield from (plain(), packed(), packed(by_mask=True, causal=causal), padded(causal=causal))
 
 
 def inputs(length: int = LENGTH) -> Tensor:
@@ -136,7 +162,7 @@ def mixed_by_matrix(mixer: Mixer, p: Any, context: Context) -> Tensor:
 def test_mix_is_the_matrix_times_the_values(mixer: dict[str, Any]) -> None:
     """Oracle: the materialised matrix, for plain, packed (loop and mask) and padded rows."""
     built, x = build(mixer), inputs()
-    for context in contexts():
+    for context in contexts(built.causal):
         p = built.prepare(x, context)
         y, expected = built.mix(p, context), mixed_by_matrix(built, p, context)
         assert y.shape == expected.shape and y.shape[:2] == (BATCH, LENGTH)
@@ -151,7 +177,9 @@ def test_any_length(mixer: dict[str, Any], length: int) -> None:
     built, x = build(mixer), inputs(length)
     positions = torch.arange(length).repeat(BATCH, 1)
     positions[1, length // 2 :] -= length // 2
-    some = [plain(length)] if length < 4 else [plain(length), packed(positions), padded(length)]
+    some = [plain(length)]
+    if length > 3:
+        some += [packed(positions), padded(length, causal=built.causal)]
     for context in some:
         p = built.prepare(x, context)
         expected = mixed_by_matrix(built, p, context)
@@ -189,7 +217,7 @@ def test_causality(mixer: dict[str, Any]) -> None:
 def test_documents_never_see_each_other(mixer: dict[str, Any], by_mask: bool) -> None:
     """Oracle: exact zeros in the gradient, and outputs equal to the bit when the other changes."""
     built, x = build(mixer), inputs().requires_grad_()
-    context = packed(by_mask=by_mask)
+    context = packed(by_mask=by_mask, causal=built.causal)
     out = built(x, context)
     (grad,) = torch.autograd.grad(out[0, 5:].square().sum(), x)
     assert grad[0, 5:].abs().min() > 0
@@ -216,7 +244,8 @@ def test_packed_documents_are_the_documents_alone(mixer: dict[str, Any]) -> None
 @every(MIXERS)
 def test_padding_changes_nothing(mixer: dict[str, Any]) -> None:
     """Oracle: each row's real tokens in a call of their own; what padding holds has no effect."""
-    built, x, context = build(mixer), inputs(), padded()
+    built, x = build(mixer), inputs()
+    context = padded(causal=built.causal)
     assert context.real is not None
     out = built(x, context)
     assert out.isfinite().all()
@@ -403,6 +432,31 @@ def test_hydra_has_the_papers_parameters() -> None:
     assert sum(p.numel() for p in mixer.parameters()) == 3_825_224
 
 
+@pytest.mark.parametrize("combination", ["add", "concat"])
+def test_hydras_ablations_are_two_recurrences(combination: str) -> None:
+    """Oracle: S = exp(g) S + dt B v^T, y = C S, token by token in both directions."""
+    built = build({"name": "hydra", "head_dim": 8, "state_size": 3, "combination": combination})
+    p = built.prepare(inputs(), plain())
+    both = []
+    for direction, order in ((p.forward, range(LENGTH)), (p.backward, range(LENGTH)[::-1])):
+        state, y = torch.zeros(BATCH, 5, 3, 8, dtype=torch.float64), torch.zeros_like(p.v)
+        for t in order:
+            decay = direction.log_decay[:, t].exp()[..., None, None]
+            written = direction.dt[:, t, :, None] * p.v[:, t]
+            state = decay * state + direction.B[:, t, 0][:, None, :, None] * written[:, :, None]
+            y[:, t] = torch.einsum("bn,bhnv->bhv", direction.C[:, t, 0], state)
+        both.append(y)
+    mixed = built.mix(p, plain())
+    expected = sum(both)
+    if combination == "concat":
+        expected = torch.stack(both, 3).flatten(2, 3)
+        heads = built.norm(mixed.flatten(2)).unflatten(-1, (5, 2, 8))
+        gated = heads * torch.nn.functional.silu(p.z).unflatten(-1, (5, 1, 8))
+        out = built.out_proj(gated.flatten(2))
+        torch.testing.assert_close(built(inputs(), plain()), out, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["hydra", "ssd"])
 def test_blocks_beside_the_diagonal_are_of_the_states_rank(name: str) -> None:
     """Oracle: the rank of every block below (and above) the diagonal is the state's size, 3."""
@@ -496,6 +550,10 @@ def test_visible_tokens() -> None:
 def test_padding_on_the_right_needs_no_mask() -> None:
     """Oracle: by hand."""
     assert padding_mask(torch.tensor([[True, True, False], [True, True, True]])) is None
+    right = torch.tensor([[True, True, False]])
+    seen = padding_mask(right, causal=False)
+    assert seen is not None and seen[0, 0].tolist() == [[True, True, False]] * 2 + [[True] * 3]
+    assert padding_mask(right | True, causal=False) is None
     mask = padding_mask(torch.tensor([[False, True, True]]))
     assert mask is not None
     assert mask[0, 0].tolist() == [[True, False, False], [False, True, False], [False, True, True]]

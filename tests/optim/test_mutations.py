@@ -27,7 +27,7 @@ MUTATIONS = {
         "muon_torch_match_rms_adamw_f32ns",
         "stacks",
         "kept = 1 - hyperparameters.lr * hyperparameters.weight_decay",
-        "kept = 1 - 0.2 * max(weights[0].shape) ** 0.5 * hyperparameters.lr"
+        "kept = 1 - 0.2 * max(weight.shape) ** 0.5 * hyperparameters.lr"
         " * hyperparameters.weight_decay",
     ),
     "basis of the gradient": (

@@ -37,7 +37,8 @@ class Context:
     mask: Tensor | None = None
     """(batch or 1, 1, length, keys), True where a query may look; None: see `causal`."""
     causal: bool = True
-    """Without a mask: a query sees itself and all before it; False: every key (one new token)."""
+    """Without a mask, in a causal mixer: a query sees itself and all before it; False: every key
+    (one new token)."""
     documents: tuple[int, ...] | None = None
     """Lengths of the documents, the rows laid end to end, if some row holds several and no mask
     keeps them apart."""
@@ -135,13 +136,13 @@ def document_numbers(documents: tuple[int, ...], batch: int, device: torch.devic
     return number.view(batch, -1)
 
 
-def document_mask(number: Tensor) -> Tensor:
+def document_mask(number: Tensor, *, causal: bool = True) -> Tensor:
     """(batch, 1, length, length): True for what is before, or is, the query in its document.
 
-    number (batch, length) is `document_numbers`'.
+    causal=False: for all of its document. number (batch, length) is `document_numbers`'.
     """
     same = number[:, None, :, None] == number[:, None, None, :]
-    return same & causal_mask(number.shape[-1], number.device)
+    return same & causal_mask(number.shape[-1], number.device) if causal else same
 
 
 def visible_tokens(like: Tensor, context: Context, *, causal: bool) -> Tensor:
@@ -190,17 +191,18 @@ def _running_count(real: Tensor, segments: Tensor | None) -> Tensor:
     return running - ((running - real) * first).cummax(1).values
 
 
-def padding_mask(real: Tensor) -> Tensor | None:
+def padding_mask(real: Tensor, *, causal: bool = True) -> Tensor | None:
     """(batch, 1, length, length) for rows with padding where `real` (batch, length) is False.
 
-    None where plain causality is enough: padding on the right is behind every real token. A padding
-    token sees itself, so that no row of the mask is empty.
+    None where none is needed: there is no padding, or (causal) it is all on the right, behind every
+    real token. A padding token sees itself, so that no row of the mask is empty.
     """
-    if not bool((real[:, 1:] & ~real[:, :-1]).any()):
+    if not bool((real[:, 1:] & ~real[:, :-1]).any() if causal else (~real).any()):
         return None
     length = real.shape[1]
     itself = torch.eye(length, dtype=torch.bool, device=real.device)
-    return (causal_mask(length, real.device) & real[:, None, None, :]) | itself
+    visible = real[:, None, None, :]
+    return (causal_mask(length, real.device) & visible if causal else visible) | itself
 
 
 def causal_mask(length: int, device: torch.device) -> Tensor:

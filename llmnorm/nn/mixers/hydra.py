@@ -10,11 +10,14 @@ Shapes: as ssd.py's; B and C (batch, length, n_groups, state_size), dt (batch, l
 Surprises: through the shift row i reads C of its neighbour (C_{i-1} forward, C_{i+1} backward),
 which is what the official code does and equation 3 does not. The norm comes before the gate, the
 opposite of Mamba-2, and over all channels. It looks at later tokens and serves encoders only.
+`add` and `concat` are the ablations of table 3: SSD(x) + flip(SSD(flip x)), in whose diagonal, C_i
+B_i dt_i of both directions, nothing is free; and both side by side, heads [forward, backward] of
+head 0, then of head 1, ..., under a norm, a gate (z twice) and a projection of twice the width.
 Documents and padding are kept out of the convolution, both scans and both shifts, in all of which
 the official code leaks.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +41,15 @@ class Direction(NamedTuple):
 
 
 class HydraParameters(NamedTuple):
-    """Both directions, the values v = x, their diagonal delta (batch, length, heads), gate z."""
+    """Both directions, the values v = x, their diagonal delta (batch, length, heads), gate z.
+
+    Only the quasiseparable form has a delta.
+    """
 
     forward: Direction
     backward: Direction
     v: Tensor
-    delta: Tensor
+    delta: Tensor | None
     z: Tensor
 
 
@@ -66,8 +72,10 @@ class Hydra(Mixer):
         dt_limit: tuple[float, float] | None,
         dt_range: tuple[float, float],
         dt_floor: float,
+        combination: Literal["quasiseparable", "add", "concat"] = "quasiseparable",
     ) -> None:
         super().__init__()
+        self.combination = combination
         inner = expand * hidden_size
         self.heads, self.head_dim = inner // head_dim, head_dim
         self.groups, self.state_size = n_groups, state_size
@@ -78,10 +86,12 @@ class Hydra(Mixer):
         self.conv1d = ShortConvolution(inner + four, conv_kernel, causal=False)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
-        self.fc_D = Linear(inner, self.heads, bias=False)
-        self.D = nn.Parameter(torch.empty(self.heads))
-        self.norm = RMSNorm(inner, eps=norm_eps)
-        self.out_proj = Linear(inner, hidden_size, bias=use_bias)
+        if combination == "quasiseparable":
+            self.fc_D = Linear(inner, self.heads, bias=False)
+            self.D = nn.Parameter(torch.empty(self.heads))
+        self.copies = 2 if combination == "concat" else 1
+        self.norm = RMSNorm(self.copies * inner, eps=norm_eps)
+        self.out_proj = Linear(self.copies * inner, hidden_size, bias=use_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,7 +99,8 @@ class Hydra(Mixer):
         with torch.no_grad():
             self.dt_bias.copy_(initial_dt_bias(self.dt_bias, self.dt_range, self.dt_floor))
             self.A_log.zero_()
-            self.D.fill_(1)
+            if self.combination == "quasiseparable":
+                self.D.fill_(1)
 
     def prepare(self, x: Tensor, context: Context, cache: None = None) -> HydraParameters:
         """Project, convolve, make both directions' time steps."""
@@ -106,50 +117,85 @@ class Hydra(Mixer):
             Direction(both[:, :, i, 1], both[:, :, i, 0], dt[:, :, i], decay[:, :, i])
             for i in (0, 1)
         )
-        delta = self.fc_D(v) + self.D
+        delta = self.fc_D(v) + self.D if self.combination == "quasiseparable" else None
         return HydraParameters(
             forward, backward, v.unflatten(-1, (self.heads, self.head_dim)), delta, z
         )
 
     def mix(self, parameters: HydraParameters, context: Context, cache: None = None) -> Tensor:
         """Both scans, shifted, and the diagonal."""
-        p = parameters
-        before = self._shifted_scan(p.forward, p.v, context.segments)
-        flipped = Direction(*(t.flip(1) for t in p.backward))
-        segments = None if context.segments is None else context.segments.flip(1)
-        after = self._shifted_scan(flipped, p.v.flip(1), segments).flip(1)
-        return (before + after + p.delta[..., None] * p.v).to(p.v.dtype)
-
-    def _shifted_scan(self, p: Direction, v: Tensor, segments: Tensor | None) -> Tensor:
-        """Row i is what the state holds of the tokens before i, in i's document."""
-        written = v * p.dt[..., None]
-        y, _ = linear_recurrence(p.C, p.B, written, p.log_decay, segments=segments)
-        y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
-        if segments is None:
-            return y
-        first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-        return y.masked_fill(first[..., None, None], 0)
+        p, shifted = parameters, self.combination == "quasiseparable"
+        both = both_scans(p.forward, p.backward, p.v, context.segments, shifted=shifted)
+        if self.combination == "concat":
+            return torch.stack(both, 3).flatten(2, 3).to(p.v.dtype)
+        y = both[0] + both[1]
+        return (y if p.delta is None else y + p.delta[..., None] * p.v).to(p.v.dtype)
 
     def materialize(self, parameters: HydraParameters, context: Context) -> Tensor:
         """Strictly lower and upper triangles of rank state_size, and delta between them."""
-        p = parameters
+        p, shifted = parameters, self.combination == "quasiseparable"
         visible = visible_pairs(p.v, context, causal=False)
-        lower = self._shifted_matrix(p.forward)
-        upper = self._shifted_matrix(Direction(*(t.flip(1) for t in p.backward))).flip(2, 3)
-        delta = torch.diag_embed(p.delta.transpose(1, 2))
-        return (lower + upper).masked_fill(~visible, 0) + delta
-
-    def _shifted_matrix(self, p: Direction) -> Tensor:
-        visible = causal_mask(p.dt.shape[1], p.dt.device)
-        weights = semiseparable_matrix(*p, visible)
-        return F.pad(weights[:, :, :-1], (0, 0, 1, 0))
+        both = both_triangles(p.forward, p.backward, shifted=shifted)
+        if self.combination == "concat":
+            return torch.stack(both, 2).flatten(1, 2).masked_fill(~visible, 0)
+        matrix = (both[0] + both[1]).masked_fill(~visible, 0)
+        return matrix if p.delta is None else matrix + torch.diag_embed(p.delta.transpose(1, 2))
 
     def finish(self, y: Tensor, x: Tensor, parameters: HydraParameters) -> Tensor:
         """Norm, gate, project."""
-        return self.out_proj(self.norm(y.flatten(2)) * F.silu(parameters.z))
+        gate = F.silu(parameters.z)
+        if self.copies > 1:
+            gate = gate.unflatten(-1, (self.heads, -1)).repeat_interleave(self.copies, 2).flatten(2)
+        return self.out_proj(self.norm(y.flatten(2)) * gate)
 
     def flops_per_token(self, context_length: int) -> float:
         """Both recurrences and the convolution."""
         heads = self.groups, self.groups, self.heads
         scans = 2 * flops_per_token(heads, self.state_size, self.head_dim)
         return scans + 2.0 * self.conv1d.kernel * self.parts[1]
+
+
+def both_scans(
+    forward: Direction,
+    backward: Direction,
+    v: Tensor,
+    segments: Tensor | None,
+    *,
+    shifted: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What each token reads of those before it and of those behind it, in float32 or float64.
+
+    shifted: itself not included, and read by the C of its neighbour.
+    """
+    before = _scan(forward, v, segments, shifted)
+    segments = None if segments is None else segments.flip(1)
+    return before, _scan(_flip(backward), v.flip(1), segments, shifted).flip(1)
+
+
+def both_triangles(
+    forward: Direction, backward: Direction, *, shifted: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The matrices of `both_scans` for one document, (batch, heads, length, length)."""
+    return _triangle(forward, shifted), _triangle(_flip(backward), shifted).flip(2, 3)
+
+
+def _flip(direction: Direction) -> Direction:
+    return Direction(*(t.flip(1) for t in direction))
+
+
+def _scan(p: Direction, v: Tensor, segments: Tensor | None, shifted: bool) -> Tensor:
+    """What the state holds in i's document; shifted, row i has it of the tokens before i."""
+    written = v * p.dt[..., None]
+    y, _ = linear_recurrence(p.C, p.B, written, p.log_decay, segments=segments)
+    if not shifted:
+        return y
+    y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
+    if segments is None:
+        return y
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return y.masked_fill(first[..., None, None], 0)
+
+
+def _triangle(p: Direction, shifted: bool) -> Tensor:
+    weights = semiseparable_matrix(*p, causal_mask(p.dt.shape[1], p.dt.device))
+    return F.pad(weights[:, :, :-1], (0, 0, 1, 0)) if shifted else weights

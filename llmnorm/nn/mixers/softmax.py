@@ -46,9 +46,7 @@ class SoftmaxParameters(NamedTuple):
 
 
 class SoftmaxAttention(Mixer):
-    """Causal softmax attention; the projections carry Hugging Face's names."""
-
-    causal = True
+    """Softmax attention; the projections carry Hugging Face's names."""
 
     def __init__(
         self,
@@ -61,8 +59,11 @@ class SoftmaxAttention(Mixer):
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
         sliding_window: int | None = None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
+        assert causal or sliding_window is None
+        self.causal = causal
         self.heads, self.kv_heads, self.head_dim = (
             num_attention_heads,
             num_key_value_heads,
@@ -103,13 +104,13 @@ class SoftmaxAttention(Mixer):
         q, k, v = (t.transpose(1, 2) for t in parameters)
         if cache is None:
             if context.mask is None and context.causal:
-                return self._attend_causally(q, k, v)
+                return self._attend_freely(q, k, v)
             return self._attend(q, k, v, self._in_window(context.mask, q))
         places = context.places
         assert places is not None
         keys, values = cache.append(parameters.k, parameters.v, places)
         if context.mask is None and context.causal:
-            return self._attend_causally(q, k, v)
+            return self._attend_freely(q, k, v)
         if self.sliding_window is None:
             return self._attend(q, keys, values, context.mask)
         positions = torch.arange(keys.shape[2], device=q.device)
@@ -122,18 +123,20 @@ class SoftmaxAttention(Mixer):
         q, k, v = (t.flatten(0, 1) for t in parameters)
         if context.boundaries is not None and q.dtype in (torch.bfloat16, torch.float16):
             longest = max(context.documents)
-            mixed = varlen_attention(q, k, v, context.boundaries, longest, self.sliding_window)
+            mixed = varlen_attention(
+                q, k, v, context.boundaries, longest, self.sliding_window, causal=self.causal
+            )
             return mixed.view_as(parameters.q)
         # `split`, not slices: its backward is one concatenation.
         pieces = [t.transpose(0, 1).unsqueeze(0).split(context.documents, 2) for t in (q, k, v)]
-        alone = [self._attend_causally(*qkv).squeeze(0) for qkv in zip(*pieces, strict=True)]
+        alone = [self._attend_freely(*qkv).squeeze(0) for qkv in zip(*pieces, strict=True)]
         return torch.cat(alone).view_as(parameters.q)
 
-    def _attend_causally(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Every query to itself and what is before it, or to the window's part of that."""
+    def _attend_freely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every query to all that the mixer's direction and window let it see."""
         length, window = q.shape[2], self.sliding_window
         if window is None or length <= window:
-            return self._attend(q, k, v, None, causal=True)
+            return self._attend(q, k, v, None, causal=self.causal)
         blocks = []
         for start in range(0, length, window):
             first, end = max(0, start - window + 1), min(start + window, length)
@@ -166,9 +169,11 @@ class SoftmaxAttention(Mixer):
         q, k, _ = parameters
         visible = context.mask
         if context.documents is not None:
-            visible = document_mask(document_numbers(context.documents, len(q), q.device))
+            number = document_numbers(context.documents, len(q), q.device)
+            visible = document_mask(number, causal=self.causal)
         if visible is None:
             visible = causal_mask(q.shape[1], q.device)
+            visible = visible if self.causal else torch.ones_like(visible)
         visible = self._in_window(visible, q.transpose(1, 2))
         assert visible is not None
         k = k.repeat_interleave(self.heads // self.kv_heads, dim=2)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class NormSettings(Settings):
     """What a norm's settings say about it before torch is loaded."""
 
-    def refusal(self, hidden_size: int) -> str | None:
-        """Why a causal language model of this width cannot have it; None if it can."""
+    def refusal(self, hidden_size: int, *, causal: bool = True) -> str | None:
+        """Why a model of this width, which looks back only if `causal`, cannot have it, or None."""
         return None
 
 
@@ -129,11 +129,11 @@ class PowerNormSettings(NormSettings):
     allow_leak: bool = False
     """Train a causal model although the warm-up shows it later tokens."""
 
-    def refusal(self, hidden_size: int) -> str | None:
+    def refusal(self, hidden_size: int, *, causal: bool = True) -> str | None:
         """Groups that do not divide the width; a warm-up without leave."""
         if hidden_size % self.groups:
             return f"norm.groups {self.groups} does not divide hidden_size {hidden_size}"
-        if self.warmup and not self.allow_leak:
+        if self.warmup and causal and not self.allow_leak:
             return (
                 "norm.warmup: in its warm-up 'power' normalises by statistics of the batch, later "
                 "tokens included; take warmup 0 or norm.allow_leak=true"
@@ -168,9 +168,9 @@ class UnifiedNormSettings(NormSettings):
     allow_leak: bool = False
     """Train a causal model although this norm shows it later tokens."""
 
-    def refusal(self, hidden_size: int) -> str | None:
+    def refusal(self, hidden_size: int, *, causal: bool = True) -> str | None:
         """It looks at the whole batch."""
-        if self.allow_leak:
+        if self.allow_leak or not causal:
             return None
         return (
             "norm 'unified' normalises by statistics of the batch, later tokens included, and "

@@ -1,0 +1,110 @@
+"""What an objective is: rows, what the model is asked about them, and figures.
+
+The loop takes micro-batches from `batches`, divides the summed loss by the labels of the whole
+step, and calls `evaluate` at intervals; it knows nothing else of what is learned. An objective has
+no state: row n of a run and everything drawn for it is a function of the configuration and n.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from llmnorm.training.parallel import Parallel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class MicroBatch(NamedTuple):
+    """What one process runs at once.
+
+    Attributes:
+        inputs: the model's arguments by name, labels among them; CPU tensors.
+        labels: what the summed loss is divided by, in this micro-batch.
+        tokens: tokens that count as trained on.
+        rows: numbers of the rows, no two processes' the same.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: int
+    tokens: int
+    rows: Tensor
+
+
+class Data(Protocol):
+    """What the loop must know of the data that an objective has opened.
+
+    Attributes:
+        directory: where it lies.
+        identity: a hash of what it was made of.
+        tokenizer_directory: where the tokenizer is.
+        vocab_size: number of its ids.
+        bos, eos, pad: ids around a document, and of what fills a row.
+        context_length: tokens of a row.
+        rows: of training.
+    """
+
+    @property
+    def directory(self) -> Path: ...  # noqa: D102
+    @property
+    def identity(self) -> str: ...  # noqa: D102
+    @property
+    def tokenizer_directory(self) -> Path: ...  # noqa: D102
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def bos(self) -> int: ...  # noqa: D102
+    @property
+    def eos(self) -> int: ...  # noqa: D102
+    @property
+    def pad(self) -> int: ...  # noqa: D102
+    @property
+    def context_length(self) -> int: ...  # noqa: D102
+    @property
+    def rows(self) -> int: ...  # noqa: D102
+
+    def sizes(self) -> list[dict[str, Any]]:
+        """The sources in plain values, for what is kept with a checkpoint."""
+
+
+class Objective:
+    """A run's objective on its data.
+
+    Attributes:
+        data: what was opened.
+        head_share: of the tokens, how many reach the model's head.
+    """
+
+    data: Data
+    head_share = 1.0
+
+    def model_keys(self) -> dict[str, Any]:
+        """What the model's configuration has to know beside its settings."""
+        return {}
+
+    def batches(
+        self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int
+    ) -> Iterator[list[MicroBatch]]:
+        """This process's part of the steps from `first_row` on, without end.
+
+        Args:
+            global_batch: rows of a step, over all processes.
+            rank, world: this process and how many there are.
+            micro_batch: rows of a micro-batch.
+        """
+        raise NotImplementedError
+
+    def evaluate(
+        self, model: "PreTrainedModel", *, micro_batch: int, parallel: Parallel
+    ) -> dict[str, Any]:
+        """Figures on the validation rows; "loss", and under "sources" the same source by source.
+
+        The model is in evaluation mode; every process evaluates its part, the sums are reduced.
+        """
+        raise NotImplementedError
+
+    def texts(self, model: "PreTrainedModel", parallel: Parallel) -> list[dict[str, str]]:
+        """Generated texts to read beside the figures, where the model can make any."""
+        return []
