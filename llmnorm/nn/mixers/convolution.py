@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import last_inputs
 
 
@@ -52,7 +53,8 @@ class ShortConvolution(nn.Module):
         if segments is not None:
             numbers = F.pad(segments, (before, after), value=-1)
             same = numbers.unfold(1, self.kernel, 1) == segments[..., None]
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if cpu and x.dtype == wide_dtype(x.dtype):  # sums of taps are not rounded to bf16
             return _Taps.apply(around, weight.squeeze(1), bias, same)
         if same is None:
             return F.conv1d(around.mT, weight, bias, groups=x.shape[2]).mT
