@@ -707,8 +707,7 @@ def nala(vectors: Vectors) -> Iterator[Result]:
         q, k, v = (_leaf(vectors[f"in/{name}"].transpose(1, 2), dtype) for name in "qkv")
         cos, sin = (vectors[f"in/{t}"][None, :, None, ::2].to(dtype) for t in ("cos", "sin"))
         context = Context(cos, sin)
-        features = mixer.both_features(q[..., halves], k[..., halves], context)
-        parameters = LinearParameters._make([*features, v, None, None])
+        parameters = LinearParameters(q[..., halves], k[..., halves], v, None, None)
         out = mixer.mix(parameters, context)
         out.backward(vectors["grad_out"].transpose(1, 2).to(dtype))
         pairs = [(out.transpose(1, 2), vectors["out"])]
@@ -719,6 +718,7 @@ def nala(vectors: Vectors) -> Iterator[Result]:
         if "M" in vectors.tensors:
             pairs.append((mixer.materialize(parameters, context), vectors["M"]))
         names = ("phi_q", "phi_k", "phi_q_rope", "phi_k_rope")
+        features = mixer.both_features(parameters.q, parameters.k, cos, sin, None)
         for name, feature in zip(names, features, strict=True):
             both = torch.cat((halves, halves + p["head_dim"]))
             pairs.append((feature.transpose(1, 2), vectors[f"mid/{name}"][..., both]))
