@@ -133,12 +133,30 @@ class CheckpointSettings(Settings):
 class ParallelSettings(Settings):
     """How the model is laid out over processes, and the per-block switches."""
 
-    sharding: Literal["auto", "none", "ddp"] = "auto"
-    """`auto`: what the launch file asks for; `none`: one process; `ddp`: plain data parallelism."""
+    sharding: Literal["auto", "none", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = "auto"
+    """`auto`: what the launch file asks for; `none`: one process; `ddp`: every process holds the
+    whole model; `fsdp2`: weights, gradients and optimizer state are spread over the processes;
+    `hsdp`: spread over groups of processes that hold the same; `zero1` to `zero3`: DeepSpeed."""
+    replicas: Count = 1
+    """How many groups of processes hold the whole model each; more than 1 makes `fsdp2` `hsdp`."""
+    exchange: Literal["fp32", "bf16"] = "fp32"
+    """Numbers in which gradients and updates of matrix optimizers travel between processes; `fp32`
+    computes what one process would, `bf16` is half the traffic."""
     compile: bool = False
     """torch.compile every block (wants a C++ compiler on a CPU)."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ParallelSettings":
+        if self.sharding == "hsdp" and self.replicas == 1:
+            raise ValueError("parallel.sharding 'hsdp' needs parallel.replicas; 1 is 'fsdp2'")
+        if self.replicas > 1 and self.sharding not in ("auto", "fsdp2", "hsdp"):
+            raise ValueError(
+                f"parallel.replicas {self.replicas} has no meaning for parallel.sharding "
+                f"'{self.sharding}'; valid: fsdp2, hsdp"
+            )
+        return self
 
 
 class LoggingSettings(Settings):

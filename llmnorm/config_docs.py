@@ -49,7 +49,7 @@ def _nodes(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def parts() -> dict[str, tuple[Part, dict[str, type[Settings]]]]:
-    """Every part of the tree: key path -> (its annotation, its classes by name)."""
+    """Every part of the tree, also of a part: key path -> (its annotation, its classes by name)."""
     found: dict[str, tuple[Part, dict[str, type[Settings]]]] = {}
 
     def walk(cls: type[Settings], path: str) -> None:
@@ -58,9 +58,8 @@ def parts() -> dict[str, tuple[Part, dict[str, type[Settings]]]]:
             part = part_of(field)
             if part is not None:
                 found[key] = (part, part_classes(field.annotation))
-            else:
-                for inner in settings_in(field.annotation):
-                    walk(inner, key)
+            for inner in settings_in(field.annotation):
+                walk(inner, key)
 
     walk(RunConfig, "")
     return found

@@ -143,27 +143,39 @@ def _expand(text: str, where: str) -> str:
     return re.sub(r"\$\{(\w+)\}", value, text)
 
 
-def _with_names(tree: Any, classes: list[type[Settings]]) -> Any:
-    """Every `part: x` becomes `part: {name: x}`."""
-    if not isinstance(tree, dict):
-        return tree
+def _with_names(patch: Any, classes: list[type[Settings]], tree: Any = None) -> Any:
+    """Every `part: x` becomes `part: {name: x}`, also in a part.
+
+    `tree` is what the patch goes onto: it tells which part a mapping without a name is.
+    """
+    if not isinstance(patch, dict):
+        return patch
     result = {}
-    for key, value in tree.items():
+    for key, value in patch.items():
         field = next((c.model_fields[key] for c in classes if key in c.model_fields), None)
         part = part_of(field)
-
-        def named(one: Any, part: Part | None = part, field: Any = field) -> Any:
-            if part is None:
-                return one
-            one = {"name": one} if isinstance(one, str) else one
-            return _with_names(one, _chosen(field, part, one))
-
-        if part is not None:
-            result[key] = [named(v) for v in value] if isinstance(value, list) else named(value)
+        old = tree.get(key) if isinstance(tree, dict) else None
+        if part is None or field is None:
+            result[key] = _with_names(value, settings_in(field.annotation) if field else [], old)
+        elif isinstance(value, list):
+            result[key] = [_named(v, field, part, None) for v in value]
+        elif isinstance(old, list) and isinstance(value, dict) and value and _indices(value):
+            items = dict(enumerate(old))
+            result[key] = {i: _named(v, field, part, items.get(int(i))) for i, v in value.items()}
         else:
-            inner = settings_in(field.annotation) if field else []
-            result[key] = _with_names(value, inner) if isinstance(value, dict) else value
+            result[key] = _named(value, field, part, old)
     return result
+
+
+def _named(value: Any, field: FieldInfo, part: Part, old: Any) -> Any:
+    """One part with its name, and the parts in it with theirs."""
+    value = {"name": value} if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        return value
+    old_name = old.get("name", part.default) if isinstance(old, dict) else part.default
+    name = value.get("name", old_name)
+    kept = old if name == old_name else None
+    return _with_names(value, _chosen(field, part, {"name": name}), kept)
 
 
 def _chosen(field: FieldInfo, part: Part, value: Any) -> list[type[Settings]]:
@@ -181,8 +193,12 @@ def _merge(
     patch_marks: Marks,
     path: tuple[Any, ...] = (),
     dropped: list[tuple[Any, ...]] | None = None,
+    field: FieldInfo | None = None,
 ) -> Any:
-    """`patch` over `tree`, both with named parts; marks of what is replaced are replaced too."""
+    """`patch` over `tree`, both with named parts; marks of what is replaced are replaced too.
+
+    `field` is where both stand; `classes` are the settings that it may hold.
+    """
     if isinstance(tree, list) and isinstance(patch, dict) and patch and _indices(patch):
         items = list(tree)
         for key, value in patch.items():
@@ -196,10 +212,23 @@ def _merge(
                 for p, m in patch_marks.items()
                 if p[: len(path) + 1] == (*path, key)
             }
-            items[int(key)] = _merge(
-                items[int(key)], value, classes, marks, moved, (*path, int(key)), dropped
-            )
+            below, old = (*path, int(key)), items[int(key)]
+            items[int(key)] = _merge(old, value, classes, marks, moved, below, dropped, field)
         return items
+    if (part := part_of(field)) is not None and field is not None and isinstance(patch, dict):
+        old = {} if tree is None else tree
+        old_name = old.get("name", part.default) if isinstance(old, dict) else None
+        if patch.get("name", old_name) != old_name:
+            if dropped is not None and isinstance(old, dict):
+                dropped += [
+                    (*path, k)
+                    for k in old
+                    if k != "name" and _where(marks, (*path, k)) == COMMAND_LINE
+                ]
+            for stale in [p for p in marks if p[: len(path)] == path]:
+                del marks[stale]
+            tree = {}
+        classes = _chosen(field, part, {"name": patch.get("name", old_name)})
     if not (isinstance(tree, dict) and isinstance(patch, dict)):
         for old in [p for p in marks if p[: len(path)] == path]:
             del marks[old]
@@ -210,24 +239,9 @@ def _merge(
     result = dict(tree)
     for key, value in patch.items():
         field = next((c.model_fields[key] for c in classes if key in c.model_fields), None)
-        part = part_of(field)
-        below = (*path, key)
         inner = settings_in(field.annotation) if field else []
-        if part is not None and field is not None and isinstance(value, dict):
-            old = result.get(key, {})
-            old_name = old.get("name", part.default) if isinstance(old, dict) else None
-            if value.get("name", old_name) != old_name:
-                if dropped is not None and isinstance(old, dict):
-                    dropped += [
-                        (*below, k)
-                        for k in old
-                        if k != "name" and _where(marks, (*below, k)) == COMMAND_LINE
-                    ]
-                for stale in [p for p in marks if p[: len(below)] == below]:
-                    del marks[stale]
-                result[key] = {}
-            inner = _chosen(field, part, {"name": value.get("name", old_name)})
-        result[key] = _merge(result.get(key), value, inner, marks, patch_marks, below, dropped)
+        below, old = (*path, key), result.get(key)
+        result[key] = _merge(old, value, inner, marks, patch_marks, below, dropped, field)
     return result
 
 
@@ -299,7 +313,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
     dropped: list[tuple[Any, ...]] = []
     for text in overrides:
         patch, patch_marks = _override(text)
-        patch = _with_names(patch, [RunConfig])
+        patch = _with_names(patch, [RunConfig], tree)
         tree = _merge(tree, patch, [RunConfig], marks, patch_marks, dropped=dropped)
     notes = [f"{key_path(p)} was dropped: a later override chose another part" for p in dropped]
     if run is None:
@@ -386,7 +400,8 @@ def _read(path: Path, marks: Marks, seen: tuple[Path, ...]) -> dict[str, Any]:
         base_marks: Marks = {}
         below = _read(path.parent / base, base_marks, (*seen, path.resolve()))
         tree = _merge(tree, below, [RunConfig], marks, base_marks)
-    return _merge(tree, _with_names(own, [RunConfig]), [RunConfig], marks, own_marks)
+    own = _with_names(own, [RunConfig], tree)
+    return _merge(tree, own, [RunConfig], marks, own_marks)
 
 
 def _validate(tree: Any, marks: Marks, path: Path) -> RunConfig:
@@ -442,7 +457,8 @@ def section(name: str, overrides: Iterable[str]) -> Any:
     marks: Marks = {}
     for text in overrides:
         patch, patch_marks = _override(text)
-        tree = _merge(tree, _with_names(patch, [RunConfig]), [RunConfig], marks, patch_marks)
+        patch = _with_names(patch, [RunConfig], tree)
+        tree = _merge(tree, patch, [RunConfig], marks, patch_marks)
     if foreign := [key for key in tree if key != name]:
         raise InputError(f"{COMMAND_LINE}: {foreign[0]}: only {name}.* is read here")
     try:

@@ -13,7 +13,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the children are bit-equal only at equal threads
 
-from safetensors.torch import load_file
+import torch
+
+from llmnorm.training.checkpoint_format import copy_into, read_manifest
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -71,9 +73,13 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def state_of(run: Path, step: int) -> dict[str, Any]:
     """Every tensor of a checkpoint by name."""
-    state: dict[str, Any] = {}
-    for file in sorted((run / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")):
-        state |= load_file(file)
+    path = run / "checkpoints" / f"step_{step:08d}"
+    manifest = read_manifest(path)
+    state = {
+        name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        for name, entry in manifest["tensors"].items()
+    }
+    copy_into(path, manifest, state)
     return state
 
 

@@ -57,6 +57,32 @@ def test_index_of_a_list() -> None:
     assert [source.weight for source in config.data.sources] == [3, 1]
 
 
+def test_a_part_in_a_list_is_a_part() -> None:
+    """Oracle: the old part's keys are gone, the new one's are set."""
+    config = load(
+        SMOKE,
+        [
+            "model.mixer=[{name: nala, lam: 2.0}, softmax]",
+            *("model.mixer.0=linear", "model.mixer.0.gate=true"),
+        ],
+    ).config
+    first, second = config.model.mixer
+    assert (first.name, first.gate, second.name) == ("linear", True, "softmax")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "key"), [("matrix", "model.mixer"), ("[softmax, matrix]", "model.mixer.1")]
+)
+def test_a_part_in_a_part(mixer: str, key: str) -> None:
+    """Oracle: what is refused is the key of the part that was named, not of the default."""
+    given = [f"model.mixer={mixer}", f"{key}.family=toeplitz"]
+    with pytest.raises(InputError, match=f"{key}.family.qk_dim: unknown key; valid: name, data_d"):
+        load(SMOKE, [*given, f"{key}.family.qk_dim=3"])
+    with pytest.raises(InputError, match=f"{key}.family.data_dependent: unknown key; valid: name"):
+        more = [f"{key}.family.data_dependent=false", f"{key}.family=dense"]
+        load(SMOKE, [*given, *more, f"{key}.family.data_dependent=true"])
+
+
 # Merging.
 
 
@@ -225,16 +251,20 @@ def test_every_field_is_documented() -> None:
 
 def test_parts_lists_every_part_and_refuses_an_unknown_one() -> None:
     text = describe_parts()
-    for name in ("rms:", "layer:", "softmax:", "adamw:", "cosine:", "wsd:", "weight_decay = 0.1"):
+    for name in (
+        *("rms:", "layer:", "softmax:", "adamw:", "cosine:", "wsd:", "weight_decay = 0.1"),
+        *("model.mixer.family:", "toeplitz:", "quasiseparable:"),
+    ):
         assert name in text
     with pytest.raises(InputError, match="did you mean 'adamw'"):
         describe_parts("adam")
 
 
 def test_key_paths_cover_the_parts() -> None:
-    assert {"model.norm", "model.norm.eps", "optimizer.auxiliary.lr", "training.steps"} <= set(
-        key_paths()
-    )
+    assert {
+        *("model.norm", "model.norm.eps", "model.mixer.family.qk_dim"),
+        *("optimizer.auxiliary.lr", "training.steps"),
+    } <= set(key_paths())
 
 
 def test_no_torch_is_loaded_by_any_shipped_configuration() -> None:

@@ -20,6 +20,8 @@ def continuation(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: Sequence[int],
     settings: GenerationSettings,
+    *,
+    together: bool = False,
 ) -> list[int]:
     """The tokens that follow `prompt`, at most `settings.max_new_tokens`, an end token included.
 
@@ -28,6 +30,8 @@ def continuation(
         tokenizer: names the end and the padding token.
         prompt: token ids, at least one.
         settings: sampling; temperature 0 is greedy.
+        together: the model is spread over processes, which all make this call: none stops before
+            the last has its end token.
     """
     greedy = settings.temperature == 0
     devices = [model.device] if model.device.type == "cuda" else []
@@ -43,5 +47,6 @@ def continuation(
             top_p=None if greedy else settings.top_p,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=together,
         )
     return out[0, len(prompt) :].tolist()

@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import class_of
@@ -81,11 +80,21 @@ class Weights:
                 raise InputError(f"{file}: cannot be read ({error})") from None
 
 
-def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors that a directory holds for `model`: parameters, a tied one once, and buffers."""
-    saved = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return {**{n: p.detach() for n, p in model.named_parameters()}, **buffers}
+def named_weights(of: nn.Module | Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors that a directory holds for a model: parameters, a tied one once, and buffers.
+
+    Args:
+        of: the model, or some of its `named_modules()`, of which what belongs to them themselves.
+    """
+    modules = dict(of.named_modules()) if isinstance(of, nn.Module) else of
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in modules.items():
+        saved = module.state_dict(keep_vars=True).keys()
+        own = [*module.named_parameters(recurse=False)]
+        own += [(n, b) for n, b in module.named_buffers(recurse=False) if n in saved]
+        for name, tensor in own:
+            found.setdefault(id(tensor), (f"{prefix}.{name}".removeprefix("."), tensor.detach()))
+    return dict(found.values())
 
 
 def check_weights(config: LlmNormConfig, tensors: Mapping[str, Stored], where: Path) -> list[str]:

@@ -10,6 +10,7 @@ the dtype, the order of modules or the number of processes.
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -20,10 +21,16 @@ from llmnorm.part import InputError
 
 
 @torch.no_grad()
-def initialize(model: PreTrainedModel, *, seed: int) -> None:
-    """Set every parameter of `model` in place."""
+def initialize(
+    model: PreTrainedModel, *, seed: int, modules: Mapping[str, nn.Module] | None = None
+) -> None:
+    """Set every parameter of `model`, or only those that belong to `modules`, in place.
+
+    Args:
+        modules: some of `model.named_modules()`.
+    """
     done: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in (dict(model.named_modules()) if modules is None else modules).items():
         own = [p for p in module.parameters(recurse=False) if id(p) not in done]
         if own:  # a tied head has none left
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -1,7 +1,7 @@
 """From settings and groups to an optimizer, and the table of who gets what."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,8 +12,11 @@ from llmnorm.optim.settings import AdamWSettings, MatrixSettings, OptimizerSetti
 from llmnorm.optim.stacks import RuleOptimizer
 from llmnorm.part import InputError
 
+if TYPE_CHECKING:
+    from llmnorm.optim.sharded import Exchange
 
-def adamw(settings: AdamWSettings, groups: Groups) -> AdamW:
+
+def adamw(settings: AdamWSettings, groups: Groups, exchange: "Exchange | None" = None) -> AdamW:
     """AdamW on everything."""
     kinds = {"matrices": groups.matrices, "auxiliary": groups.auxiliary}
     param_groups = [
@@ -24,11 +27,13 @@ def adamw(settings: AdamWSettings, groups: Groups) -> AdamW:
     optimizer = AdamW(param_groups, betas=settings.betas, eps=settings.eps)
     optimizer.register_step_pre_hook(lambda *_: check_gradients(groups.matrices))
     if settings.nap:
-        nap.attach(optimizer, groups.matrices)
+        nap.attach(optimizer, groups.matrices, exchange)
     return optimizer
 
 
-def with_rule(settings: MatrixSettings, groups: Groups) -> RuleOptimizer:
+def with_rule(
+    settings: MatrixSettings, groups: Groups, exchange: "Exchange | None" = None
+) -> RuleOptimizer:
     """A rule on the hidden matrices, AdamW on the rest.
 
     Raises:
@@ -47,15 +52,19 @@ def with_rule(settings: MatrixSettings, groups: Groups) -> RuleOptimizer:
             eps=settings.auxiliary.eps,
         )
     lr, weight_decay = rates["matrices"]
-    optimizer = RuleOptimizer(
-        matrices(groups, settings.split_sizes),
-        auxiliary,
-        settings.rule(),
-        lr=lr,
-        weight_decay=weight_decay,
-    )
+    pieces = matrices(groups, settings.split_sizes)
+    rates_of_rule = {"lr": lr, "weight_decay": weight_decay}
+    optimizer: RuleOptimizer
+    if exchange is None:
+        optimizer = RuleOptimizer(pieces, auxiliary, settings.rule(), **rates_of_rule)
+    else:
+        from llmnorm.optim.sharded import ShardedRuleOptimizer
+
+        optimizer = ShardedRuleOptimizer(
+            pieces, auxiliary, settings.rule(), **rates_of_rule, exchange=exchange
+        )
     if settings.nap:
-        nap.attach(optimizer, groups.matrices)
+        nap.attach(optimizer, groups.matrices, exchange)
     return optimizer
 
 

@@ -12,26 +12,46 @@ one matrix.
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmnorm.nn.precision import wide_dtype
 
+if TYPE_CHECKING:
+    from llmnorm.optim.sharded import Exchange
+
 
 @torch.no_grad()
-def attach(optimizer: torch.optim.Optimizer, matrices: Mapping[str, nn.Parameter]) -> None:
-    """Project `matrices` after every step of `optimizer`, whose state takes their norms in."""
-    parameters: list[torch.Tensor] = list(matrices.values())
-    for parameter in parameters:
-        norm = parameter.norm(dtype=torch.float64)
+def attach(
+    optimizer: torch.optim.Optimizer,
+    matrices: Mapping[str, nn.Parameter],
+    exchange: "Exchange | None" = None,
+) -> None:
+    """Project `matrices` after every step of `optimizer`, whose state takes their norms in.
+
+    Args:
+        exchange: where they are spread over processes, what sums one number a matrix over them.
+    """
+    parameters = list(matrices.values())
+    for parameter, norm in zip(parameters, _norms(parameters, exchange), strict=True):
         optimizer.state[parameter]["initial_norm"] = norm.to(wide_dtype(parameter.dtype))
 
     @torch.no_grad()
     def project(*_: object) -> None:
-        norms = torch._foreach_norm(parameters, dtype=torch.float64)
-        for parameter, norm in zip(parameters, norms, strict=True):
+        for parameter, norm in zip(parameters, _norms(parameters, exchange), strict=True):
             initial = optimizer.state[parameter]["initial_norm"]
-            parameter.mul_(initial / norm.clamp(min=1e-30))
+            held = exchange.held(parameter) if exchange else parameter
+            held.mul_(initial / norm.clamp(min=1e-30))
 
     optimizer.register_step_post_hook(project)
+
+
+def _norms(parameters: list[nn.Parameter], exchange: "Exchange | None") -> list[Tensor]:
+    """Frobenius norms of the whole matrices, float64."""
+    held: list[Tensor] = [exchange.held(p) if exchange else p for p in parameters]
+    norms = torch._foreach_norm(held, dtype=torch.float64)
+    if exchange is None or not exchange.spread:
+        return list(norms)
+    return list(exchange.sum(torch.stack(norms).square_()).sqrt_())

@@ -10,6 +10,7 @@ from llmnorm.part import Part, Settings
 if TYPE_CHECKING:
     from llmnorm.optim.adamw import AdamW
     from llmnorm.optim.groups import Groups
+    from llmnorm.optim.sharded import Exchange
     from llmnorm.optim.stacks import Rule, RuleOptimizer
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -184,8 +185,12 @@ class OptimizerSettings(Settings):
         auxiliary = of_the_run if isinstance(own, SameSettings) else own.build(steps)
         return {"matrices": of_the_run, "auxiliary": auxiliary}
 
-    def build(self, groups: "Groups") -> "AdamW | RuleOptimizer":
+    def build(
+        self, groups: "Groups", exchange: "Exchange | None" = None
+    ) -> "AdamW | RuleOptimizer":
         """The optimizer over `groups`, its state allocated.
+
+        `exchange`: the processes that share the matrices, where there are several.
 
         Its param groups have a `kind` ("matrices" or "auxiliary") and keep their peak learning rate
         as `peak_lr`.
@@ -210,11 +215,13 @@ class AdamWSettings(OptimizerSettings):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decay of the hidden matrices, times the learning rate."""
 
-    def build(self, groups: "Groups") -> "AdamW | RuleOptimizer":
+    def build(
+        self, groups: "Groups", exchange: "Exchange | None" = None
+    ) -> "AdamW | RuleOptimizer":
         """The optimizer over `groups`, its state allocated."""
         from llmnorm.optim.build import adamw
 
-        return adamw(self, groups)
+        return adamw(self, groups, exchange)
 
 
 class MatrixSettings(OptimizerSettings):
@@ -230,11 +237,13 @@ class MatrixSettings(OptimizerSettings):
         """The update of one matrix."""
         raise NotImplementedError
 
-    def build(self, groups: "Groups") -> "AdamW | RuleOptimizer":
+    def build(
+        self, groups: "Groups", exchange: "Exchange | None" = None
+    ) -> "AdamW | RuleOptimizer":
         """The optimizer over `groups`, its state allocated."""
         from llmnorm.optim.build import with_rule
 
-        return with_rule(self, groups)
+        return with_rule(self, groups, exchange)
 
 
 class OrthogonalizedSettings(MatrixSettings):

@@ -19,7 +19,7 @@ What would surprise:
 - A parameter of several fused projections is several matrices: its fields are numbered.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -111,7 +111,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         group = {"params": parameters, "kind": "matrices", "lr": lr, "peak_lr": lr}
         super().__init__([group | {"weight_decay": weight_decay}], {})
         self.rule = rule
-        self.stacks = allocate(matrices, rule)
+        self._named = {m.name: m.parameter for m in matrices}
+        self.stacks = self._allocate(matrices)
         for stack in self.stacks:
             for number, matrix in enumerate(stack.matrices):
                 for field, value in stack.state.items():
@@ -135,14 +136,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_gradients({m.name: m.parameter for s in self.stacks for m in s.matrices})
+        check_gradients(self._named)
         group = self.param_groups[0]
         hyperparameters = Hyperparameters(group["lr"], group["weight_decay"])
-        for stack in self.stacks:
-            for members in stack.chunks():
-                self._update(stack, members, hyperparameters)
-            if "step" in stack.state:
-                stack.state["step"] += 1
+        self._update(hyperparameters)
         if self._auxiliary is not None:
             self._auxiliary.step()
         return loss
@@ -151,31 +148,64 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Copy a saved state into the tensors that there are."""
         load_in_place(self, state_dict)
 
-    def _update(self, stack: Stack, members: slice, hyperparameters: Hyperparameters) -> None:
+    def _allocate(self, matrices: list[Matrix]) -> list[Stack]:
+        """The stacks that this process has the state of."""
+        return allocate(dict(enumerate(matrices)), len(matrices), self.rule)
+
+    def _update(self, hyperparameters: Hyperparameters) -> None:
+        """Give every matrix its new weights."""
+        for stack in self.stacks:
+            weights, grads = Matrix.weight, Matrix.grad
+            for matrix, delta in deltas(stack, self.rule, hyperparameters, grads, weights):
+                apply(self.rule, matrix.weight(), delta, hyperparameters)
+
+
+def deltas(
+    stack: Stack,
+    rule: Rule,
+    hyperparameters: Hyperparameters,
+    grad: Callable[[Matrix], Tensor],
+    weight: Callable[[Matrix], Tensor],
+) -> Iterator[tuple[Matrix, Tensor]]:
+    """What the rule wants subtracted from each matrix of a stack, whose state moves on.
+
+    Args:
+        grad, weight: gradient and weights of a matrix, (rows, columns).
+    """
+    for members in stack.chunks():
         matrices = stack.matrices[members]
         state = {k: v if k == "step" else v[members] for k, v in stack.state.items()}
-        weights = [matrix.weight() for matrix in matrices]
-        dtype = wide_dtype(weights[0].dtype)
-        inside = self.rule.decay == "inside"
-        delta = self.rule.update(
-            _stacked([matrix.grad() for matrix in matrices], dtype),
+        dtype = wide_dtype(matrices[0].parameter.dtype)
+        inside = rule.decay == "inside"
+        delta = rule.update(
+            _stacked([grad(matrix) for matrix in matrices], dtype),
             state,
             hyperparameters,
-            _stacked(weights, dtype) if inside else None,
+            _stacked([weight(matrix) for matrix in matrices], dtype) if inside else None,
         )
-        kept = 1 - hyperparameters.lr * hyperparameters.weight_decay
-        for number, weight in enumerate(weights):  # torch._foreach_mul_ rounds `kept` to bf16
-            if self.rule.decay == "before" and kept != 1:
-                weight.mul_(kept)
-            weight.sub_(delta[number])
-            if self.rule.decay == "after" and kept != 1:
-                weight.mul_(kept)
+        yield from zip(matrices, delta, strict=True)
+    if "step" in stack.state:
+        stack.state["step"] += 1
 
 
-def allocate(matrices: list[Matrix], rule: Rule) -> list[Stack]:
-    """The matrices sorted into stacks, each with its state as it is before the first step."""
+def apply(rule: Rule, weight: Tensor, delta: Tensor, hyperparameters: Hyperparameters) -> None:
+    """Give some rows of a matrix, (rows, columns), their new weights."""
+    kept = 1 - hyperparameters.lr * hyperparameters.weight_decay
+    if rule.decay == "before" and kept != 1:
+        weight.mul_(kept)  # torch._foreach_mul_ would round `kept` to bf16
+    weight.sub_(delta)
+    if rule.decay == "after" and kept != 1:
+        weight.mul_(kept)
+
+
+def allocate(matrices: Mapping[int, Matrix], count: int, rule: Rule) -> list[Stack]:
+    """The matrices sorted into stacks, each with its state as it is before the first step.
+
+    Args:
+        matrices: by their numbers among all `count`.
+    """
     members: dict[Any, list[int]] = {}
-    for number, matrix in enumerate(matrices):
+    for number, matrix in matrices.items():
         kind = (matrix.rows, matrix.columns, matrix.parameter.dtype, matrix.parameter.device)
         members.setdefault(kind, []).append(number)
     stacks = []
@@ -189,7 +219,7 @@ def allocate(matrices: list[Matrix], rule: Rule) -> list[Stack]:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         if "phase" in rule.scalars:
             places = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-            state["phase"] = places / len(matrices)
+            state["phase"] = places / count
         stacks.append(Stack([matrices[number] for number in numbers], state))
     return stacks
 

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from llmnorm.config import ParallelSettings, RunConfig, TrainingSettings
 from llmnorm.doctor import missing_extra, version
 from llmnorm.files import write_whole
+from llmnorm.models.convert import named_weights
 from llmnorm.models.modeling import class_of
 from llmnorm.part import InputError
 from llmnorm.pretrained import refuse_encoder
 from llmnorm.training import benchmark_tasks
 from llmnorm.training.evaluation import evaluate, table
 from llmnorm.training.heldout import configuration, validation_objective
-from llmnorm.training.loading import Source, model_of, open_source
+from llmnorm.training.loading import Source, empty_of, open_source, tokenizer_of
 from llmnorm.training.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -71,6 +72,12 @@ def evaluate_directory(
         config.training if config else TrainingSettings(steps=1),
     )
     try:
+        if parallel.spread and (adapter is not None or asked):
+            raise InputError(
+                f"--{'adapter' if adapter else 'tasks'}: needs the whole model on every process, "
+                f"which sharding '{parallel.sharding}' does not give; launch with "
+                "launch/accelerate/ddp.yaml and parallel.sharding=auto"
+            )
         objective = None
         if config:
             objective = validation_objective(
@@ -83,8 +90,10 @@ def evaluate_directory(
                 tokenizer=source.tokenizer,
                 trained_on=source.meta.get("data"),
             )
-        model, tokenizer = model_of(source, path)
-        scored: PreTrainedModel = model.to(parallel.device)
+        tokenizer = tokenizer_of(source, path)
+        model = empty_of(source, "meta").eval()
+        parallel.lay_out(model, lambda modules: source.read_into(named_weights(modules)))
+        scored: PreTrainedModel = model
         if adapter is not None:
             scored = _with_adapter(scored, adapter)
         found: dict[str, Any] = {

@@ -70,14 +70,19 @@ def load_model(
 
 def model_of(source: Source, path: Path) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
     """What `load_model` returns, of weights at `path` that are open already."""
-    tokenizer = _tokenizer(source, path)
+    tokenizer = tokenizer_of(source, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if source.run is not None and load(source.run.path).config.training.device == "cpu":
         device = "cpu"
-    dtype = torch.float32 if source.run else _widest(source.tensors)
-    model = empty_model(source.config, device=device, dtype=dtype)
+    model = empty_of(source, device)
     source.read_into(named_weights(model))
     return model.eval(), tokenizer
+
+
+def empty_of(source: Source, device: torch.device | str) -> LlmNormForCausalLM:
+    """The model of some weights, whose tensors hold nothing yet."""
+    dtype = torch.float32 if source.run else _widest(source.tensors)
+    return empty_model(source.config, device=device, dtype=dtype)
 
 
 def open_source(
@@ -150,7 +155,8 @@ def _of_run(
     return Source(config, tensors, read_into, found.tokenizer, run, meta)
 
 
-def _tokenizer(source: Source, path: Path) -> "PreTrainedTokenizerBase":
+def tokenizer_of(source: Source, path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer that belongs to the weights at `path`."""
     from transformers import AutoTokenizer
 
     if source.tokenizer is None:

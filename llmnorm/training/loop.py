@@ -9,7 +9,7 @@ a checkpoint holds weights, optimizer state and counts, nothing else.
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -22,8 +22,10 @@ from llmnorm.config import RunConfig, to_tree
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.flops import flops_per_token
-from llmnorm.models.modeling import LlmNormForCausalLM, build_model, class_of, empty_model
+from llmnorm.models.initialization import initialize
+from llmnorm.models.modeling import LlmNormForCausalLM, class_of, empty_model
 from llmnorm.nn.norms.running import RunningStatistics
+from llmnorm.optim.fragments import master, whole_shape
 from llmnorm.optim.groups import split
 from llmnorm.part import InputError
 from llmnorm.training import metrics as record
@@ -31,10 +33,11 @@ from llmnorm.training import run_directory
 from llmnorm.training.checkpoint import Checkpoints
 from llmnorm.training.ema import EMA
 from llmnorm.training.evaluation import evaluate
+from llmnorm.training.layout import check, describe
 from llmnorm.training.loading import open_source
 from llmnorm.training.metrics import Metrics
 from llmnorm.training.objectives.contract import MicroBatch, Objective
-from llmnorm.training.parallel import Parallel
+from llmnorm.training.parallel import Fill, Parallel, local
 from llmnorm.training.profiling import Profiler
 from llmnorm.training.run_directory import RunDirectory
 from llmnorm.training.run_lock import RunLock
@@ -80,15 +83,17 @@ def train(
         steps = config.training.total_steps(data.rows, data.context_length)
 
         # Model, layout, optimizer, schedule.
-        model = _model(config, run, objective, parallel)
-        replica = parallel.prepare(model)
+        model, fill = _model(config, run, objective, parallel)
+        replica = parallel.prepare(model, fill)
         statistics = RunningStatistics(model, parallel.reduce)
         groups = split(model)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
-        optimizer = config.optimizer.build(groups)
+        optimizer = config.optimizer.build(groups, parallel.exchange())
         multipliers = config.optimizer.multipliers(config.schedule.build(steps), steps)
-        ema = EMA(model, config.training.ema) if config.training.ema else None
-        parallel.check()
+        ema = None
+        if config.training.ema:
+            held = {name: local(master(p).detach()) for name, p in model.named_parameters()}
+            ema = EMA(held, config.training.ema, parallel.publish)
 
         # The run directory, and the newest whole checkpoint in it.
         def lock() -> None:
@@ -109,7 +114,9 @@ def train(
         if not dry_run:
             checkpoints.clean()
         state = named_tensors(model, optimizer, ema)
+        written = checkpoints.without_copies(state)
         progress, said = go_on(checkpoints, state, data, parallel, config.training.branch_from)
+        parallel.publish()
         if said:
             _say(parallel, said)
         if progress.step >= steps:
@@ -126,8 +133,13 @@ def train(
             world=parallel.world,
             micro_batch=micro_batch,
         )
-        _say(parallel, f"{parallel.describe()}; {_size(model, groups)}; {steps} steps")
-        _dry_step(replica, parameters, next(rows()), micro_batch, parallel)
+        first = next(rows())
+        _say(
+            parallel,
+            f"{describe(parallel, model, optimizer)}; {_size(model, groups)}; {steps} steps",
+        )
+        check(parallel, model, torch.cat([batch.rows for batch in first]))
+        _dry_step(replica, parameters, first, micro_batch, parallel)
         statistics.discard()
         if dry_run:
             _say(parallel, "dry run: every check passed, nothing was trained")
@@ -179,7 +191,7 @@ def train(
             norm = float(parallel.clip(parameters, config.training.max_grad_norm))
 
             # One reduction serves the loss and the agreement to stop.
-            reduced = torch.stack([loss / parallel.world, loss.new_tensor(stop.exit_code)])
+            reduced = torch.stack([loss, loss.new_tensor(stop.exit_code)])
             mean_loss, stopping = parallel.reduce(reduced).tolist()
             exit_code = round(stopping) and (stop.exit_code or 143)
             for group in optimizer.param_groups:
@@ -196,6 +208,7 @@ def train(
                     f"step {progress.step + 1}: loss {mean_loss}, gradient norm {norm}: skipped"
                 )
             optimizer.zero_grad(set_to_none=True)
+            parallel.end_step()
             if ema:
                 ema.update(progress.step)
             progress.step += 1
@@ -250,7 +263,7 @@ def train(
                 with metrics.pause():
                     checkpoints.save(
                         progress.step,
-                        state if parallel.is_main else {},  # replicas hold the same: one writes
+                        written,
                         meta,
                         validation_loss=figures["loss"] if figures else None,
                     )
@@ -262,10 +275,11 @@ def train(
 
 def _model(
     config: RunConfig, run: RunDirectory, objective: Objective, parallel: Parallel
-) -> LlmNormForCausalLM:
-    """The run's model with its first weights; the same numbers on every process and device.
+) -> tuple[LlmNormForCausalLM, Fill]:
+    """The run's model, still without values, and what gives it its first weights.
 
-    What is loaded is all of it, or all but the head where that is another objective's.
+    They are the same numbers on every process and device. What is loaded is all of it, or all but
+    the head where that is another objective's.
     """
     rows, pretrained, data = config.model.vocab_size, config.model.pretrained, objective.data
     if rows != "auto" and rows < data.vocab_size:
@@ -287,23 +301,25 @@ def _model(
         architectures=[config.objective.architecture],
         **objective.model_keys(),
     )
+    model = empty_model(settings, device="meta").train()
     begun = config.training.branch_from is not None or bool(Checkpoints(run.checkpoints).steps())
     if pretrained is None or begun:  # a checkpoint's weights will take the place of these
-        return build_model(settings, seed=config.seed, device=parallel.device).train()
+        return model, lambda modules: initialize(model, seed=config.seed, modules=modules)
     source = open_source(
         pretrained, key="model.pretrained", rank=parallel.rank, world=parallel.world
     )
     if config.objective.keeps_head and class_of(source.config) is class_of(settings):
-        model = empty_model(settings, device=parallel.device)
-        source.read_into(named_weights(model))
         _say(parallel, f"weights from {pretrained}")
-    else:
-        model = build_model(settings, seed=config.seed, device=parallel.device)
-        prefix = f"{model.base_model_prefix}."
-        base = {n: t for n, t in named_weights(model).items() if n.startswith(prefix)}
-        source.read_into(base)
-        _say(parallel, f"weights from {pretrained}, its head left out")
-    return model.train()
+        return model, lambda modules: source.read_into(named_weights(modules))
+    prefix = f"{model.base_model_prefix}."
+
+    def fill(modules: Mapping[str, nn.Module]) -> None:
+        initialize(model, seed=config.seed, modules=modules)
+        named = named_weights(modules)
+        source.read_into({n: t for n, t in named.items() if n.startswith(prefix)})
+
+    _say(parallel, f"weights from {pretrained}, its head left out")
+    return model, fill
 
 
 def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
@@ -333,7 +349,7 @@ def _forward_backward(
     """Gradients of the global mean loss over this process's micro-batches.
 
     Returns:
-        This process's share of the loss times the number of processes, 0-dim float32.
+        This process's share of the loss, 0-dim float32.
     """
     total = torch.zeros((), device=parallel.device)
     for number, batch in enumerate(micro_batches):
@@ -342,9 +358,8 @@ def _forward_backward(
                 name: tensor.to(parallel.device, non_blocking=True)
                 for name, tensor in batch.inputs.items()
             }
-            # Replicas average their gradients, hence labels a process.
-            loss = replica(**inputs, num_items_in_batch=max(labels, 1) / parallel.world).loss
-        loss.backward()
+            loss = replica(**inputs, num_items_in_batch=max(labels, 1)).loss
+        parallel.backward(loss)
         total += loss.detach()
     return total
 
@@ -380,12 +395,15 @@ def _dry_step(
             f"{parallel.device}; try training.micro_batch={max(1, micro_batch // 2)} or "
             f"parallel.activation_checkpointing=true ({str(error).splitlines()[0]})"
         ) from None
-    without = [n for n, p in replica.named_parameters() if p.requires_grad and p.grad is None]
+    parallel.clip(parameters, 0.0)
+    trained = [(n, master(p)) for n, p in replica.named_parameters() if p.requires_grad]
+    without = [name for name, parameter in trained if parameter.grad is None]
     assert not without, f"trainable, but without a gradient: {without}"
     for name, buffer in replica.named_buffers():
         buffer.copy_(buffers[name])
     for parameter in parameters:
         parameter.grad = None
+    parallel.end_step()
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
@@ -410,8 +428,8 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _size(model: nn.Module, groups: Any) -> str:
-    total = sum(p.numel() for p in model.parameters())
-    hidden = sum(p.numel() for p in groups.matrices.values())
+    total = sum(whole_shape(master(p)).numel() for p in model.parameters())
+    hidden = sum(whole_shape(p).numel() for p in groups.matrices.values())
     return f"{total / 1e6:.2f}M parameters ({hidden / 1e6:.2f}M in hidden matrices)"
 
 

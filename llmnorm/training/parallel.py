@@ -1,12 +1,14 @@
-"""Processes, device and the layout of the model: recompute, compile, replicate, in this order.
+"""Processes, device and the layout of the model: recompute, compile, shard, in this order.
 
 `accelerate launch` starts the processes and accelerate makes the process group; everything after
-that is here. Accumulation is ours: gradients are summed over micro-batches and reduced with the
-last one. The loss must come divided by the tokens of a process (global tokens / processes),
-since replicas average their gradients.
+that is here, the same code on gloo and nccl. `ddp`, `fsdp2` and `hsdp` are torch's (shards.py),
+`zero1` to `zero3` DeepSpeed's (zero.py). Accumulation is ours: replicas reduce gradients with the
+last micro-batch, shards with every one (so that no process holds all gradients). They are summed:
+the loss comes divided by the tokens of all processes, so that a gradient inside the backward pass
+(norms keep statistics of it) is what it is on one process.
 
-What would surprise: what a launch file asks for can silently become something else (two unconnected
-trainings, one process where four were meant); `check` looks at what is really there.
+What would surprise: weights are float32 and gathered so: precision is autocast's, the same under
+every sharding. What is really there is looked at in `layout.py`.
 """
 
 import os
@@ -16,15 +18,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmnorm.config import ParallelSettings, TrainingSettings
+from llmnorm.optim.sharded import Exchange
 from llmnorm.part import InputError
+from llmnorm.training.launch import accelerator, agreed_sharding, launch_file
+from llmnorm.training.shards import Fill, Unit, fill_and_shard, make_mesh, replicate, shard
+from llmnorm.training.zero import Zero
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from llmnorm.models.modeling import LlmNormForCausalLM
 
 
@@ -34,6 +42,8 @@ class Parallel:
     Attributes:
         rank, world: this process and the number of processes.
         device: where this process computes.
+        backend: what the processes talk over.
+        sharding: how the model is laid out over them (`parallel.sharding`, never `auto`).
         accelerator: accelerate's handle on the process group.
     """
 
@@ -45,7 +55,7 @@ class Parallel:
         """
         self.settings = parallel
         self.precision = training.precision
-        _agree_with_launch_file(parallel, training)
+        self.sharding = agreed_sharding(parallel, training)
         cuda = training.device != "cpu" and torch.cuda.is_available()
         if training.device == "cuda" and not cuda:
             raise InputError(
@@ -56,7 +66,7 @@ class Parallel:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
-        self.accelerator = _accelerator(cuda)
+        self.accelerator = accelerator(cuda)
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
         self.device = self.accelerator.device
@@ -64,67 +74,87 @@ class Parallel:
         if asked != self.world:
             raise InputError(
                 f"the launcher started {asked} processes, but {self.world} are connected; launch "
-                "with `accelerate launch --config_file launch/accelerate/ddp.yaml`"
+                f"with `accelerate launch --config_file {launch_file(self.sharding)}`"
             )
-        if parallel.sharding == "none" and self.world > 1:
-            raise InputError(
-                f"parallel.sharding: 'none' is one process, but {self.world} were launched; "
-                "did you mean 'ddp'?"
-            )
-        self._replica: nn.Module | None = None
+        self._mesh: DeviceMesh | None = None
+        self.zero: Zero | None = None
+        self._group: dist.ProcessGroup | None = None  # over which a master is spread
+        if self.sharding not in ("none", "ddp"):
+            if not dist.is_initialized():  # one process, started without a launcher
+                backend = "nccl" if cuda else "gloo"
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            if self.sharding.startswith("zero"):
+                self.zero = Zero(int(self.sharding[-1]), self.precision, self.device)
+                self._group = dist.group.WORLD
+            else:
+                self._mesh = make_mesh(self.device, parallel.replicas)
+                self._group = self._mesh.get_group("shard")
+        self.backend = dist.get_backend() if dist.is_initialized() else "no process group"
+        self._model: nn.Module | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
-    def prepare(self, model: "LlmNormForCausalLM") -> nn.Module:
-        """Lay the model out, in place; returns what to call in training (same parameters, names).
+    @property
+    def spread(self) -> bool:
+        """Whether a forward pass needs all processes, each of which holds a part of the model."""
+        return self._mesh is not None or self.sharding == "zero3"
+
+    def prepare(self, model: "LlmNormForCausalLM", fill: Fill) -> nn.Module:
+        """Lay the model out for training; returns what to call (same parameters, names).
 
         Args:
-            model: on its device, initialised; its blocks are the unit of recomputation and
-                compilation.
+            model: on the meta device; its blocks are the unit of recomputation, compilation and
+                sharding.
+            fill: gives the tensors that belong to the modules that it is passed, by name, their
+                values, on this process's device.
         """
         for block in model.model.layers:
             if self.settings.activation_checkpointing:
                 block.forward = partial(  # type: ignore[method-assign]
                     torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
                 )
-            if self.settings.compile:
+            if self.settings.compile and self.zero is not None:  # without DeepSpeed's hooks
+                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            elif self.settings.compile:
                 block.compile()
-        if self.settings.compile:
-            model.model.fixed_shapes = True
-        if self.world == 1:
-            self._replica = model
-        else:
-            self._replica = DistributedDataParallel(
-                model,
-                device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # running statistics are sums over processes already
-            )
-        return self._replica
+        model.model.fixed_shapes |= self.settings.compile
+        self._model = self.lay_out(model, fill, trained=True)
+        if self.sharding == "ddp":
+            self._model = replicate(model, self.device)
+        return self._model
 
-    def check(self) -> None:
-        """Look at what is really there before the first step; a mismatch is an error of ours."""
-        assert self._replica is not None
-        if self.world > 1:
-            assert isinstance(self._replica, DistributedDataParallel)
-            assert torch.distributed.get_world_size() == self.world
-        for name, parameter in self._replica.named_parameters():
-            assert parameter.device.type == self.device.type, f"{name} is on {parameter.device}"
-            assert parameter.dtype in (torch.float32, torch.float64), f"{name} is no master weight"
+    def lay_out(
+        self, model: "LlmNormForCausalLM", fill: Fill, *, trained: bool = False
+    ) -> nn.Module:
+        """Give the model on the meta device its values, and each process its part of them.
 
-    def describe(self) -> str:
-        """One line for the run's log: backend, world size, sharding, bytes a process."""
-        assert self._replica is not None
-        parameters = sum(p.numel() * p.element_size() for p in self._replica.parameters())
-        backend = torch.distributed.get_backend() if self.world > 1 else "no process group"
-        layout = "ddp" if self.world > 1 else "none"
-        return (
-            f"{self.world} process(es) on {self.device.type} ({backend}), sharding {layout}, "
-            f"precision {self.precision}, weights {parameters / 2**20:.1f} MiB a process"
-        )
+        Args:
+            trained: weights will change; else it is only evaluated.
+        """
+        unit: Unit | None = partial(shard, mesh=self._mesh) if self._mesh is not None else None
+        if self.zero is not None and self.spread:
+            unit = self.zero.partition
+        fill_and_shard(model, fill, self.device, unit)
+        return self.zero.wrap(model, trained=trained) if self.zero is not None else model
+
+    def found(self) -> str:
+        """The sharding that the model really has, whatever was asked for."""
+        if self.zero is not None:
+            return self.zero.found(self._model)
+        if isinstance(self._model, FSDPModule):
+            return "hsdp" if self._mesh is not None and self._mesh.size(0) > 1 else "fsdp2"
+        return "ddp" if isinstance(self._model, DistributedDataParallel) else "none"
+
+    def exchange(self) -> Exchange | None:
+        """How matrix optimizers share their work; None where there is one process."""
+        group = self._group or (dist.group.WORLD if self.world > 1 else None)
+        if group is None:
+            return None
+        payload = torch.bfloat16 if self.settings.exchange == "bf16" else None
+        return Exchange(group, spread=self._group is not None, payload=payload)
 
     def autocast(self) -> Any:
         """The context of a forward pass under this run's precision."""
@@ -134,26 +164,65 @@ class Parallel:
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of one micro-batch; the last one reduces."""
-        replica = self._replica
-        quiet = isinstance(replica, DistributedDataParallel) and not last
-        with replica.no_sync() if quiet else nullcontext(), self.autocast():  # type: ignore[union-attr,operator]
+        """Around the forward pass of one micro-batch; what it says holds for its backward pass."""
+        model = self._model
+        quiet: Any = nullcontext()
+        if isinstance(model, DistributedDataParallel) and not last:
+            quiet = model.no_sync()
+        elif isinstance(model, FSDPModule):
+            model.set_requires_all_reduce(last)
+            model.set_is_last_backward(last)
+        elif self.zero is not None:
+            self.zero.accumulate(last=last)
+        with quiet, self.autocast():
             yield
 
-    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of a micro-batch."""
+        if self.zero is not None:
+            self.zero.backward(loss)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them); returns their global norm.
 
         The norm is a 0-dim float32 tensor over all gradients of the model, the same everywhere.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.zero is not None:
+            self.zero.collect()
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._group is not None:
+            square = norm.square()
+            dist.all_reduce(square, group=self._group)
+            norm = square.sqrt()
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def reduce(self, values: torch.Tensor) -> torch.Tensor:
+    def end_step(self) -> None:
+        """After an update, or in its place: what is only an optimizer's reaches the model."""
+        if self.zero is not None:
+            self.zero.step()
+
+    def publish(self) -> None:
+        """After any other change of the weights: the same."""
+        if self.zero is not None:
+            self.zero.publish()
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The `values` (n,) of all processes, (world * n,)."""
+        if self.world == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts)
+
+    def reduce(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes, in place where there is more than one."""
         if self.world > 1:
-            torch.distributed.all_reduce(values)
+            dist.all_reduce(values)
         return values
 
     def on_main(self, work: Callable[[], None]) -> None:
@@ -169,39 +238,11 @@ class Parallel:
 
     def close(self) -> None:
         """Leave the process group together: leaving alone can abort the others."""
-        if self.world > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
 
 
-def _agree_with_launch_file(parallel: ParallelSettings, training: TrainingSettings) -> None:
-    """Refuse what the launcher's environment asks for and this run would not do."""
-    for variable, what in (
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-    ):
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise InputError(
-                f"the launch file asks for {what}, which parallel.sharding does not offer; "
-                "valid: auto, none, ddp (launch/accelerate/ddp.yaml)"
-            )
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    ours = {"fp32": "no", "bf16": "bf16"}[training.precision]
-    if asked not in ("no", ours):
-        raise InputError(
-            f"the launch file asks for mixed precision '{asked}', training.precision is "
-            f"'{training.precision}'; leave it out of the launch file"
-        )
-
-
-def _accelerator(cuda: bool) -> "Accelerator":
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    # Without the variable accelerate warns of a mixed precision that is not its business here.
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-    if not cuda:
-        return Accelerator(cpu=True)
-    # Checkpoints are written over gloo beside the GPUs' own backend.
-    group = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")
-    return Accelerator(kwargs_handlers=[group])
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; in-place changes reach the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

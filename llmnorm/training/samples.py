@@ -67,7 +67,13 @@ class Samples:
                 {
                     "prompt": self._text(prompt),
                     "continuation": self._text(
-                        continuation(model, self._tokenizer, prompt, self._settings)
+                        continuation(
+                            model,
+                            self._tokenizer,
+                            prompt,
+                            self._settings,
+                            together=parallel.spread,
+                        )
                     ),
                 }
                 for prompt in self.prompts

@@ -15,9 +15,12 @@ from torch import nn
 
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
+from llmnorm.models.convert import named_weights
+from llmnorm.optim.fragments import Fragment, master
 from llmnorm.optim.state import named_state
 from llmnorm.part import InputError
-from llmnorm.training.checkpoint import Checkpoints, read_meta
+from llmnorm.training.checkpoint import Checkpoints, Interval, State, held, read_meta
+from llmnorm.training.checkpoint_format import as_interval
 from llmnorm.training.ema import EMA
 from llmnorm.training.parallel import Parallel
 
@@ -44,21 +47,32 @@ class Progress:
 
 def named_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None
-) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds, by name: the tensors themselves, a tied one once."""
-    saved = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+) -> dict[str, torch.Tensor | Interval]:
+    """All that this process holds of a checkpoint, by name: the tensors themselves, tied ones once.
+
+    Of a sharded tensor it is this process's rows.
+    """
+    masters = {name: master(p) for name, p in model.named_parameters()}
+    fragments = {name: m for name, m in masters.items() if isinstance(m, Fragment)}
+    weights = {name: held(fragments.get(name, t)) for name, t in named_weights(model).items()}
+    average = ema.average if ema else {}
     return {
-        **{f"model.{name}": tensor for name, tensor in (weights | buffers).items()},
-        **{f"optimizer.{name}": t for name, t in named_state(optimizer, model).items()},
-        **({f"ema.{name}": t for name, t in ema.average.items()} if ema else {}),
+        **{f"model.{name}": part for name, part in weights.items()},
+        **{f"optimizer.{name}": held(t) for name, t in named_state(optimizer, model).items()},
+        **{f"ema.{name}": _in_the_place_of(weights[name], t) for name, t in average.items()},
     }
+
+
+def _in_the_place_of(part: torch.Tensor | Interval, data: torch.Tensor) -> torch.Tensor | Interval:
+    """Other numbers where `part` is of a whole tensor."""
+    return (
+        part.like(data) if isinstance(part, Fragment) else as_interval(part)._replace(tensor=data)
+    )
 
 
 def go_on(
     checkpoints: Checkpoints,
-    state: dict[str, torch.Tensor],
+    state: State,
     data: PackedData | Examples,
     parallel: Parallel,
     branch_from: Path | None,
@@ -84,7 +98,7 @@ def go_on(
             f"{data.identity} ({data.directory}); restore the corpus or start a new run_dir"
         )
     here, there = environment(parallel), meta["environment"]
-    changed = [f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k)]
+    changed = [f"{k} {there[k]} -> {here[k]}" for k in here if here[k] != there.get(k, here[k])]
     checkpoints.load(path, state)
     said = f"going on from {path}"
     if changed:
@@ -98,6 +112,7 @@ def environment(parallel: Parallel) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "processes": parallel.world,
+        "sharding": parallel.sharding,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(parallel.device) if cuda else "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

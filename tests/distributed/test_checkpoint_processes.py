@@ -4,13 +4,9 @@ A scenario runs on every process and returns what JSON can say; the tests judge 
 """
 
 import errno
-import json
 import os
 import signal
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +17,7 @@ import torch.distributed as dist
 from llmnorm.part import InputError
 from llmnorm.training import checkpoint
 from llmnorm.training.checkpoint import Checkpoints, Interval
-
-processes = get_context("forkserver")
-processes.set_forkserver_preload(["torch", "pydantic", "safetensors.torch"])
+from tests.distributed.processes import run
 
 FULL = {
     "model.weight": torch.arange(35.0).reshape(7, 5),
@@ -34,7 +28,6 @@ FULL = {
     "optimizer.weight.step": torch.tensor(9.0),
 }
 SHARDED = ("model.weight", "model.norm", "model.one_row", "model.nothing")
-Scenario = Callable[[Path, int, int], Any]
 
 
 def rows(count: int, rank: int, world: int) -> tuple[int, int]:
@@ -71,44 +64,6 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
         for parts in (one, other)
     ]
     return all(a.equal(b) for a, b in zip(*tensors, strict=True))
-
-
-def run(scenario: Scenario, directory: Path, world: int = 2) -> list[Any]:
-    """What the scenario returns on each process; a killed one gives its exit code."""
-    directory.mkdir(exist_ok=True)
-    for file in directory.glob("rendezvous*"):
-        file.unlink()
-    started = [
-        processes.Process(target=_process, args=(scenario, directory, rank, world))
-        for rank in range(world)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    answers = []
-    for rank, process in enumerate(started):
-        file = directory / f"answer_{rank}.json"
-        answers.append(json.loads(file.read_text()) if file.exists() else process.exitcode)
-        file.unlink(missing_ok=True)
-    return answers
-
-
-def _process(scenario: Scenario, directory: Path, rank: int, world: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        answer = scenario(directory / "checkpoints", rank, world)
-    except Exception:
-        answer = traceback.format_exc()
-    (directory / f"answer_{rank}.json").write_text(json.dumps(answer))
-    os._exit(0)  # a teardown would wait for a process that is gone
 
 
 def failure(call: Callable[..., object], *arguments: Any) -> str:

@@ -36,6 +36,7 @@ BERT: dict[str, Any] = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "max_position_embeddings": 16,
     "initializer_range": 0.1,
     "norm": {"name": "layer", "eps": 1e-12},
     "placement": "post",
@@ -56,7 +57,16 @@ def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(7))
 
 
-mixers = pytest.mark.parametrize("mixer", [SOFTMAX, HYDRA, NALA], ids=lambda m: m["name"])
+MATRIX = {"name": "matrix", "head_dim": 16}
+TOEPLITZ = MATRIX | {"family": "toeplitz"}
+DENSE = MATRIX | {"family": "dense"}
+
+
+mixers = pytest.mark.parametrize(
+    "mixer",
+    [SOFTMAX, HYDRA, NALA, TOEPLITZ, DENSE],
+    ids=lambda m: m.get("family", m["name"]),
+)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +87,26 @@ def test_parameter_counts(recipe: str, parameters: int) -> None:
         bert = BertForMaskedLM(BertConfig())
     positions = bert.bert.embeddings.position_embeddings.weight.numel()
     assert bert.num_parameters() - positions == 109_121_082
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "millions"),
+    [
+        ("dense", [], 69.2),
+        ("toeplitz", ["hidden_size=800", "num_attention_heads=10", "mixer.head_dim=64"], 72.0),
+        ("cauchy", [], 70.4),
+        ("low_rank", [], 70.4),
+        ("attention", [], 70.4),
+        ("quasiseparable", [], 70.8),
+    ],
+)
+def test_parameter_counts_of_matrix_mixers(family: str, keys: list[str], millions: float) -> None:
+    """Oracle: the paper's millions, less the learned positions of those models, 128 rows."""
+    overrides = ["vocab_size=30522", f"mixer.family={family}", *keys]
+    path = Path("configs/recipes/hydra/70m/matrix.yaml")
+    config = load(path, [f"model.{key}" for key in overrides]).config
+    count = outline(config).num_parameters() + 128 * config.model.hidden_size
+    assert round(count / 1e6, 1) == millions
 
 
 def from_bert(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -238,13 +268,14 @@ def test_dropout_of_embeddings_and_of_what_is_classified() -> None:
 def test_saving_and_loading_are_exact(tmp_path: Path) -> None:
     """Oracle: bit-equal weights through the Auto classes, logits up to where memory is aligned."""
     ids = tokens(2, 9)
+    learned = TOEPLITZ | {"family": {"name": "toeplitz", "data_dependent": False}}
     for auto, cls in (
         (AutoModelForMaskedLM, LlmNormForMaskedLM),
         (AutoModelForSequenceClassification, LlmNormForSequenceClassification),
     ):
-        for tied in (False, True):
+        for tied, mixer in ((False, learned), (True, HYDRA)):
             model = build(
-                HYDRA, architectures=[cls.__name__], num_labels=3, tie_word_embeddings=tied
+                mixer, architectures=[cls.__name__], num_labels=3, tie_word_embeddings=tied
             ).eval()
             assert type(model) is cls
             path = tmp_path / f"{cls.__name__}{tied}"
@@ -274,6 +305,8 @@ def test_a_resized_vocabulary_keeps_the_offsets() -> None:
     ("make", "message"),
     [
         (lambda: LlmNormForCausalLM(LlmNormConfig(**BERT | {"mixer": HYDRA})), "later tokens"),
+        (lambda: LlmNormForCausalLM(LlmNormConfig(**BERT | {"mixer": DENSE})), "later tokens"),
+        (lambda: build(DENSE)(tokens(1, 17)), "max_position_embeddings = 16 tokens, got 17"),
         (lambda: LlmNormForMaskedLM(LlmNormConfig(**BERT)), "no later tokens.*from one side"),
         (lambda: build().model(tokens(1, 4), use_cache=True), "no cache"),
         (lambda: build().model(tokens(1, 4), past_key_values=object()), "no cache"),

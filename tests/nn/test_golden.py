@@ -1,4 +1,4 @@
-"""Our parts against recorded runs of official implementations, by tools/golden.py."""
+"""Our parts against recorded runs of official implementations, by tools/golden/."""
 
 import shutil
 from pathlib import Path
@@ -43,6 +43,9 @@ def test_every_recorded_vector_is_reproduced(capsys: pytest.CaptureFixture[str])
         ("attn_gqa_4_2", "packed/out", 1e-8),
         ("attn_mqa_bias_offset", "step/v_cache", 1e-8),
         ("attn_gqa_4_2", "M", float("nan")),
+        ("mm_toeplitz_di", "derived/M_definition", 1e-8),
+        ("mm_cauchy_dd", "grad/matrix_mixer.bias", 1e-7),
+        ("mm_quasiseparable_dd", "mid/dt_bwd_flipped", 1e-8),
         ("adamw_wd_f64", "param_after_003/2", 1e-11),
         ("farms_alpha", "alpha_1", 3e-4),
     ],

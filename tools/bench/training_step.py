@@ -74,7 +74,8 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     """Our steps: the loss of each."""
     from llmnorm.config import ParallelSettings, TrainingSettings
     from llmnorm.models import LlmNormConfig
-    from llmnorm.models.modeling import build_model
+    from llmnorm.models.initialization import initialize
+    from llmnorm.models.modeling import empty_model
     from llmnorm.optim.groups import split
     from llmnorm.optim.settings import AdamWSettings
     from llmnorm.training import loop
@@ -89,8 +90,8 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     )
     parallel = Parallel(ParallelSettings(compile=cuda), training)
     config = LlmNormConfig(vocab_size=vocabulary, **SHAPE)
-    model = build_model(config, seed=0, device=parallel.device).train()
-    replica = parallel.prepare(model)
+    model = empty_model(config, device="meta").train()
+    replica = parallel.prepare(model, lambda modules: initialize(model, seed=0, modules=modules))
     groups = split(model)
     parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
     optimizer = AdamWSettings(**ADAMW).build(groups)
@@ -101,7 +102,7 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
         labels = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": ids, "position_ids": positions, "shift_labels": labels}
         items = int((labels != -100).sum())
-        batch = MicroBatch(inputs, items, items)
+        batch = MicroBatch(inputs, items, items, torch.arange(count))
         loss = loop._forward_backward(replica, [batch], items, parallel)
         float(parallel.clip(parameters, 1.0))
         optimizer.step()

@@ -1,6 +1,7 @@
 """The curse of depth at small size: placements of the norm against Pre-LN with scaled init.
 
-usage: python tools/reproduce/curse_of_depth.py [--arms NAME ...] [--parallel 2] [--seeds 3] [--plan]
+usage: python tools/reproduce/curse_of_depth.py [--arms NAME ...] [--parallel 2] [--seeds 3]
+       [--lr-points 5] [--plan]
 
 Every file of configs/recipes/curse_of_depth is an arm with a learning rate tuned for it alone, the
 same tokens, the same paired seeds. The table shows perplexity relative to the honest baseline,
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, a core each")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr-points", type=int, default=5, help="a grid begins with; it grows")
     parser.add_argument("--plan", action="store_true", help="print the runs, make none")
     parser.add_argument(
         "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which; the baseline joins them"
@@ -102,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
             ),
             baselines=[BASELINE],
             seeds=options.seeds,
+            lr_points=options.lr_points,
         )
         code = compare(
             protocol,

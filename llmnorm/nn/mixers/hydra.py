@@ -124,45 +124,22 @@ class Hydra(Mixer):
 
     def mix(self, parameters: HydraParameters, context: Context, cache: None = None) -> Tensor:
         """Both scans, shifted, and the diagonal."""
-        p = parameters
-        before = self._scan(p.forward, p.v, context.segments)
-        flipped = Direction(*(t.flip(1) for t in p.backward))
-        segments = None if context.segments is None else context.segments.flip(1)
-        after = self._scan(flipped, p.v.flip(1), segments).flip(1)
+        p, shifted = parameters, self.combination == "quasiseparable"
+        both = both_scans(p.forward, p.backward, p.v, context.segments, shifted=shifted)
         if self.combination == "concat":
-            return torch.stack((before, after), 3).flatten(2, 3).to(p.v.dtype)
-        y = before + after
+            return torch.stack(both, 3).flatten(2, 3).to(p.v.dtype)
+        y = both[0] + both[1]
         return (y if p.delta is None else y + p.delta[..., None] * p.v).to(p.v.dtype)
-
-    def _scan(self, p: Direction, v: Tensor, segments: Tensor | None) -> Tensor:
-        """What the state holds in i's document; shifted, row i has it of the tokens before i."""
-        written = v * p.dt[..., None]
-        y, _ = linear_recurrence(p.C, p.B, written, p.log_decay, segments=segments)
-        if self.combination != "quasiseparable":
-            return y
-        y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
-        if segments is None:
-            return y
-        first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-        return y.masked_fill(first[..., None, None], 0)
 
     def materialize(self, parameters: HydraParameters, context: Context) -> Tensor:
         """Strictly lower and upper triangles of rank state_size, and delta between them."""
-        p = parameters
+        p, shifted = parameters, self.combination == "quasiseparable"
         visible = visible_pairs(p.v, context, causal=False)
-        lower = self._matrix(p.forward)
-        upper = self._matrix(Direction(*(t.flip(1) for t in p.backward))).flip(2, 3)
+        both = both_triangles(p.forward, p.backward, shifted=shifted)
         if self.combination == "concat":
-            return torch.stack((lower, upper), 2).flatten(1, 2).masked_fill(~visible, 0)
-        both = (lower + upper).masked_fill(~visible, 0)
-        return both if p.delta is None else both + torch.diag_embed(p.delta.transpose(1, 2))
-
-    def _matrix(self, p: Direction) -> Tensor:
-        visible = causal_mask(p.dt.shape[1], p.dt.device)
-        weights = semiseparable_matrix(*p, visible)
-        if self.combination != "quasiseparable":
-            return weights
-        return F.pad(weights[:, :, :-1], (0, 0, 1, 0))
+            return torch.stack(both, 2).flatten(1, 2).masked_fill(~visible, 0)
+        matrix = (both[0] + both[1]).masked_fill(~visible, 0)
+        return matrix if p.delta is None else matrix + torch.diag_embed(p.delta.transpose(1, 2))
 
     def finish(self, y: Tensor, x: Tensor, parameters: HydraParameters) -> Tensor:
         """Norm, gate, project."""
@@ -176,3 +153,49 @@ class Hydra(Mixer):
         heads = self.groups, self.groups, self.heads
         scans = 2 * flops_per_token(heads, self.state_size, self.head_dim)
         return scans + 2.0 * self.conv1d.kernel * self.parts[1]
+
+
+def both_scans(
+    forward: Direction,
+    backward: Direction,
+    v: Tensor,
+    segments: Tensor | None,
+    *,
+    shifted: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What each token reads of those before it and of those behind it, in float32 or float64.
+
+    shifted: itself not included, and read by the C of its neighbour.
+    """
+    before = _scan(forward, v, segments, shifted)
+    segments = None if segments is None else segments.flip(1)
+    return before, _scan(_flip(backward), v.flip(1), segments, shifted).flip(1)
+
+
+def both_triangles(
+    forward: Direction, backward: Direction, *, shifted: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The matrices of `both_scans` for one document, (batch, heads, length, length)."""
+    return _triangle(forward, shifted), _triangle(_flip(backward), shifted).flip(2, 3)
+
+
+def _flip(direction: Direction) -> Direction:
+    return Direction(*(t.flip(1) for t in direction))
+
+
+def _scan(p: Direction, v: Tensor, segments: Tensor | None, shifted: bool) -> Tensor:
+    """What the state holds in i's document; shifted, row i has it of the tokens before i."""
+    written = v * p.dt[..., None]
+    y, _ = linear_recurrence(p.C, p.B, written, p.log_decay, segments=segments)
+    if not shifted:
+        return y
+    y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
+    if segments is None:
+        return y
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return y.masked_fill(first[..., None, None], 0)
+
+
+def _triangle(p: Direction, shifted: bool) -> Tensor:
+    weights = semiseparable_matrix(*p, causal_mask(p.dt.shape[1], p.dt.device))
+    return F.pad(weights[:, :, :-1], (0, 0, 1, 0)) if shifted else weights

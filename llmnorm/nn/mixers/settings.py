@@ -6,8 +6,9 @@ model's settings; only what belongs to its own kind stands here.
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from llmnorm.nn.mixers.matrix.settings import Family, FamilySettings, QuasiseparableSettings
 from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
@@ -16,10 +17,20 @@ if TYPE_CHECKING:
     from llmnorm.nn.mixers.gla import GatedLinearAttention
     from llmnorm.nn.mixers.hydra import Hydra
     from llmnorm.nn.mixers.linear import LinearAttention
+    from llmnorm.nn.mixers.matrix.mixer import MatrixMixer
     from llmnorm.nn.mixers.nala import NaLa
     from llmnorm.nn.mixers.softmax import SoftmaxAttention
     from llmnorm.nn.mixers.ssd import SSD
     from llmnorm.nn.settings import ModelSettings
+
+
+def _with_a_middle(kernel: int) -> int:
+    if not kernel % 2:
+        raise ValueError(f"must be odd, got {kernel}; e.g. {kernel + 1}")
+    return kernel
+
+
+OddKernel = Annotated[int, Field(ge=1), AfterValidator(_with_a_middle)]
 
 
 class MixerSettings(Settings):
@@ -276,7 +287,7 @@ class HydraSettings(_StateSpaceSettings):
     name: Literal["hydra"] = "hydra"
     state_size: int = Field(64, ge=1)
     """Width of keys and queries (B and C)."""
-    conv_kernel: int = Field(7, ge=1)
+    conv_kernel: OddKernel = 7
     """Width, odd, of the symmetric convolution of x, B and C."""
     combination: Literal["quasiseparable", "add", "concat"] = "quasiseparable"
     """How the two directions come together: `add` and `concat` are the paper's ablations (table 3),
@@ -287,13 +298,6 @@ class HydraSettings(_StateSpaceSettings):
         """Whether it can serve a causal language model."""
         return False
 
-    @field_validator("conv_kernel")
-    @classmethod
-    def _has_a_middle(cls, kernel: int) -> int:
-        if not kernel % 2:
-            raise ValueError(f"must be odd, got {kernel}; e.g. {kernel + 1}")
-        return kernel
-
     def build(self, model: "ModelSettings", layer: int) -> "Hydra":
         """The mixer of one layer (counted from 0) of `model`."""
         from llmnorm.nn.mixers.hydra import Hydra
@@ -301,6 +305,54 @@ class HydraSettings(_StateSpaceSettings):
         keys = ("state_size", "conv_kernel", "combination")
         own = {key: getattr(self, key) for key in keys}
         return Hydra(model.hidden_size, **own, **self._shape())
+
+
+class MatrixSettings(MixerSettings):
+    """A mixing matrix of any family of the Hydra paper in one block, for encoders (Hwang et al.
+    2024, arXiv 2407.09941, table 1). It has heads of its own, expand * hidden_size / head_dim
+    of them."""
+
+    name: Literal["matrix"] = "matrix"
+    family: Family = QuasiseparableSettings()
+    """What the matrix is made of."""
+    expand: int = Field(2, ge=1)
+    """Inner width over hidden_size."""
+    head_dim: int = Field(128, ge=1)
+    """Width of a head's values."""
+    conv_kernel: OddKernel = 7
+    """Width, odd, of the symmetric convolution of all that is projected but the gate."""
+    norm_eps: float = Field(1e-5, ge=0)
+    """Added inside the norm after mixing."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether it can serve a causal language model."""
+        return False
+
+    def check(self, model: "ModelSettings") -> None:
+        """Whole heads."""
+        inner = self.expand * model.hidden_size
+        if inner % self.head_dim:
+            raise ValueError(
+                f"mixer 'matrix': head_dim {self.head_dim} does not divide expand * hidden_size = "
+                f"{inner}"
+            )
+
+    def build(self, model: "ModelSettings", layer: int) -> "MatrixMixer":
+        """The mixer of one layer (counted from 0) of `model`."""
+        from llmnorm.nn.mixers.matrix.mixer import MatrixMixer
+
+        assert isinstance(self.family, FamilySettings)
+        heads = self.expand * model.hidden_size // self.head_dim
+        family = self.family.build(heads, self.head_dim, model.max_position_embeddings)
+        return MatrixMixer(
+            model.hidden_size,
+            family,
+            heads=heads,
+            head_dim=self.head_dim,
+            conv_kernel=self.conv_kernel,
+            norm_eps=self.norm_eps,
+        )
 
 
 class GLASettings(MixerSettings):
@@ -411,6 +463,7 @@ Mixer = Annotated[
     | NaLaSettings
     | SSDSettings
     | HydraSettings
+    | MatrixSettings
     | GLASettings
     | GatedDeltaSettings,
     Part(default="softmax", many=True),

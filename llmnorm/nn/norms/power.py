@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llmnorm.nn.norms.column_sums import column_sums
 from llmnorm.nn.norms.rms import rms_norm
-from llmnorm.nn.norms.running import RunningNorm, column_sums
+from llmnorm.nn.norms.running import RunningNorm, counted_sums
 from llmnorm.nn.precision import wide_dtype
 
 GROUP_EPS = 1e-5
@@ -135,14 +136,14 @@ class _PowerNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight, inverse, back = ctx.saved_tensors
-        dx = torch.addcmul(grad * (weight * back), x, -ctx.nu * inverse * back)
-        dweight = torch.linalg.vecdot(grad, x, dim=0) * inverse
+        dx = (grad * (weight * back)).addcmul_(x, -ctx.nu * inverse * back)
+        dweight = column_sums(grad, x) * inverse
         if ctx.real is None:
             along = torch.cat((dweight * weight, dweight.new_full((1,), len(x))))
         else:
-            along = column_sums(grad, x, ctx.real)
+            along = counted_sums(grad, x, ctx.real)
             along[:-1] *= inverse * weight
-        squares = column_sums(x, x, ctx.real)[:-1] * inverse.square()
+        squares = counted_sums(x, x, ctx.real)[:-1] * inverse.square()
         along[:-1] -= ctx.nu * squares  # the sum of u z
         ctx.norm.add_gradients(along)
         return dx, dweight, grad.sum(0), None, None, None, None

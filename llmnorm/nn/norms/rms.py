@@ -10,6 +10,7 @@ r (q - mean(q) - x^ mean(q x^)), and the rank-one term r mean(q) is put back whi
 rows is in the cache.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -84,14 +85,20 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y and its gradients (module docstring); the backward pass in pieces that fit the cache."""
+    """y and its gradients (module docstring), both in pieces that fit the cache."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x.dtype))
-        r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y = torch.empty(x.shape, dtype=x.dtype)
+        r = torch.empty((*x.shape[:-1], 1), dtype=wide_dtype(x.dtype))
+        epsilon = torch.tensor(eps, dtype=r.dtype)
+        for one_x, one_r, into in _pieces(x, r, y):
+            torch.linalg.vector_norm(one_x, dim=-1, keepdim=True, dtype=r.dtype, out=one_r)
+            torch.addcmul(epsilon, one_r, one_r, value=1 / x.shape[-1], out=one_r).rsqrt_()
+            normed = torch.mul(one_x, one_r, out=into if into.dtype == r.dtype else None)
+            torch.mul(normed, gain, out=into)
         ctx.save_for_backward(x, gain, r)
-        return (x * r).mul_(gain).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -100,19 +107,22 @@ class _RMSNorm(torch.autograd.Function):
         hidden = x.shape[-1]
         wants_x, wants_gain, _ = ctx.needs_input_grad
         wide_gain = gain.to(r.dtype)
-        mean_of_q = wide_gain.div(hidden).unsqueeze(1)
+        mean_of_q = wide_gain / hidden
         dx, dgain = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(wide_gain)
-        rows = max(1, PIECE * torch.get_num_threads() // hidden)
-        tensors = (grads[0], x, r, torch.zeros_like(r), dx)
-        pieces = zip(*(t.reshape(-1, t.shape[-1]).split(rows) for t in tensors), strict=True)
-        for one_grad, one_x, one_r, zero, into in pieces:
+        for one_grad, one_x, one_r, zero, into in _pieces(grads[0], x, r, torch.zeros_like(r), dx):
             grad = one_grad.to(r.dtype)
             centred, summed, _ = torch.ops.aten.native_layer_norm_backward(
                 *(grad, one_x.to(r.dtype), [hidden], zero, one_r, wide_gain, None),
                 [wants_x, wants_gain, False],
             )
             if wants_x:
-                torch.add(centred, torch.mm(grad, mean_of_q).mul_(one_r), out=into)
+                torch.add(centred, torch.mv(grad, mean_of_q).unsqueeze(1).mul_(one_r), out=into)
             if wants_gain:
                 dgain += summed
         return dx if wants_x else None, dgain.to(gain.dtype) if wants_gain else None, None
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of all (..., hidden or 1), as many at a time as the first has in PIECE numbers."""
+    rows = max(1, PIECE * torch.get_num_threads() // tensors[0].shape[-1])
+    return zip(*(t.reshape(-1, t.shape[-1]).split(rows) for t in tensors), strict=True)

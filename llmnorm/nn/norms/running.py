@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmnorm.nn.norms.column_sums import column_sums
 from llmnorm.nn.norms.contract import Norm
 
 Reduce = Callable[[Tensor], Tensor]
@@ -91,7 +92,7 @@ class RunningNorm(Norm):
         """The micro-batch's mean square (hidden,) of x (tokens, hidden), over all processes."""
         if self._batch is None:
             with torch.no_grad():
-                self._batch = self.reduce(column_sums(x, x, self._real))
+                self._batch = self.reduce(counted_sums(x, x, self._real))
                 self._squares = _plus(self._squares, self._batch)
         return _mean(self._batch)
 
@@ -137,13 +138,12 @@ class RunningStatistics:
             norm.discard()
 
 
-def column_sums(one: Tensor, other: Tensor, real: Tensor | None) -> Tensor:
+def counted_sums(one: Tensor, other: Tensor, real: Tensor | None) -> Tensor:
     """(hidden + 1,): the sum of one * other (tokens, hidden) over real tokens, and their number."""
-    product = one * other
     if real is None:
-        return torch.cat((product.sum(0), product.new_full((1,), len(product))))
-    weights = real.to(product.dtype)
-    return torch.cat((weights @ product, weights.sum().unsqueeze(0)))
+        return torch.cat((column_sums(one, other), one.new_full((1,), len(one))))
+    weights = real.to(one.dtype).unsqueeze(1)
+    return torch.cat((column_sums(one, other, weights), weights.sum().unsqueeze(0)))
 
 
 def _mean(sums: Tensor) -> Tensor:

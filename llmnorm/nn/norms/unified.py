@@ -37,7 +37,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmnorm.nn.norms.running import RunningNorm, column_sums
+from llmnorm.nn.norms.column_sums import column_sums
+from llmnorm.nn.norms.running import RunningNorm, counted_sums
 from llmnorm.nn.precision import wide_dtype
 
 
@@ -190,15 +191,15 @@ class _UnifiedNorm(torch.autograd.Function):
         (grad,) = grads
         x, weight, inverse = ctx.saved_tensors
         norm, kappa = ctx.norm, ctx.step.kappa
-        dweight = torch.linalg.vecdot(grad, x, dim=0) * (inverse * kappa)
+        dweight = column_sums(grad, x) * (inverse * kappa)
         if ctx.real is None:
             along = torch.cat((dweight, dweight.new_full((1,), len(x))))
         else:
-            along = column_sums(grad, x, ctx.real)
+            along = counted_sums(grad, x, ctx.real)
             along[:-1] *= inverse * kappa
         along[:-1] *= weight  # the sum of q z
         along = norm.reduce(along)
         norm.add_gradients(along)
         _, _, factor = norm.gradient_step(ctx.step, along[:-1] / along[-1].clamp(min=1))
-        dx = torch.addcmul(grad * (weight * kappa * inverse), x, -factor * inverse.square())
+        dx = (grad * (weight * kappa * inverse)).addcmul_(x, -factor * inverse.square())
         return dx, dweight, grad.sum(0), None, None, None, None

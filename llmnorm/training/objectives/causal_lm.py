@@ -29,7 +29,7 @@ class CausalLM(PackedText):
         """The rows and their next tokens; a label is a token."""
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "shift_labels")}
         labels = int((batch["shift_labels"] != IGNORED).sum())
-        return MicroBatch(inputs, labels, labels)
+        return MicroBatch(inputs, labels, labels, batch["rows"])
 
     def evaluate(
         self, model: "PreTrainedModel", *, micro_batch: int, parallel: Parallel
@@ -41,7 +41,7 @@ class CausalLM(PackedText):
             total = torch.zeros(2, dtype=torch.float64)
             place = parallel.rank, parallel.world, micro_batch
             for asked in map(self.ask, evaluation_batches(self.packed, index, *place)):
-                if asked.labels == 0:
+                if asked.labels == 0 and not parallel.spread:  # shards come from all processes
                     continue
                 with parallel.autocast():
                     inputs = {k: v.to(parallel.device) for k, v in asked.inputs.items()}

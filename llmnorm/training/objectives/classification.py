@@ -66,10 +66,13 @@ class Classification(Objective):
         order = Order([rows], [rows], self._config.data_seed)
         while True:
             _, places = order.locate(first_row, global_batch)
-            mine = places[rank * share : (rank + 1) * share]
+            mine = range(rank * share, (rank + 1) * share)
+            micro = [mine[start : start + micro_batch] for start in range(0, share, micro_batch)]
             yield [
-                self._asked(table, mine[start : start + micro_batch].tolist())
-                for start in range(0, share, micro_batch)
+                self._asked(table, places[list(part)].tolist())._replace(
+                    rows=first_row + torch.tensor(part)
+                )
+                for part in micro
             ]
             first_row += global_batch
 
@@ -128,4 +131,4 @@ class Classification(Objective):
         }
         if self._types:
             inputs["token_type_ids"] = torch.from_numpy(types)
-        return MicroBatch(inputs, len(rows), int(mask.sum()))
+        return MicroBatch(inputs, len(rows), int(mask.sum()), torch.tensor(rows))

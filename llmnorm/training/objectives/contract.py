@@ -25,11 +25,13 @@ class MicroBatch(NamedTuple):
         inputs: the model's arguments by name, labels among them; CPU tensors.
         labels: what the summed loss is divided by, in this micro-batch.
         tokens: tokens that count as trained on.
+        rows: numbers of the rows, no two processes' the same.
     """
 
     inputs: dict[str, Tensor]
     labels: int
     tokens: int
+    rows: Tensor
 
 
 class Objective:

@@ -68,7 +68,7 @@ class MaskedLM(PackedText):
             for batch in evaluation_batches(self.packed, index, *place):
                 share = self._settings.evaluation_mask_share
                 asked = self._masked(batch, share, EVALUATION + index)
-                if asked.labels == 0:
+                if asked.labels == 0 and not parallel.spread:  # shards come from all processes
                     continue
                 with parallel.autocast():
                     inputs = {k: v.to(parallel.device) for k, v in asked.inputs.items()}
@@ -91,4 +91,5 @@ class MaskedLM(PackedText):
     def _masked(self, batch: Batch, share: float, key: int) -> MicroBatch:
         seen, labels = self._masking(batch["input_ids"], batch["rows"], share=share, key=key)
         inputs = {"input_ids": seen, "position_ids": batch["position_ids"], "labels": labels}
-        return MicroBatch(inputs, int((labels != IGNORED).sum()), seen.numel())
+        counted = int((labels != IGNORED).sum())
+        return MicroBatch(inputs, counted, seen.numel(), batch["rows"])

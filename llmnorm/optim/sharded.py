@@ -1,0 +1,314 @@
+"""Owner-computes: any rule on matrices that are spread over processes, exactly.
+
+A rule sees whole matrices, so every hidden matrix has one owner, which holds its state and computes
+its update; the rule and its arithmetic are those of one process (stacks.py). A step is, per bucket:
+
+    weights spread           all-to-all of the gradient's parts to the owners (rules that read
+                             weights: one more, of weights), the rule, all-to-all of deltas back
+    weights whole (ddp)      the rule on the owners' gradients, one all-gather of deltas
+
+Sources: the owner as in Essential AI's and torchtitan's distributed Muon; longest processing time
+first: Graham 1969. Bytes a process sends, H those of all matrices, W processes: 2 H (W - 1) / W^2
+for spread weights (3 for rules that read them), H (W - 1) / W for whole ones.
+
+What would surprise:
+- Who owns what is computed from names, shapes and the number of processes on every process alike;
+  nothing of it is saved, and a checkpoint is the same as one process's.
+- Processes wait for each other bucket by bucket, so owners are balanced within each bucket, and
+  over buckets by giving its heaviest part to the process that has least so far. The next bucket's
+  gradients travel while this one's rule runs.
+- A part is a range of elements, counted row by row: FSDP2 gives a process ceil(rows / W) rows, the
+  last ones fewer or none; what ZeRO gives may end inside a row (fragments.py).
+- In replicas of spread weights (HSDP) every replica repeats the work inside its own group.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from llmnorm.nn.precision import wide_dtype
+from llmnorm.optim.adamw import AdamW
+from llmnorm.optim.fragments import Fragment
+from llmnorm.optim.groups import Matrix
+from llmnorm.optim.stacks import (
+    Hyperparameters,
+    Rule,
+    RuleOptimizer,
+    Stack,
+    allocate,
+    apply,
+    deltas,
+)
+
+# Gradients that travel at once, in bytes; a bucket has two matrices a process at least.
+BUCKET_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The processes that share the matrices.
+
+    Attributes:
+        group: of them; with `spread`, those over which a matrix is cut.
+        spread: each holds a part of every parameter (a DTensor or a Fragment); else all of it.
+        payload: what travels is rounded to this; None: not rounded.
+    """
+
+    group: dist.ProcessGroup
+    spread: bool
+    payload: torch.dtype | None = None
+
+    def held(self, parameter: Tensor) -> Tensor:
+        """This process's part of a parameter, or of a gradient."""
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    def cut(self, parameter: Tensor, rank: int) -> tuple[int, int]:
+        """The elements that a process holds of a parameter that is spread."""
+        if isinstance(parameter, Fragment):
+            return parameter.cuts[rank], parameter.cuts[rank + 1]
+        rows, columns = parameter.shape
+        block = -(-rows // dist.get_world_size(self.group))
+        return min(block * rank, rows) * columns, min(block * (rank + 1), rows) * columns
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over the parts of a tensor, in place."""
+        if self.spread:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+
+class Bucket(NamedTuple):
+    """Matrices whose updates travel together: by owner, and the stacks that are this process's."""
+
+    owned: list[list[Matrix]]
+    stacks: list[Stack]
+
+
+class ShardedRuleOptimizer(RuleOptimizer):
+    """A `RuleOptimizer` of several processes, which all make every call.
+
+    Attributes:
+        balance: work of the busiest owner over the mean.
+    """
+
+    def __init__(
+        self,
+        matrices: list[Matrix],
+        auxiliary: AdamW | None,
+        rule: Rule,
+        *,
+        lr: float,
+        weight_decay: float,
+        exchange: Exchange,
+    ) -> None:
+        self.exchange = exchange
+        self.rank, self.world = dist.get_rank(exchange.group), dist.get_world_size(exchange.group)
+        super().__init__(matrices, auxiliary, rule, lr=lr, weight_decay=weight_decay)
+
+    def _allocate(self, matrices: list[Matrix]) -> list[Stack]:
+        parts, load = owners(matrices, self.world)
+        self.balance = max(load) * self.world / sum(load)
+        self.buckets = []
+        for owned in parts:
+            mine = {number: matrices[number] for number in owned[self.rank]}
+            stacks = allocate(mine, len(matrices), self.rule)
+            self.buckets.append(Bucket([[matrices[n] for n in part] for part in owned], stacks))
+        return [stack for bucket in self.buckets for stack in bucket.stacks]
+
+    def _update(self, hyperparameters: Hyperparameters) -> None:
+        finish: Callable[[], None] | None = None
+        arriving = self._to_owners(self.buckets[0])
+        for number, bucket in enumerate(self.buckets):
+            grads, weights = arriving()
+            if number + 1 < len(self.buckets):
+                arriving = self._to_owners(self.buckets[number + 1])
+            found = {
+                id(matrix): delta
+                for stack in bucket.stacks
+                for matrix, delta in deltas(
+                    stack,
+                    self.rule,
+                    hyperparameters,
+                    lambda matrix, grads=grads: grads[id(matrix)],  # type: ignore[misc]
+                    lambda matrix, weights=weights: weights[id(matrix)],  # type: ignore[misc]
+                )
+            }
+            del grads, weights
+            if finish is not None:
+                finish()
+            finish = self._from_owners(bucket, found, hyperparameters)
+        assert finish is not None
+        finish()
+
+    def _to_owners(
+        self, bucket: Bucket
+    ) -> Callable[[], tuple[dict[int, Tensor], dict[int, Tensor]]]:
+        """Send gradients (and weights) off; the call waits: whole ones of this process's matrices.
+
+        They are found by the matrix's id.
+        """
+        mine, reads = bucket.owned[self.rank], self.rule.decay == "inside"
+        if not self.exchange.spread:
+            grads = {id(m): m.grad() for m in mine}
+            weights = {id(m): m.weight() for m in mine} if reads else {}
+            return lambda: (grads, weights)
+        sending = [self._gather(bucket, gradient=True)]
+        if reads:
+            sending.append(self._gather(bucket, gradient=False))
+
+        def wait() -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+            arrived = [call() for call in sending]
+            return arrived[0], arrived[1] if reads else {}
+
+        return wait
+
+    def _gather(self, bucket: Bucket, *, gradient: bool) -> Callable[[], dict[int, Tensor]]:
+        mine = bucket.owned[self.rank]
+        send = [self._held(m, gradient) for part in bucket.owned for m in part]
+        pieces = [(m, self._numel(m, rank)) for rank in range(self.world) for m in mine]
+        wait = self._all_to_all(
+            # Weights are never rounded on their way: the rule reads what the weights are.
+            self._packed(send, None if not gradient else self.exchange.payload),
+            [sum(self._numel(m, self.rank) for m in part) for part in bucket.owned],
+            [sum(self._numel(m, rank) for m in mine) for rank in range(self.world)],
+        )
+
+        def unpack() -> dict[int, Tensor]:
+            arrived: dict[int, list[Tensor]] = {id(m): [] for m in mine}
+            flat = wait().split([numel for _, numel in pieces])
+            for (matrix, _), piece in zip(pieces, flat, strict=True):
+                arrived[id(matrix)].append(piece)
+            return {id(m): torch.cat(arrived[id(m)]).view(m.rows, m.columns) for m in mine}
+
+        return unpack
+
+    def _from_owners(
+        self, bucket: Bucket, found: dict[int, Tensor], hyperparameters: Hyperparameters
+    ) -> Callable[[], None]:
+        """Send deltas off; the call waits for them and applies them."""
+        mine, payload = bucket.owned[self.rank], self.exchange.payload
+        sizes = [sum(self._numel(m, self.rank) for m in part) for part in bucket.owned]
+        if self.exchange.spread:
+            send = [
+                found[id(m)].reshape(-1)[slice(*self._cut(m, rank))]
+                for rank in range(self.world)
+                for m in mine
+            ]
+            counts = [sum(self._numel(m, rank) for m in mine) for rank in range(self.world)]
+            wait = self._all_to_all(self._packed(send, payload), counts, sizes)
+        else:
+            wait = self._all_gather(self._packed([found[id(m)] for m in mine], payload), sizes)
+
+        def finish() -> None:
+            matrices = [m for part in bucket.owned for m in part]
+            for matrix, delta in zip(
+                matrices,
+                wait().split([self._numel(m, self.rank) for m in matrices]),
+                strict=True,
+            ):
+                weight = self._held(matrix, gradient=False)
+                apply(self.rule, weight, delta.to(wide_dtype(weight.dtype)), hyperparameters)
+
+        return finish
+
+    def _cut(self, matrix: Matrix, rank: int) -> tuple[int, int]:
+        """The elements of a matrix that a process holds."""
+        start, stop = matrix.start * matrix.columns, matrix.stop * matrix.columns
+        if not self.exchange.spread:
+            return 0, stop - start
+        first, last = self.exchange.cut(matrix.parameter, rank)
+        first, last = min(max(first, start), stop), min(max(last, start), stop)
+        return first - start, last - start
+
+    def _numel(self, matrix: Matrix, rank: int) -> int:
+        first, last = self._cut(matrix, rank)
+        return last - first
+
+    def _held(self, matrix: Matrix, gradient: bool) -> Tensor:
+        """What this process holds of a matrix or of its gradient, (elements,)."""
+        whole = matrix.parameter.grad if gradient else matrix.parameter.detach()
+        assert whole is not None
+        held = self.exchange.held(whole)
+        held = held.reshape(-1) if gradient else held.view(-1)  # weights are changed in place
+        first, last = self._cut(matrix, self.rank)
+        begin = matrix.start * matrix.columns + first
+        if self.exchange.spread:
+            begin -= self.exchange.cut(matrix.parameter, self.rank)[0]
+        return held[begin : begin + last - first] if last > first else held[:0]
+
+    def _packed(self, tensors: list[Tensor], payload: torch.dtype | None) -> Tensor:
+        """One flat tensor, in what travels."""
+        any_ = self.param_groups[0]["params"][0]
+        dtype = payload or wide_dtype(any_.dtype)
+        flat = [tensor.reshape(-1).to(dtype) for tensor in tensors]
+        return torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=any_.device)
+
+    def _all_to_all(
+        self, send: Tensor, counts: list[int], expected: list[int]
+    ) -> Callable[[], Tensor]:
+        received = send.new_empty(sum(expected))
+        work = dist.all_to_all_single(
+            received, send, expected, counts, group=self.exchange.group, async_op=True
+        )
+
+        def wait() -> Tensor:
+            assert send is not None  # in memory until it has been sent
+            work.wait()
+            return received
+
+        return wait
+
+    def _all_gather(self, send: Tensor, sizes: list[int]) -> Callable[[], Tensor]:
+        padded = torch.nn.functional.pad(send, (0, max(sizes) - len(send)))
+        received = [torch.empty_like(padded) for _ in sizes]
+        work = dist.all_gather(received, padded, group=self.exchange.group, async_op=True)
+
+        def wait() -> Tensor:
+            assert padded is not None  # in memory until it has been sent
+            work.wait()
+            return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+
+        return wait
+
+
+def owners(matrices: list[Matrix], world: int) -> tuple[list[list[list[int]]], list[int]]:
+    """Who owns which matrix.
+
+    Returns:
+        By bucket and process the numbers of matrices, ascending, and every process's work in all.
+    """
+    work = [min(m.rows, m.columns) * m.rows * m.columns for m in matrices]
+    load, found = [0] * world, []
+    for numbers in _buckets(matrices, world):
+        parts: list[list[int]] = [[] for _ in range(world)]
+        inside = [0] * world
+        names = {n: (matrices[n].name, matrices[n].start) for n in numbers}
+        for number in sorted(numbers, key=lambda n: (-work[n], names[n])):
+            least = inside.index(min(inside))
+            parts[least].append(number)
+            inside[least] += work[number]
+        # The heaviest part to the process that has least so far.
+        heaviest = sorted(range(world), key=lambda part: (-inside[part], part))
+        idlest = sorted(range(world), key=lambda rank: (load[rank], rank))
+        of_rank = dict(zip(idlest, heaviest, strict=True))
+        for rank, part in of_rank.items():
+            load[rank] += inside[part]
+        found.append([sorted(parts[of_rank[rank]]) for rank in range(world)])
+    return found, load
+
+
+def _buckets(matrices: list[Matrix], world: int) -> list[list[int]]:
+    """Consecutive matrices of about the same bytes a bucket."""
+    sizes = [4 * m.rows * m.columns for m in matrices]
+    count = max(1, min(sum(sizes) // BUCKET_BYTES, len(matrices) // (2 * world)))
+    buckets: list[list[int]] = [[] for _ in range(count)]
+    reached = 0
+    for number, size in enumerate(sizes):
+        buckets[min(reached * count // sum(sizes), count - 1)].append(number)
+        reached += size
+    return [bucket for bucket in buckets if bucket]

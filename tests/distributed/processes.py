@@ -1,0 +1,61 @@
+"""Several real processes over gloo that a test starts.
+
+A scenario runs on every process and returns what JSON can say; the tests judge what comes back.
+"""
+
+import json
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.running import CHILDREN
+
+Scenario = Callable[[Path, int, int], Any]
+
+
+def run(scenario: Scenario, directory: Path, world: int = 2) -> list[Any]:
+    """What the scenario returns on each process; a killed one gives its exit code."""
+    directory.mkdir(exist_ok=True)
+    for file in directory.glob("rendezvous*"):
+        file.unlink()
+    started = [
+        CHILDREN.Process(target=_process, args=(scenario, directory, rank, world))
+        for rank in range(world)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    answers = []
+    for rank, process in enumerate(started):
+        file = directory / f"answer_{rank}.json"
+        answers.append(json.loads(file.read_text()) if file.exists() else process.exitcode)
+        file.unlink(missing_ok=True)
+    return answers
+
+
+def _process(scenario: Scenario, directory: Path, rank: int, world: int) -> None:
+    torch.set_num_threads(1)
+    # As torchrun says it; accelerate then takes the group that there is.
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=300),
+    )
+    try:
+        answer = scenario(directory / "checkpoints", rank, world)
+    except Exception:
+        answer = traceback.format_exc()
+    (directory / f"answer_{rank}.json").write_text(json.dumps(answer))
+    os._exit(0)  # a teardown would wait for a process that is gone

@@ -1,0 +1,172 @@
+"""A tiny model, trained under any sharding with any optimizer; a step is a function of its number.
+
+tools/bench/sharding.py trains it too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from llmnorm.config import ParallelSettings, TrainingSettings
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.initialization import initialize
+from llmnorm.models.modeling import empty_model
+from llmnorm.nn.norms.running import RunningStatistics
+from llmnorm.optim.groups import split
+from llmnorm.optim.settings import Optimizer
+from llmnorm.training import loop
+from llmnorm.training.checkpoint import Checkpoints, Interval
+from llmnorm.training.objectives.contract import MicroBatch
+from llmnorm.training.parallel import Parallel
+from llmnorm.training.state import named_tensors
+
+KINDS = {kind.model_fields["name"].default: kind for kind in get_args(get_args(Optimizer)[0])}
+# Every optimizer, and the projection of weights on one with and one without a rule.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {"weight_decay": 0.1}) for name in KINDS},
+    "adamw+nap": ("adamw", {"nap": True, "weight_decay": 0.0}),
+    "muon+nap": ("muon", {"nap": True, "weight_decay": 0.0}),
+}
+# SOAP's bases are eigenvectors, which only a Gram matrix of full rank determines: hence no side
+# longer than the other one has a basis, and key and value are square.
+OPTIMIZERS["soap"][1]["max_precond_dim"] = 16
+SHAPE: dict[str, dict[str, Any]] = {"soap": {"num_key_value_heads": 4}}
+CONFIG = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 42,  # 14 rows a process of three
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,  # 4 rows of k and v: one each of four processes, 2 + 2 + 0 of three
+    "max_position_embeddings": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+ROWS, LENGTH = 24, 12
+
+
+def settings_of(name: str, lr: float = 1e-2) -> Any:
+    """Of an optimizer of the table; products of matrices in full precision."""
+    kind, keys = OPTIMIZERS[name]
+    precision = {"precision": "fp32"} if "precision" in KINDS[kind].model_fields else {}
+    return KINDS[kind](lr=lr, **(precision | keys))
+
+
+def tensor_of(part: Tensor | Interval) -> Tensor:
+    """What a process holds of a named tensor."""
+    return part.tensor if isinstance(part, Interval) else part
+
+
+class Run:
+    """A run under a sharding; every process makes every call.
+
+    Args:
+        sharding, replicas: of `parallel`.
+        optimizer: a name of the table.
+        model: other settings of the model.
+        frozen: how the names end of parameters that are not trained.
+        micro_batches: how many a process cuts its rows of a step into.
+        dtype: of the weights.
+        lr: the matrices' learning rate.
+        precision: of forward passes.
+        deepspeed: other settings of it.
+        parallel: others of `parallel`.
+    """
+
+    def __init__(
+        self,
+        sharding: str,
+        optimizer: str,
+        replicas: int = 1,
+        *,
+        model: dict[str, Any] | None = None,
+        frozen: tuple[str, ...] = (),
+        micro_batches: int = 2,
+        dtype: torch.dtype = torch.float64,
+        lr: float = 1e-2,
+        precision: str = "fp32",
+        deepspeed: dict[str, Any] | None = None,
+        **parallel: Any,
+    ) -> None:
+        self.parallel = Parallel(
+            ParallelSettings(sharding=sharding, replicas=replicas, **parallel),
+            TrainingSettings(steps=1, device="cpu", precision=precision),
+        )
+        if self.parallel.zero is not None:
+            self.parallel.zero.config |= deepspeed or {}
+        config = LlmNormConfig(**(CONFIG | SHAPE.get(optimizer, {}) | (model or {})))
+        self.model = empty_model(config, device="meta", dtype=dtype).train()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not name.endswith(frozen))
+        self.replica = self.parallel.prepare(
+            self.model, lambda modules: initialize(self.model, seed=3, modules=modules)
+        )
+        self.micro_batches = micro_batches
+        self.statistics = RunningStatistics(self.model, self.parallel.reduce)
+        groups = split(self.model)
+        self.parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
+        self.optimizer = settings_of(optimizer, lr).build(groups, self.parallel.exchange())
+        self.state = named_tensors(self.model, self.optimizer, None)
+
+    def rows(self, step: int) -> Tensor:
+        """The numbers of the rows that this process reads."""
+        share = ROWS // self.parallel.world
+        return torch.arange(share) + step * ROWS + self.parallel.rank * share
+
+    def forward_backward(self, step: int, scale: float = 1.0) -> float:
+        """Gradients of a step, of its loss times `scale`; the loss over all processes."""
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(3, 40, (ROWS, LENGTH), generator=generator)
+        ids = ids[self.rows(step) - step * ROWS]
+        micro_batches = [self._asked(part) for part in ids.chunk(self.micro_batches)]
+        labels, _ = loop._count(micro_batches, self.parallel)
+        loss = loop._forward_backward(self.replica, micro_batches, labels / scale, self.parallel)
+        return float(self.parallel.reduce(loss))
+
+    def _asked(self, ids: Tensor) -> MicroBatch:
+        """The next tokens; of an encoder the tokens themselves."""
+        positions = torch.arange(LENGTH).expand(len(ids), -1)
+        inputs = {"input_ids": ids, "position_ids": positions, "labels": ids}
+        if self.model.model.causal:
+            del inputs["labels"]
+            inputs["shift_labels"] = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        labels = int((inputs.get("shift_labels", ids) != -100).sum())
+        return MicroBatch(inputs, labels, labels, rows=ids[:, 0])
+
+    def train(
+        self, first: int, last: int, after: Callable[[int], None] = lambda step: None
+    ) -> list[float]:
+        """The gradient norms of the steps first .. last - 1, accumulated over micro-batches."""
+        norms = []
+        for step in range(first, last):
+            self.forward_backward(step)
+            norms.append(float(self.parallel.clip(self.parameters, 0.5)))
+            self.optimizer.step()
+            self.statistics.commit()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.parallel.end_step()
+            after(step)
+        return norms
+
+    def save(self, directory: Path, step: int) -> None:
+        """Every process what it holds."""
+        checkpoints = self._in(directory)
+        checkpoints.save(step, checkpoints.without_copies(self.state), {})
+
+    def load(self, directory: Path, step: int) -> None:
+        """Every process what it holds."""
+        checkpoints = self._in(directory)
+        checkpoints.load(checkpoints.find(step), self.state)
+        self.parallel.publish()
+
+    def _in(self, directory: Path, **keys: Any) -> Checkpoints:
+        rank, world = self.parallel.rank, self.parallel.world
+        return Checkpoints(directory, keep=9, rank=rank, world=world, **keys)
+
+    def equals(self, other: "Run") -> bool:
+        """Whether this process holds the same bits in both."""
+        return all(tensor_of(p).equal(tensor_of(other.state[n])) for n, p in self.state.items())

@@ -1,0 +1,151 @@
+"""Every optimizer under every sharding against one process on the same rows: the equality table.
+
+usage: python tools/bench/sharding.py [--steps 20] [--out docs/results/sharding.json]
+
+Real processes over gloo train the tests' tiny model (lr 0.001, clipped); a figure is the largest
+difference of any weight from one process's. In float64 the limit is 1e-9 (SOAP, whose bases are
+eigenvectors: 1e-7). In float32 the yardstick stands beside it: how far two runs of one process are
+from each other that cut a step's rows into 1 and into W micro-batches; the limit is 3 times that,
+and 2e-6 for AdamW and Muon after 5 steps. SOAP turns rounding into other eigenvectors wherever two
+eigenvalues are close, in one cut and not in another, so its limit is 3 times the largest of all
+cuts. One launch a column runs all optimizers.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import RESULTS, Table, publish
+from torch import Tensor
+
+from llmnorm.optim import sharded
+from tests.distributed.processes import run
+from tests.distributed.tiny import OPTIMIZERS, Run
+
+# (sharding, processes, replicas)
+CELLS = [(kind, world, 1) for kind in ("ddp", "fsdp2") for world in (2, 3, 4)] + [("hsdp", 4, 2)]
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+LR = 1e-3
+SOON, AT_ONCE = 5, ("adamw", "muon")  # steps, and whose
+LIMITS = {"float64": 1e-9, "soap": 1e-7, "soon": 2e-6, "times the yardstick": 3}
+Weights = dict[str, Tensor]
+
+
+def trained(one: Run, steps: int) -> dict[str, Weights]:
+    """Whole weights after a few and after all steps."""
+    found: dict[str, Weights] = {}
+
+    def keep(step: int) -> None:
+        for name, when in (("soon", SOON), ("end", steps)):
+            if step + 1 == when:
+                parts = {n: p.detach() for n, p in one.model.named_parameters()}
+                whole = {n: getattr(p, "full_tensor", p.clone)() for n, p in parts.items()}
+                found[name] = whole
+
+    one.train(0, steps, keep)
+    return found
+
+
+def column(
+    directory: Path, rank: int, world: int, *, sharding: str, replicas: int, steps: int
+) -> bool:
+    """All optimizers in both precisions; the first process writes their weights."""
+    sharded.BUCKET_BYTES = 4096  # several buckets
+    for name in OPTIMIZERS:
+        for precision, dtype in DTYPES.items():
+            one = Run(sharding, name, replicas, micro_batches=1, dtype=dtype, lr=LR)
+            found = trained(one, steps)
+            if rank == 0:
+                torch.save(found, directory.parent / f"{name} {precision}")
+    return True
+
+
+def distance(one: Weights, other: Weights) -> float:
+    """The largest difference of a weight."""
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, compare, print, write; 1 if a limit is not kept."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS / "sharding.json")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    cuts = sorted({1, *(world for _, world, _ in CELLS)})
+    alone: dict[str, Any] = {
+        f"{name} {precision} {cut}": trained(
+            Run("none", name, micro_batches=cut, dtype=dtype, lr=LR), options.steps
+        )
+        for name in OPTIMIZERS
+        for precision, dtype in DTYPES.items()
+        for cut in (cuts if precision == "float32" else [1])
+    }
+    figures: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as place:
+        for sharding, world, replicas in CELLS:
+            where = Path(place) / f"{sharding} {world}"
+            task = partial(column, sharding=sharding, replicas=replicas, steps=options.steps)
+            said = run(task, where, world)
+            assert said == [True] * world, said
+            print(f"{sharding} on {world} processes is done", file=sys.stderr, flush=True)
+            for name in OPTIMIZERS:
+                found = {p: torch.load(where / f"{name} {p}") for p in DTYPES}
+                single = {p: alone[f"{name} {p} 1"] for p in DTYPES}
+                cut = alone[f"{name} float32 {world}"]
+                figures.append(
+                    {
+                        "optimizer": name,
+                        "sharding": sharding,
+                        "processes": world,
+                        "float64": distance(found["float64"]["end"], single["float64"]["end"]),
+                        "float32": distance(found["float32"]["end"], single["float32"]["end"]),
+                        "yardstick": distance(cut["end"], single["float32"]["end"]),
+                        "soon": distance(found["float32"]["soon"], single["float32"]["soon"]),
+                    }
+                )
+    for row in figures:
+        same = [one for one in figures if one["optimizer"] == row["optimizer"]]
+        chosen = same if row["optimizer"] == "soap" else [row]
+        row["holds"] = _holds(row, max(one["yardstick"] for one in chosen))
+    title = f"Sharded runs against one process, {options.steps} steps"
+    publish(options.out, title, _tables(figures), {"limits": LIMITS, "cells": figures})
+    return 0 if all(row["holds"] for row in figures) else 1
+
+
+def _holds(row: dict[str, Any], yardstick: float) -> bool:
+    exact = row["float64"] <= LIMITS.get(row["optimizer"], LIMITS["float64"])
+    soon = row["soon"] <= LIMITS["soon"] or row["optimizer"] not in AT_ONCE
+    return exact and soon and row["float32"] <= LIMITS["times the yardstick"] * yardstick
+
+
+def _tables(figures: list[dict[str, Any]]) -> list[Table]:
+    columns = [f"{sharding} {world}" for sharding, world, _ in CELLS]
+
+    def table(title: str, cell: Any, names: Iterable[str] = OPTIMIZERS) -> Table:
+        rows = []
+        for name in names:
+            mine = [row for row in figures if row["optimizer"] == name]
+            rows.append([name, *map(cell, mine)])
+        return Table(title, ["optimizer", *columns], rows)
+
+    return [
+        table(
+            "float64, largest difference of a weight (! misses its limit)",
+            lambda row: f"{row['float64']:.0e}{'' if row['holds'] else ' !'}",
+        ),
+        table(
+            "float32, and the yardstick beside it",
+            lambda row: f"{row['float32']:.0e} / {row['yardstick']:.0e}",
+        ),
+        table(f"float32 after {SOON} steps", lambda row: f"{row['soon']:.0e}", AT_ONCE),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
