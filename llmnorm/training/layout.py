@@ -50,6 +50,9 @@ def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
         total == whole * copies,
         f"the processes hold {total} numbers, {copies} models have {whole * copies}",
     )
+    held_sum = torch.stack([local(p.detach()).double().sum() for p in model.parameters()]).sum()
+    sums = parallel.gather(held_sum.view(1)).view(copies, -1)  # (replicas, processes of each)
+    _demand(bool((sums == sums[0]).all()), "replicas hold different weights")
     read = parallel.gather(rows.to(parallel.device))
     _demand(len(read.unique()) == len(read), "several processes read the same rows")
 

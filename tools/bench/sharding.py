@@ -2,13 +2,13 @@
 
 usage: python tools/bench/sharding.py [--steps 20] [--out docs/results/sharding.json]
 
-Real processes over gloo train the tests' tiny model (lr 0.001, clipped); a figure is the largest difference of any
-weight from one process's. In float64 the limit is 1e-9 (SOAP, whose bases are eigenvectors: 1e-7).
-In float32 the yardstick stands beside it: how far two runs of one process are from each other that
-cut a step's rows into 1 and into W micro-batches; the limit is 3 times that, and 2e-6 for AdamW and
-Muon after 5 steps. SOAP turns rounding into other eigenvectors wherever two eigenvalues are close,
-in one cut and not in another, so its limit is 3 times the largest of all cuts. One launch a column
-runs all optimizers.
+Real processes over gloo train the tests' tiny model with learning rate 0.001; a figure is the
+largest difference of any weight from one process's. In float64 the limit is 1e-9 (SOAP, whose bases
+are eigenvectors: 1e-7). In float32 the yardstick stands beside it: how far two runs of one process
+are from each other that cut a step's rows into 1 and into W micro-batches; the limit is 3 times
+that, and 2e-6 for AdamW and Muon after 5 steps. SOAP turns rounding into other eigenvectors
+wherever two eigenvalues are close, in one cut and not in another, so its limit is 3 times the
+largest of all cuts. One launch a column runs all optimizers.
 """
 
 import argparse
