@@ -187,7 +187,10 @@ class Estimate:
 
         config = self._protocol.configs[arm]
         if arm not in self._flops:
-            model = LlmNormConfig.from_settings(config.model, vocab_size=_vocabulary(config))
+            classes = [config.objective.architecture]
+            model = LlmNormConfig.from_settings(
+                config.model, vocab_size=_vocabulary(config), architectures=classes
+            )
             self._flops[arm] = flops_per_token(model, config.data.context_length)
         if self._rate is None:
             rows = config.training.micro_batch or config.training.rows

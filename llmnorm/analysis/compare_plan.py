@@ -278,6 +278,8 @@ def read(
     chosen = tuple(dict.fromkeys(baselines)) or (names[0],)
     configs = {arm.name: _load(arm) for arm in arms}
     for name, config in configs.items():
+        if not config.objective.packs:
+            raise InputError(f"--arm {name}: objective: a comparison is of losses on packed text")
         if automatic := config.automatic():
             raise InputError(
                 f"--arm {name}: {automatic[0]} is auto; give a number, from which the comparison "
@@ -368,6 +370,8 @@ def _check_comparable(
     for key, (theirs, own) in differences(other, tree).items():
         if any(key == k or key.startswith(f"{k}.") for k in OWN):
             why = "a comparison sets it for all arms alike"
+        elif key in ("objective.name", "objective.evaluation_mask_share"):
+            why = "losses of other objectives cannot be compared"
         elif key.startswith("tokenizer.") or (
             key.startswith("data.") and not key.endswith(".weight")
         ):

@@ -185,18 +185,25 @@ def test_a_run_of_two_goes_on_with_one(two, one, start) -> None:
             assert found["loss"] == pytest.approx(other["loss"], rel=5e-6)
 
 
-def test_masks_and_their_loss_are_those_of_one_process(start, tmp_path, smoke_data) -> None:
-    """Oracle: one process, which masks and averages over the whole batch at once."""
-    words = [*MASKED, f"data.dir={smoke_data}", "training.steps=3", "evaluation.every=3"]
+@pytest.mark.parametrize("objective", ["masked_lm", "classification"])
+def test_other_objectives_are_those_of_one_process(tmp_path, smoke_data, objective) -> None:
+    """Oracle: one process, which masks (or pads) and averages over the whole batch at once."""
+    words: list[object] = [SMOKE, *MASKED, f"data.dir={smoke_data}"]
+    if objective == "classification":
+        tokenizer = next((smoke_data / "packed").glob("*/tokenizer"))
+        words = ["configs/finetune/smoke.yaml", f"tokenizer.path={tokenizer}"]
+        words += ["model.hidden_size=32", "model.num_hidden_layers=1", "model.vocab_size=512"]
+        words += ["training.epochs=null", "evaluation.micro_batch=5"]
+    words += ["training.steps=3", "evaluation.every=3", "training.device=cpu"]
     one, two = (f"run_dir={tmp_path}/{name}" for name in ("one", "two"))
-    assert start("train", SMOKE, one, *words).finish() == 0
-    done = launch("ddp", "train", SMOKE, two, *words, "training.micro_batch=4")
+    llmnorm("train", *words, one)
+    done = launch("ddp", "train", *words, two, "training.micro_batch=2")
     assert done.returncode == 0, done.stderr
     alone, together = (metrics_of(tmp_path / name) for name in ("one", "two"))
     for line, other in zip(alone, together, strict=True):
         assert line["tokens"] == other["tokens"]
         found = [line, other] if "loss" in line else [line["validation"], other["validation"]]
-        for key in ("loss", "grad_norm", "accuracy"):
+        for key in ("loss", "grad_norm", "accuracy", "f1", "matthews"):
             if key in found[0]:
                 assert found[0][key] == pytest.approx(found[1][key], rel=1e-5)
 

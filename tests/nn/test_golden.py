@@ -1,4 +1,4 @@
-"""Our parts against recorded runs of official implementations, by tools/golden.py."""
+"""Our parts against recorded runs of official implementations, by tools/golden/."""
 
 import shutil
 from pathlib import Path

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import golden
+from tools.golden.vectors import Vectors, serving
 
 VECTORS = Path("tests/data/golden")
 # What is changed -> (vectors, file, old text, new text).
@@ -98,8 +98,9 @@ MUTATIONS = {
 def test_a_golden_vector_notices(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the file's own tolerance, kept by the rule as it is and missed by the mutant."""
     file, module, old, new = MUTATIONS[mutation]
-    vectors = golden.Vectors(VECTORS / f"{file}.safetensors")
-    (serve,) = (run for p, run in golden.KINDS.items() if golden.fnmatch.fnmatch(vectors.kind, p))
+    vectors = Vectors(VECTORS / f"{file}.safetensors")
+    serve = serving(vectors.kind)
+    assert serve is not None
     assert all(result.error <= result.tolerance for result in serve(vectors))
     original = importlib.import_module(f"llmnorm.optim.{module}")
     source = Path(str(original.__file__)).read_text()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import SMOKE, llmnorm
+from tests.running import MASKED, SMOKE, llmnorm
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +33,12 @@ def stock(run: Path) -> Path:
     directory = run.parent / "stock"
     llmnorm("export", run, directory, "--stock")
     return directory
+
+
+@pytest.fixture(scope="session")
+def masked(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
+    """A masked run of 6 steps, evaluated and saved at 3 and 6."""
+    run = tmp_path_factory.mktemp("masked") / "run"
+    words = ["training.steps=6", "evaluation.every=3", "checkpoint.every=3", "training.ema=0.5"]
+    llmnorm("train", SMOKE, *MASKED, f"run_dir={run}", f"data.dir={smoke_data}", *words)
+    return run

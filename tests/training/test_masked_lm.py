@@ -43,15 +43,6 @@ def test_what_makes_no_sense_is_refused(words: list[str], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.fixture(scope="module")
-def masked(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
-    """A run of 6 steps, evaluated and saved at 3 and 6."""
-    run = tmp_path_factory.mktemp("masked") / "run"
-    words = ["training.steps=6", "evaluation.every=3", "checkpoint.every=3", "training.ema=0.5"]
-    llmnorm("train", SMOKE, *MASKED, f"run_dir={run}", f"data.dir={smoke_data}", *words)
-    return run
-
-
 def by_hand(model: LlmNormForMaskedLM, ids, rows, positions, masking, **how) -> tuple:
     """Loss sum, hits and number of the masked tokens of a batch, from full logits in float64."""
     seen, labels = masking(ids, rows, **how)

@@ -7,11 +7,15 @@ left out; what was before the first token is `window` (batch, kernel - 1, channe
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import last_inputs
 
 
@@ -45,13 +49,18 @@ class ShortConvolution(nn.Module):
             around = torch.cat((window.to(x.dtype), x), 1)
         else:
             around = F.pad(x, (0, 0, before, after))
-        if segments is None:
+        same = None
+        if segments is not None:
+            numbers = F.pad(segments, (before, after), value=-1)
+            same = numbers.unfold(1, self.kernel, 1) == segments[..., None]
+        cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if cpu and x.dtype == wide_dtype(x.dtype):  # sums of taps are not rounded to bf16
+            return _Taps.apply(around, weight.squeeze(1), bias, same)
+        if same is None:
             return F.conv1d(around.mT, weight, bias, groups=x.shape[2]).mT
-        numbers = F.pad(segments, (before, after), value=-1)
         y, length = bias.expand_as(x), x.shape[1]
         for tap in range(self.kernel):
-            same = (numbers[:, tap : tap + length] == segments)[..., None]
-            inputs = around[:, tap : tap + length].masked_fill(~same, 0)
+            inputs = around[:, tap : tap + length].masked_fill(~same[..., tap, None], 0)
             y = torch.addcmul(y, inputs, weight[:, 0, tap])
         return y
 
@@ -62,3 +71,52 @@ class ShortConvolution(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{len(self.weight)}, kernel={self.kernel}, causal={self.causal}"
+
+
+class _Taps(torch.autograd.Function):
+    """Tap by tap over short pieces of a row, which stay in the processor's cache.
+
+    A third of the time of torch's kernel, which wants channels before time and copies for it.
+    Shapes: around (batch, length + kernel - 1, channels), weight (channels, kernel), same (batch,
+    length, kernel), False for taps to leave out.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, around: Tensor, weight: Tensor, bias: Tensor, same: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(around, weight, same)
+        taps = weight.t().contiguous()
+        batch, whole, channels = around.shape
+        y = around.new_empty(batch, whole - len(taps) + 1, channels)
+        for row, start, end in _pieces(y):
+            out = y[row, start:end].copy_(bias)
+            for tap, weights in enumerate(taps):
+                inputs = around[row, start + tap : end + tap]
+                out.addcmul_(_kept(inputs, same, row, start, end, tap), weights)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        around, weight, same = ctx.saved_tensors
+        taps, dy = weight.t().contiguous(), grads[0]
+        d_around, d_taps = torch.zeros_like(around), torch.zeros_like(taps)
+        for row, start, end in _pieces(dy):
+            piece = dy[row, start:end]
+            for tap, weights in enumerate(taps):
+                at = row, slice(start + tap, end + tap)
+                grad = _kept(piece, same, row, start, end, tap)
+                d_around[at].addcmul_(grad, weights)
+                d_taps[tap] += (grad * around[at]).sum(0)
+        return d_around, d_taps.t(), dy.sum((0, 1)), None
+
+
+def _pieces(y: Tensor) -> Iterator[tuple[int, int, int]]:
+    for row in range(y.shape[0]):
+        for start in range(0, y.shape[1], 128):
+            yield row, start, min(start + 128, y.shape[1])
+
+
+def _kept(x: Tensor, same: Tensor | None, row: int, start: int, end: int, tap: int) -> Tensor:
+    return x if same is None else x.masked_fill(~same[row, start:end, tap, None], 0)

@@ -24,15 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
-from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
-from llmnorm.nn.mixers.convolution import ShortConvolution
-from llmnorm.nn.mixers.linear_recurrence import (
+from llmnorm.nn.mixers.chunks import (
     Documents,
     decay_matrix,
     decays,
     in_blocks,
     whole_chunks,
 )
+from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
+from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype

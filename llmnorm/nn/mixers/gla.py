@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers.chunks import Documents, in_blocks, whole_chunks
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
-from llmnorm.nn.mixers.linear_recurrence import Documents, in_blocks, whole_chunks
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
@@ -168,7 +168,7 @@ def _block(
         visible = documents.same.squeeze(2)
         continues, ends, stays = (
             t.squeeze(2)[..., None]
-            for t in (documents.continues, documents.reaches_the_end, documents.carried)
+            for t in (documents.continues, documents.ends, documents.carried)
         )
         since = since.masked_fill(~continues, -torch.inf)
         until = until.masked_fill(~ends, -torch.inf)

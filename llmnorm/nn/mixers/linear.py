@@ -16,7 +16,7 @@ normaliser with v = 1. The optional local term (a convolution of v), norm and ga
 mixing: (norm(y + conv(v)) * silu(g)) W_o.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs, visible_tokens
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
+from llmnorm.nn.mixers.normalised_sums import normalised_sums
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
@@ -34,12 +35,10 @@ from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
 
 
 class LinearParameters(NamedTuple):
-    """Features, as they are (normaliser) and turned (numerator), and what `finish` takes."""
+    """Queries, keys and values, and what `finish` takes."""
 
     q: Tensor
     k: Tensor
-    turned_q: Tensor
-    turned_k: Tensor
     v: Tensor
     local: Tensor | None
     gate: Tensor | None
@@ -100,7 +99,7 @@ class LinearAttention(Mixer):
     def prepare(
         self, x: Tensor, context: Context, cache: RecurrentCache | None = None
     ) -> LinearParameters:
-        """Project, take features, turn them; padding gets keys of zero."""
+        """Project, convolve the values."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (p(x) for p in (self.q_proj, self.k_proj, self.v_proj))
         gate = None if self.g_proj is None else self.g_proj(x)
@@ -110,26 +109,25 @@ class LinearAttention(Mixer):
         if self.conv1d is not None:
             window = None if cache is None else part(cache.state, 2)
             local = self.conv1d(v, context.segments, window).view(shape)
-        features = self.both_features(q.view(shape), k.view(shape), context)
-        return LinearParameters(*features, v.view(shape), local, gate)
+        return LinearParameters(q.view(shape), k.view(shape), v.view(shape), local, gate)
 
     def both_features(
-        self, q: Tensor, k: Tensor, context: Context
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, real: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of q and k as they are, and turned, in float32; padding's keys have none."""
         wide = wide_dtype(q.dtype)
         with torch.autocast(q.device.type, enabled=False):
             q, k = self.features(q.to(wide), k.to(wide))
-            if context.real is not None:
-                k = k.masked_fill(~context.real[..., None, None], 0)
+            if real is not None:
+                k = k.masked_fill(~real[..., None, None], 0)
             if not self.rotary:
                 return q, k, q, k
-            return q, k, self._turned(q, context), self._turned(k, context)
+            return q, k, self._turned(q, cos, sin), self._turned(k, cos, sin)
 
-    def _turned(self, features: Tensor, context: Context) -> Tensor:
+    def _turned(self, features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate every part of the width of a head."""
         parts = features.unflatten(-1, (-1, self.head_dim)).flatten(2, 3)
-        return rotate(parts, context.cos, context.sin).view_as(features)
+        return rotate(parts, cos, sin).view_as(features)
 
     def mix(
         self, parameters: LinearParameters, context: Context, cache: RecurrentCache | None = None
@@ -137,28 +135,36 @@ class LinearAttention(Mixer):
         """The weighted sums over the tokens before (causal) or all of them, normalised."""
         p = parameters
         kept = None if cache is None else cache.state
-        one = p.v.new_ones(()).expand(*p.v.shape[:3], 1)
-        y, sums = self._sum(p.turned_q, p.turned_k, p.v, context, part(kept, 0))
-        total, keys = self._sum(p.q, p.k, one, context, part(kept, 1))
+        wide = wide_dtype(p.v.dtype)
+        shape = len(p.v), self.kv_heads, self.feature_dim
+        states = kept or tuple(p.v.new_zeros(*shape, n, dtype=wide) for n in (self.head_dim, 1))
+        q, k, v = (t.to(wide) for t in (p.q, p.k, p.v))
+        y, total, *after = self._sums(q, k, v, states[:2], context)
         if cache is not None:
             assert context.places is not None
-            inputs = (p.turned_k, p.k, p.v)
-            state = (sums, keys, *self._window(kept, p.v, context.places.counts))
-            cache.append(inputs, state, context.places)
+            _, keys, _, turned_keys = self.both_features(
+                q, k, context.cos, context.sin, context.real
+            )
+            state = (*after, *self._window(kept, p.v, context.places.counts))
+            cache.append((turned_keys, keys, p.v), state, context.places)
         return (y / self._denominator(total, p, context)).to(p.v.dtype)
 
-    def _sum(
-        self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        y, state = linear_recurrence(q, k, v, segments=context.segments, state=state)
+    def _sums(
+        self, q: Tensor, k: Tensor, v: Tensor, states: State, context: Context
+    ) -> tuple[Tensor, ...]:
+        """Numerator, normaliser, and both states behind the last token."""
+        row: tuple[Any, ...] = (q, k, v, context.cos, context.sin, context.real, context.segments)
+        before = normalised_sums(self.both_features, states, *row)
         if self.causal:
-            return y, state
-        segments = None if context.segments is None else context.segments.flip(1)
-        after, _ = linear_recurrence(*(t.flip(1) for t in (q, k, v)), segments=segments)
+            return before
+        row = tuple(None if t is None else t.flip(1) for t in row)
+        after = (t.flip(1) for t in normalised_sums(self.both_features, states, *row)[:2])
         # Both directions count the token itself.
         repeats = self.heads // self.kv_heads
-        k, v = (t.repeat_interleave(repeats, 2) for t in (k, v))
-        return y + after.flip(1) - (q * k).sum(-1, keepdim=True) * v, state
+        q, k, turned_q, turned_k = self.both_features(q, k, context.cos, context.sin, context.real)
+        k, turned_k, v = (t.repeat_interleave(repeats, 2) for t in (k, turned_k, v))
+        itself = (turned_q * turned_k).sum(-1, keepdim=True) * v, (q * k).sum(-1, keepdim=True)
+        return tuple(a + b - c for a, b, c in zip(before, after, itself, strict=False))
 
     def _denominator(self, total: Tensor, p: LinearParameters, context: Context) -> Tensor:
         """(batch, length, heads, 1): the sum of the unrotated weights, plus eps a token."""
@@ -183,15 +189,16 @@ class LinearAttention(Mixer):
         """(batch, heads, length, length): rotated weights over the sum of the unrotated ones."""
         p, repeats = parameters, self.heads // self.kv_heads
         visible = visible_pairs(p.v, context, causal=self.causal)
+        q, k, turned_q, turned_k = self.both_features(
+            p.q, p.k, context.cos, context.sin, context.real
+        )
 
         def weights(q: Tensor, k: Tensor) -> Tensor:
             k = k.repeat_interleave(repeats, 2)
             return torch.einsum("bihf,bjhf->bhij", q, k).masked_fill(~visible, 0)
 
-        total = weights(p.q, p.k).sum(-1, keepdim=True).transpose(1, 2)
-        return weights(p.turned_q, p.turned_k) / self._denominator(total, p, context).transpose(
-            1, 2
-        )
+        total = weights(q, k).sum(-1, keepdim=True).transpose(1, 2)
+        return weights(turned_q, turned_k) / self._denominator(total, p, context).transpose(1, 2)
 
     def finish(self, y: Tensor, x: Tensor, parameters: LinearParameters) -> Tensor:
         """Add the local term, norm, gate, project."""

@@ -2,35 +2,39 @@
 
 One engine for every mixer with one decay a head: linear attention and both halves of NaLa (g = 0),
 SSD, also called Mamba-2 (g = A dt), retention (g constant). Source: Dao & Gu 2024 (arXiv
-2405.21060), section 6: inside a chunk the masked matrix (q k^T) * exp(segment sums of g), between
-chunks the state; linear in length.
+2405.21060), section 6: inside a chunk the masked matrix W = (q k^T) * D, D = exp(segment sums of
+g), between chunks the state; linear in length. With f what is left of the state at a token and u
+what is left of a token at the chunk's end,
+  y = W v + f q S,   S' = (decay of the chunk) S + k^T (u v);
+the backward pass is the same from behind, for dS. Its sums for g are those of dD * D etc.
 
 Shapes: q (batch, length, q_heads, K), k (batch, length, groups, K), v (batch, length, v_heads, V),
 log_decay g <= 0 (batch, length, v_heads), state (batch, v_heads, K, V). One of q_heads and v_heads
 is `groups`, the other a multiple (grouped queries; Mamba-2's groups); head h belongs to group
-h // (heads / groups). Inside: b batch, n chunk, g group, r head of the group, c or i place in the
-chunk.
+h // (heads / groups). Inside: n chunk, b batch, g group, r head of the group, c or i place in the
+chunk. "By head" is (n, b, g, r, c, dim); "merged" is a matrix (n, b, g, r c, dim) of the readers of
+one state, or (n, b, g, c, r dim) of its writers.
 
-Surprises. Sums of decays are sums of their own terms (a product with a triangle of ones), never
-differences of a running sum: those lose digits where gates are strong, and let one document's
-rounding leak into another's. Documents are therefore isolated to the bit; only inf and nan pass
-within a chunk. All is float32 (float64 for float64 input). A token whose k (or v) and g are 0
-leaves the state as it is: so padding is told. Long rows go in blocks of chunks that are recomputed
-in the backward pass, which keeps the temporaries of one block in the processor's cache.
+Surprises. Documents are isolated to the bit; only inf and nan pass within a chunk. All is float32
+(float64 for float64 input). A token whose k (or v) and g are 0 leaves the state as it is: so
+padding is told. Rows go in blocks of a few chunks, whose temporaries stay in the processor's cache,
+and the backward pass makes a block's W and S again, so that only inputs and one state a block are
+kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
+from llmnorm.nn.mixers.chunks import Documents, decays, whole_chunks
 from llmnorm.nn.precision import wide_dtype
 
 CHUNK = 64
-BLOCK = 32  # chunks
+BLOCK = 8  # chunks, of all rows together
+GPU_BLOCK = 256  # chunks of a row
 
 
 def linear_recurrence(
@@ -57,63 +61,14 @@ def linear_recurrence(
     Returns:
         y (batch, length, max(q_heads, v_heads), V) and state, both float32 or float64.
     """
-    wide = wide_dtype(v.dtype)
-    length = q.shape[1]
+    wide, length = wide_dtype(v.dtype), q.shape[1]
     chunk = min(chunk, length)
     if state is None:
         state = v.new_zeros(len(v), v.shape[2], q.shape[3], v.shape[3], dtype=wide)
-    with torch.autocast(q.device.type, enabled=False):
-        decay = None if log_decay is None else log_decay.to(wide)
-        inputs = (q.to(wide), k.to(wide), v.to(wide), decay)
-        return in_blocks(_block, inputs, segments, state.to(wide), chunk, chunk * BLOCK)
-
-
-def in_blocks(
-    block: Callable[..., tuple[Tensor, Tensor]],
-    inputs: Sequence[Tensor | None],
-    segments: Tensor | None,
-    state: Tensor,
-    chunk: int,
-    size: int,
-) -> tuple[Tensor, Tensor]:
-    """`block` over rows of any length, `size` tokens at a time, recomputed if there are several.
-
-    block(*inputs, segments, last, state, chunk) -> (y, state); inputs are (batch, length, ...);
-    `last` (batch, 1) is the document that `state` belongs to.
-    """
-    assert inputs[0] is not None
-    last = None if segments is None else segments[:, :1]
-    if inputs[0].shape[1] <= size:
-        return block(*inputs, segments, last, state, chunk)
-    outs = []
-    for start in range(0, inputs[0].shape[1], size):
-        *part, numbers = (
-            None if t is None else t[:, start : start + size] for t in (*inputs, segments)
-        )
-        y, state = checkpoint(
-            block,
-            *part,
-            numbers,
-            last,
-            state,
-            chunk,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        outs.append(y)
-        last = None if numbers is None else numbers[:, -1:]
-    return torch.cat(outs, 1), state
-
-
-def decay_matrix(log_decay: Tensor, visible: Tensor) -> Tensor:
-    """What is left of token j at token i, (batch, heads, length, length): for explicit matrices.
-
-    log_decay (batch, length, heads); visible (batch or 1, 1, length, length), False gives 0.
-    """
-    length = log_decay.shape[1]
-    ones = torch.ones(length, length, dtype=log_decay.dtype, device=log_decay.device)
-    sums = ones.tril() @ (log_decay.transpose(1, 2)[..., None] * ones.tril(-1))
-    return sums.masked_fill(~visible, -torch.inf).exp()
+    inputs = tuple(None if t is None else t.to(wide) for t in (q, k, v, log_decay))
+    *whole, segments = whole_chunks(inputs, segments, chunk)
+    y, state = _Recurrence.apply(*whole, state.to(wide), segments, chunk)
+    return y[:, :length], state
 
 
 def flops_per_token(heads: tuple[int, int, int], width: int, value_dim: int) -> float:
@@ -126,127 +81,247 @@ def flops_per_token(heads: tuple[int, int, int], width: int, value_dim: int) -> 
     return inside + 2.0 * width * value_dim * (mixed + heads[2])
 
 
-def _block(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    segments: Tensor | None,
-    last: Tensor | None,
-    state: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    batch, length, groups, _ = k.shape
-    heads = max(q.shape[2], v.shape[2])
-    q, k, v, decay, segments = whole_chunks((q, k, v, decay), segments, chunk)
-    q, v = (_chunks(t, groups, chunk) for t in (q, v))  # (b, n, g, r, c, dim)
-    k = _chunks(k, groups, chunk).squeeze(3)  # (b, n, g, c, K)
-    documents = None if segments is None else Documents(segments, last, chunk)
-    repeats_q, repeats_v = q.shape[3], v.shape[3]
-    q = q.flatten(3, 4)
+class _Recurrence(torch.autograd.Function):
+    """Block after block; backward from the last to the first."""
 
-    weights = (q @ k.mT).unflatten(3, (repeats_q, chunk))
-    if decay is None:
-        since = until = carried = None
-        weights = weights.tril() if documents is None else weights * documents.same.to(q.dtype)
-    else:
-        inside, since, until, carried = decays(_chunks(decay[..., None], groups, chunk), documents)
-        weights = weights * inside
-    if repeats_v == 1:
-        y = (weights.flatten(3, 4) @ v.squeeze(3)).unflatten(3, (-1, chunk))
-    else:
-        y = weights @ v
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        state: Tensor,
+        segments: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        y = v.new_empty(*v.shape[:2], max(q.shape[2], v.shape[2]), v.shape[3])
+        state, states = merged_state(state, k.shape[2]), []
+        with torch.autocast(q.device.type, enabled=False):
+            for place in places(q, chunk):
+                states.append(state)
+                documents = documents_at(place, segments, chunk)
+                block = Block(documents, chunk, *_parts((q, k, v, decay), place))
+                state = block.forward(state, y[:, place])
+        ctx.save_for_backward(q, k, v, decay, segments, *states)
+        ctx.chunk = chunk
+        return y, state_by_head(state, v)
 
-    written = v if until is None else v * until[..., None]
-    if decay is None and documents is not None:
-        written = v * documents.reaches_the_end[..., None].to(v.dtype)
-    additions = k.mT @ written.transpose(3, 4).flatten(4)
-    states, state = _carry(state, additions, carried, documents, repeats_v)
-    read = (q @ states).unflatten(3, (repeats_q, chunk)).unflatten(5, (repeats_v, -1))
-    read = read.squeeze(3).movedim(4, 3) if repeats_q == 1 else read.squeeze(5)
-    if since is not None:
-        read = read * since[..., None]
-    elif documents is not None:
-        read = read * documents.continues[..., None].to(read.dtype)
-    y = (y + read).permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, v.shape[-1])
-    return y[:, :length], state
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, decay, segments, *states = ctx.saved_tensors
+        dy, d_state = grads[0], merged_state(grads[1], k.shape[2])
+        found = [None if t is None else torch.empty_like(t) for t in (q, k, v, decay)]
+        with torch.autocast(q.device.type, enabled=False):
+            for place in reversed(places(q, ctx.chunk)):
+                documents = documents_at(place, segments, ctx.chunk)
+                block = Block(documents, ctx.chunk, *_parts((q, k, v, decay), place))
+                into = _parts(found, place)
+                d_state = block.backward(states.pop(), dy[:, place], d_state, *into)
+        return (*found, state_by_head(d_state, v), None, None)
 
 
-def whole_chunks(
-    inputs: Sequence[Tensor | None], segments: Tensor | None, chunk: int
-) -> tuple[Any, ...]:
-    """The inputs, and behind them the segments, filled up with zeros to a multiple of `chunk`."""
-    assert inputs[0] is not None
-    tail = -inputs[0].shape[1] % chunk
-    if not tail:
-        return (*inputs, segments)
-    if segments is not None:
-        segments = torch.cat((segments, segments[:, -1:].expand(-1, tail)), 1)
-    padded = (None if t is None else F.pad(t, (0, 0) * (t.ndim - 2) + (0, tail)) for t in inputs)
-    return (*padded, segments)
+def places(q: Tensor, chunk: int) -> list[slice]:
+    """Where the blocks of rows like q (batch, length, ...) are."""
+    chunks = max(1, BLOCK // len(q)) if q.device.type == "cpu" else GPU_BLOCK
+    size = chunk * chunks
+    return [slice(start, start + size) for start in range(0, q.shape[1], size)]
 
 
-class Documents:
-    """Who belongs to whom, for chunks that several documents may share."""
-
-    def __init__(self, segments: Tensor, last: Tensor | None, chunk: int) -> None:
-        assert last is not None
-        number = segments.unflatten(1, (-1, chunk))  # (b, n, c)
-        ends = number[..., -1:]
-        before = torch.cat((last, ends[:, :-1, 0]), 1)[..., None]
-        same = (number[..., :, None] == number[..., None, :]).tril()
-        self.same = same[:, :, None, None]  # (b, n, 1, 1, i, j)
-        self.continues = (number == before)[:, :, None, None]  # (b, n, 1, 1, c)
-        self.reaches_the_end = (number == ends)[:, :, None, None]
-        self.carried = (ends == before)[:, :, None, None]  # (b, n, 1, 1, 1)
+def documents_at(place: slice, segments: Tensor | None, chunk: int) -> Documents | None:
+    """The documents of a block of whole chunks."""
+    if segments is None:
+        return None
+    last = segments[:, max(0, place.start - 1)][:, None]
+    return Documents(segments[:, place], last, chunk)
 
 
-def decays(g: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is left of token j at i, of the state at i, of j at the chunk's end, of the state there.
-
-    g (b, n, g, r, c, 1) -> (..., i, j), (..., c), (..., c) and (..., 1). Exponents are sums over
-    j < l <= i of terms that are at most 0, so nothing overflows.
-    """
-    chunk = g.shape[4]
-    ones = torch.ones(chunk, chunk, dtype=g.dtype, device=g.device)
-    visible = ones.tril().bool()
-    sums = ones.tril() @ (g * ones.tril(-1))  # sum over l of [l <= i] g_l [l > j]
-    since = g.squeeze(-1) @ ones.triu()
-    until = g.squeeze(-1) @ ones.tril(-1)
-    carried = since[..., -1:]
-    if documents is not None:
-        visible = documents.same
-        since = since.masked_fill(~documents.continues, -torch.inf)
-        until = until.masked_fill(~documents.reaches_the_end, -torch.inf)
-        carried = carried.masked_fill(~documents.carried, -torch.inf)
-    inside = sums.masked_fill(~visible, -torch.inf).exp()
-    return inside, since.exp(), until.exp(), carried.exp()
+def _parts(tensors: Sequence[Tensor | None], place: slice) -> list[Any]:
+    return [None if t is None else t[:, place] for t in tensors]
 
 
-def _carry(
-    state: Tensor,
-    additions: Tensor,
-    carried: Tensor | None,
-    documents: Documents | None,
-    repeats: int,
-) -> tuple[Tensor, Tensor]:
-    """The states before the chunks (b, n, g, K, r V), the one after the last (b, heads, K, V)."""
-    batch, chunks, groups, width, _ = additions.shape
-    if documents is not None and carried is None:
-        carried = documents.carried.to(additions.dtype)
-    now = state.unflatten(1, (groups, repeats)).movedim(2, 3).flatten(3)
-    states = [now]
-    if carried is not None and carried.shape[3] > 1:  # (b, n, g, r, 1) -> (b, n, g, 1, r V)
-        carried = carried.repeat_interleave(additions.shape[4] // repeats, 3).mT
-    # `unbind`, not indices: its backward is one stack.
-    kept = [None] * chunks if carried is None else carried.unbind(1)
-    for added, share in zip(additions.unbind(1), kept, strict=True):
-        now = added + (now if share is None else now * share)
-        states.append(now)
-    after = now.unflatten(3, (repeats, -1)).movedim(3, 2).flatten(1, 2)
-    return torch.stack(states[:-1], 1), after
+def merged_state(state: Tensor, groups: int) -> Tensor:
+    """(b, heads, K, V) -> (b, g, K, r V)."""
+    return state.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)
 
 
-def _chunks(x: Tensor, groups: int, chunk: int) -> Tensor:
-    """(batch, length, heads, dim) -> (b, n, g, r, c, dim)."""
-    return x.unflatten(1, (-1, chunk)).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
+def state_by_head(state: Tensor, v: Tensor) -> Tensor:
+    """(b, g, K, r V) -> (b, heads, K, V), heads and V as in v."""
+    return state.unflatten(3, (-1, v.shape[3])).transpose(2, 3).flatten(1, 2)
+
+
+class Block:
+    """A few chunks of every row: what the forward and the backward pass both need."""
+
+    def __init__(
+        self,
+        documents: Documents | None,
+        chunk: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+    ) -> None:
+        self.groups, self.chunk = k.shape[2], chunk
+        self.readers, self.writers = q.shape[2] // self.groups, v.shape[2] // self.groups
+        self.q = self.by_head(q).contiguous().flatten(3, 4)  # (n, b, g, r c, K)
+        self.k = self.by_head(k).contiguous().flatten(3, 4)  # (n, b, g, c, K)
+        self.v = self.by_head(v).contiguous()
+        self.values = self.merging(v)
+        # What is left: of j at i (.., c, c), of the state at i (.., c), of j at the end (.., c),
+        # of the state at the end (.., 1); all of it if None.
+        self.inside = self.since = self.until = self.carried = None
+        self.has_decay = decay is not None
+        if decay is not None:
+            g = self.by_head(decay[..., None]).transpose(0, 1)
+            left = decays(g, documents)
+            self.inside, self.since, self.until, self.carried = (t.transpose(0, 1) for t in left)
+        elif documents is not None:
+            left = documents.same, documents.continues, documents.ends, documents.carried
+            self.inside, self.since, self.until, self.carried = (
+                t.transpose(0, 1).to(q.dtype) for t in left
+            )
+        self.weights = self.masked((self.q @ self.k.mT).unflatten(3, (self.readers, -1)))
+        self.written = self.matrix(self.left(self.values, self.until))
+
+    def forward(self, state: Tensor, y: Tensor) -> Tensor:
+        """Fills y (batch, length, heads, V); the state behind the block."""
+        states = self.states(state)
+        read = self.merging_of(self.q @ states[:-1], self.readers)
+        if self.writers == 1:
+            inside = (self.weights.flatten(3, 4) @ self.v.squeeze(3)).view_as(read)
+        else:
+            inside = (self.weights @ self.v).transpose(3, 4)
+        out = self.merging(y)
+        if self.since is None:
+            torch.add(inside, read, out=out)
+        else:
+            torch.addcmul(inside, read, self.factor(self.since), out=out)
+        return states[-1].clone()
+
+    def states(self, state: Tensor) -> Tensor:
+        """The states before every chunk, and behind the last: (n + 1, b, g, K, r V)."""
+        states = state.new_empty(len(self.k) + 1, *state.shape)
+        states[0] = state
+        _bmm(self.k.mT, self.written, states[1:])
+        for n in range(len(self.k)):
+            self.carry(n, states[n], states[n + 1])
+        return states
+
+    def carry(self, n: int, state: Tensor, to: Tensor) -> None:
+        """Adds to `to` what chunk n leaves of the state (or of its gradient, from behind)."""
+        if self.carried is None:
+            to.add_(state)
+            return
+        share = self.carried[n].unsqueeze(2)  # (b, g, 1, r, 1)
+        apart = (-1, share.shape[3], to.shape[3] // share.shape[3])
+        to.unflatten(3, apart[1:]).addcmul_(state.unflatten(3, apart[1:]), share)
+
+    def backward(
+        self,
+        state: Tensor,
+        dy: Tensor,
+        d_after: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        d_decay: Tensor | None,
+    ) -> Tensor:
+        """Fills the gradients; the one of the state before the block."""
+        states = self.states(state)
+        d_read = self.left(self.merging(dy), self.since)
+        d_states = torch.empty_like(states)
+        d_states[-1] = d_after
+        _bmm(self.q.mT, self.matrix(d_read), d_states[:-1])
+        for n in reversed(range(len(self.k))):
+            self.carry(n, d_states[n + 1], d_states[n])
+
+        dy = self.by_head(dy).contiguous()
+        if self.writers == 1:
+            rows = dy.flatten(3, 4)
+            d_weights = (rows @ self.v.squeeze(3).mT).view_as(self.weights)
+            d_inside = (self.weights.flatten(3, 4).mT @ rows).unsqueeze(3)
+        else:
+            d_weights = dy @ self.v.mT
+            d_inside = (self.weights.mT @ dy).transpose(3, 4)
+        d_written = self.merging_of(self.k @ d_states[1:], 1)
+        if self.until is None:
+            torch.add(d_inside, d_written, out=self.merging(dv))
+        else:
+            torch.addcmul(d_inside, d_written, self.factor(self.until), out=self.merging(dv))
+        if d_decay is not None:
+            d_decay.copy_(self.decay_gradient(d_weights, d_read, d_written, states, d_states))
+        d_scores = self.masked(d_weights)
+        if self.writers > 1:
+            d_scores = d_scores.sum(3, keepdim=True)
+        d_scores = d_scores.flatten(3, 4)
+        found = _plus(d_scores @ self.k, self.matrix(d_read), states[:-1].mT)
+        self.by_head(dq).copy_(found.unflatten(3, (self.readers, -1)))
+        found = _plus(d_scores.mT @ self.q, self.written, d_states[1:].mT)
+        self.by_head(dk).squeeze(3).copy_(found)
+        return d_states[0].clone()
+
+    def decay_gradient(
+        self, d_weights: Tensor, d_read: Tensor, d_written: Tensor, states: Tensor, d_states: Tensor
+    ) -> Tensor:
+        """(batch, length, v_heads): each factor's gradient times the factor, summed over all that
+        the decay of a token has a share in."""
+        assert self.until is not None and self.carried is not None
+        of_weights = d_weights * self.weights
+        read = self.merging_of(self.q @ states[:-1], self.readers)
+        of_read, of_written = (read * d_read).sum(-1), (d_written * self.values).sum(-1)
+        if self.writers > 1:
+            of_read, of_written = of_read.transpose(3, 4), of_written.transpose(3, 4)
+        if self.readers > 1:
+            of_weights, of_read = (t.sum(3, keepdim=True) for t in (of_weights, of_read))
+        of_state = (states[:-1] * d_states[1:]).unflatten(4, (self.writers, -1)).sum((3, 5))
+        ones = torch.ones(self.chunk, self.chunk, dtype=read.dtype, device=read.device)
+        found = (ones.triu() @ of_weights).mul_(ones.tril(-1)).sum(-1)
+        found += of_read @ ones.tril() + (of_written * self.until) @ ones.triu(1)
+        found += of_state[..., None] * self.carried
+        return found.permute(1, 0, 4, 2, 3).flatten(3, 4).flatten(1, 2)
+
+    def masked(self, weights: Tensor) -> Tensor:
+        """Times what is left of j at i."""
+        return weights.tril_() if self.inside is None else weights * self.inside
+
+    def left(self, x: Tensor, factor: Tensor | None) -> Tensor:
+        """Times what is left, for what `merging` made."""
+        return x if factor is None else x * self.factor(factor)
+
+    def factor(self, left: Tensor) -> Tensor:
+        """(n, b, g, r, c), in the order of what `merging` made."""
+        return left[..., None] if self.writers == 1 else left.transpose(3, 4)[..., None]
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """(batch, length, heads, dim) -> (n, b, g, r, c, dim), a view."""
+        return self.by_token(x).permute(1, 0, 3, 4, 2, 5)
+
+    def merging(self, x: Tensor) -> Tensor:
+        """(batch, length, heads, dim) -> a view whose matrix is the merged one."""
+        return self.by_head(x) if self.writers == 1 else self.by_token(x).permute(1, 0, 3, 2, 4, 5)
+
+    def by_token(self, x: Tensor) -> Tensor:
+        """(batch, length, heads, dim) -> (b, n, c, g, r, dim)."""
+        return x.unflatten(1, (-1, self.chunk)).unflatten(3, (self.groups, -1))
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """What `merging` made -> (n, b, g, r c, dim) or (n, b, g, c, r dim)."""
+        return x.flatten(3, 4) if self.writers == 1 else x.flatten(4, 5)
+
+    def merging_of(self, x: Tensor, readers: int) -> Tensor:
+        """The way back."""
+        if self.writers == 1:
+            return x.unflatten(3, (readers, -1))
+        return x.unflatten(4, (self.writers, -1))
+
+
+def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out=out.view(-1, *out.shape[3:]))
+
+
+def _plus(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a b, in x's memory."""
+    x.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+    return x

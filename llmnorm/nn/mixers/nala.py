@@ -109,8 +109,8 @@ class _KeyFeatures(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (k,) = ctx.saved_tensors
-        size = k.abs().pow_(ctx.lam - 1).mul_(ctx.lam)
-        return _joined(grads[0], k).mul_(size).mul_(k.sign()), None
+        slope = k.abs().pow_(ctx.lam - 1).mul_(ctx.lam).copysign_(k)
+        return _joined(grads[0], k).mul_(slope), None
 
 
 def _query_powers(
@@ -124,11 +124,15 @@ def _query_powers(
 
 
 def _split(size: Tensor, x: Tensor) -> Tensor:
-    """`size` where x is positive, beside `size` where it is negative."""
-    return torch.cat((size.masked_fill(x <= 0, 0), size.masked_fill(x >= 0, 0)), -1)
+    """`size` where x is positive, beside `size` where it is negative; size is 0 where x is."""
+    signed, width = size.copysign(x), x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], 2 * width)
+    torch.clamp(signed, min=0, out=out[..., :width])
+    torch.clamp(signed.neg_(), min=0, out=out[..., width:])
+    return out
 
 
 def _joined(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of `size` from that of `_split`'s result, 0 where x is 0."""
+    """The gradient of `size` from that of `_split`'s result, where x is not 0."""
     positive, negative = grad.chunk(2, -1)
-    return torch.where(x > 0, positive, negative).masked_fill_(x == 0, 0)
+    return torch.where(x > 0, positive, negative)

@@ -6,7 +6,7 @@ model's settings; only what belongs to its own kind stands here.
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from llmnorm.nn.mixers.matrix.settings import Family, FamilySettings, QuasiseparableSettings
 from llmnorm.part import Part, Settings
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from llmnorm.nn.mixers.softmax import SoftmaxAttention
     from llmnorm.nn.mixers.ssd import SSD
     from llmnorm.nn.settings import ModelSettings
+
+
+def _with_a_middle(kernel: int) -> int:
+    if not kernel % 2:
+        raise ValueError(f"must be odd, got {kernel}; e.g. {kernel + 1}")
+    return kernel
+
+
+OddKernel = Annotated[int, Field(ge=1), AfterValidator(_with_a_middle)]
 
 
 class MixerSettings(Settings):
@@ -278,7 +287,7 @@ class HydraSettings(_StateSpaceSettings):
     name: Literal["hydra"] = "hydra"
     state_size: int = Field(64, ge=1)
     """Width of keys and queries (B and C)."""
-    conv_kernel: int = Field(7, ge=1)
+    conv_kernel: OddKernel = 7
     """Width, odd, of the symmetric convolution of x, B and C."""
     combination: Literal["quasiseparable", "add", "concat"] = "quasiseparable"
     """How the two directions come together: `add` and `concat` are the paper's ablations (table 3),
@@ -288,13 +297,6 @@ class HydraSettings(_StateSpaceSettings):
     def causal(self) -> bool:
         """Whether it can serve a causal language model."""
         return False
-
-    @field_validator("conv_kernel")
-    @classmethod
-    def _has_a_middle(cls, kernel: int) -> int:
-        if not kernel % 2:
-            raise ValueError(f"must be odd, got {kernel}; e.g. {kernel + 1}")
-        return kernel
 
     def build(self, model: "ModelSettings", layer: int) -> "Hydra":
         """The mixer of one layer (counted from 0) of `model`."""
@@ -317,7 +319,7 @@ class MatrixSettings(MixerSettings):
     """Inner width over hidden_size."""
     head_dim: int = Field(128, ge=1)
     """Width of a head's values."""
-    conv_kernel: int = Field(7, ge=1)
+    conv_kernel: OddKernel = 7
     """Width, odd, of the symmetric convolution of all that is projected but the gate."""
     norm_eps: float = Field(1e-5, ge=0)
     """Added inside the norm after mixing."""
@@ -326,13 +328,6 @@ class MatrixSettings(MixerSettings):
     def causal(self) -> bool:
         """Whether it can serve a causal language model."""
         return False
-
-    @field_validator("conv_kernel")
-    @classmethod
-    def _has_a_middle(cls, kernel: int) -> int:
-        if not kernel % 2:
-            raise ValueError(f"must be odd, got {kernel}; e.g. {kernel + 1}")
-        return kernel
 
     def check(self, model: "ModelSettings") -> None:
         """Whole heads."""

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers.chunks import decay_matrix
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
-from llmnorm.nn.mixers.linear_recurrence import decay_matrix, flops_per_token, linear_recurrence
+from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part

@@ -1,8 +1,8 @@
 """What a family of mixing matrices is, and what families share.
 
-Source: Hwang, Lahoti, Dao, Gu 2024 (arXiv 2407.09941), table 1. A family is
-data-dependent (a token brings the numbers of its row and column) or not (they are learned for each
-position, in tables that end at the longest document).
+Source: Hwang, Lahoti, Dao, Gu 2024 (arXiv 2407.09941), table 1. A family is data-dependent (a token
+brings the numbers of its row and column) or not (they are learned for each position, in tables that
+end at the longest document).
 
 Shapes: v (batch, length, heads, head_dim); matrices (batch or 1, heads or 1, length, length), row i
 reads column j; q and k (batch or 1, length, heads, qk_dim); place (batch or 1, length) the position
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmnorm.nn.mixers.contract import Context, visible_tokens
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.part import InputError
 
 
 class Family(nn.Module):
@@ -55,7 +56,17 @@ class Family(nn.Module):
         return (matrix @ v.transpose(1, 2)).transpose(1, 2)
 
     def check(self, length: int, context: Context) -> None:
-        """Raise an InputError if rows of `length` tokens cannot be served."""
+        """Refuse rows of `length` tokens that cannot be served.
+
+        Raises:
+            InputError: a document is longer than the tables.
+        """
+        tokens = max(context.documents or (length,))
+        if self.longest is not None and tokens > self.longest:
+            raise InputError(
+                f"model.mixer.family: {type(self).__name__} has weights for documents of up to "
+                f"model.max_position_embeddings = {self.longest} tokens, got {tokens}"
+            )
 
     def flops_per_token(self, context_length: int, head_dim: int) -> float:
         """Operations a token, beyond linear layers and the convolution."""

@@ -22,7 +22,6 @@ from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.matrix.family import Family
 from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.part import InputError
 
 
 class MatrixParameters(NamedTuple):
@@ -62,10 +61,9 @@ class MatrixMixer(Mixer):
         """Project, convolve, hand the family what is its own.
 
         Raises:
-            InputError: a document is longer than the family's tables, or the family cannot serve
-                such rows.
+            InputError: the family cannot serve such rows.
         """
-        self._check(x, context)
+        self.matrix_mixer.check(x.shape[1], context)
         z, convolved, plain = self.in_proj(x).split(self.parts, -1)
         padding = None if context.real is None else ~context.real[..., None]
         if padding is not None:
@@ -79,16 +77,6 @@ class MatrixMixer(Mixer):
             v = v.masked_fill(padding, 0)
         v = v.unflatten(-1, (self.heads, self.head_dim))
         return MatrixParameters(v, self.matrix_mixer.prepare(own, plain, v, context), z)
-
-    def _check(self, x: Tensor, context: Context) -> None:
-        longest = max(context.documents or (x.shape[1],))
-        limit = self.matrix_mixer.longest
-        if limit is not None and longest > limit:
-            raise InputError(
-                f"model.mixer.family: {type(self.matrix_mixer).__name__} has weights for documents "
-                f"of up to model.max_position_embeddings = {limit} tokens, got {longest}"
-            )
-        self.matrix_mixer.check(x.shape[1], context)
 
     def mix(self, parameters: MatrixParameters, context: Context, cache: None = None) -> Tensor:
         """The family's fast way, and the identity."""

@@ -60,6 +60,7 @@ class Toeplitz(Family):
 
     def check(self, length: int, context: Context) -> None:
         """The official code knows one length, no documents and no padding."""
+        super().check(length, context)
         alone = context.segments is None and context.real is None
         if self.fixed is not None and not (alone and length == self.fixed):
             raise InputError(
