@@ -53,6 +53,10 @@ def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
         whole += whole_shape(weight).numel() * parallel.world
     total = int(parallel.reduce(torch.tensor(held, device=parallel.device)))
     _demand(total == whole, f"the processes' parts make {total} numbers, not {whole}")
+    copies = parallel.settings.replicas if parallel.spread else parallel.world
+    held_sum = torch.stack([local(p.detach()).double().sum() for p in model.parameters()]).sum()
+    sums = parallel.gather(held_sum.view(1)).view(copies, -1)  # (replicas, processes of each)
+    _demand(bool((sums == sums[0]).all()), "replicas hold different weights")
     faults = [*parallel.zero.faults()] if parallel.zero is not None else []
     anywhere = int(parallel.reduce(torch.tensor(len(faults), device=parallel.device)))
     _demand(anywhere == 0, (faults or ["another process says what"])[0])

@@ -157,6 +157,9 @@ def checks() -> dict[str, str]:
     one.parallel._model = one.model
     said["no replica"] = failure(one, one.rows(0))
     one = Run("ddp", "adamw")
+    one.parameters[0].data += one.parallel.rank
+    said["other weights"] = failure(one, one.rows(0))
+    one = Run("ddp", "adamw")
     one.model.model.norm.half()
     said["half"] = failure(one, one.rows(0))
     return said
@@ -293,4 +296,5 @@ def test_the_check_stops_what_is_not_what_was_asked_for(launched) -> None:
         assert "several processes read the same rows" in said["same rows"]
         assert "'fsdp2' was asked for, but the model's is 'none'" in said["plain model"]
         assert "'ddp' was asked for, but the model's is 'none'" in said["no replica"]
+        assert "replicas hold different weights" in said["other weights"]
         assert "is torch.float16, no master weight" in said["half"]

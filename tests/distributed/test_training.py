@@ -172,6 +172,18 @@ def test_a_killed_run_goes_on_to_the_same_numbers(two, sharding, tmp_path, smoke
     assert_same_run(tmp_path / "run", two, 5)
 
 
+def test_replicas_of_shards_compute_the_same_steps_as_one(one, tmp_path, smoke_data) -> None:
+    """Oracle: one process on the same rows; four processes, a whole run of two steps."""
+    words = ["train", str(SMOKE), f"run_dir={tmp_path}/run", f"data.dir={smoke_data}", *COMMON]
+    words += ["training.steps=2", "parallel.sharding=hsdp", "parallel.replicas=2"]
+    assert run_processes(partial(command, words=words), tmp_path / "four", 4) == [0] * 4
+    assert len(list((tmp_path / "run" / "checkpoints" / "step_00000002").glob("*.safe*"))) == 2
+    ours = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
+    for found, other in zip(ours, metrics_of(one), strict=False):
+        assert found["tokens"] == other["tokens"]
+        assert found["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
 def test_a_run_of_two_goes_on_with_one(two, one, start) -> None:
     child = start("train", two, "training.steps=8", "training.micro_batch=16")
     assert child.finish() == 0, child.log.read_text()
