@@ -61,6 +61,8 @@ def command(directory: Path, rank: int, world: int, *, words: list[str], dies: b
 @pytest.fixture(scope="module", params=SHARDINGS)
 def sharding(request: pytest.FixtureRequest) -> str:
     """What the launch file asks for."""
+    if request.param.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
     return str(request.param)
 
 
@@ -148,9 +150,9 @@ def test_eval_under_the_same_sharding_gives_the_last_validation_again(
 
 
 def test_a_sharded_run_is_exported_from_its_files(two, sharding, tmp_path) -> None:
-    """Oracle: the rows that each process wrote, two files of them under fsdp2."""
+    """Oracle: the rows that each process wrote, two files of them where weights are spread."""
     files = list((two / "checkpoints" / "step_00000005").glob("*.safetensors"))
-    assert len(files) == {"ddp": 1, "fsdp2": 2, "zero3": 2}[sharding]
+    assert len(files) == (1 if sharding == "ddp" else 2)
     llmnorm("export", two, tmp_path / "exported")
     found = load_file(tmp_path / "exported" / "model.safetensors")
     state = state_of(two, 5)
