@@ -187,7 +187,11 @@ class Estimate:
 
         config = self._protocol.configs[arm]
         if arm not in self._flops:
-            model = LlmNormConfig.from_settings(config.model, vocab_size=_vocabulary(config))
+            model = LlmNormConfig.from_settings(
+                config.model,
+                vocab_size=_vocabulary(config),
+                architectures=[config.objective.architecture],
+            )
             self._flops[arm] = flops_per_token(model, config.data.context_length)
         if self._rate is None:
             rows = config.training.micro_batch or config.training.rows
