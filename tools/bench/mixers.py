@@ -1,22 +1,30 @@
 """Measures how the mixers' time and memory grow with the length, beside softmax attention.
 
-usage: python tools/bench/mixers.py [--longest 8192] [--rounds 3] [--out docs/results/mixers.json]
+usage: python tools/bench/mixers.py [--quick] [--longest 32768] [--rounds 2]
+           [--out docs/results/mixers.json]
 
-For rows of 512 tokens up to the longest: seconds of forward and backward of the mixing core (`mix`,
-features of NaLa included; projections not) of every mixer, of one width; the candidates of a length
-alternate, so that a busy machine slows all, and the best of all rounds counts. The slope is that of
-a least-squares line through log seconds over log tokens from 2048 on. Decoding: seconds of one
-token and bytes carried after 128 and after the longest number of tokens.
+For rows of 512 tokens up to the longest: forward and backward of the mixing core (`mix`, features
+of NaLa and linear attention included; projections not) of every mixer, of one width, beside torch's
+scaled_dot_product_attention (up to 8192 tokens); the candidates of a length alternate and the best
+of all rounds counts. The slope is that of a least-squares line through log seconds over log tokens
+from 2048 on; the picture, mixers.png beside the file, shows all lengths. Decoding: one token, and
+bytes carried, after 128 and after half of the longest number of tokens. The training step: models
+of equal parameters (the MLP makes up for the mixer), context 512, in turns; the ratio is the median
+over the rounds.
+
+Times are the processor's, of one thread, so that other work on the machine counts little.
 """
 
 import argparse
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import training_step
 from report import RESULTS, Table, publish
 from torch import Tensor
 
@@ -27,6 +35,7 @@ from llmnorm.nn.settings import ModelSettings
 
 WIDTH, HEADS = 256, 4
 MIXERS: dict[str, Any] = {
+    "sdpa": "softmax",  # torch's own kernel instead of ours
     "softmax": "softmax",
     "softmax, window 512": {"name": "softmax", "sliding_window": 512},
     "linear": "linear",
@@ -35,6 +44,9 @@ MIXERS: dict[str, Any] = {
     "gla": "gla",
     "gated_delta": "gated_delta",
 }
+TRAINED = {name: MIXERS[name] for name in ("softmax", "linear", "nala", "gla", "gated_delta")}
+TRAINED["ssd"] = "ssd"
+QUADRATIC = 8192  # tokens that full attention is run to
 
 
 def build(mixer: Any) -> Mixer:
@@ -54,7 +66,7 @@ def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
     return rotary(positions, torch.float32)
 
 
-def seconds(mixer: Mixer, length: int) -> float:
+def seconds(name: str, mixer: Mixer, length: int) -> float:
     """Forward and backward of the core for one row."""
     context = Context(*tables(torch.arange(length).unsqueeze(0)))
     with torch.no_grad():
@@ -63,14 +75,19 @@ def seconds(mixer: Mixer, length: int) -> float:
     given = iter(leaves)
     p = type(p)(*(None if t is None else next(given) for t in p))
     begin = time.process_time()
-    y = mixer.mix(p, context)
+    if name == "sdpa":
+        q, k, v = (t.transpose(1, 2) for t in p)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        y = mixer.mix(p, context)
     y.backward(torch.ones_like(y))
     return time.process_time() - begin
 
 
 def slope(times: dict[int, float]) -> float | None:
     """The exponent of the growth from 2048 tokens on."""
-    points = [(math.log(n), math.log(s)) for n, s in times.items() if n >= 2048]
+    known = {n: s for n, s in times.items() if n >= 2048 and math.isfinite(s)}
+    points = [(math.log(n), math.log(s)) for n, s in known.items()]
     if len(points) < 2:
         return None
     x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
@@ -101,13 +118,64 @@ def decoding(mixer: Mixer, lengths: tuple[int, int]) -> list[dict[str, float]]:
     return found
 
 
+def training(names: list[str], rounds: int) -> dict[str, float]:
+    """Training steps of models of equal parameters, over softmax's."""
+    shape = dict(training_step.SHAPE)
+
+    def parameters(mixer: Any) -> int:
+        settings = ModelSettings.model_validate(shape | {"mixer": mixer})
+        with torch.device("meta"):
+            return sum(p.numel() for p in settings.mixers()[0].build(settings, 0).parameters())
+
+    steps = {}
+    for name in names:
+        more = parameters(TRAINED[name]) - parameters("softmax")
+        inner = shape["intermediate_size"] - round(more / 3 / shape["hidden_size"])
+        training_step.SHAPE |= {"mixer": TRAINED[name], "intermediate_size": inner}
+        steps[name] = training_step.ours(4096, 4, "cpu")
+        next(steps[name])
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            begin = time.process_time()
+            next(steps[name])
+            times[name].append(time.process_time() - begin)
+    return {
+        name: statistics.median(a / b for a, b in zip(row, times["softmax"], strict=True))
+        for name, row in times.items()
+    }
+
+
+def draw(times: dict[str, dict[int, float]], slopes: dict[str, float | None], path: Path) -> None:
+    """Seconds over tokens, both logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, row in times.items():
+        known = {n: s for n, s in row.items() if math.isfinite(s)}
+        found = slopes[name]
+        label = name if found is None else f"{name}: {found:.2f}"
+        axes.loglog(list(known), list(known.values()), marker="o", label=label)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("seconds, forward and backward")
+    axes.set_title("One row through the mixing core; slopes from 2048 tokens on")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--longest", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="up to 2048 tokens, one round")
+    parser.add_argument("--longest", type=int, default=32768)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "mixers.json")
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.longest, options.rounds = min(options.longest, 2048), 1
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     mixers = {name: build(mixer) for name, mixer in MIXERS.items()}
     lengths = [512 * 2**i for i in range(20) if 512 * 2**i <= options.longest]
@@ -115,16 +183,26 @@ def main(arguments: list[str] | None = None) -> int:
     for length in lengths:
         for _ in range(options.rounds):
             for name, mixer in mixers.items():
-                times[name][length] = min(times[name][length], seconds(mixer, length))
+                if length <= QUADRATIC or name not in ("sdpa", "softmax"):
+                    spent = seconds(name, mixer, length)
+                    times[name][length] = min(times[name][length], spent)
     slopes = {name: slope(row) for name, row in times.items()}
-    steps = {name: decoding(m, (128, options.longest)) for name, m in mixers.items()}
-    rows = [
-        [name, *(f"{1e3 * s:.1f}" for s in row.values()), f"{slopes[name] or math.nan:.2f}"]
-        for name, row in times.items()
-    ]
+    points = (128, options.longest // 2)
+    steps = {name: decoding(m, points) for name, m in mixers.items() if name != "sdpa"}
+    ratios = training(list(TRAINED), 2 * options.rounds)
+
+    def cell(name: str, length: int) -> str:
+        spent = times[name][length]
+        if not math.isfinite(spent):
+            return "-"
+        against = times["sdpa"][length] / spent
+        return f"{1e3 * spent:.1f}" + (f" ({against:.2g}x)" if math.isfinite(against) else "")
+
+    rows = [[n, *(cell(n, x) for x in lengths), f"{slopes[n] or math.nan:.2f}"] for n in times]
     tables = [
         Table(
-            f"forward and backward, ms by length; slope of log time (width {WIDTH}, {HEADS} heads)",
+            "forward and backward of one row, ms (speed over SDPA's), and slope of log time "
+            f"(width {WIDTH}, {HEADS} heads)",
             ["", *map(str, lengths), "slope"],
             rows,
         ),
@@ -137,9 +215,17 @@ def main(arguments: list[str] | None = None) -> int:
                 for p in pair
             ],
         ),
+        Table(
+            "training step over softmax's, equal parameters (width 384, 6 layers, context 512, "
+            "4 rows, vocabulary 4096)",
+            ["", "ratio"],
+            [[name, f"{ratio:.2f}"] for name, ratio in ratios.items()],
+        ),
     ]
-    figures = {"seconds": times, "slopes": slopes, "decoding": steps}
+    known = {n: {k: s for k, s in row.items() if math.isfinite(s)} for n, row in times.items()}
+    figures = {"seconds": known, "slopes": slopes, "decoding": steps, "training_step": ratios}
     publish(options.out, "Sequence mixers (CPU, float32)", tables, figures)
+    draw(times, slopes, options.out.with_suffix(".png"))
     return 0
 
 
