@@ -23,6 +23,7 @@ SMOKE = ROOT / "configs" / "smoke.yaml"
 MASKED = [
     *("objective=masked_lm", "tokenizer.mask=true", "model.mixer=hydra"),
     *("model.mixer.head_dim=32", "model.mixer.state_size=8", "model.mlp=none"),
+    "model.num_hidden_layers=1",
 ]
 
 CHILDREN = multiprocessing.get_context("forkserver")

@@ -187,9 +187,10 @@ class Estimate:
 
         config = self._protocol.configs[arm]
         if arm not in self._flops:
-            classes = [config.objective.architecture]
             model = LlmNormConfig.from_settings(
-                config.model, vocab_size=_vocabulary(config), architectures=classes
+                config.model,
+                vocab_size=_vocabulary(config),
+                architectures=[config.objective.architecture],
             )
             self._flops[arm] = flops_per_token(model, config.data.context_length)
         if self._rate is None:

@@ -199,7 +199,9 @@ def _rates(
             title = textwrap.fill(f"Bits per byte: {behind}", 54)
     if not columns:
         axis.set_axis_off()
-        axis.text(0.5, 0.5, "not evaluated yet", ha="center", color=GREYS[2])
+        evaluated = any(record.validation["step"] for record in records.values())
+        why = "no bits per byte of this objective" if evaluated else "not evaluated yet"
+        axis.text(0.5, 0.5, why, ha="center", color=GREYS[2])
         return
     rows = list(dict.fromkeys(name for found in columns.values() for name in found))
     rows = rows if len(columns) <= MOST_BARS else rows[:1]

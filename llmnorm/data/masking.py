@@ -17,9 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from llmnorm.data.loader import IGNORED
 from llmnorm.data.order import GOLDEN, Words, mix
-
-IGNORED = -100
 
 
 class Masking:

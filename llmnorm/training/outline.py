@@ -33,6 +33,7 @@ def parameters_outside_the_embedding(config: RunConfig) -> int:
     apart = {
         id(p)
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None  # a classifier has no head of the embedding's shape
         for p in module.parameters()
     }
     return sum(p.numel() for p in model.parameters() if id(p) not in apart)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmnorm.config import RunConfig
     from llmnorm.training.objectives.causal_lm import CausalLM
     from llmnorm.training.objectives.classification import Classification
-    from llmnorm.training.objectives.contract import Objective as Built
+    from llmnorm.training.objectives.contract import Objective as Learned
     from llmnorm.training.objectives.masked_lm import MaskedLM
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -41,7 +41,7 @@ class ObjectiveSettings(Settings):
         """What one does with the trained run at this path, a line."""
         raise NotImplementedError
 
-    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Built":
+    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Learned":
         """The objective on the run's data.
 
         Args:

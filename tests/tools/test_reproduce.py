@@ -1,9 +1,12 @@
 """The reproductions' arms are runs that could be made."""
 
 import importlib.util
+import random
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from llmnorm.analysis import compare_plan
 from llmnorm.analysis.compare import read_arms
@@ -19,6 +22,11 @@ def script(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(autouse=True)
+def _found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "reproduce"))
+
+
 @pytest.mark.parametrize("name", ["curse_of_depth", "optimizers"])
 def test_every_arm_is_a_configuration_of_its_own(name: str) -> None:
     """Oracle: the comparison's own reading, which refuses missing files, keys and equal arms."""
@@ -30,3 +38,41 @@ def test_every_arm_is_a_configuration_of_its_own(name: str) -> None:
         arms = [[arm, str(module.RECIPES / f"{arm}.yaml")] for arm in module.ARMS]
     protocol = compare_plan.read(read_arms(base, [], arms), baselines=[arms[0][0]], seeds=3)
     assert list(protocol.configs) == list(module.ARMS)
+
+
+@pytest.mark.parametrize("task", ["language", "masked", "recall"])
+def test_mixers_are_compared_at_equal_size(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the comparison's own reading, and the parameters of all blocks, counted."""
+    module = script("mixers")
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setattr(module, "TEXTS", {"": 2, "-validation": 2})
+    module.write_recall_texts()
+    protocol = module.read(task, list(module.TASKS[task]), 3, [])
+    assert list(protocol.configs) == list(module.TASKS[task])
+    sizes = {}
+    for name, config in protocol.configs.items():
+        with torch.device("meta"):
+            blocks = [
+                (m.build(config.model, i), config.model.mlp.build(width, inner))
+                for width, inner in [(config.model.hidden_size, config.model.intermediate_size)]
+                for i, m in enumerate(config.model.mixers())
+            ]
+        sizes[name] = sum(p.numel() for pair in blocks for b in pair if b for p in b.parameters())
+    if task != "masked":  # an encoder's families bring sizes of their own, as in the paper
+        assert max(sizes.values()) < 1.002 * min(sizes.values())
+
+
+@pytest.mark.parametrize("pairs", [8, 64])
+def test_a_recall_text_asks_for_what_it_said(pairs: int) -> None:
+    """Oracle: the pairs of the first half as a dictionary."""
+    module = script("mixers")
+    text = module.recall_text(pairs, random.Random(0))
+    assert len(text) == 256 and text.isascii()
+    said, asked = text[: 2 * pairs], text[-2 * pairs :]
+    values = dict(zip(said[::2], said[1::2], strict=True))
+    assert len(values) == pairs and said != asked
+    assert dict(zip(asked[::2], asked[1::2], strict=True)) == values

@@ -26,7 +26,10 @@ MISTAKES = [
     (["model.mixer.bidirectional=true"], "mixer 'softmax' looks at later tokens"),
     (["objective=masked_lm", "tokenizer.mask=true"], "mixer 'softmax' sees no later tokens"),
     ([*MASKED, "model.mixer=ssd"], "mixer 'ssd' sees no later tokens .* hydra"),
-    ([*MASKED, "model.mixer=[hydra, softmax]"], "'hydra', which looks at later .* 'softmax'"),
+    (
+        [*MASKED, "model.num_hidden_layers=2", "model.mixer=[hydra, softmax]"],
+        "'hydra', which looks at later .* 'softmax'",
+    ),
     ([*MASKED, "tokenizer.mask=false"], "needs a mask token; add tokenizer.mask=true"),
     ([*MASKED, "evaluation.prompts=[a]"], "evaluation.prompts are continued"),
     ([*MASKED, "objective.mask_share=0"], "objective.mask_share: must be greater than 0"),
@@ -86,8 +89,7 @@ def test_the_losses_are_those_of_full_logits_in_float64(masked: Path) -> None:
 
 
 def test_neither_cut_nor_kill_changes_a_run(masked: Path, start, tmp_path: Path) -> None:
-    """Oracle: the run in one piece; metrics to 1e-6 in other micro-batches, every bit after
-    kills."""
+    """Oracle: the run in one piece; its losses in other micro-batches, every bit after a kill."""
     run = tmp_path / "cut"
     words = ["train", SMOKE, *MASKED, "training.steps=6", "evaluation.every=3"]
     words += ["checkpoint.every=3", "training.ema=0.5"]
@@ -99,20 +101,18 @@ def test_neither_cut_nor_kill_changes_a_run(masked: Path, start, tmp_path: Path)
         if "validation" in one:
             assert one["validation"]["loss"] == pytest.approx(other["validation"]["loss"], rel=1e-5)
     run = tmp_path / "killed"
-    for kill in (1, 4):  # lines of metrics
-        child = start(*words, f"run_dir={run}")
-        while child.process.is_alive() and not (
-            (run / "metrics.jsonl").exists() and len(metrics_of_now(run)) >= kill
-        ):
-            time.sleep(0.005)
-        os.kill(child.process.pid, signal.SIGKILL)
-        child.finish()
+    child = start(*words, f"run_dir={run}")
+    while child.process.is_alive() and lines_in(run) < 5:  # a checkpoint and a step are behind
+        time.sleep(0.005)
+    os.kill(child.process.pid, signal.SIGKILL)
+    assert child.finish() == -signal.SIGKILL, child.log.read_text()
     assert start(*words, f"run_dir={run}").finish() == 0
     assert_same_run(run, masked, 6)
 
 
-def metrics_of_now(run: Path) -> list[str]:
-    return (run / "metrics.jsonl").read_text().splitlines()
+def lines_in(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def test_the_commands_work_or_say_why_not(masked: Path, tmp_path: Path, capsys) -> None:

@@ -17,18 +17,17 @@ What would surprise: the paper's own gain over this baseline is 1.1 % at 130M an
 the 3.6 % and 7.2 % over plain Pre-LN; at this size only the direction can be expected, if that.
 """
 
-import argparse
 import json
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from arms import parser, run
 
 from llmnorm.analysis import compare_plan, compare_report
-from llmnorm.analysis.compare import compare, read_arms
+from llmnorm.analysis.compare import read_arms
 from llmnorm.part import InputError
 
 RECIPES = Path("configs/recipes/curse_of_depth")
@@ -82,15 +81,9 @@ def table(found: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the runs that are missing, then the report and the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, a core each")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr-points", type=int, default=5, help="a grid begins with; it grows")
-    parser.add_argument("--plan", action="store_true", help="print the runs, make none")
-    parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which; the baseline joins them"
-    )
-    options = parser.parse_args(arguments)
+    words = parser(__doc__, ARMS, ARMS)
+    words.add_argument("--lr-points", type=int, default=5, help="a grid begins with; it grows")
+    options = words.parse_args(arguments)
     try:
         protocol = compare_plan.read(
             read_arms(
@@ -106,14 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             seeds=options.seeds,
             lr_points=options.lr_points,
         )
-        code = compare(
-            protocol,
-            RESULTS,
-            runs=RUNS,
-            command=shlex.join(["python", *(sys.argv if arguments is None else arguments)]),
-            parallel=options.parallel,
-            plan=options.plan,
-        )
+        code = run(protocol, RESULTS, RUNS, options, arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

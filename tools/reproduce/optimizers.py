@@ -1,6 +1,6 @@
 """The race of optimizers at tier T0: AdamW as shipped, AdamW tuned, Muon, NorMuon, Conda, SOAP.
 
-usage: python tools/reproduce/optimizers.py [--parallel 2] [--seeds 3] [--arms muon,soap] [--plan]
+usage: python tools/reproduce/optimizers.py [--parallel 2] [--seeds 3] [--arms muon soap] [--plan]
 
 The model and its length are configs/recipes/optimizers/t0.yaml (0.79 million parameters in hidden
 matrices, 4 million tokens). Every rule but the shipped AdamW has its learning rate tuned; every
@@ -22,13 +22,13 @@ against it says more about the baseline than about the rule. Conda's refresh int
 the run: steps / 50 (its 1B recipe), and as an arm of its own steps / 5 (its 60M recipe).
 """
 
-import argparse
-import shlex
 import sys
 from pathlib import Path
 
+from arms import parser, run
+
 from llmnorm.analysis import compare_plan
-from llmnorm.analysis.compare import compare, read_arms
+from llmnorm.analysis.compare import read_arms
 from llmnorm.part import InputError
 
 BASE = Path("configs/recipes/optimizers/t0.yaml")
@@ -66,36 +66,18 @@ RACE = ("adamw", "adamw_shipped", "muon", "normuon", "conda", "soap")
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the runs that are missing, then the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, a core each")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--arms",
-        type=lambda text: text.split(","),
-        default=list(RACE),
-        help=f"of {', '.join(ARMS)}; both AdamWs are always there",
-    )
-    parser.add_argument("--plan", action="store_true", help="print the runs, make none")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all arms")
-    options = parser.parse_args(arguments)
+    words = parser(__doc__, ARMS, RACE)
+    words.add_argument("--set", nargs="+", default=[], metavar="key=value", help="of all arms")
+    options = words.parse_args(arguments)
     chosen = list(dict.fromkeys([*BASELINES, *options.arms]))
     try:
-        if unknown := [name for name in chosen if name not in ARMS]:
-            raise InputError(f"--arms {unknown[0]}: there is none; valid: {', '.join(ARMS)}")
         protocol = compare_plan.read(
-            read_arms(BASE, options.overrides, [[name, *ARMS[name]] for name in chosen]),
+            read_arms(BASE, options.set, [[name, *ARMS[name]] for name in chosen]),
             baselines=BASELINES,
             untuned=["adamw_shipped"],
             seeds=options.seeds,
         )
-        return compare(
-            protocol,
-            RESULTS,
-            runs=RUNS,
-            command=shlex.join(["python", *(sys.argv if arguments is None else arguments)]),
-            parallel=options.parallel,
-            plan=options.plan,
-        )
+        return run(protocol, RESULTS, RUNS, options, arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs, visible_tokens
 from llmnorm.nn.mixers.convolution import ShortConvolution
-from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
+from llmnorm.nn.mixers.linear_recurrence import CHUNK, flops_per_token, linear_recurrence
 from llmnorm.nn.mixers.normalised_sums import normalised_sums
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.layer import LayerNorm
@@ -216,7 +216,8 @@ class LinearAttention(Mixer):
     def flops_per_token(self, context_length: int) -> float:
         """Numerator and normaliser, and the convolution."""
         heads = self.heads, self.kv_heads, self.kv_heads
-        sums = sum(flops_per_token(heads, self.feature_dim, v) for v in (self.head_dim, 1))
+        running = 2.0 * CHUNK * self.feature_dim * self.kv_heads
+        sums = flops_per_token(heads, self.feature_dim, self.head_dim) + running
         kernel = 0 if self.conv1d is None else self.conv1d.kernel
         directions = 1 if self.causal else 2
         return directions * sums + 2.0 * kernel * self.kv_heads * self.head_dim

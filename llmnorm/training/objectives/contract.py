@@ -6,11 +6,12 @@ no state: row n of a run and everything drawn for it is a function of the config
 """
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from llmnorm.data.examples import Examples
+from llmnorm.data.packed import PackedData
 from llmnorm.training.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -33,51 +34,15 @@ class MicroBatch(NamedTuple):
     rows: Tensor
 
 
-class Data(Protocol):
-    """What the loop must know of the data that an objective has opened.
-
-    Attributes:
-        directory: where it lies.
-        identity: a hash of what it was made of.
-        tokenizer_directory: where the tokenizer is.
-        vocab_size: number of its ids.
-        bos, eos, pad: ids around a document, and of what fills a row.
-        context_length: tokens of a row.
-        rows: of training.
-    """
-
-    @property
-    def directory(self) -> Path: ...  # noqa: D102
-    @property
-    def identity(self) -> str: ...  # noqa: D102
-    @property
-    def tokenizer_directory(self) -> Path: ...  # noqa: D102
-    @property
-    def vocab_size(self) -> int: ...  # noqa: D102
-    @property
-    def bos(self) -> int: ...  # noqa: D102
-    @property
-    def eos(self) -> int: ...  # noqa: D102
-    @property
-    def pad(self) -> int: ...  # noqa: D102
-    @property
-    def context_length(self) -> int: ...  # noqa: D102
-    @property
-    def rows(self) -> int: ...  # noqa: D102
-
-    def sizes(self) -> list[dict[str, Any]]:
-        """The sources in plain values, for what is kept with a checkpoint."""
-
-
 class Objective:
     """A run's objective on its data.
 
     Attributes:
-        data: what was opened.
+        data: what was opened: rows of packed text, or labelled examples.
         head_share: of the tokens, how many reach the model's head.
     """
 
-    data: Data
+    data: PackedData | Examples
     head_share = 1.0
 
     def model_keys(self) -> dict[str, Any]:

@@ -6,18 +6,17 @@ in evaluation: there they are the same at every step and in every run, so that r
 Totals weigh the sources by their training bytes, as everywhere.
 """
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmnorm.config import RunConfig
-from llmnorm.data import packing
-from llmnorm.data.loader import Batch, Loader, evaluation_batches
+from llmnorm.data.loader import IGNORED, Batch, evaluation_batches
 from llmnorm.data.masking import Masking
 from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.part import InputError
-from llmnorm.training.objectives.contract import MicroBatch, Objective
+from llmnorm.training.objectives.contract import MicroBatch
+from llmnorm.training.objectives.packed_text import PackedText
 from llmnorm.training.parallel import Parallel
 from llmnorm.training.settings import MaskedLMSettings
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 TRAINING, EVALUATION = 1 << 62, 1 << 63  # what the keys of the masks begin with
 
 
-class MaskedLM(Objective):
+class MaskedLM(PackedText):
     """Rows of packed text, some of whose tokens are to be guessed.
 
     Raises:
@@ -37,12 +36,10 @@ class MaskedLM(Objective):
     def __init__(
         self, config: RunConfig, settings: MaskedLMSettings, *, alone: bool, command: str
     ) -> None:
-        self._config, self._settings = config, settings
-        self.data = self._packed = packing.ready(
-            config.data, config.tokenizer, alone=alone, command=command
-        )
+        super().__init__(config, alone=alone, command=command)
+        self._settings = settings
         self.head_share = settings.mask_share
-        encoder = TextEncoder(self._packed.tokenizer_directory)
+        encoder = TextEncoder(self.packed.tokenizer_directory)
         if encoder.mask is None:
             raise InputError(
                 f"tokenizer.path: {config.tokenizer.path} names no mask_token, which objective "
@@ -56,33 +53,21 @@ class MaskedLM(Objective):
             kept=settings.kept,
         )
 
-    def batches(
-        self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int
-    ) -> Iterator[list[MicroBatch]]:
-        """This process's part of the steps from `first_row` on, without end."""
-        loader = Loader(
-            self._packed,
-            seed=self._config.data_seed,
-            global_batch=global_batch,
-            rank=rank,
-            world=world,
-            micro_batch=micro_batch,
-        )
-        share, key = self._settings.mask_share, TRAINING + self._config.seed
-        for step in loader.batches(first_row):
-            yield [self._asked(batch, share, key) for batch in step]
+    def ask(self, batch: Batch) -> MicroBatch:
+        """The rows with their masks of training."""
+        return self._masked(batch, self._settings.mask_share, TRAINING + self.config.seed)
 
     def evaluate(
         self, model: "PreTrainedModel", *, micro_batch: int, parallel: Parallel
     ) -> dict[str, Any]:
         """Loss in nats a masked token, and the share of them whose likeliest token is right."""
         sources: dict[str, dict[str, float]] = {}
-        for index, source in enumerate(self._packed.sources):
+        for index, source in enumerate(self.packed.sources):
             total = torch.zeros(3, dtype=torch.float64)
             place = parallel.rank, parallel.world, micro_batch
-            for batch in evaluation_batches(self._packed, index, *place):
+            for batch in evaluation_batches(self.packed, index, *place):
                 share = self._settings.evaluation_mask_share
-                asked = self._asked(batch, share, EVALUATION + index)
+                asked = self._masked(batch, share, EVALUATION + index)
                 if asked.labels == 0 and not parallel.spread:  # shards come from all processes
                     continue
                 with parallel.autocast():
@@ -98,12 +83,13 @@ class MaskedLM(Objective):
                 )
             sources[source.name] = {"loss": loss / count, "accuracy": right / count}
         means = {
-            key: self._packed.mean({name: one[key] for name, one in sources.items()})
+            key: self.packed.mean({name: one[key] for name, one in sources.items()})
             for key in ("loss", "accuracy")
         }
         return {**means, "sources": sources}
 
-    def _asked(self, batch: Batch, share: float, key: int) -> MicroBatch:
+    def _masked(self, batch: Batch, share: float, key: int) -> MicroBatch:
         seen, labels = self._masking(batch["input_ids"], batch["rows"], share=share, key=key)
         inputs = {"input_ids": seen, "position_ids": batch["position_ids"], "labels": labels}
-        return MicroBatch(inputs, int((labels != -100).sum()), seen.numel(), batch["rows"])
+        counted = int((labels != IGNORED).sum())
+        return MicroBatch(inputs, counted, seen.numel(), batch["rows"])

@@ -1,0 +1,48 @@
+"""What the reproductions share: their words on the command line, and the comparison itself."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from llmnorm.analysis.compare import compare
+from llmnorm.analysis.compare_plan import Protocol
+
+
+def parser(
+    description: str | None, arms: Iterable[str], default: Iterable[str]
+) -> argparse.ArgumentParser:
+    """The words that every reproduction takes; scripts add their own.
+
+    Args:
+        description: the script's docstring, whose first line is shown.
+        arms: all that there are.
+        default: those that are compared if none is named.
+    """
+    made = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    made.add_argument("--parallel", type=int, default=1, help="runs at a time, a core each")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--plan", action="store_true", help="print the runs, make none")
+    made.add_argument("--arms", nargs="+", choices=list(arms), default=list(default), metavar="ARM")
+    return made
+
+
+def run(
+    protocol: Protocol,
+    results: Path,
+    runs: Path,
+    options: argparse.Namespace,
+    arguments: list[str] | None,
+    keep_checkpoints: bool = False,
+) -> int:
+    """Make the runs that are missing, or print the plan; the exit code."""
+    return compare(
+        protocol,
+        results,
+        runs=runs,
+        command=shlex.join(["python", *(sys.argv if arguments is None else arguments)]),
+        parallel=options.parallel,
+        plan=options.plan,
+        keep_checkpoints=keep_checkpoints,
+    )

@@ -1,0 +1,235 @@
+"""Sequence mixers at small size: causal and masked language models, associative recall.
+
+usage: python tools/reproduce/mixers.py language|masked|recall [--arms NAME ...] [--seeds 3]
+           [--plan] [--parallel 1] [--set key=value ...]
+
+    language   causal mixers, equal parameters, on the default corpus
+    masked     encoders' mixers in blocks without an MLP: both directions of softmax and SSD, and
+               the families of mixing matrices
+    recall     causal mixers: 8, 16, 32 or 64 random key-value pairs, then the keys in another
+               order; every row is one text of 256 characters, a token each
+
+Every arm's learning rate is tuned alike, then all train with the same paired seeds. Each finished
+run is a line of docs/results/mixers_TASK/runs.jsonl, to be committed; what stands there is not run
+again. Run directories lie in runs/reproduce. The table stands beside the paper's order.
+
+Sources: Hwang et al. 2024 (Hydra), arXiv 2407.09941: table 2 (families, cross-entropy of masked
+language models on C4) and table 3 (ways to two directions). The recall task: Arora et al. 2023
+(Zoology), arXiv 2312.04927, section 3. For language the order that is expected is ours: NaLa at
+most linear attention's loss; its paper's figures for language models could not be read.
+
+What would surprise: in `recall` most of a row cannot be predicted (pairs are random), so losses are
+high and close; what counts is the accuracy on the values of the second half, of the value that a
+model finds most likely given all before it (chance: 1 in 30). It is measured on the checkpoints of
+the paired runs, which are removed afterwards.
+"""
+
+import json
+import random
+import shutil
+import string
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from arms import parser, run
+
+from llmnorm.analysis import compare_plan, compare_report
+from llmnorm.analysis.compare import read_arms
+from llmnorm.analysis.compare_plan import Protocol
+from llmnorm.files import write_whole
+from llmnorm.part import InputError
+
+RECIPES = Path("configs/recipes/mixers")
+RESULTS = Path("docs/results")
+RUNS = Path("runs/reproduce")
+LR_POINTS = 3
+
+
+class Arm(NamedTuple):
+    """Overrides and the paper's cross-entropy (None: it has none)."""
+
+    settings: tuple[str, ...]
+    paper: float | None = None
+
+
+def causal(mixer: str, less: int = 0) -> tuple[str, ...]:
+    """A causal mixer, and the MLP's width that makes up for its parameters."""
+    return f"model.mixer={mixer}", *((f"model.intermediate_size={less}",) if less else ())
+
+
+def causal_arms(inner: int) -> dict[str, Arm]:
+    """Causal mixers in a model of width 128 whose MLP is `inner` wide for softmax."""
+    linear = "{name: linear, gate: true, conv_kernel: 4, norm: rms}"
+    return {
+        "softmax": Arm(causal("softmax")),
+        "linear": Arm(causal(linear, inner - 44)),
+        "nala": Arm(causal("nala", inner - 44)),
+        "ssd": Arm(causal("{name: ssd, state_size: 32, head_dim: 32}", inner - 114)),
+        "gla": Arm(causal("gla", inner - 8)),
+        "gated_delta": Arm(causal("gated_delta", inner - 49)),
+        "hybrid": Arm(causal("[nala, softmax]", inner - 22)),
+    }
+
+
+def family(name: str) -> tuple[str, ...]:
+    """A family of mixing matrices, its parameters made from the tokens."""
+    return (f"model.mixer={{name: matrix, family: {name}, head_dim: 64}}",)
+
+
+def ssd_pair(combination: str) -> tuple[str, ...]:
+    """Two SSDs, one a direction."""
+    return (f"model.mixer.combination={combination}",)
+
+
+TASKS: dict[str, dict[str, Arm]] = {
+    "language": causal_arms(344),
+    "masked": {
+        "hydra": Arm((), 1.66),
+        "add": Arm(ssd_pair("add"), 1.68),
+        "concat": Arm(ssd_pair("concat"), 1.71),
+        "softmax": Arm(("model.mixer={name: softmax, bidirectional: true}",)),
+        "quasiseparable": Arm(family("quasiseparable"), 1.84),
+        "attention": Arm(family("attention"), 1.87),
+        "low_rank": Arm(family("low_rank"), 1.90),
+        "toeplitz": Arm(family("toeplitz"), 1.91),
+        "cauchy": Arm(family("cauchy"), 1.94),
+        "vandermonde": Arm(family("vandermonde"), 2.04),
+    },
+    "recall": causal_arms(256),
+}
+PAIRS = (8, 16, 32, 64)
+KEYS = string.ascii_letters + string.digits + "+-"
+VALUES = "".join(c for c in string.punctuation if c not in KEYS)
+CHARACTERS = 256
+TEXTS = {"": 6000, "-validation": 100}  # of each number of pairs
+DATA = Path("data/recall")
+
+
+def recall_text(pairs: int, generator: random.Random) -> str:
+    """Pairs of key and value, spaces, the same pairs in another order: 256 characters."""
+    keys = generator.sample(KEYS, pairs)
+    said = [key + generator.choice(VALUES) for key in keys]
+    asked = generator.sample(said, pairs)
+    return "".join(said) + " " * (CHARACTERS - 4 * pairs) + "".join(asked)
+
+
+def write_recall_texts() -> None:
+    """The files that configs/recipes/mixers/recall.yaml names; the same every time."""
+    DATA.mkdir(parents=True, exist_ok=True)
+    for pairs in PAIRS:
+        for part, count in TEXTS.items():
+            generator = random.Random(f"{pairs}{part}")
+            lines = [
+                json.dumps({"text": recall_text(pairs, generator)}) + "\n" for _ in range(count)
+            ]
+            path = DATA / f"pairs{pairs:02}{part}.jsonl"
+            text = "".join(lines)
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                write_whole(path, text)
+
+
+def recall_accuracy(path: Path) -> dict[str, float]:
+    """Share of the second half's values that a run's model finds most likely, by pairs."""
+    import torch
+
+    from llmnorm.training.loading import load_model
+
+    model, tokenizer = load_model(path)
+    found = {}
+    for pairs in PAIRS:
+        lines = (DATA / f"pairs{pairs:02}-validation.jsonl").read_text(encoding="utf-8")
+        texts = [json.loads(line)["text"] for line in lines.splitlines()]
+        ids = torch.tensor([tokenizer(text)["input_ids"][: CHARACTERS + 1] for text in texts])
+        assert ids.shape == (len(texts), CHARACTERS + 1), "a token a character behind <|bos|>"
+        with torch.no_grad():
+            likely = model(input_ids=ids).logits.argmax(-1)
+        values = slice(CHARACTERS + 2 - 2 * pairs, CHARACTERS + 1, 2)
+        before = slice(CHARACTERS + 1 - 2 * pairs, CHARACTERS, 2)
+        found[str(pairs)] = float((likely[:, before] == ids[:, values]).double().mean())
+    return found
+
+
+def measure_recall(protocol: Protocol, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The accuracy of every paired run, kept in accuracy.json; checkpoints leave."""
+    path = RESULTS / "mixers_recall" / "accuracy.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for arm in found["arms"]:
+        for job in protocol.paired(arm, found["arms"][arm]["lr"]):
+            directory = RUNS / "mixers_recall" / job.key
+            if job.horizon == 1 and job.key not in known:
+                known[job.key] = recall_accuracy(directory)
+                write_whole(path, json.dumps(known, indent=1) + "\n")
+    for directory in (RUNS / "mixers_recall").glob("*/*/checkpoints"):
+        shutil.rmtree(directory)
+    return known
+
+
+def table(task: str, found: dict[str, Any], accuracy: dict[str, dict[str, Any]]) -> str:
+    """The arms beside the paper's figures, in Markdown."""
+    head = ["arm", "lr", "loss"]
+    head += [f"accuracy, {n} pairs" for n in PAIRS] if task == "recall" else []
+    head += ["paper's loss"] if task == "masked" else []
+    rows = []
+    for name, arm in found["arms"].items():
+        cells = [name, f"{arm['lr']:.3g}", _mean(arm["losses"], 4)]
+        if task == "recall":
+            mine = [v for k, v in accuracy.items() if k.startswith(f"{name}/lr{arm['lr']:.6g}-")]
+            cells += [_mean([run[str(n)] for run in mine], 3) for n in PAIRS]
+        if task == "masked":
+            paper = TASKS[task][name].paper
+            cells.append("-" if paper is None else f"{paper:.2f}")
+        rows.append(cells)
+    return compare_report.markdown(head, rows)
+
+
+def _mean(values: list[float], digits: int) -> str:
+    """Mean ± standard error."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return f"{mean:.{digits}f} ± {(variance / len(values)) ** 0.5:.{digits}f}"
+
+
+def read(task: str, chosen: list[str], seeds: int, shared: list[str]) -> Protocol:
+    """The comparison of some arms of a task, the first of the task always among them."""
+    names = [name for name in TASKS[task] if name in chosen or name == next(iter(TASKS[task]))]
+    arms = [[name, *TASKS[task][name].settings] for name in names]
+    return compare_plan.read(
+        read_arms(RECIPES / f"{task}.yaml", shared, arms),
+        baselines=names[:1],
+        seeds=seeds,
+        lr_points=LR_POINTS,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the runs that are missing, then the report and the table."""
+    every = list(dict.fromkeys(name for arms in TASKS.values() for name in arms))
+    words = parser(__doc__, every, every)
+    words.add_argument("task", choices=TASKS)
+    words.add_argument("--set", nargs="+", default=[], metavar="key=value", help="of all arms")
+    options = words.parse_args(arguments)
+    task = options.task
+    results, runs = RESULTS / f"mixers_{task}", RUNS / f"mixers_{task}"
+    try:
+        if task == "recall":
+            write_recall_texts()
+        protocol = read(task, options.arms, options.seeds, options.set)
+        code = run(protocol, results, runs, options, arguments, keep_checkpoints=task == "recall")
+        if code or options.plan:
+            return code
+        found = json.loads((results / "result.json").read_text(encoding="utf-8"))
+        accuracy = measure_recall(protocol, found) if task == "recall" else {}
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text = table(task, found, accuracy)
+    write_whole(results / "table.md", text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
