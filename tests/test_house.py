@@ -33,6 +33,8 @@ EMPTY = ("nn", "optim", "data", "selection")
 DISTRIBUTED = {
     "optim/sharded.py",
     "training/parallel.py",
+    "training/shards.py",  # torch's layouts
+    "training/zero.py",  # DeepSpeed's
     "training/checkpoint.py",
     "data/loader.py",
     "doctor.py",  # its collective test, two processes of its own

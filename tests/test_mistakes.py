@@ -703,11 +703,11 @@ TROUBLE = {
     "leave the key out, or launch with <file>",
     "precision": "the launch file asks for mixed precision '<precision>', training.precision is "
     "'<precision>' and alone decides; write mixed_precision: 'no' there",
-    "fsdp section": "the launch file says <key>: <value>, but <reason>; write <key>: <value>",
+    "file section": "the launch file says <key>: <value>, but <reason>; write <key>: <value>",
     "other library": "the launch file asks for <what>, which parallel.sharding does not offer; "
-    "valid: ddp, fsdp2 (launch/accelerate/)",
-    "deepspeed": "parallel.sharding: '<sharding>' (DeepSpeed) is not offered; fsdp2 spreads the "
-    "same and every optimizer is exact under it: launch with launch/accelerate/fsdp2.yaml",
+    "valid: ddp, fsdp2, zero1, zero2, zero3 (launch/accelerate/)",
+    "zero stage": "the launch file says zero_stage: <stage>; valid: 1, 2, 3 (without sharding: "
+    "launch with launch/accelerate/ddp.yaml)",
     "replicas": "parallel.replicas: <n> does not divide the <n> processes; "
     "the nearest that does is <n>",
     "none of several": "parallel.sharding: 'none' is one process, but <n> were launched; "
@@ -795,13 +795,22 @@ def test_free_gpus_are_pointed_at(
     assert not says("launch", capfd.readouterr().err)
 
 
-def test_a_missing_extra_names_the_line_that_installs_it(place: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "extra", "override"),
+    [
+        ("tensorboard", "track", "logging.trackers=[tensorboard]"),
+        ("deepspeed", "deepspeed", "parallel.sharding=zero2"),
+    ],
+)
+def test_a_missing_extra_names_the_line_that_installs_it(
+    place: Path, module: str, extra: str, override: str
+) -> None:
     # A module that is None in sys.modules is one that Python does not find.
     code = (
-        "import sys; sys.modules['tensorboard'] = None; from llmnorm import cli\n"
+        f"import sys; sys.modules['{module}'] = None; from llmnorm import cli\n"
         "import importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'tensorboard' else find(name, *a)\n"
-        f"sys.exit(cli.main(['train', '{SMOKE}', 'run_dir=x', 'logging.trackers=[tensorboard]']))"
+        f"u.find_spec = lambda name, *a: None if name == '{module}' else find(name, *a)\n"
+        f"sys.exit(cli.main(['train', '{SMOKE}', 'run_dir=x', '{override}']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -812,7 +821,7 @@ def test_a_missing_extra_names_the_line_that_installs_it(place: Path) -> None:
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert says("extra", done.stderr) == (
-        "tensorboard is not installed; run: bash tools/bootstrap.sh track"
+        f"{module} is not installed; run: bash tools/bootstrap.sh {extra}"
     )
     assert not (place / "x").exists()
 
@@ -882,27 +891,37 @@ def test_what_is_said_when_a_run_goes_on(place: Path) -> None:
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 PROCESSES = {"WORLD_SIZE": "4", "RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
 # What accelerate exports, overrides, which message, what it says.
 LAUNCHES = {
     "another key": (FSDP, "parallel.sharding=ddp", "file and key", "asks for fsdp2"),
     "ddp file": (PROCESSES, "parallel.sharding=fsdp2", "file and key", "asks for ddp"),
     "bf16": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "", "precision", "'bf16'"),
-    "fsdp 1": (FSDP | {"FSDP_VERSION": "1"}, "", "fsdp section", "fsdp_version: 1"),
+    "fsdp 1": (FSDP | {"FSDP_VERSION": "1"}, "", "file section", "fsdp_version: 1"),
     "offloading": (
         FSDP | {"FSDP_OFFLOAD_PARAMS": "true"},
         "",
-        "fsdp section",
+        "file section",
         "write fsdp_offload_params: false",
     ),
     "megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "", "other library", "Megatron-LM"),
-    "deepspeed": (
-        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "zero 0": (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "", "zero stage", "zero_stage: 0"),
+    "zero 3 and 2": (ZERO, "parallel.sharding=zero2", "file and key", "asks for zero3"),
+    "zero, offloading": (
+        ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
         "",
-        "deepspeed",
-        "'zero3'",
+        "file section",
+        "write offload_optimizer_device: none",
     ),
-    "deepspeed by key": ({}, "parallel.sharding=zero1", "deepspeed", "'zero1'"),
+    "zero, clipping": (
+        ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"},
+        "",
+        "file section",
+        "the key is training.max_grad_norm",
+    ),
+    "zero, fp16": (ZERO | {"ACCELERATE_MIXED_PRECISION": "fp16"}, "", "precision", "'fp16'"),
+    "zero, replicas": (ZERO, "parallel.replicas=2", "replicas, ddp", "'zero3'"),
     "three of four": (FSDP | PROCESSES, "parallel.replicas=3", "replicas", "does is 2"),
     "replicas of ddp": (PROCESSES, "parallel.replicas=2", "replicas, ddp", "'ddp'"),
     "none": (PROCESSES, "parallel.sharding=none", "none of several", "4 were launched"),

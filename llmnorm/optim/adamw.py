@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llmnorm.optim.fragments import zeros_like
 from llmnorm.optim.state import load_in_place
 
 
@@ -30,8 +31,8 @@ class AdamW(torch.optim.AdamW):
             self.state[parameter] = {
                 # The fused kernel wants the counter beside the parameter, in float32.
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg": zeros_like(parameter),
+                "exp_avg_sq": zeros_like(parameter),
             }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from llmnorm.optim.fragments import master, whole_shape
 from llmnorm.part import InputError, nearest
 
 
@@ -51,7 +52,7 @@ class Matrix:
     @property
     def columns(self) -> int:
         """Of this matrix."""
-        return self.parameter.shape[1]
+        return whole_shape(self.parameter)[1]
 
     def weight(self) -> Tensor:
         """The rows themselves, (rows, columns)."""
@@ -78,7 +79,8 @@ def split(model: nn.Module) -> Groups:
     groups = Groups({}, {})
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (groups.matrices if id(parameter) in linear else groups.auxiliary)[name] = parameter
+            group = groups.matrices if id(parameter) in linear else groups.auxiliary
+            group[name] = master(parameter)
     check(groups, model)
     return groups
 
@@ -91,7 +93,7 @@ def check(groups: Groups, model: nn.Module) -> None:
     """
     claims = Counter(id(p) for members in groups for p in members.values())
     for name, parameter in model.named_parameters():
-        count = claims.pop(id(parameter), 0)
+        count = claims.pop(id(master(parameter)), 0)
         if count != int(parameter.requires_grad):
             trained = "trainable" if parameter.requires_grad else "frozen"
             raise ValueError(f"{name}: {trained}, but claimed by {count} optimizer groups")
@@ -115,11 +117,12 @@ def matrices(groups: Groups, split_sizes: Mapping[str, list[int]]) -> list[Matri
         if len(patterns) > 1:
             raise InputError(f"optimizer.split_sizes: {' and '.join(patterns)} both match {name}")
         used.update(patterns)
-        sizes = split_sizes[patterns[0]] if patterns else [parameter.shape[0]]
-        if sum(sizes) != parameter.shape[0]:
+        rows = whole_shape(parameter)[0]
+        sizes = split_sizes[patterns[0]] if patterns else [rows]
+        if sum(sizes) != rows:
             raise InputError(
                 f"optimizer.split_sizes: {patterns[0]}: {sizes} are {sum(sizes)} rows, "
-                f"{name} has {parameter.shape[0]}"
+                f"{name} has {rows}"
             )
         start = 0
         for number, size in enumerate(sizes):
@@ -146,4 +149,4 @@ def check_gradients(matrices: Mapping[str, nn.Parameter]) -> None:
 
 def width(groups: Groups) -> int:
     """The model's: the most frequent number of inputs of its hidden matrices."""
-    return Counter(p.shape[-1] for p in groups.matrices.values()).most_common(1)[0][0]
+    return Counter(whole_shape(p)[-1] for p in groups.matrices.values()).most_common(1)[0][0]

@@ -3,8 +3,8 @@
 A rule sees whole matrices, so every hidden matrix has one owner, which holds its state and computes
 its update; the rule and its arithmetic are those of one process (stacks.py). A step is, per bucket:
 
-    weights spread by rows   all-to-all of gradient rows to the owners (rules that read weights: one
-                             more, of weights), the rule, all-to-all of delta rows back
+    weights spread           all-to-all of the gradient's parts to the owners (rules that read
+                             weights: one more, of weights), the rule, all-to-all of deltas back
     weights whole (ddp)      the rule on the owners' gradients, one all-gather of deltas
 
 Sources: the owner as in Essential AI's and torchtitan's distributed Muon; longest processing time
@@ -17,7 +17,8 @@ What would surprise:
 - Processes wait for each other bucket by bucket, so owners are balanced within each bucket, and
   over buckets by giving its heaviest part to the process that has least so far. The next bucket's
   gradients travel while this one's rule runs.
-- Rows are cut as `Shard(0)` cuts: ceil(rows / W) a process, the last ones fewer or none.
+- A part is a range of elements, counted row by row: FSDP2 gives a process ceil(rows / W) rows, the
+  last ones fewer or none; what ZeRO gives may end inside a row (fragments.py).
 - In replicas of spread weights (HSDP) every replica repeats the work inside its own group.
 """
 
@@ -28,9 +29,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.optim.adamw import AdamW
+from llmnorm.optim.fragments import Fragment
 from llmnorm.optim.groups import Matrix
 from llmnorm.optim.stacks import (
     Hyperparameters,
@@ -52,7 +55,7 @@ class Exchange:
 
     Attributes:
         group: of them; with `spread`, those over which a matrix is cut.
-        spread: each holds some rows of every parameter (a DTensor); else all of them.
+        spread: each holds a part of every parameter (a DTensor or a Fragment); else all of it.
         payload: what travels is rounded to this; None: not rounded.
     """
 
@@ -62,7 +65,15 @@ class Exchange:
 
     def held(self, parameter: Tensor) -> Tensor:
         """This process's part of a parameter, or of a gradient."""
-        return parameter.to_local() if self.spread else parameter  # type: ignore[attr-defined]
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    def cut(self, parameter: Tensor, rank: int) -> tuple[int, int]:
+        """The elements that a process holds of a parameter that is spread."""
+        if isinstance(parameter, Fragment):
+            return parameter.cuts[rank], parameter.cuts[rank + 1]
+        rows, columns = parameter.shape
+        block = -(-rows // dist.get_world_size(self.group))
+        return min(block * rank, rows) * columns, min(block * (rank + 1), rows) * columns
 
     def sum(self, values: Tensor) -> Tensor:
         """Over the parts of a tensor, in place."""
@@ -158,8 +169,8 @@ class ShardedRuleOptimizer(RuleOptimizer):
 
     def _gather(self, bucket: Bucket, *, gradient: bool) -> Callable[[], dict[int, Tensor]]:
         mine = bucket.owned[self.rank]
-        send = [self._rows(m, gradient) for part in bucket.owned for m in part]
-        pieces = [(m, *self._cut(m, rank)) for rank in range(self.world) for m in mine]
+        send = [self._held(m, gradient) for part in bucket.owned for m in part]
+        pieces = [(m, self._numel(m, rank)) for rank in range(self.world) for m in mine]
         wait = self._all_to_all(
             # Weights are never rounded on their way: the rule reads what the weights are.
             self._packed(send, None if not gradient else self.exchange.payload),
@@ -168,11 +179,11 @@ class ShardedRuleOptimizer(RuleOptimizer):
         )
 
         def unpack() -> dict[int, Tensor]:
-            flat = wait().split([(stop - start) * m.columns for m, start, stop in pieces])
-            rows: dict[int, list[Tensor]] = {id(m): [] for m in mine}
-            for (matrix, *_), piece in zip(pieces, flat, strict=True):
-                rows[id(matrix)].append(piece.view(-1, matrix.columns))
-            return {key: torch.cat(found) for key, found in rows.items()}
+            arrived: dict[int, list[Tensor]] = {id(m): [] for m in mine}
+            flat = wait().split([numel for _, numel in pieces])
+            for (matrix, _), piece in zip(pieces, flat, strict=True):
+                arrived[id(matrix)].append(piece)
+            return {id(m): torch.cat(arrived[id(m)]).view(m.rows, m.columns) for m in mine}
 
         return unpack
 
@@ -184,7 +195,9 @@ class ShardedRuleOptimizer(RuleOptimizer):
         sizes = [sum(self._numel(m, self.rank) for m in part) for part in bucket.owned]
         if self.exchange.spread:
             send = [
-                found[id(m)][slice(*self._cut(m, rank))] for rank in range(self.world) for m in mine
+                found[id(m)].reshape(-1)[slice(*self._cut(m, rank))]
+                for rank in range(self.world)
+                for m in mine
             ]
             counts = [sum(self._numel(m, rank) for m in mine) for rank in range(self.world)]
             wait = self._all_to_all(self._packed(send, payload), counts, sizes)
@@ -198,35 +211,35 @@ class ShardedRuleOptimizer(RuleOptimizer):
                 wait().split([self._numel(m, self.rank) for m in matrices]),
                 strict=True,
             ):
-                weight = self._rows(matrix, gradient=False)
-                delta = delta.view(-1, matrix.columns).to(wide_dtype(weight.dtype))
-                apply(self.rule, weight, delta, hyperparameters)
+                weight = self._held(matrix, gradient=False)
+                apply(self.rule, weight, delta.to(wide_dtype(weight.dtype)), hyperparameters)
 
         return finish
 
     def _cut(self, matrix: Matrix, rank: int) -> tuple[int, int]:
-        """The rows of a matrix that a process holds."""
-        start, stop = matrix.start, matrix.stop
-        if self.exchange.spread:
-            block = -(-matrix.parameter.shape[0] // self.world)
-            first, last = block * rank, block * rank + block
-            start, stop = min(max(first, start), stop), min(max(last, start), stop)
-        return start - matrix.start, stop - matrix.start
+        """The elements of a matrix that a process holds."""
+        start, stop = matrix.start * matrix.columns, matrix.stop * matrix.columns
+        if not self.exchange.spread:
+            return 0, stop - start
+        first, last = self.exchange.cut(matrix.parameter, rank)
+        first, last = min(max(first, start), stop), min(max(last, start), stop)
+        return first - start, last - start
 
     def _numel(self, matrix: Matrix, rank: int) -> int:
-        start, stop = self._cut(matrix, rank)
-        return (stop - start) * matrix.columns
+        first, last = self._cut(matrix, rank)
+        return last - first
 
-    def _rows(self, matrix: Matrix, gradient: bool) -> Tensor:
-        """What this process holds of a matrix or of its gradient, (rows, columns)."""
-        parameter = matrix.parameter.grad if gradient else matrix.parameter.detach()
-        assert parameter is not None
-        first = matrix.start
+    def _held(self, matrix: Matrix, gradient: bool) -> Tensor:
+        """What this process holds of a matrix or of its gradient, (elements,)."""
+        whole = matrix.parameter.grad if gradient else matrix.parameter.detach()
+        assert whole is not None
+        held = self.exchange.held(whole)
+        held = held.reshape(-1) if gradient else held.view(-1)  # weights are changed in place
+        first, last = self._cut(matrix, self.rank)
+        begin = matrix.start * matrix.columns + first
         if self.exchange.spread:
-            first -= -(-matrix.parameter.shape[0] // self.world) * self.rank
-        start, stop = self._cut(matrix, self.rank)
-        first = max(first + start, 0)
-        return self.exchange.held(parameter)[first : first + stop - start]
+            begin -= self.exchange.cut(matrix.parameter, self.rank)[0]
+        return held[begin : begin + last - first] if last > first else held[:0]
 
     def _packed(self, tensors: list[Tensor], payload: torch.dtype | None) -> Tensor:
         """One flat tensor, in what travels."""

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmnorm.optim.fragments import master
+
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as `<parameter>.<field>` -> tensor (no copies)."""
     return {
         f"{name}.{field}": value
         for name, parameter in model.named_parameters()
-        for field, value in optimizer.state.get(parameter, {}).items()
+        for field, value in optimizer.state.get(master(parameter), {}).items()
     }
 
 

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from llmnorm.optim.fragments import Fragment
 from llmnorm.part import InputError
 from llmnorm.training.checkpoint_format import (
     Damaged,
@@ -40,6 +41,7 @@ from llmnorm.training.checkpoint_format import (
     read_manifest,
     write_file,
 )
+from llmnorm.training.checkpoint_fragments import begun_rows, fill, touched_rows
 from llmnorm.training.checkpoint_store import LATEST, Keep, Store
 
 __all__ = ["Checkpoints", "Interval", "State", "held", "read_meta"]
@@ -103,27 +105,33 @@ class Checkpoints:
             ValueError: the intervals do not tile a tensor.
         """
         self.wait()
-        parts = {name: as_interval(value) for name, value in state.items()}
         snapshot = json.loads(json.dumps(dict(meta)))  # what JSON cannot say fails here
+        fragments = {n: v for n, v in state.items() if isinstance(v, Fragment)}
+        parts = {n: as_interval(v) for n, v in state.items() if n not in fragments}
         if self._thread is None:
+            parts |= begun_rows(fragments, self._new_buffer, self._exchange)
             self._write(step, parts, snapshot, validation_loss)
         else:
             parts = self._copy_to_buffers(parts)
+            parts |= begun_rows(fragments, self._buffer, self._exchange)
+            if any(value.is_cuda for value in fragments.values()):
+                torch.cuda.synchronize()
             self._saving = self._thread.submit(self._write, step, parts, snapshot, validation_loss)
 
-    def without_copies(self, state: State) -> dict[str, Interval]:
+    def without_copies(self, state: State) -> dict[str, Tensor | Interval]:
         """What this process passes to `save` of a state of which others hold parts too.
 
         Of copies the process of the lowest rank writes its own.
         """
-        intervals = {name: as_interval(value) for name, value in state.items()}
+        fragments = {n: v for n, v in state.items() if isinstance(v, Fragment)}
+        intervals = {n: as_interval(v) for n, v in state.items() if n not in fragments}
         mine = {(name, part.start): part for name, part in intervals.items()}
         everyone: list[Any] = [list(mine)]
         if self._world > 1:
             everyone *= self._world
             dist.all_gather_object(everyone, list(mine), group=self._group)
         lower = {key for keys in everyone[: self._rank] for key in keys}
-        return {key[0]: part for key, part in mine.items() if key not in lower}
+        return {**fragments, **{key[0]: part for key, part in mine.items() if key not in lower}}
 
     def wait(self) -> None:
         """Until the save under way is on the disk; raises its error, once."""
@@ -183,10 +191,15 @@ class Checkpoints:
                     f"{path}: {len(unasked)} tensors have no place here: {', '.join(unasked[:5])}"
                 )
 
+        fragments = {n: v for n, v in into.items() if isinstance(v, Fragment)}
+        rows = {name: touched_rows(fragment) for name, fragment in fragments.items()}
+        into = {**into, **rows}
         manifest = self._on_rank_0(lambda: _manifest(path))
         asked = self._on_every_rank(lambda: check_names(path, manifest, into))
         self._on_rank_0(refuse_unasked)
         self._on_every_rank(lambda: copy_into(path, manifest, into))
+        for name, fragment in fragments.items():
+            fill(fragment, rows[name])
         return _meta(manifest)
 
     def clean(self) -> None:
@@ -217,14 +230,34 @@ class Checkpoints:
         """The parts with their tensors copied to the CPU buffers of the last save."""
         buffers: dict[str, Tensor] = {}
         for name, part in parts.items():
-            tensor, buffer = part.tensor.detach(), self._buffers.get(name)
-            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            tensor = part.tensor.detach()
+            buffer = self._buffer(name, tensor, tensor.numel()).view(tensor.shape)
             buffers[name] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
         if any(part.tensor.is_cuda for part in parts.values()):
             torch.cuda.synchronize()
-        self._buffers = buffers
         return {name: part._replace(tensor=buffers[name]) for name, part in parts.items()}
+
+    def _buffer(self, name: str, like: Tensor, numel: int) -> Tensor:
+        """The last save's memory for `numel` elements under a name."""
+        buffer = self._buffers.get(name)
+        if buffer is None or (len(buffer), buffer.dtype) != (numel, like.dtype):
+            buffer = self._buffers[name] = self._new_buffer(name, like, numel)
+        return buffer
+
+    def _new_buffer(self, _: str, like: Tensor, numel: int) -> Tensor:
+        return torch.empty(numel, dtype=like.dtype, pin_memory=like.is_cuda)
+
+    def _exchange(self, leaving: list[list[Tensor]], arriving: list[list[Tensor]]) -> None:
+        """Fill `arriving` [process] with what is `leaving` [process] there for this one."""
+        if self._world == 1:
+            return
+        send = torch.cat([piece for pieces in leaving for piece in pieces] or [torch.empty(0)])
+        counts, expected = ([sum(map(len, pieces)) for pieces in p] for p in (leaving, arriving))
+        received = send.new_empty(sum(expected))
+        dist.all_to_all_single(received, send, expected, counts, group=self._group)
+        wanted = [piece for pieces in arriving for piece in pieces]
+        for piece, data in zip(wanted, received.split([*map(len, wanted)]), strict=True):
+            piece.copy_(data)
 
     def _fault(self, step: int, contents: bool) -> str | None:
         """What is wrong with a checkpoint, the same on every process; None if it is whole.
@@ -262,7 +295,7 @@ class Checkpoints:
 
 
 def held(tensor: Tensor) -> Tensor | Interval:
-    """What this process holds of a tensor: the tensor itself, or its rows of a sharded one."""
+    """What this process holds of a tensor: itself (or a fragment), or the rows of a sharded one."""
     if not isinstance(tensor, DTensor):
         return tensor
     axis = tensor.placements.index(Shard(0))

@@ -5,7 +5,7 @@ reaches `training.ema`, so that the initial weights are soon forgotten. t is the
 the averages are all that a checkpoint has to hold. Each process averages what it holds itself.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,13 +18,17 @@ class EMA:
     Args:
         weights: what this process holds of each parameter, by its name.
         decay: the largest d.
+        changed: called when weights have been changed behind the optimizer's back.
 
     Attributes:
         average: by parameter name, in the parameters' dtype and on their device.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], decay: float, changed: Callable[[], None] | None = None
+    ) -> None:
         self._weights = dict(weights)
+        self._changed = changed
         self._decay = decay
         self.average = {name: weight.clone() for name, weight in self._weights.items()}
 
@@ -48,3 +52,5 @@ class EMA:
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
+        if self._changed is not None:
+            self._changed()

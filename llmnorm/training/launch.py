@@ -3,16 +3,19 @@
 `accelerate launch --config_file FILE` exports what FILE says as environment variables; torchrun
 exports the processes alone. `parallel.sharding: auto` does what was exported.
 
-What would surprise: accelerate takes FSDP variables for an order to shard by itself, which on CPUs
-ends in plain data parallelism without a word, so they are taken away before it sees them; and
+What would surprise: accelerate takes FSDP variables for an order to shard by itself, DeepSpeed's
+for one to hand over, which on CPUs ends in plain data parallelism or in processes that each take
+themselves for the only one, without a word; so they are taken away before it sees them; and
 anything in a launch file that this program would not do (offloading, a precision, ...) is refused
 instead of being passed over.
 """
 
+import importlib.util
 import os
 from typing import TYPE_CHECKING
 
 from llmnorm.config import ParallelSettings, TrainingSettings
+from llmnorm.doctor import missing_extra
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +34,49 @@ _FSDP_MUST = {
         "fsdp_activation_checkpointing",
         "false",
         "the key is parallel.activation_checkpointing",
+    ),
+}
+# The same of a DeepSpeed section, of which nothing but the stage is taken.
+_DEEPSPEED_MUST = {
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": (
+        "deepspeed_config_file",
+        "none",
+        "the stage alone is taken from it",
+    ),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
+        "offload_optimizer_device",
+        "none",
+        "offloading is not offered (zero3 or fsdp2 spread most)",
+    ),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (
+        "offload_param_device",
+        "none",
+        "offloading is not offered (zero3 or fsdp2 spread most)",
+    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "gradient_accumulation_steps",
+        "1",
+        "the key is training.micro_batch",
+    ),
+    "ACCELERATE_GRADIENT_CLIPPING": (
+        "gradient_clipping",
+        "0.0",
+        "the key is training.max_grad_norm",
+    ),
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": (
+        "zero3_init_flag",
+        "false",
+        "zero3 cuts the weights block by block as they are made",
+    ),
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": (
+        "zero3_save_16bit_model",
+        "false",
+        "`llmnorm export` reads the checkpoints",
+    ),
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": (
+        "deepspeed_moe_layer_cls_names",
+        "none",
+        "there are no experts",
     ),
 }
 
@@ -57,11 +103,8 @@ def agreed_sharding(parallel: ParallelSettings, training: TrainingSettings) -> s
             f"parallel.sharding: 'none' is one process, but {processes} were launched; "
             "did you mean 'ddp'?"
         )
-    if kind.startswith("zero"):
-        raise InputError(
-            f"parallel.sharding: '{kind}' (DeepSpeed) is not offered; fsdp2 spreads the same "
-            f"and every optimizer is exact under it: launch with {launch_file('fsdp2')}"
-        )
+    if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise missing_extra("deepspeed")
     if key == "ddp" and processes == 1:
         key = "none"  # one replica
     if parallel.replicas == 1:
@@ -92,11 +135,15 @@ def accelerator(cuda: bool) -> "Accelerator":
     from accelerate.utils import InitProcessGroupKwargs
 
     # With these accelerate would shard, or warn of a mixed precision, which is our business.
+    ours = (
+        "FSDP_",
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_MIXED_PRECISION",
+    )
     for name in [*os.environ]:
-        if name.startswith("FSDP_"):
+        if name.startswith(ours):
             del os.environ[name]
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"):
-        os.environ.pop(name, None)
     if not cuda:
         return Accelerator(cpu=True)
     # Checkpoints are written over gloo beside the GPUs' own backend.
@@ -107,15 +154,17 @@ def accelerator(cuda: bool) -> "Accelerator":
 def _of_file() -> str | None:
     """What the launch file asks for; None where the processes were started without accelerate."""
     if _is_set("ACCELERATE_USE_FSDP"):
-        for variable, (key, must, why) in _FSDP_MUST.items():
-            if os.environ.get(variable, must).lower() != must:
-                raise InputError(
-                    f"the launch file says {key}: {os.environ[variable]}, but {why}; "
-                    f"write {key}: {must}"
-                )
+        _refuse_others(_FSDP_MUST)
         return "fsdp2"
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+        _refuse_others(_DEEPSPEED_MUST)
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "none")
+        if stage not in ("1", "2", "3"):
+            raise InputError(
+                f"the launch file says zero_stage: {stage}; valid: 1, 2, 3 (without sharding: "
+                f"launch with {launch_file('ddp')})"
+            )
+        return f"zero{stage}"
     for variable, what in (
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
@@ -123,10 +172,19 @@ def _of_file() -> str | None:
         if _is_set(variable):
             raise InputError(
                 f"the launch file asks for {what}, which parallel.sharding does not offer; "
-                "valid: ddp, fsdp2 (launch/accelerate/)"
+                "valid: ddp, fsdp2, zero1, zero2, zero3 (launch/accelerate/)"
             )
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate always exports it
     return "ddp" if launched and "WORLD_SIZE" in os.environ else None
+
+
+def _refuse_others(must: dict[str, tuple[str, str, str]]) -> None:
+    for variable, (key, value, why) in must.items():
+        if os.environ.get(variable, value).lower() not in (value, "none"):
+            raise InputError(
+                f"the launch file says {key}: {os.environ[variable]}, but {why}; "
+                f"write {key}: {value}"
+            )
 
 
 def _refuse_precision(training: TrainingSettings) -> None:

@@ -8,6 +8,7 @@ nothing is taken from the settings here but what to compare with.
 import torch
 from torch import Tensor, nn
 
+from llmnorm.optim.fragments import Fragment, master, whole_shape
 from llmnorm.training.parallel import Parallel, local
 
 
@@ -41,18 +42,24 @@ def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
             parameter.dtype in (torch.float32, torch.float64),
             f"{name} is {parameter.dtype}, no master weight",
         )
-        cut = any(placement.is_shard() for placement in getattr(parameter, "placements", ()))
-        _demand(cut == parallel.spread, f"{name} is {'' if cut else 'not '}sharded")
-        held, whole = held + local(parameter).numel(), whole + parameter.numel()
-    copies = parallel.settings.replicas if parallel.spread else parallel.world
+        weight = master(parameter)
+        cut = any(placement.is_shard() for placement in getattr(weight, "placements", ()))
+        cut |= isinstance(weight, Fragment)
+        # Stages 1 and 2 cut what they step.
+        due = parallel.spread or (parallel.zero is not None and parameter.requires_grad)
+        _demand(cut == due, f"{name} is {'' if cut else 'not '}sharded")
+        share = parallel.world // parallel.settings.replicas if cut else 1
+        held += local(weight).numel() * share
+        whole += whole_shape(weight).numel() * parallel.world
     total = int(parallel.reduce(torch.tensor(held, device=parallel.device)))
-    _demand(
-        total == whole * copies,
-        f"the processes hold {total} numbers, {copies} models have {whole * copies}",
-    )
+    _demand(total == whole, f"the processes' parts make {total} numbers, not {whole}")
+    copies = parallel.settings.replicas if parallel.spread else parallel.world
     held_sum = torch.stack([local(p.detach()).double().sum() for p in model.parameters()]).sum()
     sums = parallel.gather(held_sum.view(1)).view(copies, -1)  # (replicas, processes of each)
     _demand(bool((sums == sums[0]).all()), "replicas hold different weights")
+    faults = [*parallel.zero.faults()] if parallel.zero is not None else []
+    anywhere = int(parallel.reduce(torch.tensor(len(faults), device=parallel.device)))
+    _demand(anywhere == 0, (faults or ["another process says what"])[0])
     read = parallel.gather(rows.to(parallel.device))
     _demand(len(read.unique()) == len(read), "several processes read the same rows")
 
@@ -60,7 +67,11 @@ def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
 def describe(parallel: Parallel, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Backend, processes, sharding, and the bytes that this process holds."""
     weights = [local(p) for p in model.parameters()]
-    gradients = [local(p) for p in model.parameters() if p.requires_grad]
+    gradients = [local(master(p)) for p in model.parameters() if p.requires_grad]
+    if parallel.zero is not None:
+        weights = parallel.zero.weights(model)
+        if parallel.zero.stage == 1:  # until they are reduced
+            gradients = [p for p in model.parameters() if p.requires_grad]
     state = [local(t) for fields in optimizer.state.values() for t in fields.values()]
     replicas = f" x {parallel.settings.replicas} replicas" if parallel.sharding == "hsdp" else ""
     balance = getattr(optimizer, "balance", None)  # only with owners of matrices

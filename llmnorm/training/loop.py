@@ -25,6 +25,7 @@ from llmnorm.models.flops import flops_per_token
 from llmnorm.models.initialization import initialize
 from llmnorm.models.modeling import LlmNormForCausalLM, class_of, empty_model
 from llmnorm.nn.norms.running import RunningStatistics
+from llmnorm.optim.fragments import master, whole_shape
 from llmnorm.optim.groups import split
 from llmnorm.part import InputError
 from llmnorm.training import metrics as record
@@ -91,8 +92,8 @@ def train(
         multipliers = config.optimizer.multipliers(config.schedule.build(steps), steps)
         ema = None
         if config.training.ema:
-            held = {name: local(p.detach()) for name, p in model.named_parameters()}
-            ema = EMA(held, config.training.ema)
+            held = {name: local(master(p).detach()) for name, p in model.named_parameters()}
+            ema = EMA(held, config.training.ema, parallel.publish)
 
         # The run directory, and the newest whole checkpoint in it.
         def lock() -> None:
@@ -115,6 +116,7 @@ def train(
         state = named_tensors(model, optimizer, ema)
         written = checkpoints.without_copies(state)
         progress, said = go_on(checkpoints, state, data, parallel, config.training.branch_from)
+        parallel.publish()
         if said:
             _say(parallel, said)
         if progress.step >= steps:
@@ -206,6 +208,7 @@ def train(
                     f"step {progress.step + 1}: loss {mean_loss}, gradient norm {norm}: skipped"
                 )
             optimizer.zero_grad(set_to_none=True)
+            parallel.end_step()
             if ema:
                 ema.update(progress.step)
             progress.step += 1
@@ -356,7 +359,7 @@ def _forward_backward(
                 for name, tensor in batch.inputs.items()
             }
             loss = replica(**inputs, num_items_in_batch=max(labels, 1)).loss
-        loss.backward()
+        parallel.backward(loss)
         total += loss.detach()
     return total
 
@@ -392,12 +395,15 @@ def _dry_step(
             f"{parallel.device}; try training.micro_batch={max(1, micro_batch // 2)} or "
             f"parallel.activation_checkpointing=true ({str(error).splitlines()[0]})"
         ) from None
-    without = [n for n, p in replica.named_parameters() if p.requires_grad and p.grad is None]
+    parallel.clip(parameters, 0.0)
+    trained = [(n, master(p)) for n, p in replica.named_parameters() if p.requires_grad]
+    without = [name for name, parameter in trained if parameter.grad is None]
     assert not without, f"trainable, but without a gradient: {without}"
     for name, buffer in replica.named_buffers():
         buffer.copy_(buffers[name])
     for parameter in parameters:
         parameter.grad = None
+    parallel.end_step()
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
@@ -422,8 +428,8 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _size(model: nn.Module, groups: Any) -> str:
-    total = sum(p.numel() for p in model.parameters())
-    hidden = sum(p.numel() for p in groups.matrices.values())
+    total = sum(whole_shape(master(p)).numel() for p in model.parameters())
+    hidden = sum(whole_shape(p).numel() for p in groups.matrices.values())
     return f"{total / 1e6:.2f}M parameters ({hidden / 1e6:.2f}M in hidden matrices)"
 
 

@@ -1,10 +1,9 @@
 """Processes, device and the layout of the model: recompute, compile, shard, in this order.
 
 `accelerate launch` starts the processes and accelerate makes the process group; everything after
-that is here, the same code on gloo and nccl. `fsdp2` makes each block a unit of torch's
-`fully_shard` and the rest (embedding, final norm, head) one more; `hsdp` repeats that in groups of
-processes that hold the same. Accumulation is ours: replicas reduce gradients with the last
-micro-batch, shards with every one (so that no process holds all gradients). Gradients are summed:
+that is here, the same code on gloo and nccl. `ddp`, `fsdp2` and `hsdp` are torch's (shards.py),
+`zero1` to `zero3` DeepSpeed's (zero.py). Accumulation is ours: replicas reduce gradients with the
+last micro-batch, shards with every one (so that no process holds all gradients). They are summed:
 the loss comes divided by the tokens of all processes, so that a gradient inside the backward pass
 (norms keep statistics of it) is what it is on one process.
 
@@ -13,7 +12,7 @@ every sharding. What is really there is looked at in `layout.py`.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,12 +29,11 @@ from llmnorm.config import ParallelSettings, TrainingSettings
 from llmnorm.optim.sharded import Exchange
 from llmnorm.part import InputError
 from llmnorm.training.launch import accelerator, agreed_sharding, launch_file
+from llmnorm.training.shards import Fill, Unit, fill_and_shard, make_mesh, replicate, shard
+from llmnorm.training.zero import Zero
 
 if TYPE_CHECKING:
     from llmnorm.models.modeling import LlmNormForCausalLM
-
-Modules = Mapping[str, nn.Module]
-Fill = Callable[[Modules], None]
 
 
 class Parallel:
@@ -78,14 +76,19 @@ class Parallel:
                 f"the launcher started {asked} processes, but {self.world} are connected; launch "
                 f"with `accelerate launch --config_file {launch_file(self.sharding)}`"
             )
-        self._mesh: DeviceMesh | None = None  # of the processes over which a tensor is spread
-        if self.sharding in ("fsdp2", "hsdp"):
+        self._mesh: DeviceMesh | None = None
+        self.zero: Zero | None = None
+        self._group: dist.ProcessGroup | None = None  # over which a master is spread
+        if self.sharding not in ("none", "ddp"):
             if not dist.is_initialized():  # one process, started without a launcher
                 backend = "nccl" if cuda else "gloo"
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            shape = (parallel.replicas, self.world // parallel.replicas)
-            names = ("replicate", "shard")
-            self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+            if self.sharding.startswith("zero"):
+                self.zero = Zero(int(self.sharding[-1]), self.precision, self.device)
+                self._group = dist.group.WORLD
+            else:
+                self._mesh = make_mesh(self.device, parallel.replicas)
+                self._group = self._mesh.get_group("shard")
         self.backend = dist.get_backend() if dist.is_initialized() else "no process group"
         self._model: nn.Module | None = None
 
@@ -96,8 +99,8 @@ class Parallel:
 
     @property
     def spread(self) -> bool:
-        """Whether a process holds only a part of every tensor."""
-        return self._mesh is not None
+        """Whether a forward pass needs all processes, each of which holds a part of the model."""
+        return self._mesh is not None or self.sharding == "zero3"
 
     def prepare(self, model: "LlmNormForCausalLM", fill: Fill) -> nn.Module:
         """Lay the model out for training; returns what to call (same parameters, names).
@@ -113,64 +116,45 @@ class Parallel:
                 block.forward = partial(  # type: ignore[method-assign]
                     torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
                 )
-            if self.settings.compile:
+            if self.settings.compile and self.zero is not None:  # without DeepSpeed's hooks
+                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            elif self.settings.compile:
                 block.compile()
-        if self.settings.compile:
-            model.model.fixed_shapes = True
-        self._model = self.lay_out(model, fill)
+        model.model.fixed_shapes |= self.settings.compile
+        self._model = self.lay_out(model, fill, trained=True)
         if self.sharding == "ddp":
-            device_ids = [self.device.index] if self.device.type == "cuda" else None
-            replica = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
-            replica.broadcast_buffers = False  # running statistics are sums over processes already
-            replica.register_comm_hook(None, _sum)
-            self._model = replica
+            self._model = replicate(model, self.device)
         return self._model
 
-    def lay_out(self, model: "LlmNormForCausalLM", fill: Fill) -> nn.Module:
-        """Give the model on the meta device its values, and each process its shards of them.
+    def lay_out(
+        self, model: "LlmNormForCausalLM", fill: Fill, *, trained: bool = False
+    ) -> nn.Module:
+        """Give the model on the meta device its values, and each process its part of them.
 
-        A block is filled and sharded before the next is, so that no process ever holds the whole.
+        Args:
+            trained: weights will change; else it is only evaluated.
         """
-        rest = dict(model.named_modules())
-        for number, block in enumerate(model.model.layers if self.spread else []):
-            name = f"model.layers.{number}"
-            inside = {n: rest.pop(n) for n in [*rest] if n == name or n.startswith(f"{name}.")}
-            self._materialize(inside)
-            fill(inside)
-            fully_shard(block, mesh=self._shards())
-        self._materialize(rest)
-        model.tie_weights()  # the head was given memory of its own
-        fill(rest)
-        if self.spread:
-            # Resharded too: evaluation may be followed by a change of the weights (ema.py).
-            fully_shard(model, mesh=self._shards(), reshard_after_forward=True)
-            for unit in [model, *model.model.layers]:  # sums, where torch's default are means
-                unit.set_gradient_divide_factor(1.0)
-                unit.set_force_sum_reduction_for_comms(True)
-        return model
-
-    def _materialize(self, modules: Modules) -> None:
-        for module in modules.values():
-            module.to_empty(device=self.device, recurse=False)
-
-    def _shards(self) -> DeviceMesh:
-        assert self._mesh is not None
-        return self._mesh if self.sharding == "hsdp" else self._mesh["shard"]
+        unit: Unit | None = partial(shard, mesh=self._mesh) if self._mesh is not None else None
+        if self.zero is not None and self.spread:
+            unit = self.zero.partition
+        fill_and_shard(model, fill, self.device, unit)
+        return self.zero.wrap(model, trained=trained) if self.zero is not None else model
 
     def found(self) -> str:
         """The sharding that the model really has, whatever was asked for."""
+        if self.zero is not None:
+            return self.zero.found(self._model)
         if isinstance(self._model, FSDPModule):
             return "hsdp" if self._mesh is not None and self._mesh.size(0) > 1 else "fsdp2"
         return "ddp" if isinstance(self._model, DistributedDataParallel) else "none"
 
     def exchange(self) -> Exchange | None:
         """How matrix optimizers share their work; None where there is one process."""
-        if self.world == 1 and not self.spread:
+        group = self._group or (dist.group.WORLD if self.world > 1 else None)
+        if group is None:
             return None
-        group = self._mesh.get_group("shard") if self._mesh is not None else dist.group.WORLD
-        assert group is not None
         payload = torch.bfloat16 if self.settings.exchange == "bf16" else None
-        return Exchange(group, spread=self.spread, payload=payload)
+        return Exchange(group, spread=self._group is not None, payload=payload)
 
     def autocast(self) -> Any:
         """The context of a forward pass under this run's precision."""
@@ -188,23 +172,44 @@ class Parallel:
         elif isinstance(model, FSDPModule):
             model.set_requires_all_reduce(last)
             model.set_is_last_backward(last)
+        elif self.zero is not None:
+            self.zero.accumulate(last=last)
         with quiet, self.autocast():
             yield
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of a micro-batch."""
+        if self.zero is not None:
+            self.zero.backward(loss)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them); returns their global norm.
 
         The norm is a 0-dim float32 tensor over all gradients of the model, the same everywhere.
         """
+        if self.zero is not None:
+            self.zero.collect()
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self._mesh is not None:
+        if self._group is not None:
             square = norm.square()
-            dist.all_reduce(square, group=self._mesh.get_group("shard"))
+            dist.all_reduce(square, group=self._group)
             norm = square.sqrt()
         if max_norm > 0:
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def end_step(self) -> None:
+        """After an update, or in its place: what is only an optimizer's reaches the model."""
+        if self.zero is not None:
+            self.zero.step()
+
+    def publish(self) -> None:
+        """After any other change of the weights: the same."""
+        if self.zero is not None:
+            self.zero.publish()
 
     def gather(self, values: Tensor) -> Tensor:
         """The `values` (n,) of all processes, (world * n,)."""
@@ -241,9 +246,3 @@ class Parallel:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds; in-place changes reach the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _sum(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Replicas' gradients, summed where torch's default is their mean."""
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])

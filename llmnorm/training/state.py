@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llmnorm.models.convert import named_weights
+from llmnorm.optim.fragments import Fragment, master
 from llmnorm.optim.state import named_state
 from llmnorm.part import InputError
 from llmnorm.training.checkpoint import Checkpoints, Interval, State, held, read_meta
@@ -50,13 +51,22 @@ def named_tensors(
 
     Of a sharded tensor it is this process's rows.
     """
-    weights = {name: held(tensor) for name, tensor in named_weights(model).items()}
+    masters = {name: master(p) for name, p in model.named_parameters()}
+    fragments = {name: m for name, m in masters.items() if isinstance(m, Fragment)}
+    weights = {name: held(fragments.get(name, t)) for name, t in named_weights(model).items()}
     average = ema.average if ema else {}
     return {
         **{f"model.{name}": part for name, part in weights.items()},
         **{f"optimizer.{name}": held(t) for name, t in named_state(optimizer, model).items()},
-        **{f"ema.{n}": as_interval(weights[n])._replace(tensor=t) for n, t in average.items()},
+        **{f"ema.{name}": _in_the_place_of(weights[name], t) for name, t in average.items()},
     }
+
+
+def _in_the_place_of(part: torch.Tensor | Interval, data: torch.Tensor) -> torch.Tensor | Interval:
+    """Other numbers where `part` is of a whole tensor."""
+    return (
+        part.like(data) if isinstance(part, Fragment) else as_interval(part)._replace(tensor=data)
+    )
 
 
 def go_on(

@@ -12,19 +12,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import empty_model
 from llmnorm.optim import sharded
+from llmnorm.optim.fragments import Fragment, master
 from llmnorm.optim.groups import matrices, split
 from llmnorm.optim.sharded import Exchange, ShardedRuleOptimizer, owners
 from llmnorm.training.parallel import local
 from tests.distributed.processes import run
 from tests.distributed.tiny import CONFIG, KINDS, OPTIMIZERS, settings_of
 
-# One launch a world: (sharding, replicas) of each.
-WORLDS = {2: [("ddp", 1), ("fsdp2", 1)], 3: [("fsdp2", 1)], 4: [("hsdp", 2)]}
+# One launch a world: (sharding, replicas) of each; DeepSpeed's cuts are made without it.
+WORLDS = {
+    2: [("ddp", 1), ("fsdp2", 1), ("zero2", 1), ("zero3", 1)],
+    3: [("fsdp2", 1), ("zero2", 1), ("zero3", 1)],
+    4: [("hsdp", 2)],
+}
 CELLS = [
     (world, kind, name)
     for world, kinds in WORLDS.items()
@@ -44,6 +49,28 @@ class Matrices(nn.Module):
         super().__init__()
         torch.manual_seed(5)
         self.layers = nn.ModuleList(nn.Linear(c, r, bias=False) for r, c in shapes)
+
+
+def cut_as_zero(shared: Matrices, sharding: str) -> None:
+    """Give every parameter its fragment: of all laid end to end (zero2), or of each (zero3)."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size, start = -(-sum(p.numel() for p in shared.parameters()) // world), 0
+    for parameter in shared.parameters():
+        numel = parameter.numel()
+        size = -(-numel // world) if sharding == "zero3" else size
+        cuts = tuple(min(max(r * size - start, 0), numel) for r in range(world + 1))
+        start += numel if sharding != "zero3" else 0
+        data = parameter.detach().reshape(-1)[cuts[rank] : cuts[rank + 1]].clone()
+        parameter.master = Fragment.of(data, parameter.shape, cuts, rank)
+
+
+def share_of(full: Tensor, part: Tensor) -> Tensor:
+    """What a process holds of a tensor that is laid out as `part`."""
+    if isinstance(part, Fragment):
+        return full.reshape(-1)[part.cuts[part.rank] : part.cuts[part.rank + 1]].clone()
+    if isinstance(part, DTensor):
+        return distribute_tensor(full, part.device_mesh, part.placements)
+    return full.clone()
 
 
 class Counted(list[tuple[str, int]]):
@@ -85,7 +112,9 @@ def exchanged(
     world = dist.get_world_size()
     whole, shared = Matrices(shapes), Matrices(shapes)
     group, spread = dist.group.WORLD, sharding != "ddp"
-    if spread:
+    if sharding.startswith("zero"):
+        cut_as_zero(shared, sharding)
+    elif spread:
         mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("r", "s"))
         fully_shard(shared, mesh=mesh if replicas > 1 else mesh["s"])
         group = mesh.get_group("s")
@@ -93,23 +122,22 @@ def exchanged(
     alone = settings_of(name).build(split(whole))
     exchange = Exchange(group, spread=spread, payload=payload)
     together = settings_of(name).build(split(shared), exchange)
+    parts = [master(parameter) for parameter in shared.parameters()]
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
-        for full, part in zip(whole.parameters(), shared.parameters(), strict=True):
+        for full, part in zip(whole.parameters(), parts, strict=True):
             full.grad = torch.randn(full.shape, generator=generator)
-            part.grad = full.grad.clone()
-            if spread:
-                part.grad = distribute_tensor(full.grad, part.device_mesh, part.placements)
+            part.grad = share_of(full.grad, part)
         alone.step()
         with Counted() as calls:
             together.step()
     difference = 0.0
-    for full, part in zip(whole.parameters(), shared.parameters(), strict=True):
-        found = part.full_tensor() if spread else part
-        difference = max(difference, float((full - found).detach().abs().max()))
+    for full, part in zip(whole.parameters(), parts, strict=True):
+        apart = local(share_of(full.detach(), part)) - local(part.detach())
+        difference = max([difference, *apart.abs().flatten().tolist()])
     return {
         "difference": difference,
-        "sum": sum(float(local(p.detach()).double().sum()) for p in shared.parameters()),
+        "sum": sum(float(local(p.detach()).double().sum()) for p in parts),
         "calls": sorted(call for call, _ in calls),
         "bytes": sum(count for _, count in calls),
         "buckets": len(getattr(together, "buckets", [])),
@@ -146,8 +174,9 @@ class RuleOnAShard(ShardedRuleOptimizer):
         def own_rows() -> dict[int, Tensor]:
             found = wait()
             for matrix in bucket.owned[self.rank]:
-                start, stop = self._cut(matrix, self.rank)
-                found[id(matrix)][:start] = found[id(matrix)][stop:] = 0
+                first, last = self._cut(matrix, self.rank)
+                elements = found[id(matrix)].view(-1)
+                elements[:first] = elements[last:] = 0
             return found
 
         return own_rows

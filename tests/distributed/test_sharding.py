@@ -59,16 +59,15 @@ PAIRS = [
 ]
 
 
-def started(sharding: str, case: str, replicas: int = 1) -> Run:
+def started(sharding: str, case: str, replicas: int = 1, **keys: Any) -> Run:
     """The case's run before its first step."""
     optimizer, _, special = case.partition(", ")
     if special == "frozen":
-        return Run(sharding, optimizer, replicas, frozen=FROZEN)
-    if special:
+        keys["frozen"] = FROZEN
+    elif special:
         # Statistics of a batch are those of its rows on all processes: not the same rows as of one.
-        norm = {"norm": {"name": special, "allow_leak": True}}
-        return Run(sharding, optimizer, replicas, model=norm, micro_batches=1)
-    return Run(sharding, optimizer, replicas)
+        keys |= {"model": {"norm": {"name": special, "allow_leak": True}}, "micro_batches": 1}
+    return Run(sharding, optimizer, replicas, **keys)
 
 
 def everything(directory: Path, rank: int, world: int) -> dict[str, Any]:

@@ -72,6 +72,9 @@ class Run:
         micro_batches: how many a process cuts its rows of a step into.
         dtype: of the weights.
         lr: the matrices' learning rate.
+        precision: of forward passes.
+        deepspeed: other settings of it.
+        parallel: others of `parallel`.
     """
 
     def __init__(
@@ -85,11 +88,16 @@ class Run:
         micro_batches: int = 2,
         dtype: torch.dtype = torch.float64,
         lr: float = 1e-2,
+        precision: str = "fp32",
+        deepspeed: dict[str, Any] | None = None,
+        **parallel: Any,
     ) -> None:
         self.parallel = Parallel(
-            ParallelSettings(sharding=sharding, replicas=replicas),
-            TrainingSettings(steps=1, device="cpu"),
+            ParallelSettings(sharding=sharding, replicas=replicas, **parallel),
+            TrainingSettings(steps=1, device="cpu", precision=precision),
         )
+        if self.parallel.zero is not None:
+            self.parallel.zero.config |= deepspeed or {}
         config = LlmNormConfig(**(CONFIG | SHAPE.get(optimizer, {}) | (model or {})))
         self.model = empty_model(config, device="meta", dtype=dtype).train()
         for name, parameter in self.model.named_parameters():
@@ -109,14 +117,14 @@ class Run:
         share = ROWS // self.parallel.world
         return torch.arange(share) + step * ROWS + self.parallel.rank * share
 
-    def forward_backward(self, step: int) -> float:
-        """Gradients of a step; its loss over all processes."""
+    def forward_backward(self, step: int, scale: float = 1.0) -> float:
+        """Gradients of a step, of its loss times `scale`; the loss over all processes."""
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(3, 40, (ROWS, LENGTH), generator=generator)
         ids = ids[self.rows(step) - step * ROWS]
         micro_batches = [self._asked(part) for part in ids.chunk(self.micro_batches)]
         labels, _ = loop._count(micro_batches, self.parallel)
-        loss = loop._forward_backward(self.replica, micro_batches, labels, self.parallel)
+        loss = loop._forward_backward(self.replica, micro_batches, labels / scale, self.parallel)
         return float(self.parallel.reduce(loss))
 
     def _asked(self, ids: Tensor) -> MicroBatch:
@@ -140,6 +148,7 @@ class Run:
             self.optimizer.step()
             self.statistics.commit()
             self.optimizer.zero_grad(set_to_none=True)
+            self.parallel.end_step()
             after(step)
         return norms
 
@@ -152,9 +161,11 @@ class Run:
         """Every process what it holds."""
         checkpoints = self._in(directory)
         checkpoints.load(checkpoints.find(step), self.state)
+        self.parallel.publish()
 
-    def _in(self, directory: Path) -> Checkpoints:
-        return Checkpoints(directory, keep=9, rank=self.parallel.rank, world=self.parallel.world)
+    def _in(self, directory: Path, **keys: Any) -> Checkpoints:
+        rank, world = self.parallel.rank, self.parallel.world
+        return Checkpoints(directory, keep=9, rank=rank, world=world, **keys)
 
     def equals(self, other: "Run") -> bool:
         """Whether this process holds the same bits in both."""
