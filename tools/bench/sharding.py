@@ -30,7 +30,7 @@ from tests.distributed.tiny import OPTIMIZERS, Run
 CELLS = [
     *((kind, world, 1) for kind in ("ddp", "fsdp2") for world in (2, 3, 4)),
     ("hsdp", 4, 2),
-    *((kind, world, 1) for kind in ("zero1", "zero2", "zero3") for world in (2, 3)),
+    *((kind, world, 1) for kind in ("zero1", "zero2", "zero3") for world in (2, 3, 4)),
 ]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 LR = 1e-3
