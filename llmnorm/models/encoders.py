@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
 
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import LlmNormModel, LlmNormPreTrainedModel
+from llmnorm.models.modeling import LlmNormModel, LlmNormPreTrainedModel, WithLanguageHead
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
 from llmnorm.nn.norms.running import RunningNorm
@@ -47,14 +47,12 @@ class MaskedHead(nn.Module):
         return self.norm(F.gelu(self.dense(hidden)))
 
 
-class LlmNormForMaskedLM(LlmNormPreTrainedModel):
+class LlmNormForMaskedLM(WithLanguageHead):
     """The masked language model: an encoder and BERT's head.
 
     Raises:
         InputError: the mixers look back only.
     """
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LlmNormConfig) -> None:
         super().__init__(config)
@@ -65,7 +63,7 @@ class LlmNormForMaskedLM(LlmNormPreTrainedModel):
                 "gap from one side; nearest: hydra, or `bidirectional: true` where there is one"
             )
         self.head = MaskedHead(config.settings())
-        self.lm_head: nn.Module = LanguageHead(config.hidden_size, config.vocab_size, bias=True)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=True)
         self.post_init()
 
     def forward(
@@ -109,22 +107,6 @@ class LlmNormForMaskedLM(LlmNormPreTrainedModel):
             loss = self._loss(self.head(hidden[counted]), labels[counted], num_items_in_batch)
         result = MaskedLMOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
         return result.to_tuple() if return_dict is False else result
-
-    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | float | None) -> Tensor:
-        if isinstance(self.lm_head, LanguageHead):
-            return self.lm_head(hidden, labels, items)
-        # An adapter around the head: its logits are more than hidden @ weight.
-        return cross_entropy(self.lm_head(hidden), labels, items)
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Hugging Face's hook (a resized vocabulary): a plain linear head becomes ours again."""
-        if type(new_embeddings) is nn.Linear:
-            shape = new_embeddings.in_features, new_embeddings.out_features
-            with torch.device("meta"):
-                head = LanguageHead(*shape, bias=new_embeddings.bias is not None)
-            head.weight, head.bias = new_embeddings.weight, new_embeddings.bias
-            new_embeddings = head
-        self.lm_head = new_embeddings
 
 
 class LlmNormForSequenceClassification(LlmNormPreTrainedModel):

@@ -307,10 +307,31 @@ class LlmNormModel(LlmNormPreTrainedModel):
         return self.rotary(position_ids, wide)
 
 
-class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
-    """The language model: base model and head."""
+class WithLanguageHead(LlmNormPreTrainedModel):
+    """What models share that end in logits over the vocabulary, `lm_head`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    lm_head: nn.Module
+
+    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | float | None) -> Tensor:
+        if isinstance(self.lm_head, LanguageHead):
+            return self.lm_head(hidden, labels, items)
+        # An adapter around the head: its logits are more than hidden @ weight.
+        return cross_entropy(self.lm_head(hidden), labels, items)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Hugging Face's hook (a resized vocabulary): a plain linear head becomes ours again."""
+        if type(new_embeddings) is nn.Linear:
+            shape = new_embeddings.in_features, new_embeddings.out_features
+            with torch.device("meta"):
+                head = LanguageHead(*shape, bias=new_embeddings.bias is not None)
+            head.weight, head.bias = new_embeddings.weight, new_embeddings.bias
+            new_embeddings = head
+        self.lm_head = new_embeddings
+
+
+class LlmNormForCausalLM(WithLanguageHead, GenerationMixin):
+    """The language model: base model and head."""
 
     def __init__(self, config: LlmNormConfig) -> None:
         super().__init__(config)
@@ -320,7 +341,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
                 "model.mixer: looks at later tokens and cannot serve a causal language model; "
                 "LlmNormForMaskedLM can have it"
             )
-        self.lm_head: nn.Module = LanguageHead(config.hidden_size, config.vocab_size)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def forward(
@@ -384,21 +405,6 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
-
-    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | float | None) -> Tensor:
-        if isinstance(self.lm_head, LanguageHead):
-            return self.lm_head(hidden, labels, items)
-        # An adapter around the head: its logits are more than hidden @ weight.
-        return cross_entropy(self.lm_head(hidden), labels, items)
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Hugging Face's hook (a resized vocabulary): a plain linear head becomes ours again."""
-        if type(new_embeddings) is nn.Linear:
-            with torch.device("meta"):
-                head = LanguageHead(new_embeddings.in_features, new_embeddings.out_features)
-            head.weight = new_embeddings.weight
-            new_embeddings = head
-        self.lm_head = new_embeddings
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
