@@ -37,8 +37,13 @@ class Cauchy(QueryKeyFamily):
         data_dependent: bool,
         official_compat: bool,
     ) -> None:
-        super().__init__(heads, longest, qk_dim=qk_dim, data_dependent=data_dependent)
-        self.fixed = longest if official_compat else None
+        super().__init__(
+            heads,
+            longest,
+            qk_dim=qk_dim,
+            data_dependent=data_dependent,
+            official_compat=official_compat,
+        )
         if data_dependent:
             self.bias = nn.Parameter(torch.empty(1))
             self.reset_parameters()

@@ -81,11 +81,24 @@ class QueriesKeys(NamedTuple):
 
 
 class QueryKeyFamily(Family):
-    """A family whose entry (i, j) is made of q_i and k_j."""
+    """A family whose entry (i, j) is made of q_i and k_j.
 
-    def __init__(self, heads: int, longest: int, *, qk_dim: int, data_dependent: bool) -> None:
+    Attributes:
+        fixed: the length that entries are scaled by (`root_of_length`); None: each document's.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        longest: int,
+        *,
+        qk_dim: int,
+        data_dependent: bool,
+        official_compat: bool = False,
+    ) -> None:
         super().__init__()
         self.heads, self.qk_dim, self.data_dependent = heads, qk_dim, data_dependent
+        self.fixed = longest if official_compat else None
         if data_dependent:
             self.convolved = 2 * heads * qk_dim
         else:

@@ -23,18 +23,6 @@ class LowRank(QueryKeyFamily):
 
     activated = True
 
-    def __init__(
-        self,
-        heads: int,
-        longest: int,
-        *,
-        qk_dim: int,
-        data_dependent: bool,
-        official_compat: bool,
-    ) -> None:
-        super().__init__(heads, longest, qk_dim=qk_dim, data_dependent=data_dependent)
-        self.fixed = longest if official_compat else None
-
     def matrix(self, made: QueriesKeys, v: Tensor, context: Context) -> Tensor:
         """Products of queries and keys."""
         q, k = (t.to(wide_dtype(v.dtype)) for t in made)
