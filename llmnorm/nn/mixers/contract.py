@@ -132,7 +132,9 @@ def document_lengths(position_ids: Tensor) -> tuple[int, ...] | None:
 def document_numbers(documents: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
     """(batch, length) the number of each token's document: (2, 1, 3) -> [[0, 0, 1], [2, 2, 2]]."""
     lengths = torch.tensor(documents, device=device)
-    number = torch.repeat_interleave(torch.arange(len(documents), device=device), lengths)
+    number = torch.arange(len(documents), device=device)
+    # Without its size repeat_interleave waits for a GPU to tell it.
+    number = number.repeat_interleave(lengths, output_size=sum(documents))
     return number.view(batch, -1)
 
 
