@@ -248,7 +248,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             position_ids = torch.arange(length, device=hidden.device).unsqueeze(0)
         if documents is not None:
             segments = document_numbers(documents, batch, hidden.device)
-        if segments is not None and self.fixed_shapes:
+        if segments is not None and (self.fixed_shapes or _wide_on_gpu(hidden)):
             mask, documents = document_mask(segments, causal=self.causal), None
         elif documents is not None and hidden.is_cuda:
             boundaries = document_boundaries(documents, hidden.device)
@@ -305,6 +305,12 @@ class LlmNormModel(LlmNormPreTrainedModel):
     def _rotary_tables(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         wide = wide_dtype(hidden.dtype)
         return self.rotary(position_ids, wide)
+
+
+def _wide_on_gpu(hidden: Tensor) -> bool:
+    """Whether the GPU's kernel for documents laid end to end does not serve: it is for bf16."""
+    half = hidden.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
+    return hidden.is_cuda and not half
 
 
 class WithLanguageHead(LlmNormPreTrainedModel):

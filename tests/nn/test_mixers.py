@@ -24,7 +24,6 @@ from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
 from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.mixers.settings import HydraSettings
 from llmnorm.nn.mixers.settings import Mixer as MixerPart
-from llmnorm.nn.mixers.softmax import SoftmaxAttention
 from llmnorm.nn.settings import ModelSettings
 
 BATCH, LENGTH = 3, 11
@@ -223,18 +222,6 @@ def test_documents_never_see_each_other(mixer: dict[str, Any], by_mask: bool) ->
     changed[0, :5] = 7.0
     assert torch.equal(built(changed, context)[0, 5:], out[0, 5:])
     assert not torch.equal(built(changed, context)[0, :5], out[0, :5])
-
-
-@every({k: v for k, v in MIXERS.items() if v["name"] == "softmax"})
-def test_softmax_by_one_mask_is_every_document_by_itself(mixer: dict[str, Any]) -> None:
-    """Oracle: the loop over documents, for what float32 takes on a GPU, and exact isolation."""
-    built, x, context = build(mixer), inputs(), packed()
-    assert isinstance(built, SoftmaxAttention) and context.documents is not None
-    p = built.prepare(x, context)
-    y = built._mix_by_mask(p, context.documents)
-    torch.testing.assert_close(y, built.mix(p, context), rtol=0, atol=1e-13)
-    p.k[0, :5], p.v[0, :5] = 7.0, 7.0
-    assert torch.equal(built._mix_by_mask(p, context.documents)[0, 5:], y[0, 5:])
 
 
 @every(MIXERS)

@@ -12,9 +12,9 @@ With a sliding window a query sees that many tokens, itself included (Beltagy et
 at itself and the block before, so that time and memory are linear in the length.
 
 Rows that hold several documents: each document by itself (no work is spent on pairs that must not
-see each other), in one kernel on a GPU. That kernel wants half precision; wider numbers on a GPU
-get a mask instead, as where the model asks for fixed shapes. Isolation is exact in every way: a
-masked weight is 0.
+see each other), in one kernel on a GPU. A mask where the model asks for fixed shapes, or that
+kernel, which wants half precision, does not serve. Isolation is exact either way: a masked weight
+is 0.
 """
 
 from typing import NamedTuple
@@ -121,8 +121,6 @@ class SoftmaxAttention(Mixer):
 
     def _mix_documents(self, parameters: SoftmaxParameters, context: Context) -> Tensor:
         assert context.documents is not None
-        if parameters.q.is_cuda and parameters.q.dtype not in (torch.bfloat16, torch.float16):
-            return self._mix_by_mask(parameters, context.documents)
         q, k, v = (t.flatten(0, 1) for t in parameters)
         if context.boundaries is not None:
             longest = max(context.documents)
@@ -134,16 +132,6 @@ class SoftmaxAttention(Mixer):
         pieces = [t.transpose(0, 1).unsqueeze(0).split(context.documents, 2) for t in (q, k, v)]
         alone = [self._attend_freely(*qkv).squeeze(0) for qkv in zip(*pieces, strict=True)]
         return torch.cat(alone).view_as(parameters.q)
-
-    def _mix_by_mask(self, parameters: SoftmaxParameters, documents: tuple[int, ...]) -> Tensor:
-        """One kernel where a document at a time would be dozens."""
-        q, k, v = (t.transpose(1, 2) for t in parameters)
-        number = document_numbers(documents, len(q), q.device)
-        mask = self._in_window(document_mask(number, causal=self.causal), q)
-        # torch's kernel for a mask and float32 has no grouped heads; its fallback keeps all scores.
-        if self.heads != self.kv_heads:
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     def _attend_freely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every query to all that the mixer's direction and window let it see."""
@@ -166,8 +154,11 @@ class SoftmaxAttention(Mixer):
         """(batch, heads, length, head_dim) -> (batch, length, heads, head_dim)."""
         if causal and halves_are_faster(q, k):
             return causal_attention(q, k, v).transpose(1, 2)
+        if mask is not None and q.is_cuda and self.heads != self.kv_heads:
+            # The kernel for masks has no grouped heads; torch's fallback keeps all scores.
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )
         return mixed.transpose(1, 2)
 
