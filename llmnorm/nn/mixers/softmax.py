@@ -12,9 +12,9 @@ With a sliding window a query sees that many tokens, itself included (Beltagy et
 at itself and the block before, so that time and memory are linear in the length.
 
 Rows that hold several documents: each document by itself (no work is spent on pairs that must not
-see each other), in one kernel on a GPU. That kernel wants half precision; wider numbers on a GPU
-get a mask instead, as where the model asks for fixed shapes. Isolation is exact in every way: a
-masked weight is 0.
+see each other), in one kernel on a GPU. What that kernel does not serve, float32 above all, gets a
+mask on a GPU, as where the model asks for fixed shapes. Isolation is exact in every way: a masked
+weight is 0.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ from llmnorm.nn.mixers.contract import (
     document_numbers,
 )
 from llmnorm.nn.mixers.rotary import rotate
-from llmnorm.nn.mixers.varlen import varlen_attention
+from llmnorm.nn.mixers.varlen import has_kernel, varlen_attention
 from llmnorm.nn.norms.rms import RMSNorm
 
 
@@ -121,7 +121,7 @@ class SoftmaxAttention(Mixer):
 
     def _mix_documents(self, parameters: SoftmaxParameters, context: Context) -> Tensor:
         assert context.documents is not None
-        if parameters.q.is_cuda and parameters.q.dtype not in (torch.bfloat16, torch.float16):
+        if parameters.q.is_cuda and not has_kernel(parameters.q):
             return self._mix_by_mask(parameters, context.documents)
         q, k, v = (t.flatten(0, 1) for t in parameters)
         if context.boundaries is not None:
