@@ -20,7 +20,15 @@ import time
 from functools import cache
 from pathlib import Path
 
-from llmnorm.gpus import cuda_build, cuda_problem, driver_line, nvidia, output_of
+from llmnorm.gpus import (
+    cuda_build,
+    cuda_problem,
+    driver_line,
+    fla_problem,
+    gated_gradients_problem,
+    nvidia,
+    output_of,
+)
 from llmnorm.part import InputError
 
 # Each extra of pyproject.toml -> the modules by which it is recognised.
@@ -121,7 +129,19 @@ def _extra(name: str) -> str:
         return f"{name}: present"
     code = "; ".join(f"import {module}" for module in EXTRAS[name])
     _, problem = output_of([sys.executable, "-c", code])
-    return f"{name}: {f'installed, but {problem}' if problem else 'present'}"
+    if problem:
+        return f"{name}: installed, but {problem}"
+    return f"{name}: present{_served() if name == 'fla' else ''}"
+
+
+def _served() -> str:
+    """What fla's kernels compute on this machine (llmnorm/nn/mixers/fla.py)."""
+    problem = fla_problem()
+    if problem:
+        return f"; recurrences do without it: {problem}"
+    problem = gated_gradients_problem()
+    but = f", but none with one decay a head: {problem}" if problem else ""
+    return f"; recurrences use its kernels in bf16{but}"
 
 
 def _backends() -> list[str]:

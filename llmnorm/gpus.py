@@ -8,6 +8,7 @@ What would surprise: it asks nvidia-smi, not torch, what is in the machine, beca
 cannot see the GPU is just what has to be found; torch is imported only inside functions.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from llmnorm.part import InputError
@@ -138,6 +140,33 @@ def cuda_problem() -> str | None:
                 f"it was built for sm_{min(built)} and newer, and GPU {index} is sm_{major}{minor}"
             )
     return None if torch.cuda.device_count() else "CUDA starts but finds no device"
+
+
+@cache
+def fla_problem() -> str | None:
+    """Why fla's kernels do not compute the recurrences of mixers here; None where they do."""
+    for module in ("fla", "triton"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    return cuda_problem()
+
+
+@cache
+def gated_gradients_problem() -> str | None:
+    """Why those with one decay a head do not even so; None where they do.
+
+    Source: fla-org/flash-linear-attention issue 640; fla's kernels refuse this themselves.
+    """
+    import torch
+
+    if importlib.util.find_spec("triton") is None or cuda_problem() is not None:
+        return None
+    triton = importlib.metadata.version("triton")
+    number = tuple(int(part) for part in re.findall(r"\d+", triton)[:3])
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    if not hopper or not (3, 4, 0) <= number < (3, 7, 1):
+        return None
+    return f"triton {triton} computes them wrongly on Hopper GPUs, 3.7.1 does not"
 
 
 def _cure(cuda: str | None) -> str:

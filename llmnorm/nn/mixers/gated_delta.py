@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.chunks import (
     Documents,
     decay_matrix,
@@ -127,7 +128,10 @@ class GatedDeltaNet(Mixer):
         p = parameters
         kept = None if cache is None else cache.state
         y, state = delta_recurrence(
-            *(p.q, p.k, p.v, p.b, p.log_decay), segments=context.segments, state=part(kept, 0)
+            *(p.q, p.k, p.v, p.b, p.log_decay),
+            segments=context.segments,
+            boundaries=context.boundaries,
+            state=part(kept, 0),
         )
         if cache is not None:
             assert context.places is not None
@@ -177,14 +181,19 @@ def delta_recurrence(
     log_decay: Tensor | None = None,
     *,
     segments: Tensor | None = None,
+    boundaries: Tensor | None = None,
     state: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """Every y_t, and the state after the last token, both float32 or float64."""
-    wide = wide_dtype(v.dtype)
-    chunk, group = min(chunk, q.shape[1]), v.shape[2] // k.shape[2]
     if log_decay is None:
         log_decay = torch.zeros_like(b)
+    dtype = fla.kernel_dtype(q, k, v, log_decay, widest=fla.WIDEST_DELTA_KEY)
+    if dtype is not None:
+        apart = {"segments": segments, "boundaries": boundaries}
+        return fla.delta(q, k, v, b, log_decay, dtype, state=state, **apart)
+    wide = wide_dtype(v.dtype)
+    chunk, group = min(chunk, q.shape[1]), v.shape[2] // k.shape[2]
     if state is None:
         state = v.new_zeros(len(v), v.shape[2], q.shape[3], v.shape[3], dtype=wide)
     q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)

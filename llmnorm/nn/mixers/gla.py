@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.chunks import Documents, in_blocks, whole_chunks
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.norms.rms import RMSNorm
@@ -94,7 +95,10 @@ class GatedLinearAttention(Mixer):
         q, k, v, log_gate, _ = parameters
         kept = None if cache is None else cache.state
         y, state = channel_recurrence(
-            q, k, v, log_gate, segments=context.segments, state=part(kept, 0)
+            *(q, k, v, log_gate),
+            segments=context.segments,
+            boundaries=context.boundaries,
+            state=part(kept, 0),
         )
         if cache is not None:
             assert context.places is not None
@@ -129,6 +133,7 @@ def channel_recurrence(
     log_gate: Tensor,
     *,
     segments: Tensor | None = None,
+    boundaries: Tensor | None = None,
     state: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
@@ -137,6 +142,10 @@ def channel_recurrence(
     Returns:
         y (batch, length, heads, value_dim) and the state after the last token, float32 or float64.
     """
+    dtype = fla.kernel_dtype(q, k, v, log_gate)
+    if dtype is not None:
+        apart = {"segments": segments, "boundaries": boundaries}
+        return fla.channel(q, k, v, log_gate, dtype, state=state, **apart)
     wide = wide_dtype(v.dtype)
     chunk = min(chunk, q.shape[1])
     if state is None:

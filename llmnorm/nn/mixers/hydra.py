@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, Mixer, causal_mask, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.fla import flipped
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
 from llmnorm.nn.mixers.ssd import initial_dt_bias, semiseparable_matrix, time_steps
 from llmnorm.nn.norms.rms import RMSNorm
@@ -125,7 +126,7 @@ class Hydra(Mixer):
     def mix(self, parameters: HydraParameters, context: Context, cache: None = None) -> Tensor:
         """Both scans, shifted, and the diagonal."""
         p, shifted = parameters, self.combination == "quasiseparable"
-        both = both_scans(p.forward, p.backward, p.v, context.segments, shifted=shifted)
+        both = both_scans(p.forward, p.backward, p.v, context, shifted=shifted)
         if self.combination == "concat":
             return torch.stack(both, 3).flatten(2, 3).to(p.v.dtype)
         y = both[0] + both[1]
@@ -159,7 +160,7 @@ def both_scans(
     forward: Direction,
     backward: Direction,
     v: Tensor,
-    segments: Tensor | None,
+    context: Context,
     *,
     shifted: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -167,9 +168,11 @@ def both_scans(
 
     shifted: itself not included, and read by the C of its neighbour.
     """
-    before = _scan(forward, v, segments, shifted)
+    segments, boundaries = context.segments, context.boundaries
+    before = _scan(forward, v, segments, boundaries, shifted)
     segments = None if segments is None else segments.flip(1)
-    return before, _scan(_flip(backward), v.flip(1), segments, shifted).flip(1)
+    boundaries = flipped(boundaries, v.shape[1])
+    return before, _scan(_flip(backward), v.flip(1), segments, boundaries, shifted).flip(1)
 
 
 def both_triangles(
@@ -183,10 +186,14 @@ def _flip(direction: Direction) -> Direction:
     return Direction(*(t.flip(1) for t in direction))
 
 
-def _scan(p: Direction, v: Tensor, segments: Tensor | None, shifted: bool) -> Tensor:
+def _scan(
+    p: Direction, v: Tensor, segments: Tensor | None, boundaries: Tensor | None, shifted: bool
+) -> Tensor:
     """What the state holds in i's document; shifted, row i has it of the tokens before i."""
     written = v * p.dt[..., None]
-    y, _ = linear_recurrence(p.C, p.B, written, p.log_decay, segments=segments)
+    y, _ = linear_recurrence(
+        p.C, p.B, written, p.log_decay, segments=segments, boundaries=boundaries
+    )
     if not shifted:
         return y
     y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))

@@ -15,8 +15,9 @@ h // (heads / groups). Inside: n chunk, b batch, g group, r head of the group, c
 chunk. "By head" is (n, b, g, r, c, dim); "merged" is a matrix (n, b, g, r c, dim) of the readers of
 one state, or (n, b, g, c, r dim) of its writers.
 
-Surprises. Documents are isolated to the bit; only inf and nan pass within a chunk. All is float32
-(float64 for float64 input). A token whose k (or v) and g are 0 leaves the state as it is: so
+Surprises. On a GPU fla's kernels may take over, in their precision (fla.py). Here documents are
+isolated to the bit; only inf and nan pass within a chunk. All is float32 (float64 for float64
+input). A token whose k (or v) and g are 0 leaves the state as it is: so
 padding is told. Rows go in blocks of a few chunks, whose temporaries stay in the processor's cache,
 and the backward pass makes a block's W and S again, so that only inputs and one state a block are
 kept.
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.chunks import Documents, decays, whole_chunks
 from llmnorm.nn.precision import wide_dtype
 
@@ -44,6 +46,7 @@ def linear_recurrence(
     log_decay: Tensor | None = None,
     *,
     segments: Tensor | None = None,
+    boundaries: Tensor | None = None,
     state: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
@@ -55,12 +58,17 @@ def linear_recurrence(
         v: what is written.
         log_decay: at most 0; None: no decay.
         segments: (batch, length) numbers of the documents, which begin with an empty state.
+        boundaries: where they start (Context), if known; only fla's kernels ask.
         state: what came before the first token; None: nothing.
         chunk: tokens a chunk; changes time and memory, and numbers by rounding only.
 
     Returns:
         y (batch, length, max(q_heads, v_heads), V) and state, both float32 or float64.
     """
+    dtype = fla.kernel_dtype(q, k, v, log_decay)
+    if dtype is not None:
+        apart = {"segments": segments, "boundaries": boundaries}
+        return fla.linear(q, k, v, log_decay, dtype, state=state, **apart)
     wide, length = wide_dtype(v.dtype), q.shape[1]
     chunk = min(chunk, length)
     if state is None:

@@ -113,7 +113,10 @@ class SSD(Mixer):
         kept = None if cache is None else cache.state
         written = p.v * p.dt[..., None]
         y, state = linear_recurrence(
-            p.C, p.B, written, p.log_decay, segments=context.segments, state=part(kept, 0)
+            *(p.C, p.B, written, p.log_decay),
+            segments=context.segments,
+            boundaries=context.boundaries,
+            state=part(kept, 0),
         )
         if cache is not None:
             assert context.places is not None

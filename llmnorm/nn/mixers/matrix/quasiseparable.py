@@ -87,7 +87,7 @@ class Quasiseparable(Family):
 
     def mix(self, made: Made, v: Tensor, context: Context) -> Tensor:
         """Both scans, and the diagonal."""
-        before, behind = both_scans(made.forward, made.backward, v, context.segments)
+        before, behind = both_scans(made.forward, made.backward, v, context)
         return (before + behind + made.delta[..., None] * v).to(v.dtype)
 
     def flops_per_token(self, context_length: int, head_dim: int) -> float:

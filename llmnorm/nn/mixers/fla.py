@@ -1,0 +1,177 @@
+"""The recurrences by the Triton kernels of fla-core (Yang & Zhang 2024, flash-linear-attention).
+
+`kernel_dtype` alone chooses between them and the engines of linear_recurrence.py, gla.py and
+gated_delta.py, which call the three functions below where it names a dtype. The mapping, ours to
+fla's: q is scaled already (scale=1); log_decay, log_gate -> g, float32; b -> beta; state (batch,
+heads, K, V) -> initial_state and final_state; boundaries of documents -> cu_seqlens, the rows laid
+end to end, one state a document. What is given and returned is as in those files.
+
+Precision: bf16 where one of q, k and v is bf16 (decays, sums and the states handed over stay
+float32; between chunks the forward pass keeps bf16 states), else float32 inputs with TF32 products,
+and that only where torch was told to allow them (torch.set_float32_matmul_precision("high")).
+Surprises: fla has no grouped heads but for the delta rule's values, so keys or values are repeated;
+its kernels choose their tiles by timing, so two runs agree up to rounding only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmnorm.gpus import fla_problem, gated_gradients_problem
+
+SHORTEST = 64  # tokens; fewer, as in decoding, fill no chunk
+WIDEST_DELTA_KEY = 256
+
+
+def kernel_dtype(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, *, widest: int | None = None
+) -> torch.dtype | None:
+    """What fla's kernels compute a recurrence in; None: ours serves it.
+
+    Ours takes what is not on a GPU with fla (`llmnorm doctor` says why), float64, float16 (whose
+    range the states leave), float32 unless TF32 is allowed, rows under 64 tokens, odd widths, keys
+    wider than `widest`, keys given once for all rows, everything where deterministic algorithms are
+    asked for, and one decay a head where Triton gets its gradients wrong (Hopper, before 3.7.1).
+    """
+    if not q.is_cuda or q.shape[1] < SHORTEST:
+        return None
+    usable, tf32, gated_gradients = _environment()
+    dtypes = {q.dtype, k.dtype, v.dtype}
+    if not usable or not dtypes <= {torch.bfloat16, torch.float32}:
+        return None
+    if torch.bfloat16 not in dtypes and not tf32:
+        return None
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+        return None
+    if q.shape[3] % 2 or v.shape[3] % 2 or (widest is not None and q.shape[3] > widest):
+        return None
+    if decay is not None and decay.ndim == 3 and not gated_gradients:
+        return None
+    return torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _environment() -> tuple[bool, bool, bool]:
+    """Whether there are kernels to use, TF32 is allowed, gradients through decays are right."""
+    usable = fla_problem() is None and not torch.are_deterministic_algorithms_enabled()
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return usable, tf32, gated_gradients_problem() is None
+
+
+def linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    segments: Tensor | None = None,
+    boundaries: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """linear_recurrence by chunk_simple_gla."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    heads = max(q.shape[2], v.shape[2])
+    readers = heads // v.shape[2]
+    q, k, v = (_repeated(t, heads // t.shape[2], 2).to(dtype) for t in (q, k, v))
+    inputs = {"q": q, "k": k, "v": v}
+    if log_decay is not None:
+        inputs["g"] = _repeated(log_decay, readers, 2).float()
+    if state is not None:
+        state = _repeated(state, readers, 1)
+    y, after = _run(chunk_simple_gla, inputs, segments, boundaries, state)
+    return y, after[:, ::readers]
+
+
+def channel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    dtype: torch.dtype,
+    *,
+    segments: Tensor | None = None,
+    boundaries: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """channel_recurrence by chunk_gla."""
+    from fla.ops.gla import chunk_gla
+
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    inputs = {"q": q, "k": k, "v": v, "g": log_gate.float()}
+    return _run(chunk_gla, inputs, segments, boundaries, state)
+
+
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    dtype: torch.dtype,
+    *,
+    segments: Tensor | None = None,
+    boundaries: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """delta_recurrence by chunk_gated_delta_rule."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    inputs = {"q": q, "k": k, "v": v, "g": log_decay.float(), "beta": b.float()}
+    return _run(chunk_gated_delta_rule, inputs, segments, boundaries, state)
+
+
+def document_starts(segments: Tensor) -> Tensor:
+    """`Context.boundaries` from the documents' numbers (batch, length); waits for the GPU."""
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return F.pad(first.flatten().nonzero().flatten(), (0, 1), value=segments.numel()).int()
+
+
+def flipped(boundaries: Tensor | None, length: int) -> Tensor | None:
+    """The boundaries of the same rows, each of `length` tokens, read from behind.
+
+    [0, 2, 3, 6] with length 3, documents of 2 and 1, and 3 -> [0, 1, 3, 6].
+    """
+    if boundaries is None:
+        return None
+    starts = boundaries[:-1]
+    ends = (2 * (starts // length) + 1) * length - starts
+    return F.pad(ends.sort().values, (1, 0)).to(boundaries.dtype)
+
+
+@torch.compiler.disable
+def _run(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    inputs: dict[str, Tensor],
+    segments: Tensor | None,
+    boundaries: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y and the states behind the rows, float32."""
+    told: dict[str, Any] = {"scale": 1.0, "output_final_state": True}
+    if state is not None:
+        state = state.float()
+    if segments is None:
+        y, after = kernel(**inputs, initial_state=state, **told)
+        return y.float(), after
+    if boundaries is None:
+        boundaries = document_starts(segments)
+    batch, length = segments.shape
+    # The first and the last document of every row: the one the state is for, and the one it is of.
+    rows = length * torch.arange(batch, device=boundaries.device, dtype=boundaries.dtype)
+    first = torch.searchsorted(boundaries, rows)
+    last = F.pad(first[1:], (0, 1), value=len(boundaries) - 1) - 1
+    if state is not None:
+        state = state.new_zeros(len(boundaries) - 1, *state.shape[1:]).index_copy(0, first, state)
+    inputs = {name: t.flatten(0, 1).unsqueeze(0) for name, t in inputs.items()}
+    y, after = kernel(**inputs, initial_state=state, cu_seqlens=boundaries, **told)
+    return y.squeeze(0).unflatten(0, (batch, length)).float(), after[last]
+
+
+def _repeated(t: Tensor, times: int, dim: int) -> Tensor:
+    return t if times == 1 else t.repeat_interleave(times, dim)
