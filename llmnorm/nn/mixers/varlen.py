@@ -2,12 +2,25 @@
 
 Shapes: q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), boundaries (documents +
 1,) int32. Both kernels want bf16 or fp16 and neither has a CPU form, so the imports wait for a GPU.
+Both are single operators to a compiler, which sees no more of the documents than `boundaries`.
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmnorm.nn.precision import product_dtype
+
+FLASH_ATTN = find_spec("flash_attn") is not None
+# Before, torch takes fewer heads of keys without being asked, and refuses to be asked.
+ASK_FOR_GROUPS = torch.__version__ >= "2.12"
+
+
+def serves(hidden: Tensor) -> bool:
+    """Whether a kernel can serve queries that are projected from `hidden`."""
+    return hidden.is_cuda and product_dtype(hidden) in (torch.bfloat16, torch.float16)
 
 
 def varlen_attention(
@@ -20,13 +33,13 @@ def varlen_attention(
     *,
     causal: bool = True,
 ) -> Tensor:
-    """Each document's attention, (tokens, heads, head_dim); `longest`: its most tokens.
+    """Each document's attention, (tokens, heads, head_dim); none has more than `longest` tokens.
 
     A query sees `window` tokens, itself included; None: all before it, and (causal=False) after it.
     """
     # Both kernels count the tokens before and after the query; -1 is all of them.
     around = (-1 if window is None else window - 1, 0 if causal else -1)
-    if find_spec("flash_attn") is not None:
+    if FLASH_ATTN:
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
@@ -42,6 +55,9 @@ def varlen_attention(
         )
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped: dict[str, Any] = {}
+    if ASK_FOR_GROUPS and q.shape[1] != k.shape[1]:
+        grouped["enable_gqa"] = True
     mixed = varlen_attn(
         q,
         k,
@@ -51,7 +67,7 @@ def varlen_attention(
         longest,
         longest,
         window_size=around,
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     assert isinstance(mixed, torch.Tensor)
     return mixed
