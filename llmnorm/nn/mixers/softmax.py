@@ -12,9 +12,8 @@ With a sliding window a query sees that many tokens, itself included (Beltagy et
 at itself and the block before, so that time and memory are linear in the length.
 
 Rows that hold several documents: each document by itself (no work is spent on pairs that must not
-see each other), in one kernel on a GPU. A mask where the model asks for fixed shapes, or that
-kernel, which wants half precision, does not serve. Isolation is exact either way: a masked weight
-is 0.
+see each other), in one kernel on a GPU. A mask where that kernel does not serve (it wants half
+precision), or a compiler wants fixed shapes. Isolation is exact either way: a masked weight is 0.
 """
 
 from typing import NamedTuple
@@ -25,16 +24,15 @@ from torch import Tensor
 
 from llmnorm.nn.cache import KeyValues
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.causal import causal_attention, halves_are_faster
 from llmnorm.nn.mixers.contract import (
     Context,
     Mixer,
     causal_mask,
     document_mask,
-    document_numbers,
 )
 from llmnorm.nn.mixers.rotary import rotate
-from llmnorm.nn.mixers.varlen import varlen_attention
 from llmnorm.nn.norms.rms import RMSNorm
 
 
@@ -100,6 +98,8 @@ class SoftmaxAttention(Mixer):
         self, parameters: SoftmaxParameters, context: Context, cache: KeyValues | None = None
     ) -> Tensor:
         """Attend over the new tokens, or over the cache after appending them."""
+        if context.boundaries is not None:
+            return self._mix_in_one(context.boundaries, parameters, context)
         if context.documents is not None:
             return self._mix_documents(parameters, context)
         q, k, v = (t.transpose(1, 2) for t in parameters)
@@ -119,15 +119,25 @@ class SoftmaxAttention(Mixer):
         behind = places.index[:, None, :, None] - positions[:, None, None, :]
         return self._attend(q, keys, values, (behind >= 0) & (behind < self.sliding_window))
 
+    def _mix_in_one(
+        self, boundaries: Tensor, parameters: SoftmaxParameters, context: Context
+    ) -> Tensor:
+        if not varlen.has_kernel(parameters.q):
+            q, k, v = (t.transpose(1, 2) for t in parameters)
+            assert context.segments is not None
+            mask = document_mask(context.segments, causal=self.causal)
+            return self._attend(q, k, v, self._in_window(mask, q))
+        q, k, v = (t.flatten(0, 1) for t in parameters)
+        # A row's length is the same in every step: a compiler need not know more.
+        longest = parameters.q.shape[1] if context.documents is None else max(context.documents)
+        mixed = varlen.attention(
+            q, k, v, boundaries, longest, self.sliding_window, causal=self.causal
+        )
+        return mixed.view_as(parameters.q)
+
     def _mix_documents(self, parameters: SoftmaxParameters, context: Context) -> Tensor:
         assert context.documents is not None
         q, k, v = (t.flatten(0, 1) for t in parameters)
-        if context.boundaries is not None:
-            longest = max(context.documents)
-            mixed = varlen_attention(
-                q, k, v, context.boundaries, longest, self.sliding_window, causal=self.causal
-            )
-            return mixed.view_as(parameters.q)
         # `split`, not slices: its backward is one concatenation.
         pieces = [t.transpose(0, 1).unsqueeze(0).split(context.documents, 2) for t in (q, k, v)]
         alone = [self._attend_freely(*qkv).squeeze(0) for qkv in zip(*pieces, strict=True)]
@@ -172,9 +182,8 @@ class SoftmaxAttention(Mixer):
         """The attention weights (batch, heads, length, length)."""
         q, k, _ = parameters
         visible = context.mask
-        if context.documents is not None:
-            number = document_numbers(context.documents, len(q), q.device)
-            visible = document_mask(number, causal=self.causal)
+        if context.segments is not None:
+            visible = document_mask(context.segments, causal=self.causal)
         if visible is None:
             visible = causal_mask(q.shape[1], q.device)
             visible = visible if self.causal else torch.ones_like(visible)
