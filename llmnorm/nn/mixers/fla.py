@@ -9,6 +9,7 @@ end to end, one state a document. What is given and returned is as in those file
 Precision: bf16 where one of q, k and v is bf16 (decays, sums and the states handed over stay
 float32; between chunks the forward pass keeps bf16 states), else float32 inputs with TF32 products,
 and that only where torch was told to allow them (torch.set_float32_matmul_precision("high")).
+Linear attention and NaLa, whose features are float32, take TF32 products where q is bf16, too.
 Surprises: fla has no grouped heads but for the delta rule's values, so keys or values are repeated;
 its kernels choose their tiles by timing, so two runs agree up to rounding only.
 """
@@ -66,8 +67,8 @@ def linear(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    dtype: torch.dtype,
     *,
+    dtype: torch.dtype,
     segments: Tensor | None = None,
     boundaries: Tensor | None = None,
     state: Tensor | None = None,
@@ -92,8 +93,8 @@ def channel(
     k: Tensor,
     v: Tensor,
     log_gate: Tensor,
-    dtype: torch.dtype,
     *,
+    dtype: torch.dtype,
     segments: Tensor | None = None,
     boundaries: Tensor | None = None,
     state: Tensor | None = None,
@@ -112,8 +113,8 @@ def delta(
     v: Tensor,
     b: Tensor,
     log_decay: Tensor,
-    dtype: torch.dtype,
     *,
+    dtype: torch.dtype,
     segments: Tensor | None = None,
     boundaries: Tensor | None = None,
     state: Tensor | None = None,

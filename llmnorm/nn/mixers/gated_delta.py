@@ -191,7 +191,7 @@ def delta_recurrence(
     dtype = fla.kernel_dtype(q, k, v, log_decay, widest=fla.WIDEST_DELTA_KEY)
     if dtype is not None:
         apart = {"segments": segments, "boundaries": boundaries}
-        return fla.delta(q, k, v, b, log_decay, dtype, state=state, **apart)
+        return fla.delta(q, k, v, b, log_decay, dtype=dtype, state=state, **apart)
     wide = wide_dtype(v.dtype)
     chunk, group = min(chunk, q.shape[1]), v.shape[2] // k.shape[2]
     if state is None:

@@ -145,7 +145,7 @@ def channel_recurrence(
     dtype = fla.kernel_dtype(q, k, v, log_gate)
     if dtype is not None:
         apart = {"segments": segments, "boundaries": boundaries}
-        return fla.channel(q, k, v, log_gate, dtype, state=state, **apart)
+        return fla.channel(q, k, v, log_gate, dtype=dtype, state=state, **apart)
     wide = wide_dtype(v.dtype)
     chunk = min(chunk, q.shape[1])
     if state is None:

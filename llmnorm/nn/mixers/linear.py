@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs, visible_tokens
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.linear_recurrence import CHUNK, flops_per_token, linear_recurrence
-from llmnorm.nn.mixers.normalised_sums import normalised_sums
+from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_by_kernel
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
@@ -139,7 +140,8 @@ class LinearAttention(Mixer):
         shape = len(p.v), self.kv_heads, self.feature_dim
         states = kept or tuple(p.v.new_zeros(*shape, n, dtype=wide) for n in (self.head_dim, 1))
         q, k, v = (t.to(wide) for t in (p.q, p.k, p.v))
-        y, total, *after = self._sums(q, k, v, states[:2], context)
+        by_kernel = fla.kernel_dtype(p.q, p.k, p.v, None) is not None
+        y, total, *after = self._sums(q, k, v, states[:2], context, by_kernel)
         if cache is not None:
             assert context.places is not None
             _, keys, _, turned_keys = self.both_features(
@@ -150,15 +152,22 @@ class LinearAttention(Mixer):
         return (y / self._denominator(total, p, context)).to(p.v.dtype)
 
     def _sums(
-        self, q: Tensor, k: Tensor, v: Tensor, states: State, context: Context
+        self, q: Tensor, k: Tensor, v: Tensor, states: State, context: Context, by_kernel: bool
     ) -> tuple[Tensor, ...]:
         """Numerator, normaliser, and both states behind the last token."""
+
+        def sums(boundaries: Tensor | None, row: tuple[Any, ...]) -> tuple[Tensor, ...]:
+            if by_kernel:
+                return sums_by_kernel(self.both_features, states, *row, boundaries=boundaries)
+            return normalised_sums(self.both_features, states, *row)
+
         row: tuple[Any, ...] = (q, k, v, context.cos, context.sin, context.real, context.segments)
-        before = normalised_sums(self.both_features, states, *row)
+        before = sums(context.boundaries, row)
         if self.causal:
             return before
         row = tuple(None if t is None else t.flip(1) for t in row)
-        after = (t.flip(1) for t in normalised_sums(self.both_features, states, *row)[:2])
+        behind = sums(fla.flipped(context.boundaries, q.shape[1]), row)
+        after = (t.flip(1) for t in behind[:2])
         # Both directions count the token itself.
         repeats = self.heads // self.kv_heads
         q, k, turned_q, turned_k = self.both_features(q, k, context.cos, context.sin, context.real)

@@ -68,7 +68,7 @@ def linear_recurrence(
     dtype = fla.kernel_dtype(q, k, v, log_decay)
     if dtype is not None:
         apart = {"segments": segments, "boundaries": boundaries}
-        return fla.linear(q, k, v, log_decay, dtype, state=state, **apart)
+        return fla.linear(q, k, v, log_decay, dtype=dtype, state=state, **apart)
     wide, length = wide_dtype(v.dtype), q.shape[1]
     chunk = min(chunk, length)
     if state is None:

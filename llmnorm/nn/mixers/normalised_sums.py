@@ -10,7 +10,8 @@ states (batch, groups, F, V) of the numerator and (batch, groups, F, 1) of the n
 batch, n chunk, c place in it, g group, r head of the group.
 
 Features are made block by block from q and k, and made again in the backward pass: they are several
-times as wide as q and k, and are never held for a whole row.
+times as wide as q and k, and are never held for a whole row. `sums_by_kernel` does the same by
+fla's kernel on a GPU, whole rows at once; it too makes features again in the backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.chunks import Documents, whole_chunks
 from llmnorm.nn.mixers.linear_recurrence import (
     CHUNK,
@@ -67,6 +70,57 @@ def normalised_sums(
     chunk = min(chunk, q.shape[1])
     segments = whole_chunks((v,), segments, chunk)[1]
     return _Sums.apply(features, chunk, q, k, v, cos, sin, real, segments, *states)
+
+
+def sums_by_kernel(
+    features: Features,
+    states: tuple[Tensor, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    real: Tensor | None,
+    segments: Tensor | None,
+    *,
+    boundaries: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """As normalised_sums, in float32: the numerator by fla's kernel, whose products are TF32.
+
+    That rounds less than bf16 has rounded q and k already. The normaliser, which divides, is ours.
+    """
+
+    def sums(q: Tensor, k: Tensor, v: Tensor, state: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, turned_q, turned_k = features(q, k, cos, sin, real)
+            apart = {"segments": segments, "boundaries": boundaries, "state": state}
+            numerator, state = fla.linear(turned_q, turned_k, v, None, dtype=torch.float32, **apart)
+            running, keys = _running_sum(k.flatten(2), keys.flatten(1), segments)
+            running = running.unflatten(2, (k.shape[2], 1, -1))
+            normaliser = (q.unflatten(2, (k.shape[2], -1)) * running).sum(-1, keepdim=True)
+            return numerator, normaliser.flatten(2, 3), state, keys.view(*state.shape[:3], 1)
+
+    return checkpoint(sums, q, k, v, *states, use_reentrant=False, preserve_rng_state=False)
+
+
+def _running_sum(k: Tensor, before: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums over each document up to each token: k (b, length, d), before (b, d) -> the same shapes.
+
+    Documents count from where they start, the first one of a row on top of `before`.
+    """
+    length = k.shape[1]
+    if segments is None:
+        segments = torch.zeros(k.shape[:2], dtype=torch.long, device=k.device)
+    k, segments = whole_chunks((k,), segments, CHUNK)
+    k, number = k.unflatten(1, (-1, CHUNK)), segments.unflatten(1, (-1, CHUNK))  # (b, n, c, ..)
+    last = torch.cat((segments[:, :1], number[..., -1]), 1)  # of `before`, then of every chunk
+    ends = (number == number[..., -1:]).to(k.dtype).unsqueeze(2) @ k
+    seen = (last[:, :, None] == last[:, None, :]).tril().to(k.dtype)
+    carried = seen @ torch.cat((before[:, None], ends.squeeze(2)), 1)
+    same = (number[..., :, None] == number[..., None, :]).tril().to(k.dtype)
+    continues = (number == last[:, :-1, None]).to(k.dtype).unsqueeze(3)
+    running = same @ k + continues * carried[:, :-1, None]
+    return running.flatten(1, 2)[:, :length], carried[:, -1]
 
 
 class _Sums(torch.autograd.Function):
