@@ -33,8 +33,11 @@ class LanguageHead(Linear):
     """The output head: logits, or the loss itself when labels are given.
 
     The loss is computed inside this module's forward, where wrappers that shard parameters have the
-    weight whole.
+    weight whole. `compiled` (set by who compiles the blocks): on a GPU one kernel makes the logits'
+    gradient and the losses.
     """
+
+    compiled = False
 
     def __init__(self, hidden_size: int, vocab_size: int, *, bias: bool = False) -> None:
         super().__init__(hidden_size, vocab_size, bias=bias)
@@ -46,7 +49,12 @@ class LanguageHead(Linear):
         if labels is None:
             return super().forward(hidden)
         return linear_cross_entropy(
-            hidden.flatten(0, -2), self.weight, labels.flatten(), items, bias=self.bias
+            hidden.flatten(0, -2),
+            self.weight,
+            labels.flatten(),
+            items,
+            bias=self.bias,
+            compiled=self.compiled and hidden.is_cuda,
         )
 
 
@@ -58,6 +66,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     chunk: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Sum of the real labels' cross-entropies over `items`, a scalar in float32 (or float64).
 
@@ -68,21 +77,22 @@ def linear_cross_entropy(
         items: what to divide by, e.g. the real labels of all micro batches and processes; the real
             labels of this call if None (1 if there are none).
         bias: (vocabulary,), added to the logits.
-        chunk: tokens at a time; `chunk_size(vocabulary)` if None.
+        chunk: tokens at a time; `chunk_size` if None.
+        compiled: let torch's compiler fuse what is done to the logits.
     """
     device = hidden.device.type
     dtype = product_dtype(weight)
     if items is None:
         items = (labels != IGNORED).sum().clamp(min=1)
     scale = 1 / torch.as_tensor(items, dtype=wide_dtype(dtype), device=hidden.device)
-    chunk = chunk or chunk_size(weight.shape[0])
+    chunk = chunk or chunk_size(weight)
     # Inside a Function neither tells: needs_input_grad is true without gradients too.
     wanted = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     ]
     with torch.autocast(device, enabled=False):
-        return _Loss.apply(hidden, weight, bias, labels, scale, chunk, dtype, wanted)
+        return _Loss.apply(hidden, weight, bias, labels, scale, chunk, dtype, wanted, compiled)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, items: Tensor | float | None = None) -> Tensor:
@@ -99,38 +109,37 @@ def cross_entropy(logits: Tensor, labels: Tensor, items: Tensor | float | None =
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of every token (tokens,), 0 where the label is -100; without gradients."""
-    losses = [
-        _chunk(part, weight, part_labels)[1]
-        for part, part_labels in zip(
-            hidden.split(chunk_size(weight.shape[0])),
-            labels.split(chunk_size(weight.shape[0])),
-            strict=True,
-        )
-    ]
+    chunk = chunk_size(weight)
+    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    losses = [_softmax(_logits(part, weight), its)[1] for part, its in parts]
     return torch.cat(losses)
 
 
-def chunk_size(vocabulary: int) -> int:
-    """Tokens at a time, from the vocabulary alone: about 2 million logits, at least 512 tokens.
+# Of a chunk; a CPU's caches are small, a GPU wants to be full.
+LOGITS = {"cpu": 2**21, "cuda": 2**26}
+
+
+def chunk_size(weight: Tensor) -> int:
+    """Tokens at a time, from device and vocabulary alone: LOGITS, but at least 512 tokens.
 
     Measured on a CPU, forward and backward (tools/bench/nn.py): re-reading the weight's gradient
     costs 6 % at 256 tokens and a vocabulary of 32k against 512; beyond 512, and for a vocabulary of
     4k from 128 on, nothing is gained.
     """
-    return max(512, 2**21 // vocabulary)
+    return max(512, LOGITS.get(weight.device.type, LOGITS["cuda"]) // len(weight))
 
 
-def _chunk(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    logits = product(hidden.to(weight.dtype), weight)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities (tokens, vocabulary) and losses (tokens,), in float32 or float64.
 
     The normaliser is taken from the largest logit and its probability, log sum exp(l) = max l -
     log(max p), which cannot underflow as -log(p[label]) can: two reads instead of a pass of exp.
     """
-    logits = product(hidden.to(weight.dtype), weight)
-    if bias is not None:
-        logits += bias
     wide = wide_dtype(logits.dtype)
     largest = logits.amax(-1).to(wide)
     picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -141,6 +150,26 @@ def _chunk(
         probabilities = F.softmax(logits, -1, dtype=wide)
     normaliser = largest - probabilities.amax(-1).log_()
     return probabilities, (normaliser - picked).masked_fill_(labels == IGNORED, 0)
+
+
+def _by_parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(logits) - onehot(labels) in the logits' dtype, and the losses (tokens,)."""
+    dtype = logits.dtype
+    gradient, losses = _softmax(logits, labels)
+    rows = torch.arange(len(labels), device=labels.device)
+    gradient[rows, labels.clamp(min=0)] -= 1
+    return gradient.to(dtype), losses
+
+
+@torch.compile
+def _in_one_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same."""
+    wide = logits.to(wide_dtype(logits.dtype))
+    label = labels.clamp(min=0).unsqueeze(-1)
+    normaliser = wide.logsumexp(-1, keepdim=True)
+    losses = (normaliser - wide.gather(-1, label)).squeeze(-1).masked_fill(labels == IGNORED, 0)
+    hit = torch.arange(wide.shape[-1], device=labels.device) == label
+    return ((wide - normaliser).exp() - hit.to(wide.dtype)).to(logits.dtype), losses
 
 
 class _Loss(torch.autograd.Function):
@@ -155,6 +184,7 @@ class _Loss(torch.autograd.Function):
         chunk: int,
         dtype: torch.dtype,
         wanted: list[bool],
+        compiled: bool,
     ) -> Tensor:
         wide = wide_dtype(dtype)
         head = weight.to(dtype)
@@ -165,14 +195,16 @@ class _Loss(torch.autograd.Function):
         weight_grad = sum_of_weight_gradients(weight, wide) if wants_weight else None
         bias_grad = weight.new_zeros(len(weight), dtype=wide) if wants_bias else None
         real = (labels != IGNORED).to(wide).mul_(scale).unsqueeze(1)
-        rows = torch.arange(min(chunk, len(labels)), device=hidden.device)
+        work = _in_one_kernel if compiled else _by_parts
         for first in range(0, len(labels), chunk):
             part = slice(first, first + chunk)
-            gradient, losses = _chunk(hidden[part], head, labels[part], offset)
+            logits = _logits(hidden[part], head, offset)
+            if not any(wanted):
+                total += _softmax(logits, labels[part])[1].sum()
+                continue
+            gradient, losses = work(logits, labels[part])
+            del logits
             total += losses.sum()
-            if any(wanted):
-                gradient[rows[: len(losses)], labels[part].clamp(min=0)] -= 1
-                gradient = gradient.to(dtype)
             if hidden_grad is not None:
                 hidden_grad[part] = product(gradient, head.t()).to(wide).mul_(real[part])
             if weight_grad is not None:
@@ -192,11 +224,11 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         if grads[0].device.type == "cpu" and grads[0] == 1 and ctx.weight_dtype == grads[0].dtype:
-            return hidden_grad, weight_grad, bias_grad, None, None, None, None, None
+            return hidden_grad, weight_grad, bias_grad, *(None,) * 6
         if hidden_grad is not None:
             hidden_grad = (hidden_grad * grads[0]).to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = (weight_grad * grads[0]).to(ctx.weight_dtype)
         if bias_grad is not None:
             bias_grad = (bias_grad * grads[0]).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, bias_grad, None, None, None, None, None
+        return hidden_grad, weight_grad, bias_grad, *(None,) * 6

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmnorm.config import ParallelSettings, TrainingSettings
+from llmnorm.nn.loss import LanguageHead
 from llmnorm.optim.sharded import Exchange
 from llmnorm.part import InputError
 from llmnorm.training.launch import accelerator, agreed_sharding, launch_file
@@ -120,6 +121,9 @@ class Parallel:
                 # block.compile() would leave a checkpointed forward uncompiled, without a word.
                 block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         model.model.fixed_shapes |= self.settings.compile
+        for module in model.modules():
+            if isinstance(module, LanguageHead):
+                module.compiled = self.settings.compile
         self._model = self.lay_out(model, fill, trained=True)
         if self.sharding == "ddp":
             self._model = replicate(model, self.device)

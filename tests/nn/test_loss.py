@@ -1,5 +1,7 @@
 """Chunked linear cross-entropy against logits and F.cross_entropy."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,20 +26,35 @@ def full(hidden: Tensor, weight: Tensor, labels: Tensor, items: float) -> Tensor
     return F.cross_entropy(hidden @ weight.t(), labels, reduction="sum") / items
 
 
+@pytest.fixture(scope="module")
+def eager() -> Iterator[None]:
+    """Nothing is compiled, so that this needs no C++ compiler and no minute."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @given(
     tokens=st.integers(1, 40),
     width=st.integers(1, 9),
     vocabulary=st.integers(1, 37),
     chunk=st.integers(1, 41),
     items=st.sampled_from([None, 1.0, 13.0, 0.37]),
+    compiled=st.booleans(),
 )
 def test_loss_and_gradients_are_those_of_the_full_logits(
-    tokens: int, width: int, vocabulary: int, chunk: int, items: float | None
+    eager: None,
+    tokens: int,
+    width: int,
+    vocabulary: int,
+    chunk: int,
+    items: float | None,
+    compiled: bool,
 ) -> None:
-    """Oracle: F.cross_entropy on full logits in float64, gradients included."""
+    """Oracle: F.cross_entropy on full logits in float64, gradients included; also of what a
+    compiler would be given."""
     hidden, weight, labels = data(tokens, width, vocabulary)
     divisor = max(int((labels != -100).sum()), 1) if items is None else items
-    got = linear_cross_entropy(hidden, weight, labels, items, chunk=chunk)
+    got = linear_cross_entropy(hidden, weight, labels, items, chunk=chunk, compiled=compiled)
     expected = full(hidden, weight, labels, divisor)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     inputs = (hidden, weight)
@@ -147,12 +164,12 @@ def test_full_logits_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the largest chunk of logits seen, for more tokens than a chunk has."""
     hidden, weight, labels = data(1000, 3, 8192)
     seen = []
-    chunk = loss_module._chunk
+    logits = loss_module._logits
     monkeypatch.setattr(
-        loss_module, "_chunk", lambda h, w, y, b: seen.append(len(h)) or chunk(h, w, y, b)
+        loss_module, "_logits", lambda h, w, b: seen.append(len(h)) or logits(h, w, b)
     )
     linear_cross_entropy(hidden, weight, labels).backward()
-    assert max(seen) == chunk_size(8192) == 512 and sum(seen) == 1000
+    assert max(seen) == chunk_size(weight) == 512 and sum(seen) == 1000
 
 
 def test_losses_of_single_tokens() -> None:

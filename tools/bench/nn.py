@@ -151,7 +151,7 @@ def losses(tokens: int, width: int, vocabulary: int, rounds: int) -> dict[str, f
         "full logits": lambda: F.cross_entropy(hidden @ weight.t(), labels)
     }
     for size in (64, 128, 256, 512, 1024):
-        ours = " (ours)" if size == chunk_size(vocabulary) else ""
+        ours = " (ours)" if size == chunk_size(weight) else ""
         candidates[f"chunks of {size}{ours}"] = chunked(size)
     return best(candidates, [hidden, weight], rounds)
 
