@@ -266,6 +266,7 @@ def compare(parsed: argparse.Namespace, overrides: list[str]) -> int:
         parsed.out or Path("comparisons") / parsed.config.stem,
         command=shlex.join(["llmnorm", *parsed.words]),
         parallel=parsed.parallel,
+        per_gpu=parsed.runs_per_gpu,
         plan=parsed.plan,
         keep_checkpoints=parsed.keep_checkpoints,
     )
@@ -529,6 +530,9 @@ def _parser() -> argparse.ArgumentParser:
         "--untuned", action="append", default=[], metavar="ARM", help="an arm that runs as written"
     )
     sub.add_argument("--parallel", type=_count, default=1, metavar="N", help="runs at a time (1)")
+    sub.add_argument(
+        "--runs-per-gpu", type=_count, default=1, metavar="N", help="small runs share a GPU (1)"
+    )
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: comparisons/<CONFIG's name>")
     sub.add_argument("--plan", action="store_true", help="print the runs and an estimate only")
     sub.add_argument("--keep-checkpoints", action="store_true", help="keep those of finished runs")

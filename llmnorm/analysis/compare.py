@@ -44,6 +44,7 @@ def compare(
     command: str,
     runs: Path | None = None,
     parallel: int = 1,
+    per_gpu: int = 1,
     plan: bool = False,
     keep_checkpoints: bool = False,
     start: Launch = launch,
@@ -54,7 +55,8 @@ def compare(
         directory: where the results go, and what was run before lies.
         command: what the report says made it.
         runs: where run directories are made; left out, `directory / "runs"`.
-        parallel: runs at a time, each with a device of its own.
+        parallel: runs at a time.
+        per_gpu: runs that share a GPU; 1: each has one of its own.
         plan: print every run that would be made with an estimate, make none.
         keep_checkpoints: keep those of finished runs.
         start: how a run is started.
@@ -66,7 +68,7 @@ def compare(
         InputError: something that the user can mend, in one line.
     """
     device = protocol.configs[protocol.baselines[0]].training.device
-    places = slots(parallel, device)
+    places = slots(parallel, device, per_gpu)
     compare_plan.agree(protocol, directory)
     ledger = Ledger(directory / "runs.jsonl")
     estimate = Estimate(protocol, ledger, places)

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from llmnorm.config import RunConfig, changeable, differences, to_tree
 from llmnorm.config_file import load
 from llmnorm.data.packing import find
@@ -326,7 +328,7 @@ def agree(protocol: Protocol, directory: Path) -> None:
         return
     there = json.loads(file.read_text(encoding="utf-8"))["arms"]
     for name, config in protocol.configs.items():
-        changed = differences(there.get(name, _tree(config)), _tree(config))
+        changed = differences(_today(there.get(name, {})) or _tree(config), _tree(config))
         listed = ", ".join(
             f"{key} ({old} there, {new} here)"
             for key, (old, new) in changed.items()
@@ -361,6 +363,16 @@ def _tree(config: RunConfig) -> dict[str, Any]:
     tree = to_tree(config.model_copy(update={"run_dir": None}))
     tree["data"] = {key: value for key, value in tree["data"].items() if key != "dir"}
     return tree
+
+
+def _today(tree: dict[str, Any]) -> dict[str, Any]:
+    """An arm that was saved, with the defaults of keys that are newer than it."""
+    if not tree:
+        return tree
+    try:
+        return _tree(RunConfig.model_validate(tree))
+    except ValidationError:  # a key that is no longer there is a difference
+        return tree
 
 
 def _check_comparable(

@@ -162,17 +162,19 @@ _prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
 @dataclass(frozen=True)
 class Slots:
-    """Where runs go: one device a run.
+    """Where runs go.
 
     Attributes:
         gpus: the GPU of each slot; empty: runs are on the CPU.
         threads: CPU threads of a run.
         count: runs at a time.
+        per_gpu: runs that share a GPU.
     """
 
     gpus: tuple[int, ...]
     threads: int
     count: int
+    per_gpu: int = 1
 
     def environment(self, slot: int) -> dict[str, str]:
         """What a run's process is told; nothing of a launcher that this process may have had."""
@@ -184,11 +186,12 @@ class Slots:
     def describe(self) -> str:
         """As `Record.place`."""
         where = "GPU" if self.gpus else f"CPU, {self.threads} thread{'s' * (self.threads > 1)}"
-        return f"{where}, {self.count} at a time"
+        shared = f", {self.per_gpu} on each" if self.per_gpu > 1 else ""
+        return f"{where}, {self.count} at a time{shared}"
 
 
-def slots(parallel: int, device: str) -> Slots:
-    """The places for `parallel` runs at a time on `training.device`.
+def slots(parallel: int, device: str, per_gpu: int = 1) -> Slots:
+    """The places for `parallel` runs at a time on `training.device`, `per_gpu` on each GPU.
 
     Raises:
         InputError: there are not that many devices.
@@ -198,14 +201,17 @@ def slots(parallel: int, device: str) -> Slots:
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // parallel))
     gpus = visible_gpus() if device != "cpu" else []
     free = [gpu.index for gpu in gpus if gpu.used_mib <= FREE_GPU_MIB]
-    if gpus and parallel > len(free):
+    if gpus and parallel > len(free) * per_gpu:
         raise InputError(
             f"--parallel {parallel}: {len(free)} of {len(gpus)} GPUs are free; a run has one to "
-            "itself"
+            "itself; runs too small to fill one can share it: --runs-per-gpu"
         )
+    if not gpus and per_gpu > 1:
+        raise InputError(f"--runs-per-gpu {per_gpu}: there is no GPU; leave it out")
     if not gpus and parallel > cores:
         raise InputError(f"--parallel {parallel}: there are {cores} cores; a run has one to itself")
-    return Slots(tuple(free[:parallel]) if gpus else (), threads, parallel)
+    places = [gpu for _ in range(per_gpu) for gpu in free]
+    return Slots(tuple(places[:parallel]) if gpus else (), threads, parallel, per_gpu)
 
 
 @dataclass

@@ -52,13 +52,19 @@ def initialize_module(module: nn.Module, config: LlmNormConfig, seed: int) -> No
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         return
-    # A part's own parameters: its reset_parameters() draws from torch's default generator.
+    # A part's own parameters: its reset_parameters() draws from torch's default generators, which
+    # give other numbers on a GPU.
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
         raise InputError(
             f"{type(module).__name__} has parameters but no reset_parameters() to initialise them"
         )
-    devices = {p.device for p in module.parameters(recurse=False) if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    own = [*module.parameters(recurse=False)]
+    places = [p.data for p in own]
+    for parameter in own:
+        parameter.data = torch.empty_like(parameter, device="cpu")
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         reset()
+    for parameter, place in zip(own, places, strict=True):
+        parameter.data = place.copy_(parameter)

@@ -24,6 +24,7 @@ from llmnorm.models.initialization import initialize, initialize_module
 from llmnorm.nn import block as blocks
 from llmnorm.nn.block import Block
 from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
+from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.contract import (
     Context,
     document_boundaries,
@@ -106,8 +107,8 @@ class LlmNormPreTrainedModel(PreTrainedModel):
 class LlmNormModel(LlmNormPreTrainedModel):
     """Embedding, blocks and final norm.
 
-    `fixed_shapes` (set by who compiles the blocks): keep the documents of packed rows apart by a
-    mask of constant shape instead of one by one.
+    `fixed_shapes` (set by who compiles the blocks): keep the documents of packed rows apart by
+    boundaries alone where a kernel serves them, else by a mask of constant shape, not one by one.
     """
 
     def __init__(self, config: LlmNormConfig) -> None:
@@ -248,10 +249,14 @@ class LlmNormModel(LlmNormPreTrainedModel):
             position_ids = torch.arange(length, device=hidden.device).unsqueeze(0)
         if documents is not None:
             segments = document_numbers(documents, batch, hidden.device)
-        if segments is not None and self.fixed_shapes:
-            mask, documents = document_mask(segments, causal=self.causal), None
-        elif documents is not None and hidden.is_cuda:
+        if documents is not None and varlen.serves(hidden):
             boundaries = document_boundaries(documents, hidden.device)
+            if self.fixed_shapes:
+                # Their number is the one shape that changes; the compiler is told beforehand.
+                torch._dynamo.maybe_mark_dynamic(boundaries, 0)
+                documents = None
+        elif segments is not None and (self.fixed_shapes or hidden.is_cuda):
+            mask, documents = document_mask(segments, causal=self.causal), None
         cos, sin = self._rotary_tables(hidden, position_ids)
         return Context(
             cos,

@@ -24,7 +24,7 @@ from llmnorm.nn.linear import (
     product,
     sum_of_weight_gradients,
 )
-from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.precision import product_dtype, wide_dtype
 
 IGNORED = -100
 
@@ -71,7 +71,7 @@ def linear_cross_entropy(
         chunk: tokens at a time; `chunk_size(vocabulary)` if None.
     """
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = product_dtype(weight)
     if items is None:
         items = (labels != IGNORED).sum().clamp(min=1)
     scale = 1 / torch.as_tensor(items, dtype=wide_dtype(dtype), device=hidden.device)

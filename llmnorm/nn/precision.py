@@ -1,8 +1,15 @@
 """Which precision sums are taken in, whatever the products' precision is."""
 
 import torch
+from torch import Tensor
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for statistics, states and losses of `dtype`; float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a projection of x comes out in: autocast's dtype where that is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

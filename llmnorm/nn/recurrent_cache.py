@@ -74,7 +74,10 @@ class RecurrentCache:
         if not any(counts):
             return
         blocks = [block for stage in self._stages for block in stage.blocks]
-        kept = sum((real for _, real in blocks), torch.zeros(len(counts), dtype=torch.long))
+        assert self.state is not None, "rows without a token were refused above"
+        kept = _counts([0] * len(counts), self.state[0])
+        for _, real in blocks:
+            kept = kept + real
         if any(count > have for count, have in zip(counts, kept.tolist(), strict=True)):
             raise ValueError(
                 f"rollback of {list(counts)} tokens: of recurrent layers the last {kept.tolist()} "
@@ -83,12 +86,12 @@ class RecurrentCache:
         inputs = tuple(torch.cat(parts, 1) for parts in zip(*(b for b, _ in blocks), strict=True))
         real = torch.cat([_mask(n, b[0].shape[1]) for b, n in blocks], 1)
         order = (~real).long().argsort(dim=1, stable=True)
-        inputs = tuple(t[torch.arange(len(t))[:, None], order] for t in inputs)
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        inputs = tuple(t[rows, order] for t in inputs)
         accepted = kept - _counts(counts, kept)
         inputs = _take(inputs, 0 * accepted, accepted, max(1, int(accepted.max())))
         start = self._stages[0].state
         state, now = self.advance(start, inputs, accepted), self.state
-        assert now is not None
         changed = _counts(counts, now[0]) > 0
         self.state = tuple(
             torch.where(changed.view(-1, *[1] * (new.ndim - 1)), new, old)

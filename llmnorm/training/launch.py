@@ -146,6 +146,8 @@ def accelerator(cuda: bool) -> "Accelerator":
             del os.environ[name]
     if not cuda:
         return Accelerator(cpu=True)
+    if "LOCAL_RANK" not in os.environ:  # no launcher: accelerate would take a backend for a group
+        return Accelerator()
     # Checkpoints are written over gloo beside the GPUs' own backend.
     group = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")
     return Accelerator(kwargs_handlers=[group])

@@ -14,10 +14,11 @@ from typing import IO, Any
 import pytest
 
 from llmnorm import cli
-from llmnorm.analysis import compare_plan
+from llmnorm.analysis import compare_plan, compare_runs
 from llmnorm.analysis.compare import compare, read_arms
 from llmnorm.analysis.compare_plan import Protocol, Run
 from llmnorm.analysis.compare_runs import Ledger, Record, Slots, launch, slots, stop_with_parent
+from llmnorm.gpus import GPU
 from llmnorm.part import InputError
 from tests.running import CHILDREN, SMOKE, TIMES
 
@@ -199,6 +200,11 @@ def test_another_meaning_of_an_arm_is_refused_and_more_seeds_are_not(tmp_path: P
         compare_plan.read(arms("base", "a model.norm=layer", "b optimizer.eps=1e-6"), seeds=9),
         tmp_path,
     )
+    saved = tmp_path / "comparison.json"
+    older = json.loads(saved.read_text())
+    del older["arms"]["a"]["optimizer"]["eps"]  # written before the key was there
+    saved.write_text(json.dumps(older))
+    compare_plan.agree(compare_plan.read(arms("a model.norm=layer")), tmp_path)
     with pytest.raises(InputError, match="arm a was another there: model.norm.eps"):
         changed = arms("a model.norm=layer model.norm.eps=1e-3")
         compare_plan.agree(compare_plan.read(changed), tmp_path)
@@ -217,6 +223,13 @@ def test_each_run_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert slots(2, "cpu") == Slots((), 4, 2)
+    gpus = [GPU(index, "", "", "", 80000, used) for index, used in enumerate((0, 9000, 5))]
+    monkeypatch.setattr(compare_runs, "visible_gpus", lambda: gpus)
+    assert slots(2, "auto").gpus == (0, 2) and slots(3, "auto", 2).gpus == (0, 2, 0)
+    with pytest.raises(InputError, match="--parallel 3: 2 of 3 GPUs are free"):
+        slots(3, "auto")
+    with pytest.raises(InputError, match="--runs-per-gpu 2: there is no GPU"):
+        slots(2, "cpu", 2)
 
 
 def test_a_run_is_an_ordinary_command(tmp_path: Path) -> None:

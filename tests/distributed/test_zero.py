@@ -25,7 +25,7 @@ pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 STAGES = ("zero1", "zero2", "zero3")
 CELLS = [(stage, case) for stage in STAGES for case in CASES]
 # Directions without a gradient hold rounding errors alone, which these bring to a step's size.
-NOISY = {"conda": 1e-4, "soap": 1e-3}
+NOISY = {"conda": 1e-4, "soap": 3e-5}
 LIMIT = 2e-6  # of weights, after 2 * STEPS steps
 
 

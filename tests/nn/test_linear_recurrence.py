@@ -9,26 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmnorm.nn.mixers import linear_recurrence as engine
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
+from tests.nn.recurrences import token_by_token
 
 # Heads of queries, keys and values: plain, grouped queries, groups of values, one group.
 HEADS = [(4, 4, 4), (4, 2, 2), (2, 2, 6), (3, 1, 1)]
-
-
-def token_by_token(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, segments: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    heads, outs = max(q.shape[2], v.shape[2]), []
-    q = q.repeat_interleave(heads // q.shape[2], 2)
-    k = k.repeat_interleave(v.shape[2] // k.shape[2], 2)
-    for t in range(q.shape[1]):
-        if segments is not None and t:
-            state = state * (segments[:, t] == segments[:, t - 1])[:, None, None, None]
-        if g is not None:
-            state = state * g[:, t].exp()[..., None, None]
-        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-        seen = state.repeat_interleave(heads // state.shape[1], 1)
-        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], seen))
-    return torch.stack(outs, 1), state
 
 
 def case(

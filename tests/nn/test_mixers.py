@@ -24,8 +24,8 @@ from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
 from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.mixers.settings import HydraSettings
 from llmnorm.nn.mixers.settings import Mixer as MixerPart
-from llmnorm.nn.mixers.softmax import SoftmaxAttention
 from llmnorm.nn.settings import ModelSettings
+from tests.nn.recurrences import mixed_token_by_token
 
 BATCH, LENGTH = 3, 11
 BLOCK = {"gate": True, "conv_kernel": 3, "norm": "layer"}
@@ -101,13 +101,20 @@ def build(mixer: dict[str, Any], kv_heads: int = 2, std: float = 0.5) -> Mixer:
     return built
 
 
+def is_recurrence(mixer: dict[str, Any]) -> bool:
+    """Whether tests/nn/recurrences.py knows it as one."""
+    family = mixer["family"] if mixer["name"] == "matrix" else mixer
+    name = family if isinstance(family, str) else family["name"]
+    return name not in {"softmax", "dense", "toeplitz", "vandermonde", "dft", "cauchy", "attention"}
+
+
 def every(mixers: dict[str, dict[str, Any]]) -> Any:
     return pytest.mark.parametrize("mixer", mixers.values(), ids=mixers)
 
 
-def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
+def tables(positions: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     model = settings()
-    return Rotary(model.rope_parameters, model.head_dim, 2048)(positions, torch.float64)
+    return Rotary(model.rope_parameters, model.head_dim, 2048)(positions, dtype)
 
 
 def plain(length: int = LENGTH) -> Context:
@@ -164,6 +171,21 @@ def test_mix_is_the_matrix_times_the_values(mixer: dict[str, Any]) -> None:
         assert y.shape == expected.shape and y.shape[:2] == (BATCH, LENGTH)
         torch.testing.assert_close(y, expected, rtol=0, atol=rounding(mixer, expected))
         torch.testing.assert_close(built(x, context), built.finish(y, x, p), rtol=0, atol=1e-12)
+
+
+@every({k: v for k, v in MIXERS.items() if is_recurrence(v)})
+def test_mix_is_the_recurrence_one_token_at_a_time(mixer: dict[str, Any]) -> None:
+    """Oracle: plain loops in both directions, over chunks and documents; 1e-11 of the largest."""
+    built, x = build(mixer), inputs(67)
+    positions = torch.arange(67).repeat(BATCH, 1)
+    positions[0, 10:], positions[1, 64:] = torch.arange(57), torch.arange(3)
+    for context in (plain(67), packed(positions), padded(67, causal=built.causal)):
+        p = built.prepare(x, context)
+        y, expected = built.mix(p, context), mixed_token_by_token(built, p, context)
+        assert expected is not None
+        if context.real is not None:
+            y, expected = y[context.real], expected[context.real]
+        assert (y - expected).abs().max() <= 1e-11 * expected.abs().max()
 
 
 @every(MIXERS)
@@ -225,18 +247,6 @@ def test_documents_never_see_each_other(mixer: dict[str, Any], by_mask: bool) ->
     assert not torch.equal(built(changed, context)[0, :5], out[0, :5])
 
 
-@every({k: v for k, v in MIXERS.items() if v["name"] == "softmax"})
-def test_softmax_by_one_mask_is_every_document_by_itself(mixer: dict[str, Any]) -> None:
-    """Oracle: the loop over documents, for what float32 takes on a GPU, and exact isolation."""
-    built, x, context = build(mixer), inputs(), packed()
-    assert isinstance(built, SoftmaxAttention) and context.documents is not None
-    p = built.prepare(x, context)
-    y = built._mix_by_mask(p, context.documents)
-    torch.testing.assert_close(y, built.mix(p, context), rtol=0, atol=1e-13)
-    p.k[0, :5], p.v[0, :5] = 7.0, 7.0
-    assert torch.equal(built._mix_by_mask(p, context.documents)[0, 5:], y[0, 5:])
-
-
 @every(MIXERS)
 def test_packed_documents_are_the_documents_alone(mixer: dict[str, Any]) -> None:
     """Oracle: each document in a call of its own, positions from 0."""
@@ -270,7 +280,7 @@ def test_padding_changes_nothing(mixer: dict[str, Any]) -> None:
 def through_the_cache(built: Mixer, cache: RaggedCache, x: Tensor, real: Any = None) -> Tensor:
     places = cache.places(len(x), x.shape[1], x.device, real)
     context = Context(
-        *tables(places.index),
+        *tables(places.index, x.dtype),
         mask=places.mask(),
         causal=places.causal,
         places=places,
@@ -442,29 +452,14 @@ def test_hydra_has_the_papers_parameters() -> None:
     assert sum(p.numel() for p in mixer.parameters()) == 3_825_224
 
 
-@pytest.mark.parametrize("combination", ["add", "concat"])
-def test_hydras_ablations_are_two_recurrences(combination: str) -> None:
-    """Oracle: S = exp(g) S + dt B v^T, y = C S, token by token in both directions."""
-    built = build({"name": "hydra", "head_dim": 8, "state_size": 3, "combination": combination})
+def test_hydras_concat_is_normed_gated_and_projected_side_by_side() -> None:
+    """Oracle: heads [forward, backward] of one head beside each other, the gate for both."""
+    built: Any = build(MIXERS["hydra concat"])
     p = built.prepare(inputs(), plain())
-    both = []
-    for direction, order in ((p.forward, range(LENGTH)), (p.backward, range(LENGTH)[::-1])):
-        state, y = torch.zeros(BATCH, 5, 3, 8, dtype=torch.float64), torch.zeros_like(p.v)
-        for t in order:
-            decay = direction.log_decay[:, t].exp()[..., None, None]
-            written = direction.dt[:, t, :, None] * p.v[:, t]
-            state = decay * state + direction.B[:, t, 0][:, None, :, None] * written[:, :, None]
-            y[:, t] = torch.einsum("bn,bhnv->bhv", direction.C[:, t, 0], state)
-        both.append(y)
-    mixed = built.mix(p, plain())
-    expected = sum(both)
-    if combination == "concat":
-        expected = torch.stack(both, 3).flatten(2, 3)
-        heads = built.norm(mixed.flatten(2)).unflatten(-1, (5, 2, 8))
-        gated = heads * torch.nn.functional.silu(p.z).unflatten(-1, (5, 1, 8))
-        out = built.out_proj(gated.flatten(2))
-        torch.testing.assert_close(built(inputs(), plain()), out, rtol=0, atol=1e-12)
-    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-12)
+    heads = built.norm(built.mix(p, plain()).flatten(2)).unflatten(-1, (5, 2, 8))
+    gated = heads * torch.nn.functional.silu(p.z).unflatten(-1, (5, 1, 8))
+    out = built.out_proj(gated.flatten(2))
+    torch.testing.assert_close(built(inputs(), plain()), out, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["hydra", "ssd"])

@@ -34,14 +34,13 @@ from report import RESULTS, Table, publish
 from torch import Tensor
 
 from llmnorm.gpus import fla_problem, gated_gradients_problem
-from llmnorm.nn.mixers import fla
+from llmnorm.nn.mixers import fla, varlen
 from llmnorm.nn.mixers.contract import document_boundaries, document_mask, document_numbers
 from llmnorm.nn.mixers.gated_delta import delta_recurrence
 from llmnorm.nn.mixers.gla import channel_recurrence
 from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
 from llmnorm.nn.mixers.nala import NaLa
 from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_by_kernel
-from llmnorm.nn.mixers.varlen import varlen_attention
 
 GPU = torch.device("cuda")
 DOCUMENTS = (1, 2, 63, 64, 65, 127, 190, 512)  # two rows of 512 tokens
@@ -386,7 +385,7 @@ def varlen_row(heads: int, kv_heads: int, window: int | None, causal: bool) -> l
     given = torch.randn(tokens, heads, width, device=GPU, generator=generator).bfloat16()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return varlen_attention(q, k, v, boundaries, max(DOCUMENTS), window, causal=causal)
+        return varlen.attention(q, k, v, boundaries, max(DOCUMENTS), window, causal=causal)
 
     mixed = attend(*qkv)
     found = (mixed, *torch.autograd.grad(mixed, qkv, given))

@@ -3,11 +3,16 @@
 usage: python tools/bench/sharding.py [--steps 20] [--out docs/results/sharding.json]
 
 Real processes over gloo train the tests' tiny model with learning rate 0.001; a figure is the
-largest difference of any weight from one process's. In float64 the limit is 1e-9 (SOAP, whose bases
-are eigenvectors: 1e-7). In float32 the yardstick stands beside it: how far two runs of one process
-are from each other that cut a step's rows into 1 and into W micro-batches; the limit is 3 times
-that, and 2e-6 for AdamW and Muon after 5 steps. DeepSpeed's weights are always float32; `zero1` to
-`zero3` want its extra. One launch a column runs all optimizers.
+largest difference of any weight from one process's. In float64 the limit is 1e-9. In float32 the
+yardstick stands beside it: how far two runs of one process are from each other that cut a step's
+rows into 1 and into W micro-batches; the limit is 3 times that, and 2e-6 for AdamW and Muon after 5
+steps. DeepSpeed's weights are always float32; `zero1` to `zero3` want its extra. One launch a
+column runs all optimizers.
+
+With learning rate 0.01 all cells keep their limits (SOAP 1.5 times the yardstick) but AdamW's after
+5 steps, 4.6e-6 on 3 and 2.1e-6 on 4 processes: one weight, whose first gradient of 1.4e-8 is as
+small as AdamW's eps, beside an RMS of 2e-4. lr g / (|g| + eps) makes 4.6e-6 of the 2.6e-11 by which
+the processes' sums are rounded differently; cutting one process's rows does the same.
 """
 
 import argparse
@@ -35,7 +40,7 @@ CELLS = [
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 LR = 1e-3
 SOON, AT_ONCE = 5, ("adamw", "muon")  # steps, and whose
-LIMITS = {"float64": 1e-9, "soap": 1e-7, "soon": 2e-6, "times the yardstick": 3}
+LIMITS = {"float64": 1e-9, "soon": 2e-6, "times the yardstick": 3}
 Weights = dict[str, Tensor]
 
 
@@ -136,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _holds(row: dict[str, Any]) -> bool:
-    exact = (row["float64"] or 0.0) <= LIMITS.get(row["optimizer"], LIMITS["float64"])
+    exact = (row["float64"] or 0.0) <= LIMITS["float64"]
     soon = row["soon"] <= LIMITS["soon"] or row["optimizer"] not in AT_ONCE
     return exact and soon and row["float32"] <= LIMITS["times the yardstick"] * row["yardstick"]
 

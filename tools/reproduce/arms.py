@@ -21,7 +21,8 @@ def parser(
         default: those that are compared if none is named.
     """
     made = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    made.add_argument("--parallel", type=int, default=1, help="runs at a time, a core each")
+    made.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    made.add_argument("--runs-per-gpu", type=int, default=1, help="small runs share a GPU")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--plan", action="store_true", help="print the runs, make none")
     made.add_argument("--arms", nargs="+", choices=list(arms), default=list(default), metavar="ARM")
@@ -43,6 +44,7 @@ def run(
         runs=runs,
         command=shlex.join(["python", *(sys.argv if arguments is None else arguments)]),
         parallel=options.parallel,
+        per_gpu=options.runs_per_gpu,
         plan=options.plan,
         keep_checkpoints=keep_checkpoints,
     )

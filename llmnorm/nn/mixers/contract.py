@@ -40,11 +40,11 @@ class Context:
     """Without a mask, in a causal mixer: a query sees itself and all before it; False: every key
     (one new token)."""
     documents: tuple[int, ...] | None = None
-    """Lengths of the documents, the rows laid end to end, if some row holds several and no mask
-    keeps them apart."""
+    """Lengths of the documents, the rows laid end to end, if some row holds several; None also
+    where shapes must not depend on them, and `mask` or `boundaries` alone keep documents apart."""
     boundaries: Tensor | None = None
-    """(documents + 1,) int32, where documents start and the last one ends, on the device: given on
-    a GPU together with `documents`."""
+    """(documents + 1,) int32, where documents start and the last one ends, on the device, if some
+    row holds several and a kernel serves them (varlen.py)."""
     places: Places | None = None
     """Where the new tokens go in the cache, when there is one."""
     segments: Tensor | None = None

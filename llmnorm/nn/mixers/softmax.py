@@ -12,9 +12,8 @@ With a sliding window a query sees that many tokens, itself included (Beltagy et
 at itself and the block before, so that time and memory are linear in the length.
 
 Rows that hold several documents: each document by itself (no work is spent on pairs that must not
-see each other), in one kernel on a GPU. What that kernel does not serve, float32 above all, gets a
-mask on a GPU, as where the model asks for fixed shapes. Isolation is exact in every way: a masked
-weight is 0.
+see each other), in one kernel on a GPU. A mask where that kernel does not serve (it wants half
+precision), or a compiler wants fixed shapes. Isolation is exact either way: a masked weight is 0.
 """
 
 from typing import NamedTuple
@@ -25,16 +24,15 @@ from torch import Tensor
 
 from llmnorm.nn.cache import KeyValues
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.causal import causal_attention, halves_are_faster
 from llmnorm.nn.mixers.contract import (
     Context,
     Mixer,
     causal_mask,
     document_mask,
-    document_numbers,
 )
 from llmnorm.nn.mixers.rotary import rotate
-from llmnorm.nn.mixers.varlen import has_kernel, varlen_attention
 from llmnorm.nn.norms.rms import RMSNorm
 
 
@@ -100,6 +98,8 @@ class SoftmaxAttention(Mixer):
         self, parameters: SoftmaxParameters, context: Context, cache: KeyValues | None = None
     ) -> Tensor:
         """Attend over the new tokens, or over the cache after appending them."""
+        if context.boundaries is not None:
+            return self._mix_in_one(context.boundaries, parameters, context)
         if context.documents is not None:
             return self._mix_documents(parameters, context)
         q, k, v = (t.transpose(1, 2) for t in parameters)
@@ -119,31 +119,29 @@ class SoftmaxAttention(Mixer):
         behind = places.index[:, None, :, None] - positions[:, None, None, :]
         return self._attend(q, keys, values, (behind >= 0) & (behind < self.sliding_window))
 
+    def _mix_in_one(
+        self, boundaries: Tensor, parameters: SoftmaxParameters, context: Context
+    ) -> Tensor:
+        if not varlen.has_kernel(parameters.q):
+            q, k, v = (t.transpose(1, 2) for t in parameters)
+            assert context.segments is not None
+            mask = document_mask(context.segments, causal=self.causal)
+            return self._attend(q, k, v, self._in_window(mask, q))
+        q, k, v = (t.flatten(0, 1) for t in parameters)
+        # A row's length is the same in every step: a compiler need not know more.
+        longest = parameters.q.shape[1] if context.documents is None else max(context.documents)
+        mixed = varlen.attention(
+            q, k, v, boundaries, longest, self.sliding_window, causal=self.causal
+        )
+        return mixed.view_as(parameters.q)
+
     def _mix_documents(self, parameters: SoftmaxParameters, context: Context) -> Tensor:
         assert context.documents is not None
-        if parameters.q.is_cuda and not has_kernel(parameters.q):
-            return self._mix_by_mask(parameters, context.documents)
         q, k, v = (t.flatten(0, 1) for t in parameters)
-        if context.boundaries is not None:
-            longest = max(context.documents)
-            mixed = varlen_attention(
-                q, k, v, context.boundaries, longest, self.sliding_window, causal=self.causal
-            )
-            return mixed.view_as(parameters.q)
         # `split`, not slices: its backward is one concatenation.
         pieces = [t.transpose(0, 1).unsqueeze(0).split(context.documents, 2) for t in (q, k, v)]
         alone = [self._attend_freely(*qkv).squeeze(0) for qkv in zip(*pieces, strict=True)]
         return torch.cat(alone).view_as(parameters.q)
-
-    def _mix_by_mask(self, parameters: SoftmaxParameters, documents: tuple[int, ...]) -> Tensor:
-        """One kernel where a document at a time would be dozens."""
-        q, k, v = (t.transpose(1, 2) for t in parameters)
-        number = document_numbers(documents, len(q), q.device)
-        mask = self._in_window(document_mask(number, causal=self.causal), q)
-        # torch's kernel for a mask and float32 has no grouped heads; its fallback keeps all scores.
-        if self.heads != self.kv_heads:
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     def _attend_freely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every query to all that the mixer's direction and window let it see."""
@@ -166,8 +164,11 @@ class SoftmaxAttention(Mixer):
         """(batch, heads, length, head_dim) -> (batch, length, heads, head_dim)."""
         if causal and halves_are_faster(q, k):
             return causal_attention(q, k, v).transpose(1, 2)
+        if mask is not None and q.is_cuda and self.heads != self.kv_heads:
+            # The kernel for masks has no grouped heads; torch's fallback keeps all scores.
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )
         return mixed.transpose(1, 2)
 
@@ -181,9 +182,8 @@ class SoftmaxAttention(Mixer):
         """The attention weights (batch, heads, length, length)."""
         q, k, _ = parameters
         visible = context.mask
-        if context.documents is not None:
-            number = document_numbers(context.documents, len(q), q.device)
-            visible = document_mask(number, causal=self.causal)
+        if context.segments is not None:
+            visible = document_mask(context.segments, causal=self.causal)
         if visible is None:
             visible = causal_mask(q.shape[1], q.device)
             visible = visible if self.causal else torch.ones_like(visible)

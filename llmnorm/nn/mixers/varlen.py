@@ -2,23 +2,33 @@
 
 Shapes: q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), boundaries (documents +
 1,) int32. Both kernels want bf16 or fp16 and neither has a CPU form, so the imports wait for a GPU.
+Both are single operators to a compiler, which sees no more of the documents than `boundaries`.
 """
 
-import inspect
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmnorm.nn.precision import product_dtype
+
+FLASH_ATTN = find_spec("flash_attn") is not None
+# Before, torch takes fewer heads of keys without being asked, and refuses to be asked.
+ASK_FOR_GROUPS = torch.__version__ >= "2.12"
+
+
+def serves(hidden: Tensor) -> bool:
+    """Whether a kernel can serve queries that are projected from `hidden`."""
+    return hidden.is_cuda and product_dtype(hidden) in (torch.bfloat16, torch.float16)
+
 
 def has_kernel(q: Tensor) -> bool:
-    """Whether the kernels serve queries like q: on a GPU, half precision, heads of their widths."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.is_cuda and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    """Whether the kernels have heads of the width of q's; for what `serves`."""
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
-def varlen_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -28,13 +38,13 @@ def varlen_attention(
     *,
     causal: bool = True,
 ) -> Tensor:
-    """Each document's attention, (tokens, heads, head_dim); `longest`: its most tokens.
+    """Each document's attention, (tokens, heads, head_dim); none has more than `longest` tokens.
 
     A query sees `window` tokens, itself included; None: all before it, and (causal=False) after it.
     """
     # Both kernels count the tokens before and after the query; -1 is all of them.
     around = (-1 if window is None else window - 1, 0 if causal else -1)
-    if find_spec("flash_attn") is not None:
+    if FLASH_ATTN:
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
@@ -50,14 +60,19 @@ def varlen_attention(
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = q.shape[1] != k.shape[1]
-    told: dict[str, Any] = {}
-    if grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        told = {"enable_gqa": True}
-    elif grouped:  # torch 2.11 has no word for it
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    grouped: dict[str, Any] = {}
+    if ASK_FOR_GROUPS and q.shape[1] != k.shape[1]:
+        grouped["enable_gqa"] = True
     mixed = varlen_attn(
-        q, k, v, boundaries, boundaries, longest, longest, window_size=around, **told
+        q,
+        k,
+        v,
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        window_size=around,
+        **grouped,
     )
     assert isinstance(mixed, torch.Tensor)
     return mixed
