@@ -116,10 +116,9 @@ class Parallel:
                 block.forward = partial(  # type: ignore[method-assign]
                     torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
                 )
-            if self.settings.compile and self.zero is not None:  # without DeepSpeed's hooks
+            if self.settings.compile:
+                # block.compile() would leave a checkpointed forward uncompiled, without a word.
                 block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-            elif self.settings.compile:
-                block.compile()
         model.model.fixed_shapes |= self.settings.compile
         self._model = self.lay_out(model, fill, trained=True)
         if self.sharding == "ddp":

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import build_model
+from llmnorm.nn.mixers import softmax, varlen
 from llmnorm.nn.mixers.settings import Mixer
 from llmnorm.part import part_classes
 
@@ -115,6 +116,37 @@ def test_packed_documents_are_the_documents_alone() -> None:
     for row, first, last in [(0, 0, 5), (0, 5, 8), (0, 8, 12), (1, 0, 12)]:
         alone = model(ids[row : row + 1, first:last]).logits[0]
         torch.testing.assert_close(packed[row, first:last], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_boundaries_alone_keep_documents_apart(
+    fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the model without a kernel; attention between the boundaries that it would be given,
+    one by one, stands for it. Rows that hold one document each need none."""
+    given: list[int] = []
+
+    def kernel(q: torch.Tensor, *rest: Any, causal: bool) -> torch.Tensor:
+        k, v, boundaries, longest, _ = rest
+        lengths = boundaries.diff().tolist()
+        given.append(len(lengths))
+        assert max(lengths) <= longest and boundaries.dtype == torch.int32
+        pieces = [t.transpose(0, 1).split(lengths, 1) for t in (q, k, v)]
+        mixed = [
+            F.scaled_dot_product_attention(*one, is_causal=causal, enable_gqa=True)
+            for one in zip(*pieces, strict=True)
+        ]
+        return torch.cat(mixed, 1).transpose(0, 1)
+
+    model = build().double().eval()
+    model.model.fixed_shapes = fixed
+    ids, whole = tokens(2, 12), torch.arange(12).expand(2, -1)
+    expected = [model(ids, position_ids=places).logits for places in (PACKED, whole)]
+    monkeypatch.setattr(varlen, "serves", lambda hidden: True)
+    monkeypatch.setattr(softmax, "varlen_attention", kernel)
+    got = [model(ids, position_ids=places).logits for places in (PACKED, whole)]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert given == [4, 4]  # one a layer
 
 
 @settings(max_examples=20)
