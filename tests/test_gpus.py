@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmnorm import gpus
+
 ROOT = Path(__file__).parents[1]
 NAME = "NVIDIA A100-SXM4-40GB"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this machine's GPU")
@@ -115,3 +117,41 @@ def test_launch_hint_names_all_free_gpus(
         assert hint is None
     else:
         assert expected in hint and hint.endswith("-m llmnorm train c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "wrong"),
+    [
+        ("3.3.1", 9, False),
+        ("3.4.0", 9, True),
+        ("3.6.0", 9, True),
+        ("3.7.0+git", 9, True),
+        ("3.7.1", 9, False),
+        ("3.10.0", 9, False),
+        ("3.6.0", 8, False),
+        (None, 9, False),
+    ],
+)
+def test_gradients_that_triton_gets_wrong(
+    triton: str | None, capability: int, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the range that fla's kernels refuse, Hopper with 3.4.0 <= triton < 3.7.1."""
+    monkeypatch.setattr(gpus, "cuda_problem", lambda: None)
+    monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: triton)
+    monkeypatch.setattr(gpus.importlib.metadata, "version", lambda name: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    problem = gpus.gated_gradients_problem.__wrapped__()
+    assert (problem is not None) is wrong
+    assert not wrong or problem.startswith(f"triton {triton} computes them wrongly on Hopper")
+
+
+def test_what_keeps_fla_from_being_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what is missing first, by hand."""
+    there: set[str] = set()
+    monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: name in there or None)
+    monkeypatch.setattr(gpus, "cuda_problem", lambda: "no device")
+    said = []
+    for module in ("fla", "triton", ""):
+        said.append(gpus.fla_problem.__wrapped__())
+        there.add(module)
+    assert said == ["fla is not installed", "triton is not installed", "no device"]
