@@ -131,9 +131,9 @@ def _by_onednn(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
         multiply_adds >= SMALLEST
         and a.dtype == b.dtype == torch.float32
         and a.device.type == b.device.type == "cpu"
-        and onednn_is_faster()
+        and not torch.compiler.is_compiling()  # which would break at what follows
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and onednn_is_faster()
     )
 
 

@@ -115,3 +115,11 @@ def test_gradients_of_weights(library: bool, shape: tuple[int, int]) -> None:
     narrow = sum_of_weight_gradients(torch.empty(shape, dtype=torch.bfloat16), torch.float32)
     add_weight_gradient(narrow, grad.bfloat16(), x.bfloat16())
     assert narrow.dtype == torch.float32 and far(narrow, expected) < 1e-2
+
+
+def test_a_compiler_meets_no_break() -> None:
+    """Oracle: `fullgraph`, which refuses one, where the rule asks what the processor is."""
+    layer, x = Linear(96, 80), torch.randn(512, 96)
+    assert x.numel() * 80 >= SMALLEST
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias))

@@ -51,6 +51,7 @@ from llmnorm.config import ParallelSettings, TrainingSettings
 from llmnorm.models import LlmNormConfig
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import empty_model
+from llmnorm.nn.loss import linear_cross_entropy
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.contract import (
     document_boundaries,
@@ -88,12 +89,13 @@ DOCUMENT = 512  # tokens on average
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 WARMUP = 3
 PEERS = ("bf16", "autocast", "whole")
+HEAD_CHUNKS = (512, 1024, 2048, 4096, 8192)  # tokens
 # Kinds of kernels by what their names hold; the first that fits.
 KINDS = {
+    "compiled": r"^triton",
     "attention": r"flash|fmha|attention",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitk",
-    "optimizer": r"multi_tensor|adam",
-    "compiled": r"^triton",
+    "lists of tensors": r"multi_tensor|adam",
     "copies": r"copy|memcpy|memset|fill|cat",
 }
 
@@ -365,7 +367,11 @@ class Turns:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
             candidate.step(inputs)
             torch.cuda.synchronize()
-        kernels = {e.key: e.self_device_time_total / 1e3 for e in record.key_averages()}
+        kernels = {
+            event.key: event.self_device_time_total / 1e3
+            for event in record.key_averages()
+            if not event.is_user_annotation  # which hold kernels that are counted already
+        }
         kinds = dict.fromkeys([*KINDS, "others"], 0.0)
         for name, milliseconds in kernels.items():
             kind = next((k for k, holds in KINDS.items() if re.search(holds, name, re.I)), "others")
@@ -405,6 +411,31 @@ def product_rate(size: int = 8192) -> float:
     return 2 * size**3 / statistics.median(times[3:])
 
 
+def head_times(shape: dict[str, Any], rows: int) -> dict[int, dict[str, float]]:
+    """Of our loss by itself, there and back, in float32 hidden states: by tokens at a time."""
+    tokens, width = rows * shape["max_position_embeddings"], shape["hidden_size"]
+    hidden = torch.randn(tokens, width, device="cuda", requires_grad=True)
+    weight = torch.randn(shape["vocab_size"], width, device="cuda").mul_(0.02).requires_grad_()
+    labels = torch.randint(shape["vocab_size"], (tokens,), device="cuda")
+    found = {}
+    for chunk in HEAD_CHUNKS:
+        torch.cuda.reset_peak_memory_stats()
+        before, times = torch.cuda.memory_allocated(), []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, compiled=True)
+            torch.autograd.grad(loss, (hidden, weight))
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        found[chunk] = {
+            "milliseconds": round(1e3 * statistics.median(times[2:]), 2),
+            "mib": round((torch.cuda.max_memory_allocated() - before) / 2**20),
+        }
+    return found
+
+
 def measure(shape: dict[str, Any], device: str, options: argparse.Namespace) -> dict[str, Any]:
     """Figures of ours and of each peer."""
     turns, rates = Turns(shape, device, options), list[float]()
@@ -419,6 +450,7 @@ def measure(shape: dict[str, Any], device: str, options: argparse.Namespace) -> 
             torch.cuda.empty_cache()
     assert isinstance(ours, Ours)
     ours.parallel.close()
+    heads = head_times(shape, options.rows) if turns.cuda else {}
     tokens = options.rows * shape["max_position_embeddings"]
     flops = flops_per_token(ours.config, shape["max_position_embeddings"])
     weights_alone = flops_per_token(ours.config, 0)
@@ -446,6 +478,8 @@ def measure(shape: dict[str, Any], device: str, options: argparse.Namespace) -> 
         "flops_per_token_weights_alone": weights_alone,
         "peak_flops": peak,
         "product_tflops": round(statistics.median(rates) / 1e12, 1) if rates else None,
+        "attention": "flash-attn" if varlen.FLASH_ATTN else "torch.nn.attention.varlen",
+        "loss_by_chunk": heads,
         "candidates": candidates,
     }
 
@@ -471,7 +505,7 @@ def tables(figures: dict[str, Any]) -> Iterator[Table]:
     shape, rate = figures["shape"], figures["product_tflops"]
     title = (
         f"{figures['parameters'] / 1e9:.2f} billion parameters, {figures['rows']} rows of "
-        f"{shape['max_position_embeddings']} tokens a step"
+        f"{shape['max_position_embeddings']} tokens a step; documents by {figures['attention']}"
     )
     if rate:
         title += f"; a product of 8192 x 8192 matrices in bf16 by itself: {rate:.0f} TFLOP/s"
@@ -486,6 +520,15 @@ def tables(figures: dict[str, Any]) -> Iterator[Table]:
                 [name, *(f"{row['kernels_ms'][kind]:.1f}" for kind in kinds)]
                 + [f"{1e3 * statistics.median(row['seconds_a_step']):.1f}"]
                 for name, row in candidates.items()
+            ],
+        )
+    if figures["loss_by_chunk"]:
+        yield Table(
+            "our loss by itself, forward and backward, by tokens at a time",
+            ["tokens", "ms", "MiB"],
+            [
+                [str(chunk), f"{row['milliseconds']:.1f}", str(row["mib"])]
+                for chunk, row in figures["loss_by_chunk"].items()
             ],
         )
 
