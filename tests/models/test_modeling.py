@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import build_model
-from llmnorm.nn.mixers import softmax, varlen
+from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.settings import Mixer
 from llmnorm.part import part_classes
 
@@ -143,7 +143,8 @@ def test_boundaries_alone_keep_documents_apart(
     ids, whole = tokens(2, 12), torch.arange(12).expand(2, -1)
     expected = [model(ids, position_ids=places).logits for places in (PACKED, whole)]
     monkeypatch.setattr(varlen, "serves", lambda hidden: True)
-    monkeypatch.setattr(softmax, "varlen_attention", kernel)
+    monkeypatch.setattr(varlen, "has_kernel", lambda q: True)
+    monkeypatch.setattr(varlen, "attention", kernel)
     got = [model(ids, position_ids=places).logits for places in (PACKED, whole)]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert given == [4, 4]  # one a layer

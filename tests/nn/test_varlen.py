@@ -10,9 +10,10 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.contract import Context, document_boundaries
 from llmnorm.nn.mixers.softmax import SoftmaxAttention
-from llmnorm.nn.mixers.varlen import serves, varlen_attention
+from llmnorm.nn.mixers.varlen import serves
 
 DOCUMENTS = (70, 1, 57, 128)  # two rows of 128
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel wants a GPU")
@@ -69,7 +70,7 @@ def test_the_kernel_is_each_document_alone(window: int | None, compiled: bool) -
     make = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
     inputs = [torch.randn(256, heads, 64, **make) for heads in (4, 2, 2)]  # type: ignore[call-overload]
     boundaries = document_boundaries(DOCUMENTS, torch.device("cuda"))
-    attend = torch.compile(varlen_attention) if compiled else varlen_attention
+    attend = torch.compile(varlen.attention) if compiled else varlen.attention
     out = attend(*inputs, boundaries, 128, window)
     weight = torch.randn_like(out)
     found = [out, *torch.autograd.grad((out * weight).sum(), inputs)]
