@@ -337,6 +337,9 @@ class Turns:
             pair = [ours, peer] if number % 2 == 0 else [peer, ours]
             took = {candidate.name: self._turn(candidate, number) for candidate in pair}
             self.ratios.setdefault(peer.name, []).append(took[peer.name] / took["ours"])
+        ratio = statistics.median(self.ratios[peer.name])
+        shown = {name: round(seconds, 4) for name, seconds in took.items()}
+        _say(f"{peer.name}: ours over it {ratio:.3f}; seconds a step at last {shown}")
         for candidate in (ours, peer):
             if self.cuda and candidate.name not in self.kernels:
                 self._profile(candidate)
@@ -455,6 +458,7 @@ def measure(shape: dict[str, Any], device: str, options: argparse.Namespace) -> 
     flops = flops_per_token(ours.config, shape["max_position_embeddings"])
     weights_alone = flops_per_token(ours.config, 0)
     peak = peak_flops(torch.device(device))
+    kernel = "flash-attn" if varlen.FLASH_ATTN else "torch.nn.attention.varlen"
     candidates = {}
     for name, seconds in turns.seconds.items():
         speed = tokens / statistics.median(seconds)
@@ -478,7 +482,7 @@ def measure(shape: dict[str, Any], device: str, options: argparse.Namespace) -> 
         "flops_per_token_weights_alone": weights_alone,
         "peak_flops": peak,
         "product_tflops": round(statistics.median(rates) / 1e12, 1) if rates else None,
-        "attention": "flash-attn" if varlen.FLASH_ATTN else "torch.nn.attention.varlen",
+        "attention": kernel if turns.cuda else "masks",
         "loss_by_chunk": heads,
         "candidates": candidates,
     }
