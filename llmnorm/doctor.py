@@ -25,8 +25,8 @@ from llmnorm.gpus import (
     cuda_problem,
     driver_line,
     fla_problem,
-    gated_gradients_problem,
     nvidia,
+    one_decay_problem,
     output_of,
 )
 from llmnorm.part import InputError
@@ -139,8 +139,8 @@ def _served() -> str:
     problem = fla_problem()
     if problem:
         return f"; recurrences do without it: {problem}"
-    problem = gated_gradients_problem()
-    but = f", but none with one decay a head: {problem}" if problem else ""
+    problem = one_decay_problem()
+    but = f", but none with a single decay a head: {problem}" if problem else ""
     return f"; recurrences use its kernels in bf16{but}"
 
 

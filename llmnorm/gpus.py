@@ -152,10 +152,11 @@ def fla_problem() -> str | None:
 
 
 @cache
-def gated_gradients_problem() -> str | None:
-    """Why those with one decay a head do not even so; None where they do.
+def one_decay_problem() -> str | None:
+    """Why those with one decay a head, or none, do not even so; None where they do.
 
-    Source: fla-org/flash-linear-attention issue 640; fla's kernels refuse this themselves.
+    Source: fla-org/flash-linear-attention issue 640; fla's kernels refuse this themselves where
+    there is a decay. Without one their gradient of q in bf16 was off by half on an H200.
     """
     import torch
 

@@ -140,7 +140,7 @@ def test_gradients_that_triton_gets_wrong(
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: triton)
     monkeypatch.setattr(gpus.importlib.metadata, "version", lambda name: triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
-    problem = gpus.gated_gradients_problem.__wrapped__()
+    problem = gpus.one_decay_problem.__wrapped__()
     assert (problem is not None) is wrong
     assert not wrong or problem.startswith(f"triton {triton} computes them wrongly on Hopper")
 

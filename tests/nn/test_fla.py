@@ -228,33 +228,31 @@ BF16, FLOAT32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({}, BF16),
-        ({"v": FLOAT32}, BF16),
-        ({"q": FLOAT32, "k": FLOAT32, "v": FLOAT32}, None),
-        ({"q": FLOAT32, "k": FLOAT32, "v": FLOAT32, "tf32": True}, FLOAT32),
-        ({"v": torch.float64}, None),
-        ({"v": torch.float16}, None),
-        ({"length": 63}, None),
-        ({"width": 15}, None),
-        ({"width": 256}, BF16),
-        ({"width": 258}, None),
-        ({"cuda": False}, None),
-        ({"usable": False}, None),
-        ({"right": False}, None),
-        ({"right": False, "decay": 4}, BF16),
-        ({"rows": 1}, None),
+        ({}, True),
+        ({"v": FLOAT32}, True),
+        ({"q": FLOAT32, "k": FLOAT32, "v": FLOAT32}, False),
+        ({"v": torch.float64}, False),
+        ({"v": torch.float16}, False),
+        ({"length": 63}, False),
+        ({"width": 15}, False),
+        ({"width": 256}, True),
+        ({"width": 258}, False),
+        ({"cuda": False}, False),
+        ({"usable": False}, False),
+        ({"right": False}, False),
+        ({"right": False, "one_decay": False}, True),
+        ({"rows": 1}, False),
     ],
 )
-def test_who_computes(change: dict[str, Any], expected: Any, monkeypatch: Any) -> None:
-    """Oracle: what the docstring of kernel_dtype says, case by case."""
-    case = {"q": BF16, "k": BF16, "v": BF16, "length": 64, "width": 16, "rows": 2, "decay": 3}
-    case |= {"cuda": True, "tf32": False, "usable": True, "right": True, **change}
-    monkeypatch.setattr(fla, "_environment", lambda: (case["usable"], case["tf32"], case["right"]))
+def test_who_computes(change: dict[str, Any], expected: bool, monkeypatch: Any) -> None:
+    """Oracle: what the docstring of `serves` says, case by case."""
+    case = {"q": BF16, "k": BF16, "v": BF16, "length": 64, "width": 16, "rows": 2}
+    case |= {"cuda": True, "usable": True, "right": True, "one_decay": True, **change}
+    monkeypatch.setattr(fla, "_environment", lambda: (case["usable"], case["right"]))
 
     def stub(name: str, rows: int) -> Any:
         shape = torch.Size((rows, case["length"], 2, case["width"]))
         return SimpleNamespace(is_cuda=case["cuda"], dtype=case[name], shape=shape)
 
     q, k, v = stub("q", 2), stub("k", case["rows"]), stub("v", 2)
-    decay: Any = SimpleNamespace(ndim=case["decay"])
-    assert fla.kernel_dtype(q, k, v, decay, widest=256) == expected
+    assert fla.serves(q, k, v, widest=256, one_decay=case["one_decay"]) == expected

@@ -1,17 +1,16 @@
 """The recurrences by the Triton kernels of fla-core (Yang & Zhang 2024, flash-linear-attention).
 
-`kernel_dtype` alone chooses between them and the engines of linear_recurrence.py, gla.py and
-gated_delta.py, which call the three functions below where it names a dtype. The mapping, ours to
-fla's: q is scaled already (scale=1); log_decay, log_gate -> g, float32; b -> beta; state (batch,
-heads, K, V) -> initial_state and final_state; boundaries of documents -> cu_seqlens, the rows laid
-end to end, one state a document. What is given and returned is as in those files.
+`serves` alone chooses between them and the engines of linear_recurrence.py, gla.py and
+gated_delta.py, which then call the three functions below. The mapping, ours to fla's: q is scaled
+already (scale=1); log_decay, log_gate -> g, float32; b -> beta; state (batch, heads, K, V) ->
+initial_state and final_state; boundaries of documents -> cu_seqlens, the rows laid end to end, one
+state a document. What is given and returned is as in those files.
 
-Precision: bf16 where one of q, k and v is bf16 (decays, sums and the states handed over stay
-float32; between chunks the forward pass keeps bf16 states), else float32 inputs with TF32 products,
-and that only where torch was told to allow them (torch.set_float32_matmul_precision("high")).
-Linear attention and NaLa, whose features are float32, take TF32 products where q is bf16, too.
-Surprises: fla has no grouped heads but for the delta rule's values, so keys or values are repeated;
-its kernels choose their tiles by timing, so two runs agree up to rounding only.
+Precision: bf16, in bf16 training alone; decays, sums and the states handed over stay float32
+(between chunks the forward pass keeps bf16 states). Float32 stays ours: fla's products of it are
+TF32, off by 1e-3 (tools/bench/gpu_kernels.py). Surprises: fla has no grouped heads but for the
+delta rule's values, so keys or values are repeated; its kernels choose their tiles by timing at
+their first call, which for gla takes minutes, so two runs agree up to rounding only.
 """
 
 from collections.abc import Callable
@@ -21,45 +20,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmnorm.gpus import fla_problem, gated_gradients_problem
+from llmnorm.gpus import fla_problem, one_decay_problem
 
 SHORTEST = 64  # tokens; fewer, as in decoding, fill no chunk
 WIDEST_DELTA_KEY = 256
 
 
-def kernel_dtype(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, *, widest: int | None = None
-) -> torch.dtype | None:
-    """What fla's kernels compute a recurrence in; None: ours serves it.
+def serves(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    widest: int | None = None,
+    one_decay: bool = False,
+) -> bool:
+    """Whether fla's kernels compute a recurrence; else ours does.
 
-    Ours takes what is not on a GPU with fla (`llmnorm doctor` says why), float64, float16 (whose
-    range the states leave), float32 unless TF32 is allowed, rows under 64 tokens, odd widths, keys
-    wider than `widest`, keys given once for all rows, everything where deterministic algorithms are
-    asked for, and one decay a head where Triton gets its gradients wrong (Hopper, before 3.7.1).
+    Ours takes what is not on a GPU with fla (`llmnorm doctor` says why), what is not bf16 at all,
+    float16 (whose range the states leave), rows under 64 tokens, odd widths, keys wider than
+    `widest`, keys given once for all rows, everything where deterministic algorithms are asked for,
+    and a single decay (or none) a head where Triton gets its gradients wrong (Hopper, before
+    3.7.1).
     """
     if not q.is_cuda or q.shape[1] < SHORTEST:
-        return None
-    usable, tf32, gated_gradients = _environment()
+        return False
+    usable, gradients = _environment()
     dtypes = {q.dtype, k.dtype, v.dtype}
-    if not usable or not dtypes <= {torch.bfloat16, torch.float32}:
-        return None
-    if torch.bfloat16 not in dtypes and not tf32:
-        return None
-    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
-        return None
-    if q.shape[3] % 2 or v.shape[3] % 2 or (widest is not None and q.shape[3] > widest):
-        return None
-    if decay is not None and decay.ndim == 3 and not gated_gradients:
-        return None
-    return torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+    return (
+        usable
+        and (gradients or not one_decay)
+        and torch.bfloat16 in dtypes
+        and dtypes <= {torch.bfloat16, torch.float32}
+        and q.shape[:2] == k.shape[:2] == v.shape[:2]
+        and q.shape[3] % 2 == v.shape[3] % 2 == 0
+        and (widest is None or q.shape[3] <= widest)
+    )
 
 
 @torch.compiler.assume_constant_result
-def _environment() -> tuple[bool, bool, bool]:
-    """Whether there are kernels to use, TF32 is allowed, gradients through decays are right."""
+def _environment() -> tuple[bool, bool]:
+    """Whether there are kernels to use, and those with one decay a head have right gradients."""
     usable = fla_problem() is None and not torch.are_deterministic_algorithms_enabled()
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    return usable, tf32, gated_gradients_problem() is None
+    return usable, one_decay_problem() is None
 
 
 def linear(
@@ -68,7 +70,7 @@ def linear(
     v: Tensor,
     log_decay: Tensor | None,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.bfloat16,
     segments: Tensor | None = None,
     boundaries: Tensor | None = None,
     state: Tensor | None = None,
@@ -94,7 +96,7 @@ def channel(
     v: Tensor,
     log_gate: Tensor,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.bfloat16,
     segments: Tensor | None = None,
     boundaries: Tensor | None = None,
     state: Tensor | None = None,
@@ -114,7 +116,7 @@ def delta(
     b: Tensor,
     log_decay: Tensor,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.bfloat16,
     segments: Tensor | None = None,
     boundaries: Tensor | None = None,
     state: Tensor | None = None,

@@ -188,10 +188,10 @@ def delta_recurrence(
     """Every y_t, and the state after the last token, both float32 or float64."""
     if log_decay is None:
         log_decay = torch.zeros_like(b)
-    dtype = fla.kernel_dtype(q, k, v, log_decay, widest=fla.WIDEST_DELTA_KEY)
-    if dtype is not None:
-        apart = {"segments": segments, "boundaries": boundaries}
-        return fla.delta(q, k, v, b, log_decay, dtype=dtype, state=state, **apart)
+    if fla.serves(q, k, v, widest=fla.WIDEST_DELTA_KEY, one_decay=True):
+        return fla.delta(
+            q, k, v, b, log_decay, segments=segments, boundaries=boundaries, state=state
+        )
     wide = wide_dtype(v.dtype)
     chunk, group = min(chunk, q.shape[1]), v.shape[2] // k.shape[2]
     if state is None:

@@ -142,10 +142,8 @@ def channel_recurrence(
     Returns:
         y (batch, length, heads, value_dim) and the state after the last token, float32 or float64.
     """
-    dtype = fla.kernel_dtype(q, k, v, log_gate)
-    if dtype is not None:
-        apart = {"segments": segments, "boundaries": boundaries}
-        return fla.channel(q, k, v, log_gate, dtype=dtype, state=state, **apart)
+    if fla.serves(q, k, v):
+        return fla.channel(q, k, v, log_gate, segments=segments, boundaries=boundaries, state=state)
     wide = wide_dtype(v.dtype)
     chunk = min(chunk, q.shape[1])
     if state is None:

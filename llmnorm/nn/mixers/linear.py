@@ -140,7 +140,7 @@ class LinearAttention(Mixer):
         shape = len(p.v), self.kv_heads, self.feature_dim
         states = kept or tuple(p.v.new_zeros(*shape, n, dtype=wide) for n in (self.head_dim, 1))
         q, k, v = (t.to(wide) for t in (p.q, p.k, p.v))
-        by_kernel = fla.kernel_dtype(p.q, p.k, p.v, None) is not None
+        by_kernel = fla.serves(p.q, p.k, p.v)
         y, total, *after = self._sums(q, k, v, states[:2], context, by_kernel)
         if cache is not None:
             assert context.places is not None

@@ -65,10 +65,8 @@ def linear_recurrence(
     Returns:
         y (batch, length, max(q_heads, v_heads), V) and state, both float32 or float64.
     """
-    dtype = fla.kernel_dtype(q, k, v, log_decay)
-    if dtype is not None:
-        apart = {"segments": segments, "boundaries": boundaries}
-        return fla.linear(q, k, v, log_decay, dtype=dtype, state=state, **apart)
+    if fla.serves(q, k, v, one_decay=True):
+        return fla.linear(q, k, v, log_decay, segments=segments, boundaries=boundaries, state=state)
     wide, length = wide_dtype(v.dtype), q.shape[1]
     chunk = min(chunk, length)
     if state is None:

@@ -87,7 +87,8 @@ def sums_by_kernel(
 ) -> tuple[Tensor, ...]:
     """As normalised_sums, in float32: the numerator by fla's kernel, whose products are TF32.
 
-    That rounds less than bf16 has rounded q and k already. The normaliser, which divides, is ours.
+    That rounds less than bf16 has rounded q and k already, and its gradients are right where those
+    of bf16 are not (fla.py). The normaliser, which divides, is ours.
     """
 
     def sums(q: Tensor, k: Tensor, v: Tensor, state: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
