@@ -1,16 +1,19 @@
 """Measures where llmnorm/nn has a function of its own against torch's.
 
-usage: python tools/bench/nn.py [--rounds 15] [--out docs/results/nn.json]
+usage: python tools/bench/nn.py [--rounds 25] [--out docs/results/nn.json]
 
 Forward and backward, one thread or as many as OMP_NUM_THREADS says: every norm in training against
 F.rms_norm and F.layer_norm; a training step (forward, backward, AdamW) of a Pre-LN and a
 Pre-RMSNorm model; the chunked loss against logits + F.cross_entropy for several chunk sizes. Of a
 model with `unified` folded away, the profiled operations that could belong to a norm.
-The candidates of a row alternate, so that a busy machine slows all; the table shows the best of all
-rounds in ms and its ratio to the first.
+The candidates of a table take turns, so that a busy machine slows all, each with an untimed pass
+before the timed one, so that none pays for memory that its predecessor gave back to the system. A
+table shows medians over the rounds: of the ms, and of the ratios to another candidate in the same
+round.
 """
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -38,28 +41,31 @@ from llmnorm.nn.norms.settings import (
 )
 
 Run = Callable[[], Tensor]
+Times = dict[str, list[float]]  # milliseconds of every round
 
 
-def best(candidates: dict[str, Run], leaves: list[Tensor], rounds: int) -> dict[str, float]:
-    """Milliseconds of each candidate's forward and backward pass."""
+def alternated(candidates: dict[str, Run], leaves: list[Tensor], rounds: int) -> Times:
+    """Each candidate's forward and backward pass."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     upstream = torch.ones_like(next(iter(candidates.values()))())
     for turn in range(rounds + 2):
         for name, run in candidates.items():
+            torch.autograd.grad(run(), leaves, upstream, allow_unused=True)
             start = time.perf_counter()
             torch.autograd.grad(run(), leaves, upstream, allow_unused=True)
             if turn >= 2:
                 times[name].append(1000 * (time.perf_counter() - start))
-    return {name: round(min(values), 3) for name, values in times.items()}
+    return times
 
 
-def norms(rows: int, width: int, rounds: int) -> dict[str, float]:
+def norms(rows: int, width: int, rounds: int) -> Times:
     """Every norm in training over (rows, width) in float32."""
     x = torch.randn(rows, width, requires_grad=True)
-    gain = torch.ones(width, requires_grad=True)
+    gain, offset = (t.requires_grad_() for t in (torch.ones(width), torch.zeros(width)))
     candidates: dict[str, Run] = {
         "F.rms_norm": lambda: F.rms_norm(x, (width,), gain, 1e-6),
-        "F.layer_norm": lambda: F.layer_norm(x, (width,), gain, None, 1e-6),
+        "F.layer_norm": lambda: F.layer_norm(x, (width,), gain, offset, 1e-6),
+        "F.layer_norm without an offset": lambda: F.layer_norm(x, (width,), gain, None, 1e-6),
     }
     parts: dict[str, Any] = {
         "rms": RMSNormSettings(),
@@ -70,14 +76,14 @@ def norms(rows: int, width: int, rounds: int) -> dict[str, float]:
         "power": PowerNormSettings(),
         "unified": UnifiedNormSettings(allow_leak=True),
     }
-    leaves: list[Tensor] = [x, gain]
+    leaves: list[Tensor] = [x, gain, offset]
     for name, settings in parts.items():
         norm = settings.build(width)
         if "lns" in name:
             scale_by_depth(norm, 3)
         leaves += norm.parameters()
         candidates[name] = _step_of(norm, x)
-    return best(candidates, leaves, rounds)
+    return alternated(candidates, leaves, rounds)
 
 
 def _step_of(norm: Any, x: Tensor) -> Run:
@@ -101,8 +107,8 @@ MODEL: dict[str, Any] = {
 }
 
 
-def training_steps(rounds: int) -> dict[str, float]:
-    """Milliseconds of a step on 4 rows of 256 tokens."""
+def training_steps(rounds: int) -> Times:
+    """A step on 4 rows of 256 tokens."""
     ids = torch.randint(0, 4096, (4, 256))
     models = {
         name: build_model(LlmNormConfig(**MODEL, norm=norm), seed=0).train()
@@ -118,7 +124,7 @@ def training_steps(rounds: int) -> dict[str, float]:
             optimizers[name].zero_grad()
             if turn >= 2:
                 times[name].append(1000 * (time.perf_counter() - start))
-    return {name: round(min(values), 3) for name, values in times.items()}
+    return times
 
 
 def norms_after_folding() -> dict[str, list[str]]:
@@ -138,7 +144,7 @@ def norms_after_folding() -> dict[str, list[str]]:
     return found
 
 
-def losses(tokens: int, width: int, vocabulary: int, rounds: int) -> dict[str, float]:
+def losses(tokens: int, width: int, vocabulary: int, rounds: int) -> Times:
     """The loss of (tokens, width) hidden states, float32."""
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = torch.randn(vocabulary, width).mul_(0.02).requires_grad_()
@@ -153,17 +159,22 @@ def losses(tokens: int, width: int, vocabulary: int, rounds: int) -> dict[str, f
     for size in (64, 128, 256, 512, 1024):
         ours = " (ours)" if size == chunk_size(weight) else ""
         candidates[f"chunks of {size}{ours}"] = chunked(size)
-    return best(candidates, [hidden, weight], rounds)
+    return alternated(candidates, [hidden, weight], rounds)
+
+
+def over(times: list[float], others: list[float]) -> float:
+    """The median of the ratios of two candidates' rounds."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", type=Path, default=RESULTS / "nn.json")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    tables: dict[str, dict[str, float]] = {
+    tables: dict[str, Times] = {
         f"norms, {rows} x {width}": norms(rows, width, options.rounds)
         for rows, width in ((4096, 768), (2048, 192))
     }
@@ -175,18 +186,28 @@ def main(arguments: list[str] | None = None) -> int:
         for tokens, width, vocabulary in ((1024, 192, 4096), (1024, 384, 32768))
     }
     read = []
-    for title, row in tables.items():
-        first = next(iter(row.values()))
-        cells = [[name, f"{value:.2f}", f"{value / first:.3f}"] for name, value in row.items()]
-        read.append(Table(title, ["", "ms", "over the first"], cells))
+    for title, times in tables.items():
+        others = [name for name in ("F.layer_norm",) if name in times]
+        others.insert(0, next(iter(times)))
+        cells = [
+            [name, f"{statistics.median(row):.2f}", *(f"{over(row, times[o]):.3f}" for o in others)]
+            for name, row in times.items()
+        ]
+        read.append(Table(title, ["", "ms", *(f"over {o}" for o in others)], cells))
     folded = norms_after_folding()
     names = [[name, ", ".join(found) or "none"] for name, found in folded.items()]
     read.append(Table("operations of norms in evaluation", ["model", "profiled"], names))
     publish(
         options.out,
-        "Norms and loss (CPU, float32, forward and backward, best of all rounds)",
+        "Norms and loss (CPU, float32, forward and backward, medians of all rounds)",
         read,
-        {"milliseconds": tables, "operations_of_norms": folded},
+        {
+            "milliseconds": {
+                title: {name: round(statistics.median(row), 3) for name, row in times.items()}
+                for title, times in tables.items()
+            },
+            "operations_of_norms": folded,
+        },
     )
     return 0
 
