@@ -164,6 +164,9 @@ class LoggingSettings(Settings):
 
     every: Count = 1
     """Steps between two lines of metrics.jsonl."""
+    health_every: Count | None = None
+    """Steps between two lines that hold the mixers' health too (entropies, denominators, decays),
+    measured by one more forward pass over a micro-batch; left out, never."""
     trackers: list[Tracker] = []
     """Trackers beside metrics.jsonl; `llmnorm[track]` brings tensorboard, wandb and trackio."""
     project: str = "llmnorm"

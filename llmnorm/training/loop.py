@@ -33,6 +33,7 @@ from llmnorm.training import run_directory
 from llmnorm.training.checkpoint import Checkpoints
 from llmnorm.training.ema import EMA
 from llmnorm.training.evaluation import evaluate
+from llmnorm.training.health import health
 from llmnorm.training.layout import check, describe
 from llmnorm.training.loading import open_source
 from llmnorm.training.metrics import Metrics
@@ -223,17 +224,19 @@ def train(
                 if parallel.is_main:
                     run_directory.end(run.diverged, progress.step)
                 raise InputError(_diverged(progress, global_batch, checkpoints))
-            if last or progress.step % config.logging.every == 0:
-                metrics.log_step(
-                    {
-                        "step": progress.step,
-                        "tokens": progress.tokens,
-                        "loss": mean_loss,
-                        "grad_norm": norm,
-                        "lr": optimizer.param_groups[0]["lr"],
-                        "skipped_steps": progress.skipped_steps,
-                    }
-                )
+            line: dict[str, Any] = {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "loss": mean_loss,
+                "grad_norm": norm,
+                "lr": optimizer.param_groups[0]["lr"],
+                "skipped_steps": progress.skipped_steps,
+            }
+            if examined := _due(progress.step, config.logging.health_every):
+                with metrics.pause():
+                    line["health"] = health(model, micro_batches[0].inputs, parallel)
+            if last or examined or progress.step % config.logging.every == 0:
+                metrics.log_step(line)
             figures: dict[str, Any] | None = None
             if last or _due(progress.step, config.evaluation.every):
                 with metrics.pause():

@@ -1,9 +1,10 @@
 """What a run writes down and shows: metrics.jsonl, samples.jsonl, trackers, the bar, MFU.
 
 metrics.jsonl has a line a logged step (`step`, `tokens`, `loss`, `grad_norm`, `lr`,
-`tokens_per_second`, ...) and a line an evaluation (`step`, `tokens`, `validation`). Losses are in
-nats a token. samples.jsonl has a line an evaluation (`step`, `tokens`, `samples`). On resume both
-are cut to the checkpoint's step, so that they read as if the run had never stopped.
+`tokens_per_second`, ..., at intervals `health`) and a line an evaluation (`step`, `tokens`,
+`validation`). Losses are in nats a token. samples.jsonl has a line an evaluation (`step`, `tokens`,
+`samples`). On resume both are cut to the checkpoint's step, so that they read as if the run had
+never stopped.
 """
 
 import json

@@ -1,8 +1,9 @@
 """A run's figures in the trackers that accelerate knows, beside metrics.jsonl.
 
 metrics.jsonl is the record; a tracker shows it. What a tracker is told of a line is `values(line)`:
-`train/loss`, `validation/bits_per_byte`, `validation/<source>/loss`, `samples`, ..., at the line's
-step. `RUN/tracker.json` holds, by tracker, the id by which a resumed run finds its chart again.
+`train/loss`, `health/<layer>/entropy`, `validation/bits_per_byte`, `validation/<source>/loss`,
+`samples`, ..., at the line's step. `RUN/tracker.json` holds, by tracker, the id by which a resumed
+run finds its chart again.
 
 A killed run goes on from its newest checkpoint, which lies behind what its trackers have seen, and
 of what was sent last a tracker may have lost some. So a tracker is first brought up to the run:
@@ -62,7 +63,8 @@ def values(line: Mapping[str, Any]) -> dict[str, float | str]:
         }
     if "validation" in line:
         return dict(_leaves("validation", line["validation"]))
-    return dict(_leaves("train", {key: v for key, v in line.items() if key not in LEFT_OUT}))
+    trained = {key: value for key, value in line.items() if key not in (*LEFT_OUT, "health")}
+    return dict(_leaves("train", trained)) | dict(_leaves("health", line.get("health", {})))
 
 
 class Trackers:

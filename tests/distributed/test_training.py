@@ -17,6 +17,7 @@ from tests.distributed.processes import run as run_processes
 from tests.running import MASKED, ROOT, SMOKE, assert_same_run, llmnorm, metrics_of, state_of
 
 COMMON = ["schedule=constant", "evaluation.every=5", "checkpoint.every=5", "training.ema=0.9"]
+COMMON += ["logging.health_every=2"]
 # MiB of weights, gradients and state that a process holds (DeepSpeed: masters beside weights).
 SHARDINGS = {
     "ddp": ("0.5", "0.5", "0.9"),
@@ -110,6 +111,12 @@ def test_two_processes_compute_the_same_steps_as_one(two, one, cut) -> None:
         if "loss" in found:
             for key in ("loss", "grad_norm"):
                 assert found[key] == pytest.approx(other[key], rel=1e-6)
+            # Of the first micro-batch of both processes, which is half of the rows.
+            assert found.keys() == other.keys()
+            for layer, figures in found.get("health", {}).items():
+                whole = other["health"][layer]
+                assert figures["entropy"] == pytest.approx(whole["entropy"], rel=0.01)
+                assert 0.5 < figures["max_logit"] / whole["max_logit"] < 1 + 1e-5
             continue
         pairs = [(found["validation"], other["validation"])]
         pairs.append((pairs[0][0]["ema"], pairs[0][1]["ema"]))
@@ -184,6 +191,9 @@ def test_replicas_of_shards_compute_the_same_steps_as_one(one, tmp_path, smoke_d
     for found, other in zip(ours, metrics_of(one), strict=False):
         assert found["tokens"] == other["tokens"]
         assert found["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    health, expected = ours[1]["health"], metrics_of(one)[1]["health"]
+    for layer in ("0", "1"):
+        assert health[layer] == pytest.approx(expected[layer], rel=1e-5)
 
 
 def test_a_run_of_two_goes_on_with_one(two, one, start) -> None:

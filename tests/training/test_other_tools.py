@@ -13,6 +13,8 @@ from transformers import (
     pipeline,
 )
 
+from tests.running import SMOKE, llmnorm
+
 PROMPTS = ["The", "A run is", "It was not so long ago that", "x", "When the"]
 
 
@@ -37,6 +39,30 @@ def test_greedy_is_one_text_whatever_the_cache_and_the_batch(
         alone = model.generate(**encoded(exported, [prompt]), **options, use_cache=False)[0]
         assert row[-12:].equal(alone[-12:])
     assert len(set(got[:, -12:].flatten().tolist())) > 2
+
+
+def test_a_hybrid_is_one_override_and_is_exported_and_generated_from(
+    tmp_path: Path, smoke_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: transformers' greedy text without a cache; the run's own text."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    places = [f"run_dir={run}", f"data.dir={smoke_data}"]
+    # 0.1 and 1e-2 as in conftest.py: other tokens than the most frequent one have a chance.
+    settings = ["training.steps=8", "model.initializer_range=0.1", "optimizer.lr=1e-2"]
+    llmnorm("train", SMOKE, "model.mixer=[nala,softmax]", *settings, *places)
+    llmnorm("export", run, out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.layer_types == ["linear_attention", "full_attention"]
+    batch = encoded(out, PROMPTS)
+    got = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    assert got.equal(model.generate(**batch, max_new_tokens=12, do_sample=False, use_cache=False))
+    assert len(set(got[:, -12:].flatten().tolist())) > 2
+    capsys.readouterr()
+    texts = []
+    for directory in (run, out):
+        llmnorm("generate", directory, "--prompt", "The", "generation.temperature=0")
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("The") and len(texts[0]) > 8
 
 
 def test_beam_search_and_sampling(exported: Path, stock: Path) -> None:

@@ -1,16 +1,18 @@
 """Measures how the mixers' time and memory grow with the length, beside softmax attention.
 
-usage: python tools/bench/mixers.py [--quick] [--longest 32768] [--rounds 2]
+usage: python tools/bench/mixers.py [--quick] [--longest 32768] [--rounds 2] [--mixers nala ssd]
            [--out docs/results/mixers.json]
 
 For rows of 512 tokens up to the longest: forward and backward of the mixing core (`mix`, features
 of NaLa and linear attention included; projections not) of every mixer, of one width, beside torch's
-scaled_dot_product_attention (up to 8192 tokens); the candidates of a length alternate and the best
-of all rounds counts. The slope is that of a least-squares line through log seconds over log tokens
-from 2048 on; the picture, mixers.png beside the file, shows all lengths. Decoding: one token, and
-bytes carried, after 128 and after half of the longest number of tokens. The training step: models
-of equal parameters (the MLP makes up for the mixer), context 512, in turns; the ratio is the median
-over the rounds.
+scaled_dot_product_attention that looks the same way (up to 8192 tokens; families of matrices that
+are made entry by entry up to 4096); the candidates of a length alternate and the best of all rounds
+counts. The slope is that of a least-squares line through log seconds over log tokens from 2048 on;
+the picture, mixers.png beside the file, shows all lengths. Decoding: one token, and bytes carried,
+after 128 and after half of the longest number of tokens. The training step: models of equal
+parameters (the MLP makes up for the mixer), context 512, in turns; the ratio is the median over the
+rounds. With `--mixers` only these (and what they are held to) are measured, and nothing is written
+unless `--out` says where.
 
 Times are the processor's, of one thread, so that other work on the machine counts little.
 """
@@ -27,6 +29,7 @@ import torch
 import training_step
 from report import RESULTS, Table, publish
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from llmnorm.nn.cache import KeyValues, RaggedCache
 from llmnorm.nn.mixers.contract import Context, Mixer
@@ -43,15 +46,32 @@ MIXERS: dict[str, Any] = {
     "ssd": {"name": "ssd", "expand": 1},
     "gla": "gla",
     "gated_delta": "gated_delta",
+    "sdpa, both ways": {"name": "softmax", "bidirectional": True},
+    "linear, both ways": {"name": "linear", "bidirectional": True},
+    "nala, both ways": {"name": "nala", "bidirectional": True, "conv_kernel": 5},
+    "hydra": {"name": "hydra", "expand": 1},
+}
+FAMILIES = ("quasiseparable", "low_rank", "toeplitz", "dft")
+ENTRY_BY_ENTRY = ("attention", "dense", "vandermonde", "cauchy")
+MIXERS |= {
+    f"matrix {family}": {"name": "matrix", "expand": 1, "head_dim": 64, "family": family}
+    for family in (*FAMILIES, *ENTRY_BY_ENTRY)
 }
 TRAINED = {name: MIXERS[name] for name in ("softmax", "linear", "nala", "gla", "gated_delta")}
 TRAINED["ssd"] = "ssd"
-QUADRATIC = 8192  # tokens that full attention is run to
+# Tokens that what is quadratic by its nature is run to.
+QUADRATIC = {"sdpa": 8192, "softmax": 8192, "sdpa, both ways": 8192, "matrix attention": 8192}
+QUADRATIC |= {f"matrix {family}": 4096 for family in ENTRY_BY_ENTRY[1:]}
 
 
 def build(mixer: Any) -> Mixer:
     """One layer's mixer of the measured width."""
-    settings = ModelSettings(hidden_size=WIDTH, num_attention_heads=HEADS, mixer=mixer)
+    settings = ModelSettings(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        mixer=mixer,
+        max_position_embeddings=QUADRATIC["matrix dense"],
+    )
     built = settings.mixers()[0].build(settings, 0)
     for parameter in built.parameters():
         if parameter.ndim == 2:
@@ -71,13 +91,11 @@ def seconds(name: str, mixer: Mixer, length: int) -> float:
     context = Context(*tables(torch.arange(length).unsqueeze(0)))
     with torch.no_grad():
         p = mixer.prepare(torch.randn(1, length, WIDTH), context)
-    leaves = [t.detach().requires_grad_() for t in p if t is not None]
-    given = iter(leaves)
-    p = type(p)(*(None if t is None else next(given) for t in p))
+    p = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), p)
     begin = time.process_time()
-    if name == "sdpa":
+    if name.startswith("sdpa"):
         q, k, v = (t.transpose(1, 2) for t in p)
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=mixer.causal)
     else:
         y = mixer.mix(p, context)
     y.backward(torch.ones_like(y))
@@ -146,22 +164,30 @@ def training(names: list[str], rounds: int) -> dict[str, float]:
     }
 
 
-def draw(times: dict[str, dict[int, float]], slopes: dict[str, float | None], path: Path) -> None:
-    """Seconds over tokens, both logarithmic."""
+def draw(
+    times: dict[str, dict[int, float]],
+    slopes: dict[str, float | None],
+    both_ways: set[str],
+    path: Path,
+) -> None:
+    """Seconds over tokens, both logarithmic: mixers that look back, and those that look around."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, row in times.items():
-        known = {n: s for n, s in row.items() if math.isfinite(s)}
-        found = slopes[name]
-        label = name if found is None else f"{name}: {found:.2f}"
-        axes.loglog(list(known), list(known.values()), marker="o", label=label)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("seconds, forward and backward")
-    axes.set_title("One row through the mixing core; slopes from 2048 tokens on")
-    axes.legend()
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    halves = figure.subplots(1, 2, sharey=True)
+    for axes, title in zip(halves, ("causal", "both ways"), strict=True):
+        names = [name for name in times if (name in both_ways) == (title == "both ways")]
+        for number, name in enumerate(names):
+            known = {n: s for n, s in times[name].items() if math.isfinite(s)}
+            found = slopes[name]
+            label = name if found is None else f"{name}: {found:.2f}"
+            marker = "osv^"[number // 10 % 4]  # the colours repeat after ten
+            axes.loglog(list(known), list(known.values()), marker=marker, label=label)
+        axes.set_xlabel("tokens")
+        axes.set_title(f"One row through the mixing core, {title}")
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    halves[0].set_ylabel("seconds, forward and backward; slopes from 2048 tokens on")
     figure.savefig(path, dpi=120)
 
 
@@ -171,61 +197,72 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="up to 2048 tokens, one round")
     parser.add_argument("--longest", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS / "mixers.json")
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, metavar="NAME", help="only these")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     if options.quick:
         options.longest, options.rounds = min(options.longest, 2048), 1
+    if options.out is None and not options.mixers:
+        options.out = RESULTS / "mixers.json"
     torch.set_num_threads(1)
     torch.manual_seed(0)
     mixers = {name: build(mixer) for name, mixer in MIXERS.items()}
+    both_ways = {name for name, mixer in mixers.items() if not mixer.causal}
+    held_to = {name: "sdpa, both ways" if name in both_ways else "sdpa" for name in mixers}
+    asked = set(options.mixers or mixers)
+    asked |= {held_to[name] for name in asked}
+    mixers = {name: mixer for name, mixer in mixers.items() if name in asked}
     lengths = [512 * 2**i for i in range(20) if 512 * 2**i <= options.longest]
     times: dict[str, dict[int, float]] = {name: dict.fromkeys(lengths, math.inf) for name in mixers}
     for length in lengths:
         for _ in range(options.rounds):
             for name, mixer in mixers.items():
-                if length <= QUADRATIC or name not in ("sdpa", "softmax"):
+                if length <= QUADRATIC.get(name, length):
                     spent = seconds(name, mixer, length)
                     times[name][length] = min(times[name][length], spent)
     slopes = {name: slope(row) for name, row in times.items()}
     points = (128, options.longest // 2)
-    steps = {name: decoding(m, points) for name, m in mixers.items() if name != "sdpa"}
-    ratios = training(list(TRAINED), 2 * options.rounds)
+    decoded = [name for name in mixers if name != "sdpa" and name not in both_ways]
+    steps = {name: decoding(mixers[name], points) for name in decoded}
+    others = [name for name in TRAINED if name in asked and name != "softmax"]
+    ratios = training(["softmax", *others], 2 * options.rounds) if others else {}
 
     def cell(name: str, length: int) -> str:
         spent = times[name][length]
         if not math.isfinite(spent):
             return "-"
-        against = times["sdpa"][length] / spent
+        against = times[held_to[name]][length] / spent
         return f"{1e3 * spent:.1f}" + (f" ({against:.2g}x)" if math.isfinite(against) else "")
 
-    rows = [[n, *(cell(n, x) for x in lengths), f"{slopes[n] or math.nan:.2f}"] for n in times]
-    tables = [
-        Table(
-            "forward and backward of one row, ms (speed over SDPA's), and slope of log time "
-            f"(width {WIDTH}, {HEADS} heads)",
-            ["", *map(str, lengths), "slope"],
-            rows,
-        ),
-        Table(
-            "one more token",
-            ["", "after", "ms", "bytes kept"],
-            [
-                [name, str(p["tokens"]), f"{p['milliseconds']:.2f}", f"{p['bytes']:.0f}"]
-                for name, pair in steps.items()
-                for p in pair
-            ],
-        ),
-        Table(
+    def lines(names: list[str]) -> list[list[str]]:
+        return [[n, *(cell(n, x) for x in lengths), f"{slopes[n] or math.nan:.2f}"] for n in names]
+
+    columns = ["", *map(str, lengths), "slope"]
+    what = "forward and backward of one row, ms (speed over SDPA's), and slope of log time"
+    tables = []
+    for way in ("causal", "both ways"):
+        rows = lines([n for n in mixers if (n in both_ways) == (way == "both ways")])
+        if rows:
+            tables.append(Table(f"{what} (width {WIDTH}, {HEADS} heads), {way}", columns, rows))
+    if steps:
+        rows = [
+            [name, str(p["tokens"]), f"{p['milliseconds']:.2f}", f"{p['bytes']:.0f}"]
+            for name, pair in steps.items()
+            for p in pair
+        ]
+        tables.append(Table("one more token", ["", "after", "ms", "bytes kept"], rows))
+    if ratios:
+        title = (
             "training step over softmax's, equal parameters (width 384, 6 layers, context 512, "
-            "4 rows, vocabulary 4096)",
-            ["", "ratio"],
-            [[name, f"{ratio:.2f}"] for name, ratio in ratios.items()],
-        ),
-    ]
+            "4 rows, vocabulary 4096)"
+        )
+        rows = [[name, f"{ratio:.2f}"] for name, ratio in ratios.items()]
+        tables.append(Table(title, ["", "ratio"], rows))
     known = {n: {k: s for k, s in row.items() if math.isfinite(s)} for n, row in times.items()}
     figures = {"seconds": known, "slopes": slopes, "decoding": steps, "training_step": ratios}
     publish(options.out, "Sequence mixers (CPU, float32)", tables, figures)
-    draw(times, slopes, options.out.with_suffix(".png"))
+    if options.out is not None:
+        draw(times, slopes, both_ways, options.out.with_suffix(".png"))
     return 0
 
 

@@ -3,9 +3,8 @@
 What the recurrences of linear_recurrence.py, gla.py and gated_delta.py have in common. Shapes in
 letters: b batch, n chunk, g group of heads, r head of the group, c, i or j place in the chunk.
 
-Sums of decays are sums of their own terms (a product with a triangle of ones), never differences of
-a running sum: those lose digits where gates are strong, and let one document's rounding leak into
-another's.
+Sums of decays are sums of their own terms, never differences of a running sum: those lose digits
+where gates are strong, and let one document's rounding leak into another's.
 """
 
 from collections.abc import Callable, Sequence
@@ -94,7 +93,7 @@ def decays(g: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tens
     chunk = g.shape[4]
     ones = torch.ones(chunk, chunk, dtype=g.dtype, device=g.device)
     visible = ones.tril().bool()
-    sums = ones.tril() @ (g * ones.tril(-1))  # sum over l of [l <= i] g_l [l > j]
+    sums = (g * ones.tril(-1)).cumsum(-2)  # sum over l <= i of g_l [l > j]
     since = g.squeeze(-1) @ ones.triu()
     until = g.squeeze(-1) @ ones.tril(-1)
     carried = since[..., -1:]
@@ -103,7 +102,7 @@ def decays(g: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tens
         since = since.masked_fill(~documents.continues, -torch.inf)
         until = until.masked_fill(~documents.ends, -torch.inf)
         carried = carried.masked_fill(~documents.carried, -torch.inf)
-    inside = sums.masked_fill(~visible, -torch.inf).exp()
+    inside = torch.where(visible, sums.exp(), 0)  # exp(-inf) takes twice the time of others
     return inside, since.exp(), until.exp(), carried.exp()
 
 

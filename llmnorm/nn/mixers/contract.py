@@ -108,6 +108,10 @@ class Mixer(nn.Module):
         """Forward operations a token beyond the linear layers (a multiply-add counts two)."""
         raise NotImplementedError
 
+    def health(self, parameters: Any, context: Context) -> dict[str, Tensor]:
+        """Numbers, 0-dim, that tell whether it still mixes: health.py says what they mean."""
+        return {}
+
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """x (batch, length, hidden) -> the same shape."""
         parameters = self.prepare(x, context, cache)

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import last_inputs
 
+PIECE = 128  # tokens
+
 
 class ShortConvolution(nn.Module):
     """The convolution; parameters carry Conv1d's names."""
@@ -49,15 +51,13 @@ class ShortConvolution(nn.Module):
             around = torch.cat((window.to(x.dtype), x), 1)
         else:
             around = F.pad(x, (0, 0, before, after))
-        same = None
-        if segments is not None:
-            numbers = F.pad(segments, (before, after), value=-1)
-            same = numbers.unfold(1, self.kernel, 1) == segments[..., None]
         cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
         if cpu and x.dtype == wide_dtype(x.dtype):  # sums of taps are not rounded to bf16
-            return _Taps.apply(around, weight.squeeze(1), bias, same)
-        if same is None:
+            return _Taps.apply(around, weight.squeeze(1), bias, segments, before)
+        if segments is None:
             return F.conv1d(around.mT, weight, bias, groups=x.shape[2]).mT
+        numbers = F.pad(segments, (before, after), value=-1)
+        same = numbers.unfold(1, self.kernel, 1) == segments[..., None]
         y, length = bias.expand_as(x), x.shape[1]
         for tap in range(self.kernel):
             inputs = around[:, tap : tap + length].masked_fill(~same[..., tap, None], 0)
@@ -77,46 +77,69 @@ class _Taps(torch.autograd.Function):
     """Tap by tap over short pieces of a row, which stay in the processor's cache.
 
     A third of the time of torch's kernel, which wants channels before time and copies for it.
-    Shapes: around (batch, length + kernel - 1, channels), weight (channels, kernel), same (batch,
-    length, kernel), False for taps to leave out.
+    Shapes: around (batch, length + kernel - 1, channels), weight (channels, kernel), segments
+    (batch, length) or None; `before`: taps on tokens before the own one.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, around: Tensor, weight: Tensor, bias: Tensor, same: Tensor | None
+        ctx: Any,
+        around: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        segments: Tensor | None,
+        before: int,
     ) -> Tensor:
-        ctx.save_for_backward(around, weight, same)
+        ctx.save_for_backward(around, weight, segments)
+        ctx.before = before
         taps = weight.t().contiguous()
         batch, whole, channels = around.shape
         y = around.new_empty(batch, whole - len(taps) + 1, channels)
-        for row, start, end in _pieces(y):
-            out = y[row, start:end].copy_(bias)
-            for tap, weights in enumerate(taps):
-                inputs = around[row, start + tap : end + tap]
-                out.addcmul_(_kept(inputs, same, row, start, end, tap), weights)
+        for row, piece, document in _pieces(y, segments):
+            y[row, piece.start : piece.stop] = bias
+            for tap, out, inputs in _reads(piece, document, len(taps), before):
+                y[row, out].addcmul_(around[row, inputs], taps[tap])
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        around, weight, same = ctx.saved_tensors
+        around, weight, segments = ctx.saved_tensors
         taps, dy = weight.t().contiguous(), grads[0]
         d_around, d_taps = torch.zeros_like(around), torch.zeros_like(taps)
-        for row, start, end in _pieces(dy):
-            piece = dy[row, start:end]
-            for tap, weights in enumerate(taps):
-                at = row, slice(start + tap, end + tap)
-                grad = _kept(piece, same, row, start, end, tap)
-                d_around[at].addcmul_(grad, weights)
-                d_taps[tap] += (grad * around[at]).sum(0)
-        return d_around, d_taps.t(), dy.sum((0, 1)), None
+        for row, piece, document in _pieces(dy, segments):
+            for tap, out, inputs in _reads(piece, document, len(taps), ctx.before):
+                grad = dy[row, out]
+                d_around[row, inputs].addcmul_(grad, taps[tap])
+                d_taps[tap] += (grad * around[row, inputs]).sum(0)
+        return d_around, d_taps.t(), dy.sum((0, 1)), None, None
 
 
-def _pieces(y: Tensor) -> Iterator[tuple[int, int, int]]:
-    for row in range(y.shape[0]):
-        for start in range(0, y.shape[1], 128):
-            yield row, start, min(start + 128, y.shape[1])
+def _pieces(y: Tensor, segments: Tensor | None) -> Iterator[tuple[int, range, range | None]]:
+    """A row, some of its tokens, and those of the document that they are of, if there are any."""
+    batch, length = y.shape[:2]
+    for row in range(batch):
+        starts = [0]
+        if segments is not None:
+            starts += (segments[row].diff().nonzero().flatten() + 1).tolist()
+        for document in map(range, starts, [*starts[1:], length]):
+            for start in document[::PIECE]:
+                piece = range(start, min(start + PIECE, document.stop))
+                yield row, piece, None if segments is None else document
 
 
-def _kept(x: Tensor, same: Tensor | None, row: int, start: int, end: int, tap: int) -> Tensor:
-    return x if same is None else x.masked_fill(~same[row, start:end, tap, None], 0)
+def _reads(
+    piece: range, document: range | None, kernel: int, before: int
+) -> Iterator[tuple[int, slice, slice]]:
+    """A tap, the tokens (of y) that it serves, and where (in `around`) it reads for them.
+
+    It leaves out those for which it would leave the document: of a document's tokens 5 .. 9 the tap
+    on the token before serves 6 .. 9.
+    """
+    for tap in range(kernel):
+        low, high = piece.start, piece.stop
+        if document is not None:
+            low = max(low, document.start + before - tap)
+            high = min(high, document.stop + before - tap)
+        if low < high:
+            yield tap, slice(low, high), slice(low + tap, high + tap)

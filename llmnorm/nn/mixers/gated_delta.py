@@ -34,6 +34,7 @@ from llmnorm.nn.mixers.chunks import (
 )
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
@@ -164,6 +165,10 @@ class GatedDeltaNet(Mixer):
     def finish(self, y: Tensor, x: Tensor, parameters: DeltaParameters) -> Tensor:
         """Norm, gate, project."""
         return self.out_proj((self.norm(y) * F.silu(parameters.z)).flatten(2))
+
+    def health(self, parameters: DeltaParameters, context: Context) -> dict[str, Tensor]:
+        """Mean decay."""
+        return {"decay": mean_over_tokens(parameters.log_decay.exp(), context)}
 
     def flops_per_token(self, context_length: int) -> float:
         """Products of keys and the system inside a chunk, the state read twice and written."""

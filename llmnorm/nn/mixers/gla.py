@@ -22,6 +22,7 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.chunks import Documents, in_blocks, whole_chunks
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
+from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
@@ -119,6 +120,10 @@ class GatedLinearAttention(Mixer):
     def finish(self, y: Tensor, x: Tensor, parameters: GLAParameters) -> Tensor:
         """Norm, gate, project."""
         return self.o_proj(self.g_norm(y).flatten(2) * F.silu(parameters.gate))
+
+    def health(self, parameters: GLAParameters, context: Context) -> dict[str, Tensor]:
+        """Mean decay."""
+        return {"decay": mean_over_tokens(parameters.log_gate.exp(), context)}
 
     def flops_per_token(self, context_length: int) -> float:
         """Scores and their sums inside a chunk, the state written and read."""

@@ -27,6 +27,7 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, Mixer, causal_mask, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.fla import flipped
+from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
 from llmnorm.nn.mixers.ssd import initial_dt_bias, semiseparable_matrix, time_steps
 from llmnorm.nn.norms.rms import RMSNorm
@@ -148,6 +149,15 @@ class Hydra(Mixer):
         if self.copies > 1:
             gate = gate.unflatten(-1, (self.heads, -1)).repeat_interleave(self.copies, 2).flatten(2)
         return self.out_proj(self.norm(y.flatten(2)) * gate)
+
+    def health(self, parameters: HydraParameters, context: Context) -> dict[str, Tensor]:
+        """Mean decay of both directions, mean diagonal."""
+        p = parameters
+        both = torch.stack([p.forward.log_decay, p.backward.log_decay], -1).exp()
+        found = {"decay": mean_over_tokens(both, context)}
+        if p.delta is not None:
+            found["delta"] = mean_over_tokens(p.delta, context)
+        return found
 
     def flops_per_token(self, context_length: int) -> float:
         """Both recurrences and the convolution."""

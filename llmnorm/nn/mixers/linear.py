@@ -26,6 +26,7 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs, visible_tokens
 from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.linear_recurrence import CHUNK, flops_per_token, linear_recurrence
 from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_by_kernel
 from llmnorm.nn.mixers.rotary import rotate
@@ -221,6 +222,30 @@ class LinearAttention(Mixer):
         if parameters.gate is not None:
             y = y * F.silu(parameters.gate)
         return self.o_proj(y)
+
+    def health(self, parameters: LinearParameters, context: Context) -> dict[str, Tensor]:
+        """Smallest denominator, entropy of the unrotated weights, sums of the rotated ones."""
+        p, repeats = parameters, self.heads // self.kv_heads
+        q, k, turned_q, turned_k = self.both_features(
+            p.q, p.k, context.cos, context.sin, context.real
+        )
+        k, turned_k = (t.repeat_interleave(repeats, 2) for t in (k, turned_k))
+        smallest, found, sums = [], [], []
+        for row, some, visible in queries(q, context, causal=self.causal):
+            plain, turned = (
+                torch.einsum("ihf,jhf->hij", a[row, some], b[row]).masked_fill(~visible, 0)
+                for a, b in ((q, k), (turned_q, turned_k))
+            )
+            total, count = plain.sum(-1), visible.sum(-1).to(plain.dtype)
+            smallest.append((total / count).amin())
+            tiny = torch.finfo(plain.dtype).tiny
+            found.append(entropies(plain / total.clamp(min=tiny)[..., None], visible))
+            sums.append((turned.sum(-1) / (total + self.eps * count)).abs())
+        return {
+            "min_denominator": torch.stack(smallest).amin(),
+            "entropy": mean(found),
+            "row_sum": mean(sums),
+        }
 
     def flops_per_token(self, context_length: int) -> float:
         """Numerator and normaliser, and the convolution."""

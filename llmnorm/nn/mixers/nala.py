@@ -26,7 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmnorm.nn.mixers.linear import LinearAttention
+from llmnorm.nn.mixers.contract import Context
+from llmnorm.nn.mixers.health import mean_over_tokens
+from llmnorm.nn.mixers.linear import LinearAttention, LinearParameters
+from llmnorm.nn.precision import wide_dtype
 
 
 class NaLa(LinearAttention):
@@ -65,6 +68,14 @@ class NaLa(LinearAttention):
     def _angles(self, size: Tensor, direction: Tensor) -> Tensor:
         angle = math.pi / 4 * (self.alpha * direction).tanh()
         return torch.cat((size * angle.cos(), size * angle.sin()), -1)
+
+    def health(self, parameters: LinearParameters, context: Context) -> dict[str, Tensor]:
+        """Those of linear attention, and the share of queries whose norm has no say any more."""
+        q = parameters.q.to(wide_dtype(parameters.q.dtype))
+        length = (q.square().sum(-1) + self.query_eps**2).sqrt()
+        below = self.lam * (1 - (length / self.norm_scale).tanh())
+        saturation = mean_over_tokens((below < 1e-3).to(q.dtype), context)
+        return {**super().health(parameters, context), "saturation": saturation}
 
 
 class _QueryFeatures(torch.autograd.Function):

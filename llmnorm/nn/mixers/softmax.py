@@ -32,8 +32,10 @@ from llmnorm.nn.mixers.contract import (
     causal_mask,
     document_mask,
 )
+from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.precision import wide_dtype
 
 
 class SoftmaxParameters(NamedTuple):
@@ -196,6 +198,20 @@ class SoftmaxAttention(Mixer):
     def finish(self, y: Tensor, x: Tensor, parameters: SoftmaxParameters) -> Tensor:
         """Join the heads and project."""
         return self.o_proj(y.reshape(*x.shape[:-1], -1))
+
+    def health(self, parameters: SoftmaxParameters, context: Context) -> dict[str, Tensor]:
+        """Entropy, largest logit."""
+        wide = wide_dtype(parameters.q.dtype)
+        q, k = parameters.q.to(wide) * self.head_dim**-0.5, parameters.k.to(wide)
+        k = k.repeat_interleave(self.heads // self.kv_heads, 2)
+        found, largest = [], []
+        looks = queries(q, context, causal=self.causal, window=self.sliding_window)
+        for row, some, visible in looks:
+            logits = torch.einsum("ihd,jhd->hij", q[row, some], k[row])
+            logits = logits.masked_fill(~visible, -torch.inf)
+            largest.append(logits.amax())
+            found.append(entropies(logits.softmax(-1), visible))
+        return {"entropy": mean(found), "max_logit": torch.stack(largest).amax()}
 
     def flops_per_token(self, context_length: int) -> float:
         """Scores and weighted sum over the context or the window (PaLM credits no causality)."""

@@ -22,6 +22,7 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.chunks import decay_matrix
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
@@ -142,6 +143,10 @@ class SSD(Mixer):
     def finish(self, y: Tensor, x: Tensor, parameters: SSDParameters) -> Tensor:
         """Gate, norm, project."""
         return self.out_proj(self.norm(y.flatten(2) * F.silu(parameters.z)))
+
+    def health(self, parameters: SSDParameters, context: Context) -> dict[str, Tensor]:
+        """Mean decay."""
+        return {"decay": mean_over_tokens(parameters.log_decay.exp(), context)}
 
     def flops_per_token(self, context_length: int) -> float:
         """The recurrence and the convolution."""

@@ -55,6 +55,10 @@ class Family(nn.Module):
         matrix = self.matrix(made, v, context).to(v.dtype)
         return (matrix @ v.transpose(1, 2)).transpose(1, 2)
 
+    def health(self, made: Any, context: Context) -> dict[str, Tensor]:
+        """As the mixer's."""
+        return {}
+
     def check(self, length: int, context: Context) -> None:
         """Refuse rows of `length` tokens that cannot be served.
 

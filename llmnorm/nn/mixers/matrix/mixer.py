@@ -96,6 +96,10 @@ class MatrixMixer(Mixer):
         """Norm, gate, project."""
         return self.out_proj(self.norm(y.flatten(2)) * F.silu(parameters.z))
 
+    def health(self, parameters: MatrixParameters, context: Context) -> dict[str, Tensor]:
+        """The family's."""
+        return self.matrix_mixer.health(parameters.made, context)
+
     def flops_per_token(self, context_length: int) -> float:
         """The family's, and the convolution."""
         convolution = 2.0 * self.conv1d.kernel * self.parts[1]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, visible_pairs
+from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.hydra import Direction, both_scans, both_triangles
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token
 from llmnorm.nn.mixers.matrix.family import Family, places
@@ -89,6 +90,10 @@ class Quasiseparable(Family):
         """Both scans, and the diagonal."""
         before, behind = both_scans(made.forward, made.backward, v, context)
         return (before + behind + made.delta[..., None] * v).to(v.dtype)
+
+    def health(self, made: Made, context: Context) -> dict[str, Tensor]:
+        """Mean diagonal."""
+        return {"delta": mean_over_tokens(made.delta, context)}
 
     def flops_per_token(self, context_length: int, head_dim: int) -> float:
         """Both scans."""
