@@ -518,9 +518,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--horizons",
-        choices=["baseline", "arms"],
+        choices=["baseline", "arms", "none"],
         default="baseline",
-        metavar="baseline|arms",
+        metavar="baseline|arms|none",
         help="whose length is varied to turn loss into tokens (baseline)",
     )
     sub.add_argument(

@@ -9,6 +9,7 @@ Last come the horizons, by which a gap in loss is converted into a factor in len
 
     horizons: baseline   the baselines also run for 1.25 and 1.5 of the length (cheap)
     horizons: arms       every other arm also runs for 0.6, 0.7, 0.8 and 0.9 of it
+    horizons: none       no run of another length: gaps stay gaps
 
 Source: "Fantastic Pretraining Optimizers and Where to Find Them", arXiv 2509.02046: tune every arm
 alike and compare at the ends of schedules only; rankings flip during the decay.
@@ -32,7 +33,8 @@ from llmnorm.data.packing import find
 from llmnorm.files import write_whole
 from llmnorm.part import InputError, nearest
 
-HORIZONS = {"baseline": (1.0, 1.25, 1.5), "arms": (0.6, 0.7, 0.8, 0.9, 1.0)}
+Horizons = Literal["baseline", "arms", "none"]
+HORIZONS = {"baseline": (1.0, 1.25, 1.5), "arms": (0.6, 0.7, 0.8, 0.9, 1.0), "none": (1.0,)}
 MOST_STEPS = 4  # by which a grid grows to one side: a factor 16 beyond its edge
 LENGTHS = ("training.steps", "training.tokens", "training.epochs")
 LINES = 50  # of metrics that a run logs: its learning curve, and its rate as their median
@@ -107,7 +109,7 @@ class Protocol:
     untuned: tuple[str, ...]
     seeds: int
     lr_points: int
-    horizons: Literal["baseline", "arms"]
+    horizons: Horizons
 
     @property
     def tuning_seed(self) -> int:
@@ -253,7 +255,7 @@ def read(
     untuned: Sequence[str] = (),
     seeds: int = 3,
     lr_points: int = 5,
-    horizons: Literal["baseline", "arms"] = "baseline",
+    horizons: Horizons = "baseline",
 ) -> Protocol:
     """Load every arm and check that they can be compared; nothing is run or written.
 

@@ -118,16 +118,21 @@ def answer(name: str, baseline: str, one: Tree, seeds: int) -> str:
     if math.isinf(one["gap"]["value"]):
         who = name if one["gap"]["value"] < 0 else baseline
         return f"**{name}** is {one['verdict']}: {who} diverged."
+    converted = one["nats_for_e_times_the_length"] > 0
+    gap = f"a gap in loss of {interval(one['gap'], '+.4f')}"
     if one["verdict"] == "one seed":
         gave = f"its factor in tokens against {baseline} was {factor(tokens['value'])}"
+        gave = gave if converted else gap
         return f"**{name}**: one seed, so nothing is said about chance; {gave}."
     if one["verdict"] == "not resolved":
-        says = f"the factor in tokens against {baseline} is {interval(tokens)}"
+        says = (
+            f"the factor in tokens against {baseline} is {interval(tokens)}" if converted else gap
+        )
         if tokens["resolvable"] > 1.005:
             says += f"; from {factor(tokens['resolvable'])} on it could be told from 1"
         return f"**{name}**: no difference that {seeds} paired seeds resolve: {says}."
-    if math.isnan(tokens["value"]) or not one["nats_for_e_times_the_length"] > 0:
-        return f"**{name}** is {one['verdict']}: a gap in loss of {interval(one['gap'], '+.4f')}."
+    if not converted:
+        return f"**{name}** is {one['verdict']}: {gap}."
     says = f"{baseline} needs {interval(tokens)} times its tokens for its loss"
     if timing:
         says += f", and {interval(timing['seconds'])} times its seconds on this machine"
@@ -207,7 +212,7 @@ def _protocol(found: Tree) -> str:
         if tuned
         else ""
     )
-    whose = "the baseline" if found["horizons"] == "baseline" else "each arm"
+    whose = {"baseline": "the baseline", "arms": "each arm"}.get(found["horizons"])
     nats = {
         f"{one['nats_for_e_times_the_length']:.3f}"
         for arms in found["against"].values()
@@ -215,11 +220,15 @@ def _protocol(found: Tree) -> str:
         if math.isfinite(one["nats_for_e_times_the_length"])
     }
     worth = f" (e times the length was worth {', '.join(sorted(nats))} nats)" if nats else ""
+    converted = (
+        f"Gaps in loss become factors by complete runs of {whose} at other lengths{worth}. "
+        if whose
+        else "No run of another length turns gaps in loss into factors. "
+    )
     return (
         f"Every run trains {found['tokens']:,} tokens with its own complete schedule. {grid}"
         f"Seeds {', '.join(map(str, seeds))}: all arms share initial weights and the order of rows "
-        f"of each. Gaps in loss become factors by complete runs of {whose} at other "
-        f"lengths{worth}. Made by llmnorm {', '.join(found['timing']['version'])}; "
+        f"of each. {converted}Made by llmnorm {', '.join(found['timing']['version'])}; "
         f"{'; '.join(found['timing']['place'])}."
     )
 

@@ -44,7 +44,7 @@ def slope(horizons: Sequence[float], losses: Array) -> Array:
     """beta: by least squares over ln h, in nats; nan where a loss is infinite.
 
     Args:
-        horizons: (points,) lengths, at least two different ones.
+        horizons: (points,) lengths; of a single one there is no slope, nan.
         losses: (..., points) final losses.
 
     Returns:

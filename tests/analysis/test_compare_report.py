@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -20,7 +20,7 @@ FACTOR, SLOWNESS, BETA = 1.3, 0.8, 0.12
 
 
 def found(
-    horizons: Literal["baseline", "arms"] = "baseline",
+    horizons: compare_plan.Horizons = "baseline",
     *,
     seeds: int = 3,
     lr_points: int = 5,
@@ -64,7 +64,7 @@ def found(
 
 
 @pytest.mark.parametrize("horizons", ["baseline", "arms"])
-def test_a_known_speed_up_is_reported(horizons: Literal["baseline", "arms"]) -> None:
+def test_a_known_speed_up_is_reported(horizons: compare_plan.Horizons) -> None:
     """Oracle: the law that the losses were made by; both conversions agree on it."""
     result = found(horizons)
     quick = result["against"]["plain"]["quick"]
@@ -79,6 +79,19 @@ def test_a_known_speed_up_is_reported(horizons: Literal["baseline", "arms"]) -> 
     assert result["against"]["plain"]["shipped"]["verdict"] == "worse"
     assert [len(arm["tuning"]) for arm in result["arms"].values()] == [5, 5, 0]
     assert result["arms"]["plain"]["lr"] == 3e-3 and not result["arms"]["plain"]["at_edge"]
+
+
+def test_without_other_lengths_the_answer_is_the_gap(tmp_path: Path) -> None:
+    """Oracle: the law's gap; no factor stands anywhere on the page."""
+    result = found("none")
+    quick = result["against"]["plain"]["quick"]
+    assert quick["gap"]["value"] == pytest.approx(BETA * math.log(FACTOR))
+    assert quick["verdict"] == "better" and math.isnan(quick["tokens"]["value"])
+    write(result, tmp_path, "llmnorm compare base.yaml --horizons none")
+    page = (tmp_path / "report.md").read_text()
+    assert "**quick** is better: a gap in loss of +0.0315 [+0.0315, +0.0315]." in page
+    assert "| quick | 0.003 | 3.0285 ± 0.0173 | +0.0315 [+0.0315, +0.0315] | - | - | - |" in page
+    assert "No run of another length turns gaps in loss into factors." in page
 
 
 def test_two_baselines_invert_each_other() -> None:

@@ -98,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
             baselines=[BASELINE],
             seeds=options.seeds,
             lr_points=options.lr_points,
+            horizons="none",
         )
         code = run(protocol, RESULTS, RUNS, options, arguments)
     except InputError as error:

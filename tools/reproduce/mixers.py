@@ -201,6 +201,7 @@ def read(task: str, chosen: list[str], seeds: int, shared: list[str]) -> Protoco
         baselines=names[:1],
         seeds=seeds,
         lr_points=LR_POINTS,
+        horizons="none",
     )
 
 
