@@ -9,6 +9,9 @@ from torch import Tensor
 
 from llmnorm.nn.mixers import health
 from llmnorm.nn.mixers.contract import Context, visible_pairs, visible_tokens
+from llmnorm.nn.mixers.rotary import Rotary
+from llmnorm.nn.mixers.settings import NaLaSettings
+from llmnorm.nn.settings import ModelSettings
 from tests.nn.recurrences import token_by_token
 from tests.nn.test_mixers import MIXERS, build, contexts, every, inputs
 
@@ -148,3 +151,23 @@ def test_decays_and_diagonals(mixer: dict[str, Any]) -> None:
         elif name == "quasiseparable":
             expected["delta"] = mean(p.made.delta)
         assert {k: float(v) for k, v in found.items()} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("hidden_size", [192, 1024])
+@torch.no_grad()
+def test_nala_starts_clear_of_eps_and_wider_queries_would_saturate(hidden_size: int) -> None:
+    """Oracle: ten times eps; weights of 1 / sqrt(hidden_size), whose queries are of length 8."""
+    model = ModelSettings(hidden_size=hidden_size, num_attention_heads=hidden_size // 64)
+    built: Any = NaLaSettings().build(model, 0)
+    torch.manual_seed(0)
+    positions, x = torch.arange(256).unsqueeze(0), torch.randn(1, 256, hidden_size)
+    context = Context(*Rotary(model.rope_parameters, 64, 256)(positions, torch.float32))
+    found = {}
+    for std in (model.initializer_range, hidden_size**-0.5):
+        for projection in (built.q_proj, built.k_proj):
+            projection.weight.normal_(std=std)
+        found[std] = built.health(built.prepare(x, context), context)
+    first, wide = found.values()
+    assert first["min_denominator"] > 10 * built.eps
+    assert (first["saturation"] > 0.5) == (hidden_size == 1024)
+    assert wide["min_denominator"] > first["min_denominator"] and wide["saturation"] == 1

@@ -1,6 +1,6 @@
 """Every mixer against its oracles: explicit matrix, one token at a time, recorded official runs.
 
-usage: python tools/bench/mixer_accuracy.py [--mixers nala ssd] [--out docs/results/...json]
+usage: python tools/bench/mixer_accuracy.py [--mixers nala ssd] [--out FILE]
 
 The mixers are those of the tests, and a model that is a hybrid of three; three rows of 131 tokens:
 plain, packed (documents of 1 to 67 tokens, with borders inside and at the ends of chunks), padded
@@ -10,7 +10,8 @@ where the mixer has both). An error is max|got - oracle| / max|oracle| of a tens
 of the mixed values y (of the hybrid its output), and the largest of the gradients of the input and
 of all parameters. bfloat16 is autocast's. Decoding, one token at a time from the start and behind
 64 tokens, is held to the pass over the whole row. The last table says by how much anything changes
-that belongs to a document when another one (or what padding holds) does: 0 is 0.
+that belongs to a document when another one (or what padding holds) does: 0 is 0. With `--mixers`
+nothing is written unless `--out` says where.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from llmnorm.models.modeling import LlmNormModel
 from llmnorm.nn.cache import RaggedCache
 from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.matrix.vandermonde import FIRST_EPS
+from llmnorm.nn.precision import wide_dtype
 from tests.nn import test_mixers as tests
 from tests.nn.recurrences import mixed_token_by_token
 from tools.golden import parts_of
@@ -66,12 +68,11 @@ OFFICIAL = {
     "gated_delta": ["gated_deltanet/module", "linear_recurrence/gdn", "linear_recurrence/delta"],
     "hydra": ["hydra"],
     **{
-        f"matrix {family}": [f"matrix_mixer/{family}_{form}" for form in ("dd", "di", "nondft_di")]
-        for family in (
-            *("dense", "toeplitz", "vandermonde", "cauchy", "low_rank", "attention"),
-            "quasiseparable",
-        )
+        f"matrix {family}": [f"matrix_mixer/{family}_{form}" for form in ("dd", "di")]
+        for family in ("dense", "toeplitz", "cauchy", "low_rank", "attention", "quasiseparable")
     },
+    "matrix vandermonde": ["matrix_mixer/vandermonde_dd", "matrix_mixer/vandermonde_nondft_di"],
+    "matrix dft": ["matrix_mixer/vandermonde_di"],  # which is what theirs builds
 }
 
 
@@ -120,7 +121,7 @@ def build(mixer: Any) -> nn.Module:
 def run(module: nn.Module, x: Tensor, given: Rows) -> tuple[Tensor, Tensor]:
     """The mixed values (of a model, its output), and the output (3, length, hidden)."""
     if isinstance(module, Mixer):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         tables = {name: getattr(given.context, name).to(wide) for name in ("cos", "sin")}
         context = replace(given.context, **tables)
         parameters = module.prepare(x, context)
@@ -265,8 +266,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     every = {**MIXERS, "hybrid": HYBRID}
     parser.add_argument("--mixers", nargs="+", choices=every, metavar="NAME", help="only these")
-    parser.add_argument("--out", type=Path, default=RESULTS / "mixer_accuracy.json")
+    parser.add_argument("--out", type=Path, help="where the figures go")
     options = parser.parse_args(arguments)
+    if options.out is None and not options.mixers:
+        options.out = RESULTS / "mixer_accuracy.json"
     torch.set_num_threads(1)
     chosen = {name: every[name] for name in options.mixers or every}
     figures: dict[str, dict[str, Any]] = {}
