@@ -27,7 +27,10 @@ MASKED = [
 ]
 
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["llmnorm.cli", "llmnorm.training.loop", "accelerate"])
+# There is one server for all files: setting this anywhere else would take the imports from it.
+CHILDREN.set_forkserver_preload(
+    ["llmnorm.cli", "llmnorm.training.loop", "accelerate", "pytest", "tests.frozen"]
+)
 
 # Fields of metrics.jsonl that may differ between two runs of the same numbers.
 TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")

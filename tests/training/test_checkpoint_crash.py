@@ -1,8 +1,8 @@
 """kill -9 and full disks, for real: there is always a whole checkpoint, and no promise is broken.
 
-A saving process is forked from a server that has torch loaded, saves steps 1, 2, 3, ... (a state
-that is a function of its step) and notes each save that has returned. It is killed at a random
-moment, or by itself at the n-th call that touches the disk.
+A saving process saves steps 1, 2, 3, ... (a state that is a function of its step) and notes each
+save that has returned. It is killed at a random moment, or by itself at the n-th call that touches
+the disk.
 """
 
 import os
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,7 @@ from safetensors.torch import save_file
 from llmnorm.part import InputError
 from llmnorm.training import checkpoint_format
 from llmnorm.training.checkpoint import Checkpoints
-
-ROOT = Path(__file__).parents[2]
-processes = get_context("forkserver")
-processes.set_forkserver_preload(["torch", "pydantic", "safetensors.torch"])
+from tests.running import CHILDREN, ROOT
 
 
 def state(step: int, size: int = 300) -> dict[str, torch.Tensor]:
@@ -83,7 +79,7 @@ def test_kills_at_random_moments(tmp_path: Path, asynchronous: bool) -> None:
     reached, caught = 0, 0
     for _ in range(12):
         arguments = (directory, acknowledged, asynchronous)
-        process = processes.Process(target=save_for_ever, args=arguments)
+        process = CHILDREN.Process(target=save_for_ever, args=arguments)
         process.start()
         while not _text(acknowledged) or int(_text(acknowledged)) <= reached:
             assert process.is_alive()
@@ -145,7 +141,7 @@ def test_a_kill_after_every_single_call(tmp_path: Path) -> None:
     while code == -signal.SIGKILL:
         number += 1
         directory = tmp_path / str(number)
-        process = processes.Process(target=die_at_call, args=(directory, number))
+        process = CHILDREN.Process(target=die_at_call, args=(directory, number))
         process.start()
         process.join()
         code = process.exitcode
@@ -186,7 +182,7 @@ def test_a_system_that_refuses_to_write_on(tmp_path: Path, asynchronous: bool) -
     directory, answer = tmp_path / "checkpoints", tmp_path / "answer"
     Checkpoints(directory).save(1, state(1), {})
     arguments = (directory, answer, asynchronous)
-    process = processes.Process(target=save_with_small_files, args=arguments)
+    process = CHILDREN.Process(target=save_with_small_files, args=arguments)
     process.start()
     process.join()
     assert "the checkpoint of step 2 was not saved: File too large; the ones" in answer.read_text()
