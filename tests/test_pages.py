@@ -24,7 +24,9 @@ from llmnorm.config_docs import json_schema, key_paths
 from llmnorm.config_file import load, read_yaml
 from tests.running import CHILDREN, ROOT
 
-PAGES = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+# Below docs/results are reports that programs wrote, of runs that took hours.
+WRITTEN = [p for p in (ROOT / "docs").rglob("*.md") if "results" not in p.parts]
+PAGES = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", *WRITTEN]}
 
 # The beginning of a command that no test can run -> why. Each stands in a page.
 NOT_RUN = {

@@ -1,7 +1,8 @@
 """The picture of a comparison, against its first baseline.
 
 Top: each learning rate's final loss; the final losses by length, from which gaps become factors.
-Bottom: the factors with their intervals; the training losses. An arm has one colour throughout.
+Bottom: the factors with their intervals; the training losses. Where no length is varied, the seeds
+and the gaps stand there instead. An arm has one colour throughout.
 """
 
 import math
@@ -39,9 +40,10 @@ def draw(found: Tree, output: Path, title: str) -> None:
     }
     baseline = next(iter(found["against"]))
     tuned = any(arm["tuning"] for arm in found["arms"].values())
-    (_tuning if tuned else _seeds)(axes[0, 0], found, styles)
-    _lengths(axes[0, 1], found, styles, baseline)
-    _factors(axes[1, 0], found, styles, baseline)
+    (_tuning if tuned else _seeds)(axes[0, 0], found, styles, baseline)
+    converted = found["horizons"] != "none"
+    (_lengths if converted else _seeds)(axes[0, 1], found, styles, baseline)
+    (_factors if converted else _gaps)(axes[1, 0], found, styles, baseline)
     _curves(axes[1, 1], found, styles)
     for axis, letter in zip(axes.flat, "abcd", strict=True):
         axis.spines[["top", "right"]].set_visible(False)
@@ -62,7 +64,7 @@ def draw(found: Tree, output: Path, title: str) -> None:
     save(figure, output)
 
 
-def _tuning(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
+def _tuning(axis: Any, found: Tree, styles: Mapping[str, Tree], _: str) -> None:
     """Final loss by learning rate in units of the arm's own centre."""
     settled: list[float] = []
     for name, arm in found["arms"].items():
@@ -101,8 +103,8 @@ def _tuning(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
     axis.grid(alpha=0.2)
 
 
-def _seeds(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
-    """Final losses seed by seed, where no learning rate was tuned."""
+def _seeds(axis: Any, found: Tree, styles: Mapping[str, Tree], _: str) -> None:
+    """Final losses seed by seed, in the place of what was not run."""
     for name, arm in found["arms"].items():
         axis.plot(
             range(len(found["seeds"])), arm["losses"], linewidth=1.2, markersize=5, **styles[name]
@@ -251,6 +253,36 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
         ),
     ]
     axis.legend(handles=marks, frameon=False, fontsize=8.5, loc="upper right", ncols=2)
+
+
+def _gaps(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) -> None:
+    """The gaps in loss with their intervals."""
+    others = found["against"][baseline]
+    for row, (name, one) in enumerate(others.items()):
+        value, *ends = (one["gap"][key] for key in ("value", "low", "high"))
+        if math.isinf(value):
+            axis.annotate("diverged", (0, row), xytext=(8, 0), textcoords="offset points")
+            continue
+        low, high = (value if math.isnan(end) else end for end in ends)
+        axis.plot([low, high], [row] * 2, color=styles[name]["color"], linewidth=1.6)
+        axis.plot([value], [row], markersize=7, linestyle="none", **styles[name])
+        axis.annotate(
+            interval(one["gap"], "+.4f"),
+            (value, row),
+            xytext=(0, 10),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=GREYS[1],
+        )
+    axis.axvline(0, color=GREYS[1], linewidth=1)
+    axis.set_yticks(range(len(others)), list(others))
+    axis.set_ylim(len(others) - 0.5, -0.9)
+    axis.margins(x=0.25)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel(f"loss of {baseline} minus the arm's, nats a token  (→ the arm is ahead)")
+    axis.set_title("Gaps with 95 % intervals")
+    axis.grid(axis="x", alpha=0.2)
 
 
 def _ticks(low: float, high: float) -> list[float]:

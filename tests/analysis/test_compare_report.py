@@ -88,6 +88,7 @@ def test_without_other_lengths_the_answer_is_the_gap(tmp_path: Path) -> None:
     assert quick["gap"]["value"] == pytest.approx(BETA * math.log(FACTOR))
     assert quick["verdict"] == "better" and math.isnan(quick["tokens"]["value"])
     write(result, tmp_path, "llmnorm compare base.yaml --horizons none")
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
     page = (tmp_path / "report.md").read_text()
     assert "**quick** is better: a gap in loss of +0.0315 [+0.0315, +0.0315]." in page
     assert "| quick | 0.003 | 3.0285 ± 0.0173 | +0.0315 [+0.0315, +0.0315] | - | - | - |" in page
