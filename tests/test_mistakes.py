@@ -9,6 +9,7 @@ docs/troubleshooting.md shows no message that is not produced here.
 import argparse
 import gzip
 import hashlib
+import importlib.util
 import os
 import re
 import resource
@@ -492,14 +493,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with prepared data and a finished run of 4 steps, `run`."""
     directory = tmp_path_factory.mktemp("trained")
     workplace(directory)
-    done = subprocess.run(
-        [sys.executable, "-m", "llmnorm", "train", SMOKE, "run_dir=run", "training.steps=4"]
-        + ["checkpoint.every=2", "evaluation.every=4"],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = llmnorm(directory, f"train {SMOKE} run_dir=run {LENGTH}")
     assert done.returncode == 0, done.stderr
     return directory
 
@@ -560,7 +554,6 @@ RUNS = {
         "generate run --checkpoint 7",
         "<checkpoints>: there is no checkpoint of step <n>; nearest: <steps>",
         ("run/checkpoints", "step 7", "nearest: 2, 4"),
-        real=True,
     ),
     "damaged checkpoint asked for by name": Case(
         "generate run --checkpoint 4",
@@ -741,10 +734,15 @@ class Done(NamedTuple):
     stderr: str
 
 
-def llmnorm(place: Path, words: str, file_size: int = -1, **environment: str) -> Done:
-    """A command in a process of its own, in which no file may grow beyond `file_size` bytes."""
+def llmnorm(
+    place: Path, words: str, file_size: int = -1, missing: str = "", **environment: str
+) -> Done:
+    """A command in a process of its own.
+
+    No file may grow there beyond `file_size` bytes, and the module `missing` is not installed.
+    """
     out, err = place.parent / "out.txt", place.parent / "err.txt"
-    arguments = (words.split(), place, out, err, file_size, environment)
+    arguments = (words.split(), place, out, err, file_size, missing, environment)
     process = CHILDREN.Process(target=_child, args=arguments)
     process.start()
     process.join(300)
@@ -753,13 +751,24 @@ def llmnorm(place: Path, words: str, file_size: int = -1, **environment: str) ->
 
 
 def _child(
-    words: list[str], place: Path, out: Path, err: Path, size: int, environment: dict[str, str]
+    words: list[str],
+    place: Path,
+    out: Path,
+    err: Path,
+    size: int,
+    missing: str,
+    environment: dict[str, str],
 ) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.update(environment)
     os.chdir(place)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+    if missing:
+        # None in sys.modules is a module that Python does not find.
+        sys.modules[missing] = None  # type: ignore[assignment]
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *a: None if name == missing else find(name, *a)
     sys.exit(cli.main(words))
 
 
@@ -805,20 +814,7 @@ def test_free_gpus_are_pointed_at(
 def test_a_missing_extra_names_the_line_that_installs_it(
     place: Path, module: str, extra: str, override: str
 ) -> None:
-    # A module that is None in sys.modules is one that Python does not find.
-    code = (
-        f"import sys; sys.modules['{module}'] = None; from llmnorm import cli\n"
-        "import importlib.util as u; find = u.find_spec\n"
-        f"u.find_spec = lambda name, *a: None if name == '{module}' else find(name, *a)\n"
-        f"sys.exit(cli.main(['train', '{SMOKE}', 'run_dir=x', '{override}']))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = llmnorm(place, f"train {SMOKE} run_dir=x {override}", missing=module)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert says("extra", done.stderr) == (
         f"{module} is not installed; run: bash tools/bootstrap.sh {extra}"

@@ -5,6 +5,7 @@ A scenario runs on every process and returns what JSON can say; the tests judge 
 
 import json
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.running import CHILDREN
+from llmnorm import cli
+from tests.running import CHILDREN, ROOT
 
 Scenario = Callable[[Path, int, int], Any]
 
@@ -38,6 +40,18 @@ def run(scenario: Scenario, directory: Path, world: int = 2) -> list[Any]:
         answers.append(json.loads(file.read_text()) if file.exists() else process.exitcode)
         file.unlink(missing_ok=True)
     return answers
+
+
+def command(directory: Path, rank: int, world: int, *, words: list[str]) -> tuple[int, str, str]:
+    """A scenario: a command on every process; its exit code and what it printed."""
+    os.chdir(ROOT)
+    files = [directory.with_name(f"{name}_{rank}") for name in ("out", "err")]
+    for descriptor, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    code = cli.main(words)
+    sys.stdout.flush()
+    out, err = (file.read_text() for file in files)
+    return code, out, err
 
 
 def _process(scenario: Scenario, directory: Path, rank: int, world: int) -> None:

@@ -1,4 +1,4 @@
-"""Two real processes under `accelerate launch`, against one process on the same rows."""
+"""Real processes, two of them under `accelerate launch`, against one process on the same rows."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llmnorm.training import checkpoint
+from tests.distributed.processes import command
 from tests.distributed.processes import run as run_processes
 from tests.running import MASKED, ROOT, SMOKE, assert_same_run, llmnorm, metrics_of, state_of
 
@@ -40,10 +41,14 @@ def launch(sharding: str, *arguments: object) -> subprocess.CompletedProcess[str
     )
 
 
-def command(directory: Path, rank: int, world: int, *, words: list[str], dies: bool = False) -> int:
-    """A command on every process; one may be killed in the middle of its second checkpoint."""
-    from llmnorm.cli import main
+def codes(directory: Path, words: list[str], world: int = 2, scenario: Any = command) -> list[Any]:
+    """The exit code of a command on every process."""
+    answers = run_processes(partial(scenario, words=words), directory, world)
+    return [answer[0] if isinstance(answer, list) else answer for answer in answers]
 
+
+def dying(directory: Path, rank: int, world: int, *, words: list[str]) -> Any:
+    """The second process is killed in the middle of its second checkpoint."""
     real, files = checkpoint.write_file, []
 
     def die(path: Path, parts: Any) -> Any:
@@ -53,10 +58,9 @@ def command(directory: Path, rank: int, world: int, *, words: list[str], dies: b
         path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if dies and rank == 1:
+    if rank == 1:
         checkpoint.write_file = die
-    os.chdir(ROOT)
-    return main(words)
+    return command(directory, rank, world, words=words)
 
 
 @pytest.fixture(scope="module", params=SHARDINGS)
@@ -150,7 +154,7 @@ def test_eval_under_the_same_sharding_gives_the_last_validation_again(
 ) -> None:
     """Oracle: the line of metrics.jsonl that the run itself wrote."""
     words = ["eval", str(two), f"parallel.sharding={sharding}"]
-    assert run_processes(partial(command, words=words), tmp_path / "eval") == [0, 0]
+    assert codes(tmp_path / "eval", words) == [0, 0]
     found = json.loads((two / "eval" / "step_00000005.json").read_text())["validation"]
     (line,) = [line for line in metrics_of(two) if "validation" in line]
     assert found["loss"] == line["validation"]["loss"]
@@ -173,11 +177,10 @@ def test_a_killed_run_goes_on_to_the_same_numbers(two, sharding, tmp_path, smoke
     words = ["train", str(SMOKE), f"run_dir={tmp_path}/run", f"data.dir={smoke_data}", *COMMON]
     words += ["training.steps=5", "training.micro_batch=4", "checkpoint.every=2"]
     words += [f"parallel.sharding={sharding}"]
-    killed, goes_on = partial(command, words=words, dies=True), partial(command, words=words)
-    first, second = run_processes(killed, tmp_path / "killed")
+    first, second = codes(tmp_path / "killed", words, scenario=dying)
     assert second == -signal.SIGKILL and first not in (0, 2)
     assert not (tmp_path / "run" / "checkpoints" / "step_00000004").exists()
-    assert run_processes(goes_on, tmp_path / "on") == [0, 0]
+    assert codes(tmp_path / "on", words) == [0, 0]
     assert_same_run(tmp_path / "run", two, 5)
 
 
@@ -185,7 +188,7 @@ def test_replicas_of_shards_compute_the_same_steps_as_one(one, tmp_path, smoke_d
     """Oracle: one process on the same rows; four processes, a whole run of two steps."""
     words = ["train", str(SMOKE), f"run_dir={tmp_path}/run", f"data.dir={smoke_data}", *COMMON]
     words += ["training.steps=2", "parallel.sharding=hsdp", "parallel.replicas=2"]
-    assert run_processes(partial(command, words=words), tmp_path / "four", 4) == [0] * 4
+    assert codes(tmp_path / "four", words, 4) == [0] * 4
     assert len(list((tmp_path / "run" / "checkpoints" / "step_00000002").glob("*.safe*"))) == 2
     ours = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
     for found, other in zip(ours, metrics_of(one), strict=False):
@@ -208,17 +211,17 @@ def test_a_run_of_two_goes_on_with_one(two, one, start) -> None:
 @pytest.mark.parametrize("objective", ["masked_lm", "classification"])
 def test_other_objectives_are_those_of_one_process(tmp_path, smoke_data, objective) -> None:
     """Oracle: one process, which masks (or pads) and averages over the whole batch at once."""
-    words: list[object] = [SMOKE, *MASKED, f"data.dir={smoke_data}"]
+    words = ["train", str(SMOKE), *MASKED, f"data.dir={smoke_data}"]
     if objective == "classification":
         tokenizer = next((smoke_data / "packed").glob("*/tokenizer"))
-        words = ["configs/finetune/smoke.yaml", f"tokenizer.path={tokenizer}"]
+        words = ["train", "configs/finetune/smoke.yaml", f"tokenizer.path={tokenizer}"]
         words += ["model.hidden_size=32", "model.num_hidden_layers=1", "model.vocab_size=512"]
         words += ["training.epochs=null", "evaluation.micro_batch=5"]
     words += ["training.steps=3", "evaluation.every=3", "training.device=cpu"]
     one, two = (f"run_dir={tmp_path}/{name}" for name in ("one", "two"))
-    llmnorm("train", *words, one)
-    done = launch("ddp", "train", *words, two, "training.micro_batch=2")
-    assert done.returncode == 0, done.stderr
+    llmnorm(*words, one)
+    words += [two, "training.micro_batch=2", "parallel.sharding=ddp"]
+    assert codes(tmp_path / "launch", words) == [0, 0]
     alone, together = (metrics_of(tmp_path / name) for name in ("one", "two"))
     for line, other in zip(alone, together, strict=True):
         assert line["tokens"] == other["tokens"]
@@ -229,11 +232,14 @@ def test_other_objectives_are_those_of_one_process(tmp_path, smoke_data, objecti
 
 
 def test_what_several_processes_cannot_do_is_said_once(tmp_path) -> None:
-    # One launch answers for missing data; the batch that does not divide is tested in one process.
-    done = launch("ddp", "train", SMOKE, f"run_dir={tmp_path}/r", f"data.dir={tmp_path}/none")
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("llmnorm: error:")]
-    assert said == [
+    """Oracle: the line, from one of two processes; both end."""
+    # Missing data stands for all: the batch that does not divide is tested in one process.
+    words = ["train", str(SMOKE), f"run_dir={tmp_path}/r", f"data.dir={tmp_path}/none"]
+    words += ["parallel.sharding=ddp"]
+    answers = run_processes(partial(command, words=words), tmp_path / "launch")
+    assert all(code != 0 for code, _, _ in answers)
+    said = "".join(err for _, _, err in answers).splitlines()
+    assert [line for line in said if line.startswith("llmnorm: error:")] == [
         f"llmnorm: error: data: not prepared yet; run once, by itself: llmnorm data {SMOKE} "
-        f"run_dir={tmp_path}/r data.dir={tmp_path}/none"
+        f"run_dir={tmp_path}/r data.dir={tmp_path}/none parallel.sharding=ddp"
     ]

@@ -2,16 +2,16 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from llmnorm import cli
+from tests.distributed.processes import command
+from tests.distributed.processes import run as run_processes
 from tests.running import ROOT, SMOKE, llmnorm
 
 
@@ -92,19 +92,12 @@ def test_other_data_than_the_run_was_trained_on_is_refused(run, tmp_path, capsys
     assert "was trained on the data" in said and "name it by --data" in said
 
 
-def test_two_processes_give_the_same_figures(run, smoke_data) -> None:
+def test_two_processes_give_the_same_figures(run, tmp_path) -> None:
     """Oracle: one process; sums are taken in float64, so 1e-6 is far above their rounding."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    launch += ["--config_file", "launch/accelerate/ddp.yaml", "-m", "llmnorm"]
-    done = subprocess.run(
-        [*launch, "eval", str(run), "training.device=cpu"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to") == 1
+    words = ["eval", str(run), "training.device=cpu", "parallel.sharding=ddp"]
+    first, second = run_processes(partial(command, words=words), tmp_path / "launch")
+    assert (first[0], second[0]) == (0, 0), first
+    assert (first[1] + second[1]).count("written to") == 1
     found = json.loads((run / "eval" / "step_00000012.json").read_text())["validation"]
     whole = last_evaluation(run)
     assert found["sources"].keys() == whole["sources"].keys()
