@@ -330,7 +330,9 @@ def agree(protocol: Protocol, directory: Path) -> None:
         return
     there = json.loads(file.read_text(encoding="utf-8"))["arms"]
     for name, config in protocol.configs.items():
-        changed = differences(_today(there.get(name, {})) or _tree(config), _tree(config))
+        if name not in there:
+            continue
+        changed = differences(_today(there[name]), _tree(config))
         listed = ", ".join(
             f"{key} ({old} there, {new} here)"
             for key, (old, new) in changed.items()
@@ -369,8 +371,6 @@ def _tree(config: RunConfig) -> dict[str, Any]:
 
 def _today(tree: dict[str, Any]) -> dict[str, Any]:
     """An arm that was saved, with the defaults of keys that are newer than it."""
-    if not tree:
-        return tree
     try:
         return _tree(RunConfig.model_validate(tree))
     except ValidationError:  # a key that is no longer there is a difference

@@ -40,10 +40,13 @@ def draw(found: Tree, output: Path, title: str) -> None:
     }
     baseline = next(iter(found["against"]))
     tuned = any(arm["tuning"] for arm in found["arms"].values())
-    (_tuning if tuned else _seeds)(axes[0, 0], found, styles, baseline)
-    converted = found["horizons"] != "none"
-    (_lengths if converted else _seeds)(axes[0, 1], found, styles, baseline)
-    (_factors if converted else _gaps)(axes[1, 0], found, styles, baseline)
+    (_tuning if tuned else _seeds)(axes[0, 0], found, styles)
+    if found["horizons"] == "none":
+        _seeds(axes[0, 1], found, styles)
+        _gaps(axes[1, 0], found, styles, baseline)
+    else:
+        _lengths(axes[0, 1], found, styles, baseline)
+        _factors(axes[1, 0], found, styles, baseline)
     _curves(axes[1, 1], found, styles)
     for axis, letter in zip(axes.flat, "abcd", strict=True):
         axis.spines[["top", "right"]].set_visible(False)
@@ -64,7 +67,7 @@ def draw(found: Tree, output: Path, title: str) -> None:
     save(figure, output)
 
 
-def _tuning(axis: Any, found: Tree, styles: Mapping[str, Tree], _: str) -> None:
+def _tuning(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
     """Final loss by learning rate in units of the arm's own centre."""
     settled: list[float] = []
     for name, arm in found["arms"].items():
@@ -103,7 +106,7 @@ def _tuning(axis: Any, found: Tree, styles: Mapping[str, Tree], _: str) -> None:
     axis.grid(alpha=0.2)
 
 
-def _seeds(axis: Any, found: Tree, styles: Mapping[str, Tree], _: str) -> None:
+def _seeds(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
     """Final losses seed by seed, in the place of what was not run."""
     for name, arm in found["arms"].items():
         axis.plot(

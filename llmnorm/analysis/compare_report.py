@@ -121,13 +121,14 @@ def answer(name: str, baseline: str, one: Tree, seeds: int) -> str:
     converted = one["nats_for_e_times_the_length"] > 0
     gap = f"a gap in loss of {interval(one['gap'], '+.4f')}"
     if one["verdict"] == "one seed":
-        gave = f"its factor in tokens against {baseline} was {factor(tokens['value'])}"
-        gave = gave if converted else gap
+        gave = gap
+        if converted:
+            gave = f"its factor in tokens against {baseline} was {factor(tokens['value'])}"
         return f"**{name}**: one seed, so nothing is said about chance; {gave}."
     if one["verdict"] == "not resolved":
-        says = (
-            f"the factor in tokens against {baseline} is {interval(tokens)}" if converted else gap
-        )
+        says = gap
+        if converted:
+            says = f"the factor in tokens against {baseline} is {interval(tokens)}"
         if tokens["resolvable"] > 1.005:
             says += f"; from {factor(tokens['resolvable'])} on it could be told from 1"
         return f"**{name}**: no difference that {seeds} paired seeds resolve: {says}."
