@@ -501,6 +501,21 @@ def test_nalas_cosine_tends_to_the_sign() -> None:
     assert outs[1e6].abs().max() < 1e-10
 
 
+def test_nalas_cosine_is_that_of_the_papers_angles() -> None:
+    """Oracle: |q|^p |k|^lam cos(th_q - th_k) by dimension, th = (pi/4) tanh(alpha x / |x|)."""
+    built = build({"name": "nala", "direction": "cosine", "query_eps": 0.0})
+    q, k = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    length = q.norm(dim=-1, keepdim=True)
+    size = (q / length).abs() ** (3 * (0.5 + length.tanh())) * k.abs() ** 3
+    q_angle, k_angle = (
+        torch.pi / 4 * (20 * x / x.norm(dim=-1, keepdim=True)).tanh() for x in (q, k)
+    )
+    expected = (size * (q_angle - k_angle).cos()).sum(-1)
+    phi_q, phi_k = built.features(q, k)
+    assert (phi_q >= 0).all() and (phi_k >= 0).all()
+    torch.testing.assert_close((phi_q * phi_k).sum(-1), expected, rtol=0, atol=1e-13)
+
+
 def test_the_delta_rule_recalls_orthogonal_keys() -> None:
     """Oracle: a query equal to a stored key reads its value; a share of 0 stores nothing."""
     torch.manual_seed(0)

@@ -5,10 +5,11 @@ ZacharyMeng/NaLaFormer. Plain linear attention cancels |q| between numerator and
   phi_q(q) = |q / |q||^p(|q|) split by sign,  p(n) = lam (tau + tanh(n / norm_scale)),
   phi_k(k) = |k|^lam split by sign            (elementwise powers),
 where "split by sign" puts positive and negative dimensions into separate halves, so that products
-of opposite signs are 0; `direction="cosine"` puts cos and sin of the angle (pi/4) tanh(alpha x/|x|)
-there instead, which tends to the sign split as alpha grows. The rest is linear.py: rotary positions
-in the numerator only, eps on the mean, local convolution of v, norm (load-bearing: rows of the
-matrix do not sum to 1), gate.
+of opposite signs are 0; `direction="cosine"` puts sin and cos of an angle there instead, pi/4 +
+(pi/4) tanh(alpha x/|x|), which tends to the sign split as alpha grows. (The paper's angle lacks the
+pi/4, so that its features are ours turned by 45 degrees; their products are the same.) The rest is
+linear.py: rotary positions in the numerator only, eps on the mean, local convolution of v, norm
+(load-bearing: rows of the matrix do not sum to 1), gate.
 
 The official code is an image classifier, bidirectional. Causal NaLa is our derivation: on every
 prefix the last row equals the official module's.
@@ -66,8 +67,11 @@ class NaLa(LinearAttention):
         )
 
     def _angles(self, size: Tensor, direction: Tensor) -> Tensor:
-        angle = math.pi / 4 * (self.alpha * direction).tanh()
-        return torch.cat((size * angle.cos(), size * angle.sin()), -1)
+        # Between 0 and pi/2 no feature is negative and no product of two tokens' features cancels;
+        # and sin of the other angle keeps the digits that cos near pi/2 would lose.
+        twice = 2 * self.alpha * direction
+        sin, cos = ((math.pi / 2 * part.sigmoid()).sin() for part in (twice, -twice))
+        return torch.cat((size * sin, size * cos), -1)
 
     def health(self, parameters: LinearParameters, context: Context) -> dict[str, Tensor]:
         """Those of linear attention, and the share of queries whose norm has no say any more."""
