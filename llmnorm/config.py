@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.nn.settings import ModelSettings
-from llmnorm.optim.settings import AdamWSettings, CosineSettings, Optimizer, Schedule
+from llmnorm.optim.schedule import CosineSettings, Schedule
+from llmnorm.optim.settings import AdamWSettings, Optimizer
 from llmnorm.part import Settings
 from llmnorm.training.settings import CausalLMSettings, Objective, ObjectiveSettings
 

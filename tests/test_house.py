@@ -29,6 +29,7 @@ FLOORS = {
 }
 # Files beside the rooms; any other stands on the ground.
 TOP = {"cli": 6, "__main__": 6, "completion": 6}
+LIGHT = {"optim/schedule"}  # settings and all that is built from them
 EMPTY = ("nn", "optim", "data", "selection")
 DISTRIBUTED = {
     "optim/sharded.py",
@@ -76,8 +77,9 @@ def imports(source: str) -> Iterator[Import]:
 
 def place(path: str) -> tuple[int, str]:
     """The floor and the room of a file or module, given as a path below the package."""
-    parts = path.removesuffix(".py").split("/")
-    if parts[-1] == "settings":
+    path = path.removesuffix(".py")
+    parts = path.split("/")
+    if parts[-1] == "settings" or path in LIGHT:
         return GROUND, parts[0]
     if parts[0] in FLOORS:
         return FLOORS[parts[0]], parts[0]

@@ -1,52 +1,122 @@
-"""Learning-rate schedules as pure functions of the step; nothing of them is in a checkpoint.
+"""Learning-rate schedules (parts): pure functions of the step; nothing of them is in a checkpoint.
 
-A schedule is made for a run of `steps` steps and maps a step s (from 0) to the factor on the peak
+A schedule is built for a run of `steps` steps and maps a step s (from 0) to the factor on the peak
 learning rate. Warm-up gives (s + 1) / warmup, never 0; the last step has exactly the final factor
 (the decay divides by steps - 1 - warmup). Steps past the end keep the final factor.
 """
 
 import math
 from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmnorm.part import Part, Settings
 
 Multiplier = Callable[[int], float]
 
 
-def constant(steps: int, warmup: int) -> Multiplier:
-    """Warm-up, then 1."""
-    return _warmed_up(warmup, lambda s: 1.0)
+class WarmupSettings(Settings):
+    """Linear warm-up: step s (from 0) has the factor (s + 1) / warmup, never 0."""
+
+    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Steps until the peak is reached; below 1 it is a share of all steps."""
+
+    def build(self, steps: int) -> Multiplier:
+        """Step (from 0) -> factor on the peak learning rate."""
+        warmup, after = self.warmup_steps(steps), self.after_warmup(steps)
+        return lambda s: (s + 1) / warmup if s < warmup else after(s)
+
+    def warmup_steps(self, steps: int) -> int:
+        """The warm-up of a run of `steps` steps, in steps."""
+        return self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps)
+
+    def after_warmup(self, steps: int) -> Multiplier:
+        """Step (from the end of the warm-up) -> factor on the peak learning rate."""
+        raise NotImplementedError
 
 
-def cosine(steps: int, warmup: int, final: float) -> Multiplier:
-    """Warm-up, then final + (1 - final) (1 + cos(pi u)) / 2 with u from 0 to 1."""
-    return _warmed_up(
-        warmup,
-        lambda s: final + (1 - final) * (1 + math.cos(math.pi * _share(s, warmup, steps))) / 2,
-    )
+class ConstantSettings(WarmupSettings):
+    """Warm-up, then the peak to the end."""
+
+    name: Literal["constant"] = "constant"
+
+    def after_warmup(self, steps: int) -> Multiplier:
+        """1."""
+        return lambda s: 1.0
 
 
-def linear(steps: int, warmup: int, final: float) -> Multiplier:
-    """Warm-up, then 1 - (1 - final) u with u from 0 to 1."""
-    return _warmed_up(warmup, lambda s: 1 - (1 - final) * _share(s, warmup, steps))
+class CosineSettings(WarmupSettings):
+    """Warm-up, then half a cosine from the peak to `final` of it.
+
+    Source: Loshchilov and Hutter, arXiv 1608.03983, eq. 5, without restarts.
+    """
+
+    name: Literal["cosine"] = "cosine"
+    final: float = Field(default=0.1, ge=0, le=1)
+    """The last step's factor."""
+
+    def after_warmup(self, steps: int) -> Multiplier:
+        """final + (1 - final) (1 + cos(pi u)) / 2 with u from 0 to 1."""
+        share = _share(self.warmup_steps(steps), steps)
+        return lambda s: self.final + (1 - self.final) * (1 + math.cos(math.pi * share(s))) / 2
 
 
-def wsd(steps: int, warmup: int, decay: float, shape: str, final: float) -> Multiplier:
-    """Warm-up, 1, and over the last `decay * steps` steps down to `final`."""
-    # The last stable step is where u = 0, so the decay itself has round(decay * steps) steps.
-    start = max(warmup, steps - 1 - round(decay * steps))
+class LinearSettings(WarmupSettings):
+    """Warm-up, then a straight line from the peak to `final` of it (decay to zero by default).
 
-    def after(s: int) -> float:
-        u = _share(s, start, steps)
-        return (
-            1 - (1 - final) * u if shape == "linear" else final + (1 - final) * (1 - math.sqrt(u))
-        )
+    Source: Bergsma et al., "Straight to Zero", arXiv 2502.15938.
+    """
 
-    return _warmed_up(warmup, after)
+    name: Literal["linear"] = "linear"
+    final: float = Field(default=0.0, ge=0, le=1)
+    """The last step's factor."""
 
-
-def _warmed_up(warmup: int, after: Multiplier) -> Multiplier:
-    return lambda s: (s + 1) / warmup if s < warmup else after(s)
+    def after_warmup(self, steps: int) -> Multiplier:
+        """1 - (1 - final) u with u from 0 to 1."""
+        share = _share(self.warmup_steps(steps), steps)
+        return lambda s: 1 - (1 - self.final) * share(s)
 
 
-def _share(s: int, start: int, steps: int) -> float:
-    """How far s is on the way from `start` (0) to the last step (1)."""
-    return min(max(s - start, 0) / max(steps - 1 - start, 1), 1.0)
+class WSDSettings(WarmupSettings):
+    """Warm-up, stable at the peak, then a decay over the last part of the run.
+
+    Source: Hu et al., MiniCPM, arXiv 2404.06395; shape `sqrt`: Haegele et al., arXiv 2405.18392.
+    """
+
+    name: Literal["wsd"] = "wsd"
+    decay: float = Field(default=0.2, gt=0, le=1)
+    """Share of all steps that the decay takes."""
+    shape: Literal["linear", "sqrt"] = "linear"
+    """`linear`: 1 - (1 - final) u; `sqrt`: final + (1 - final) (1 - sqrt(u)), u from 0 to 1."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """The last step's factor."""
+
+    def after_warmup(self, steps: int) -> Multiplier:
+        """1, and over the last `decay * steps` steps down to `final`."""
+        # The last stable step is where u = 0, so the decay itself has round(decay * steps) steps.
+        start = max(self.warmup_steps(steps), steps - 1 - round(self.decay * steps))
+        share = _share(start, steps)
+        if self.shape == "linear":
+            return lambda s: 1 - (1 - self.final) * share(s)
+        return lambda s: self.final + (1 - self.final) * (1 - math.sqrt(share(s)))
+
+
+class SameSettings(Settings):
+    """The course of the hidden matrices: the run's `schedule`."""
+
+    name: Literal["same"] = "same"
+
+
+Schedule = Annotated[
+    CosineSettings | LinearSettings | WSDSettings | ConstantSettings, Part(default="cosine")
+]
+AuxiliarySchedule = Annotated[
+    SameSettings | CosineSettings | LinearSettings | WSDSettings | ConstantSettings,
+    Part(default="same"),
+]
+
+
+def _share(start: int, steps: int) -> Multiplier:
+    """How far a step is on the way from `start` (0) to the last step (1)."""
+    return lambda s: min(max(s - start, 0) / max(steps - 1 - start, 1), 1.0)

@@ -1,10 +1,10 @@
-"""Settings of the optimizers and the learning-rate schedules (parts)."""
+"""Settings of the optimizers (parts)."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmnorm.optim.schedule import AuxiliarySchedule, Multiplier, SameSettings
 from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
@@ -16,101 +16,6 @@ if TYPE_CHECKING:
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0)] | Literal["auto"]
-
-Multiplier = Callable[[int], float]
-
-
-class WarmupSettings(Settings):
-    """Linear warm-up: step s (from 0) has the factor (s + 1) / warmup, never 0."""
-
-    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Steps until the peak is reached; below 1 it is a share of all steps."""
-
-    def warmup_steps(self, steps: int) -> int:
-        """The warm-up of a run of `steps` steps, in steps."""
-        return self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps)
-
-
-class ConstantSettings(WarmupSettings):
-    """Warm-up, then the peak to the end."""
-
-    name: Literal["constant"] = "constant"
-
-    def build(self, steps: int) -> Multiplier:
-        """Step (from 0) -> factor on the peak learning rate."""
-        from llmnorm.optim import schedule
-
-        return schedule.constant(steps, self.warmup_steps(steps))
-
-
-class CosineSettings(WarmupSettings):
-    """Warm-up, then half a cosine from the peak to `final` of it.
-
-    Source: Loshchilov and Hutter, arXiv 1608.03983, eq. 5, without restarts.
-    """
-
-    name: Literal["cosine"] = "cosine"
-    final: float = Field(default=0.1, ge=0, le=1)
-    """The last step's factor."""
-
-    def build(self, steps: int) -> Multiplier:
-        """Step (from 0) -> factor on the peak learning rate."""
-        from llmnorm.optim import schedule
-
-        return schedule.cosine(steps, self.warmup_steps(steps), self.final)
-
-
-class LinearSettings(WarmupSettings):
-    """Warm-up, then a straight line from the peak to `final` of it (decay to zero by default).
-
-    Source: Bergsma et al., "Straight to Zero", arXiv 2502.15938.
-    """
-
-    name: Literal["linear"] = "linear"
-    final: float = Field(default=0.0, ge=0, le=1)
-    """The last step's factor."""
-
-    def build(self, steps: int) -> Multiplier:
-        """Step (from 0) -> factor on the peak learning rate."""
-        from llmnorm.optim import schedule
-
-        return schedule.linear(steps, self.warmup_steps(steps), self.final)
-
-
-class WSDSettings(WarmupSettings):
-    """Warm-up, stable at the peak, then a decay over the last part of the run.
-
-    Source: Hu et al., MiniCPM, arXiv 2404.06395; shape `sqrt`: Haegele et al., arXiv 2405.18392.
-    """
-
-    name: Literal["wsd"] = "wsd"
-    decay: float = Field(default=0.2, gt=0, le=1)
-    """Share of all steps that the decay takes."""
-    shape: Literal["linear", "sqrt"] = "linear"
-    """`linear`: 1 - (1 - final) u; `sqrt`: final + (1 - final) (1 - sqrt(u)), u from 0 to 1."""
-    final: float = Field(default=0.0, ge=0, le=1)
-    """The last step's factor."""
-
-    def build(self, steps: int) -> Multiplier:
-        """Step (from 0) -> factor on the peak learning rate."""
-        from llmnorm.optim import schedule
-
-        return schedule.wsd(steps, self.warmup_steps(steps), self.decay, self.shape, self.final)
-
-
-class SameSettings(Settings):
-    """The course of the hidden matrices: the run's `schedule`."""
-
-    name: Literal["same"] = "same"
-
-
-Schedule = Annotated[
-    CosineSettings | LinearSettings | WSDSettings | ConstantSettings, Part(default="cosine")
-]
-AuxiliarySchedule = Annotated[
-    SameSettings | CosineSettings | LinearSettings | WSDSettings | ConstantSettings,
-    Part(default="same"),
-]
 
 
 class AuxiliarySettings(Settings):
@@ -179,7 +84,7 @@ class OptimizerSettings(Settings):
         assert self.lr != "auto", "resolved before a run begins"
         return self.adamw_lr(self.lr, width) if self.auxiliary.lr is None else self.auxiliary.lr
 
-    def multipliers(self, of_the_run: "Multiplier", steps: int) -> "dict[str, Multiplier]":
+    def multipliers(self, of_the_run: Multiplier, steps: int) -> dict[str, Multiplier]:
         """The learning rate's course for every kind of param group."""
         own = self.auxiliary.schedule
         auxiliary = of_the_run if isinstance(own, SameSettings) else own.build(steps)

@@ -8,7 +8,7 @@ from llmnorm.models import LlmNormConfig
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.optim.build import describe
 from llmnorm.optim.groups import Groups, check, matrices, split
-from llmnorm.optim.schedule import constant
+from llmnorm.optim.schedule import ConstantSettings
 from llmnorm.optim.settings import AdamWSettings, CondaSettings, MuonSettings, NorMuonSettings
 from llmnorm.part import InputError
 from tests.optim.rules import RULES, Run, draw
@@ -140,7 +140,7 @@ def test_the_rest_is_adamw_with_its_own_rate_decay_and_schedule(name: str) -> No
     settings = RULES[name](lr=0.1, auxiliary=own)
     run = Run(settings, {"w": draw(4, 6)}, {"b": draw(5)})
     alone = Run(AdamWSettings(lr=0.03, weight_decay=0.2), {"b": draw(5)})
-    of_the_run = constant(10, 5)
+    of_the_run = ConstantSettings(warmup=5).build(10)
     multipliers = settings.multipliers(of_the_run, 10)
     for step in range(4):
         for group in run.optimizer.param_groups:

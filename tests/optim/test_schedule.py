@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmnorm.optim.settings import ConstantSettings, CosineSettings, LinearSettings, WSDSettings
+from llmnorm.optim.schedule import ConstantSettings, CosineSettings, LinearSettings, WSDSettings
 
 EVERY = [CosineSettings, LinearSettings, WSDSettings, ConstantSettings]
 
