@@ -1,10 +1,11 @@
 """Measures the step of every optimizer on the hidden matrices of a 12-layer Llama, 768 / 2048.
 
 usage: python tools/bench/optimizer_step.py [--quick] [--layers 12] [--rounds 10]
-           [--out docs/results/optimizer_step.json]
+           [--only NAME] [--out docs/results/optimizer_step.json]
 
 Float32, threads as OMP_NUM_THREADS says, full-rank random gradients made outside the timer.
 Candidates take turns, a step each, after one step of warming up, so that a busy machine slows all;
+another one begins each round, since who steps first finds less in the caches (2 % of AdamW);
 time is the process's own (CPU seconds), the table shows medians and quartiles, and a ratio is the
 median over the rounds of (ours / peer in that round). Conda's first step, which finds the bases, is
 timed apart and counted with 1/2000 of its excess.
@@ -22,6 +23,7 @@ forward and backward of the whole model, vocabulary 32000, measured on one row o
 
 import argparse
 import ctypes
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -180,21 +182,22 @@ def measure(
     optimizers = {name: make(parameters) for name, make in family.items()}
     found: dict[str, dict[str, Any]] = {}
     for name, optimizer in optimizers.items():
-        first = seconds(optimizer.step)
+        found[name] = {"first": seconds(optimizer.step), "steps": []}
         states = optimizer.state if isinstance(optimizer.state, list) else None
         fields = (
             [t for state in states for t in state]
             if states is not None
             else [t for state in optimizer.state.values() for t in state.values()]
         )
-        size = sum(t.numel() * t.element_size() for t in fields)
-        found[name] = {"first": first, "steps": [], "state_bytes": size}
+        found[name]["state_bytes"] = sum(t.numel() * t.element_size() for t in fields)
     for turn in range(rounds + 1):
         generator = torch.Generator().manual_seed(turn)
         for parameter in parameters.values():
             parameter.grad.normal_(generator=generator)  # type: ignore[union-attr]
-        for name, optimizer in optimizers.items():
-            taken = seconds(optimizer.step)
+        names = list(optimizers)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            taken = seconds(optimizers[name].step)
             if turn:
                 found[name]["steps"].append(taken)
     for name, optimizer in optimizers.items():
@@ -270,22 +273,27 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one layer, two rounds, no file")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", help="families with a candidate of this name")
+    parser.add_argument("--only", help="the family of this candidate; of others what the file has")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "optimizer_step.json")
     options = parser.parse_args()
     layers, rounds = (1, 2) if options.quick else (options.layers, options.rounds)
     from llmnorm.optim.orthogonalize import multiplies_bf16
 
-    rate = product_rate()
-    step = training_step(layers)
-    found: dict[str, dict[str, Any]] = {}
+    known: dict[str, Any] = {}
+    if options.only and not options.quick and options.out.is_file():
+        known = json.loads(options.out.read_text(encoding="utf-8"))
+        layers, rounds = known["layers"], known["rounds"]
+    rate = known.get("product_rate") or product_rate()
+    step = known.get("training_step") or training_step(layers)
+    found: dict[str, dict[str, Any]] = known.get("candidates", {})
     for family in families():
         if options.only and options.only not in family:
             continue
         slow = "muon, bf16" in family and not multiplies_bf16(torch.device("cpu"))
-        few = {"layers": 1, "rounds": 1} if slow else {"layers": layers, "rounds": rounds}
-        for name, figures in measure(family, **few).items():
-            found.setdefault(name, figures | {"layers": few["layers"]})
+        many = 10 * rounds if "adamw" in family else rounds  # its steps take milliseconds
+        size = {"layers": 1, "rounds": 1} if slow else {"layers": layers, "rounds": many}
+        for name, figures in measure(family, **size).items():
+            found[name] = figures | {"layers": size["layers"]}
     parameters = sum(rows * columns for rows, columns in LAYER.values())
     lines = []
     for name, figures in found.items():
