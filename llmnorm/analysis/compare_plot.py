@@ -230,10 +230,7 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
                 linewidth=0,
             )
             ends += [resolvable, 1 / resolvable]
-    axis.axvline(1, color=GREYS[1], linewidth=1)
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set_ylim(len(rows) - 0.5, -0.9)
-    axis.tick_params(axis="y", length=0)
+    _a_row_an_arm(axis, rows, no_difference=1)
     axis.set_xscale("log")
     low, high = min(ends), max(ends)
     axis.set_xlim(low * (low / high) ** 0.05, high * (high / low) ** 0.45)
@@ -242,7 +239,6 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
     axis.minorticks_off()
     axis.set_xlabel(f"times what {baseline} needs for the same loss  (→ the arm is ahead)")
     axis.set_title("Factors with 95 % intervals (grey: not resolved by these seeds)")
-    axis.grid(axis="x", alpha=0.2)
     marks = [
         Line2D([], [], linestyle="none", marker="o", color=GREYS[1], label="tokens"),
         Line2D(
@@ -278,13 +274,18 @@ def _gaps(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) -> 
             fontsize=8,
             color=GREYS[1],
         )
-    axis.axvline(0, color=GREYS[1], linewidth=1)
-    axis.set_yticks(range(len(others)), list(others))
-    axis.set_ylim(len(others) - 0.5, -0.9)
+    _a_row_an_arm(axis, list(others), no_difference=0)
     axis.margins(x=0.25)
-    axis.tick_params(axis="y", length=0)
     axis.set_xlabel(f"loss of {baseline} minus the arm's, nats a token  (→ the arm is ahead)")
     axis.set_title("Gaps with 95 % intervals")
+
+
+def _a_row_an_arm(axis: Any, arms: list[str], no_difference: float) -> None:
+    """Arms from top to bottom, and a line where an arm equals the baseline."""
+    axis.axvline(no_difference, color=GREYS[1], linewidth=1)
+    axis.set_yticks(range(len(arms)), arms)
+    axis.set_ylim(len(arms) - 0.5, -0.9)
+    axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", alpha=0.2)
 
 

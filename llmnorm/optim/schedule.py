@@ -24,15 +24,16 @@ class WarmupSettings(Settings):
 
     def build(self, steps: int) -> Multiplier:
         """Step (from 0) -> factor on the peak learning rate."""
-        warmup, after = self.warmup_steps(steps), self.after_warmup(steps)
+        warmup = self.warmup_steps(steps)
+        after = self.after(warmup, steps)
         return lambda s: (s + 1) / warmup if s < warmup else after(s)
 
     def warmup_steps(self, steps: int) -> int:
         """The warm-up of a run of `steps` steps, in steps."""
         return self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps)
 
-    def after_warmup(self, steps: int) -> Multiplier:
-        """Step (from the end of the warm-up) -> factor on the peak learning rate."""
+    def after(self, warmup: int, steps: int) -> Multiplier:
+        """The same for the steps after a warm-up of `warmup` steps."""
         raise NotImplementedError
 
 
@@ -41,7 +42,7 @@ class ConstantSettings(WarmupSettings):
 
     name: Literal["constant"] = "constant"
 
-    def after_warmup(self, steps: int) -> Multiplier:
+    def after(self, warmup: int, steps: int) -> Multiplier:
         """1."""
         return lambda s: 1.0
 
@@ -56,9 +57,9 @@ class CosineSettings(WarmupSettings):
     final: float = Field(default=0.1, ge=0, le=1)
     """The last step's factor."""
 
-    def after_warmup(self, steps: int) -> Multiplier:
+    def after(self, warmup: int, steps: int) -> Multiplier:
         """final + (1 - final) (1 + cos(pi u)) / 2 with u from 0 to 1."""
-        share = _share(self.warmup_steps(steps), steps)
+        share = _share(warmup, steps)
         return lambda s: self.final + (1 - self.final) * (1 + math.cos(math.pi * share(s))) / 2
 
 
@@ -72,9 +73,9 @@ class LinearSettings(WarmupSettings):
     final: float = Field(default=0.0, ge=0, le=1)
     """The last step's factor."""
 
-    def after_warmup(self, steps: int) -> Multiplier:
+    def after(self, warmup: int, steps: int) -> Multiplier:
         """1 - (1 - final) u with u from 0 to 1."""
-        share = _share(self.warmup_steps(steps), steps)
+        share = _share(warmup, steps)
         return lambda s: 1 - (1 - self.final) * share(s)
 
 
@@ -92,10 +93,10 @@ class WSDSettings(WarmupSettings):
     final: float = Field(default=0.0, ge=0, le=1)
     """The last step's factor."""
 
-    def after_warmup(self, steps: int) -> Multiplier:
+    def after(self, warmup: int, steps: int) -> Multiplier:
         """1, and over the last `decay * steps` steps down to `final`."""
         # The last stable step is where u = 0, so the decay itself has round(decay * steps) steps.
-        start = max(self.warmup_steps(steps), steps - 1 - round(self.decay * steps))
+        start = max(warmup, steps - 1 - round(self.decay * steps))
         share = _share(start, steps)
         if self.shape == "linear":
             return lambda s: 1 - (1 - self.final) * share(s)

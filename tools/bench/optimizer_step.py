@@ -273,7 +273,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one layer, two rounds, no file")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", help="the family of this candidate; of others what the file has")
+    parser.add_argument(
+        "--only",
+        choices=[name for family in families() for name in family],
+        metavar="NAME",
+        help="the family of this candidate; of others what the file has",
+    )
     parser.add_argument("--out", type=Path, default=report.RESULTS / "optimizer_step.json")
     options = parser.parse_args()
     layers, rounds = (1, 2) if options.quick else (options.layers, options.rounds)
@@ -282,7 +287,8 @@ def main() -> None:
     known: dict[str, Any] = {}
     if options.only and not options.quick and options.out.is_file():
         known = json.loads(options.out.read_text(encoding="utf-8"))
-        layers, rounds = known["layers"], known["rounds"]
+        if known["layers"] != layers:
+            parser.error(f"--layers {layers}: {options.out} has figures of {known['layers']}")
     rate = known.get("product_rate") or product_rate()
     step = known.get("training_step") or training_step(layers)
     found: dict[str, dict[str, Any]] = known.get("candidates", {})
