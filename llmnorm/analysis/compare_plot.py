@@ -237,7 +237,7 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
     ticks = _ticks(low, high)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel(f"times what {baseline} needs for the same loss  (→ the arm is ahead)")
+    axis.set_xlabel(f"{baseline} needs so many times the arm's for its loss  (→ the arm is ahead)")
     axis.set_title("Factors with 95 % intervals (grey: not resolved by these seeds)")
     marks = [
         Line2D([], [], linestyle="none", marker="o", color=GREYS[1], label="tokens"),
