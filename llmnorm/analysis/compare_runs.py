@@ -250,10 +250,8 @@ def execute(
     with StopRequest() as stop:
         try:
             while not stop.exit_code:
-                jobs, ended = (
-                    [j for j in jobs if j.process.poll() is None],
-                    [j for j in jobs if j.process.poll() is not None],
-                )
+                ended = [job for job in jobs if job.process.poll() is not None]
+                jobs = [job for job in jobs if job not in ended]  # not polled again: it may end now
                 for job in ended:
                     directory = runs / job.run.key
                     record = _record(job, RunDirectory(directory), protocol, places)
