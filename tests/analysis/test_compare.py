@@ -259,9 +259,11 @@ class Fork:
             try:
                 stop_with_parent()
                 os.setsid()
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as after an exec
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
+                # As after an exec: no handler, and no descriptor that holds the comparison's lock.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.closerange(3, os.sysconf("SC_OPEN_MAX"))
                 code = cli.main(["train", *words])
             finally:
                 os._exit(code)
