@@ -1,6 +1,7 @@
 """The reproductions' arms are runs that could be made."""
 
 import importlib.util
+import json
 import random
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,18 @@ def test_every_arm_is_a_configuration_of_its_own(name: str) -> None:
         arms = [[arm, str(module.RECIPES / f"{arm}.yaml")] for arm in module.ARMS]
     protocol = compare_plan.read(read_arms(base, [], arms), baselines=[arms[0][0]], seeds=3)
     assert list(protocol.configs) == list(module.ARMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "results", "page"),
+    [("curse_of_depth", "curse_of_depth", "norms"), ("optimizers", "optimizers_t0", "optimizers")],
+)
+def test_a_page_shows_the_table_of_its_results(name: str, results: str, page: str) -> None:
+    """Oracle: the table made again from the committed results."""
+    results_dir = ROOT / "docs" / "results" / results
+    text = script(name).table(json.loads((results_dir / "result.json").read_text()))
+    assert (results_dir / "table.md").read_text() == text + "\n"
+    assert text in (ROOT / "docs" / f"{page}.md").read_text()
 
 
 @pytest.mark.parametrize("task", ["language", "masked", "recall"])

@@ -1,10 +1,12 @@
-"""What the reproductions share: their words on the command line, and the comparison itself."""
+"""What the reproductions share: their command line, the comparison itself, a table's cells."""
 
 import argparse
+import math
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import stdev
 
 from llmnorm.analysis.compare import compare
 from llmnorm.analysis.compare_plan import Protocol
@@ -27,6 +29,15 @@ def parser(
     made.add_argument("--plan", action="store_true", help="print the runs, make none")
     made.add_argument("--arms", nargs="+", choices=list(arms), default=list(default), metavar="ARM")
     return made
+
+
+def mean(values: Sequence[float | str], digits: int) -> str:
+    """Mean ± standard error; `inf` where a run diverged (in JSON: "infinity")."""
+    numbers = [float(value) for value in values]
+    middle = sum(numbers) / len(numbers)
+    if len(numbers) < 2 or math.isinf(middle):
+        return f"{middle:.{digits}f}"
+    return f"{middle:.{digits}f} ± {stdev(numbers) / math.sqrt(len(numbers)):.{digits}f}"
 
 
 def run(

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from arms import parser, run
+from arms import mean, parser, run
 
 from llmnorm.analysis import compare_plan, compare_report
 from llmnorm.analysis.compare import read_arms
+from llmnorm.files import write_whole
 from llmnorm.part import InputError
 
 RECIPES = Path("configs/recipes/curse_of_depth")
@@ -57,25 +58,25 @@ BASELINE = "pre_ln_scaled"
 
 def table(found: dict[str, Any]) -> str:
     """The arms' perplexities beside the paper's, in Markdown."""
-    base = np.array(found["arms"][BASELINE]["losses"])
+    base = np.array(found["arms"][BASELINE]["losses"], dtype=float)
     rows = []
     for name, paper in ARMS.items():
         if name not in found["arms"]:
             continue
         losses = np.array(found["arms"][name]["losses"], dtype=float)
-        relative = f"{math.exp((losses - base).mean()):.4f}"
+        ratio = math.exp((losses - base).mean())
+        relative = f"{ratio:.3f}"
         if len(losses) > 1 and name != BASELINE:
-            # The logarithm's standard error is the ratio's, as a share.
-            relative += f" ± {(losses - base).std(ddof=1) / math.sqrt(len(losses)):.4f}"
-        error = found["arms"][name]["standard_error"]
-        loss = f"{losses.mean():.4f}" + (f" ± {error:.4f}" if error is not None else "")
+            # To first order: the ratio times the standard error of its logarithm.
+            relative += f" ± {ratio * (losses - base).std(ddof=1) / math.sqrt(len(losses)):.3f}"
         theirs = [
-            f"{value / reference:.4f}" if value and reference else "-"
+            f"{value / reference:.3f}" if value and reference else "-"
             for value, reference in zip(paper[1:], ARMS[BASELINE][1:], strict=True)
         ]
         rate = f"{found['arms'][name]['lr']:.3g}"
+        loss = mean(found["arms"][name]["losses"], 4)
         rows.append([paper.title, rate, loss, f"{math.exp(losses.mean()):.2f}", relative, *theirs])
-    head = ["arm", "lr", "loss", "perplexity", "relative", "paper, 130M", "paper, 250M"]
+    head = ["arm", "lr", "loss", "perplexity", "over the first's", "paper, 130M", "paper, 250M"]
     return compare_report.markdown(head, rows)
 
 
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if code == 0 and not options.plan:
         text = table(json.loads((RESULTS / "result.json").read_text(encoding="utf-8")))
-        (RESULTS / "table.md").write_text(text + "\n", encoding="utf-8")
+        write_whole(RESULTS / "table.md", text + "\n")
         print(text)
     return code
 

@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arms import parser, run
+from arms import mean, parser, run
 
 from llmnorm.analysis import compare_plan, compare_report
 from llmnorm.analysis.compare import read_arms
@@ -172,24 +172,15 @@ def table(task: str, found: dict[str, Any], accuracy: dict[str, dict[str, Any]])
     head += ["paper's loss"] if task == "masked" else []
     rows = []
     for name, arm in found["arms"].items():
-        cells = [name, f"{arm['lr']:.3g}", _mean(arm["losses"], 4)]
+        cells = [name, f"{arm['lr']:.3g}", mean(arm["losses"], 4)]
         if task == "recall":
             mine = [v for k, v in accuracy.items() if k.startswith(f"{name}/lr{arm['lr']:.6g}-")]
-            cells += [_mean([run[str(n)] for run in mine], 3) for n in PAIRS]
+            cells += [mean([run[str(n)] for run in mine], 3) for n in PAIRS]
         if task == "masked":
             paper = TASKS[task][name].paper
             cells.append("-" if paper is None else f"{paper:.2f}")
         rows.append(cells)
     return compare_report.markdown(head, rows)
-
-
-def _mean(values: list[float], digits: int) -> str:
-    """Mean ± standard error."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return f"{mean:.{digits}f} ± {(variance / len(values)) ** 0.5:.{digits}f}"
 
 
 def read(task: str, chosen: list[str], seeds: int, shared: list[str]) -> Protocol:

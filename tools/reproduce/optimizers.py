@@ -22,13 +22,16 @@ against it says more about the baseline than about the rule. Conda's refresh int
 the run: steps / 50 (its 1B recipe), and as an arm of its own steps / 5 (its 60M recipe).
 """
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from arms import parser, run
+from arms import mean, parser, run
 
-from llmnorm.analysis import compare_plan
+from llmnorm.analysis import compare_plan, compare_report
 from llmnorm.analysis.compare import read_arms
+from llmnorm.files import write_whole
 from llmnorm.part import InputError
 
 BASE = Path("configs/recipes/optimizers/t0.yaml")
@@ -64,8 +67,37 @@ BASELINES = ("adamw", "adamw_shipped")
 RACE = ("adamw", "adamw_shipped", "muon", "normuon", "conda", "soap")
 
 
+def table(found: dict[str, Any]) -> str:
+    """The share of tuned AdamW's steps that each rule needs for its final loss, in Markdown."""
+    tuned, shipped = (found["against"][name] for name in BASELINES)
+    rows = []
+    for name, arm in found["arms"].items():
+        row = [name, f"{arm['lr']:.3g}", mean(arm["losses"], 4)]
+        if name in tuned:
+            tokens, seconds = tuned[name]["tokens"], tuned[name]["timing"]["seconds"]
+            row += [_share(tokens), _share(seconds), _inverse(tokens["resolvable"])]
+        else:
+            row += ["1", "1", "-"]
+        row.append(_share(shipped[name]["tokens"]) if name in shipped else "1")
+        rows.append(row)
+    head = ["rule", "lr", "loss", "steps, of tuned AdamW's", "seconds, of tuned AdamW's"]
+    head += ["told from 1 if below", "steps, of shipped AdamW's"]
+    return compare_report.markdown(head, rows)
+
+
+def _share(factor: dict[str, Any]) -> str:
+    """One over a factor in length, its 95 % interval, and a star if that length was not run."""
+    value, least, most = (_inverse(factor[key]) for key in ("value", "high", "low"))
+    return f"{value} [{least}, {most}]" + "*" * bool(factor.get("extrapolated"))
+
+
+def _inverse(factor: float | str | None) -> str:
+    """Of a factor, which may be "infinity"; a dash where there is none."""
+    return f"{1 / float(factor):.2f}" if factor else "-"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Make the runs that are missing, then the report."""
+    """Make the runs that are missing, then the report and the table."""
     words = parser(__doc__, ARMS, RACE)
     words.add_argument("--set", nargs="+", default=[], metavar="key=value", help="of all arms")
     options = words.parse_args(arguments)
@@ -77,10 +109,15 @@ def main(arguments: list[str] | None = None) -> int:
             untuned=["adamw_shipped"],
             seeds=options.seeds,
         )
-        return run(protocol, RESULTS, RUNS, options, arguments)
+        code = run(protocol, RESULTS, RUNS, options, arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if code == 0 and not options.plan:
+        text = table(json.loads((RESULTS / "result.json").read_text(encoding="utf-8")))
+        write_whole(RESULTS / "table.md", text + "\n")
+        print(text)
+    return code
 
 
 if __name__ == "__main__":
