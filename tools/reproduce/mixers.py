@@ -59,10 +59,14 @@ def causal(mixer: str, less: int = 0) -> tuple[str, ...]:
 
 
 def causal_arms(inner: int) -> dict[str, Arm]:
-    """Causal mixers in a model of width 128 whose MLP is `inner` wide for softmax."""
+    """Causal mixers in a model of width 128 whose MLP is `inner` wide for softmax.
+
+    `linear` has NaLa's gate, convolution and norm, and differs in the feature map alone.
+    """
     linear = "{name: linear, gate: true, conv_kernel: 4, norm: rms}"
     return {
         "softmax": Arm(causal("softmax")),
+        "linear_plain": Arm(causal("linear")),
         "linear": Arm(causal(linear, inner - 44)),
         "nala": Arm(causal("nala", inner - 44)),
         "ssd": Arm(causal("{name: ssd, state_size: 32, head_dim: 32}", inner - 114)),
