@@ -76,16 +76,19 @@ def test_mixers_are_compared_at_equal_size(
             ]
         sizes[name] = sum(p.numel() for pair in blocks for b in pair if b for p in b.parameters())
     if task != "masked":  # an encoder's families bring sizes of their own, as in the paper
-        assert max(sizes.values()) < 1.002 * min(sizes.values())
+        model = protocol.configs["softmax"].model
+        one_wider = model.num_hidden_layers * 3 * model.hidden_size  # the MLPs
+        assert max(sizes.values()) - min(sizes.values()) <= one_wider
 
 
 @pytest.mark.parametrize("pairs", [8, 64])
 def test_a_recall_text_asks_for_what_it_said(pairs: int) -> None:
-    """Oracle: the pairs of the first half as a dictionary."""
-    module = script("mixers")
-    text = module.recall_text(pairs, random.Random(0))
+    """Oracle: the pairs as they are said first, as a dictionary; each round asks for all."""
+    text = script("mixers").recall_text(pairs, random.Random(0))
     assert len(text) == 256 and text.isascii()
-    said, asked = text[: 2 * pairs], text[-2 * pairs :]
+    said, *rounds = (text[i : i + 2 * pairs] for i in range(0, 256, 2 * pairs))
     values = dict(zip(said[::2], said[1::2], strict=True))
-    assert len(values) == pairs and said != asked
-    assert dict(zip(asked[::2], asked[1::2], strict=True)) == values
+    assert len(values) == pairs and rounds
+    for asked in rounds:
+        assert dict(zip(asked[::2], asked[1::2], strict=True)) == values
+    assert all(asked != said for asked in rounds)

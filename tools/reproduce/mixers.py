@@ -6,8 +6,8 @@ usage: python tools/reproduce/mixers.py language|masked|recall [--arms NAME ...]
     language   causal mixers, equal parameters, on the default corpus
     masked     encoders' mixers in blocks without an MLP: both directions of softmax and SSD, and
                the families of mixing matrices
-    recall     causal mixers: 8, 16, 32 or 64 random key-value pairs, then the keys in another
-               order; every row is one text of 256 characters, a token each
+    recall     causal mixers: 8, 16, 32 or 64 random key-value pairs, then the same pairs in other
+               orders until the row is full; every row is one text of 256 characters, a token each
 
 Every arm's learning rate is tuned alike, then all train with the same paired seeds. Each finished
 run is a line of docs/results/mixers_TASK/runs.jsonl, to be committed; what stands there is not run
@@ -18,10 +18,11 @@ language models on C4) and table 3 (ways to two directions). The recall task: Ar
 (Zoology), arXiv 2312.04927, section 3. For language the order that is expected is ours: NaLa at
 most linear attention's loss; its paper's figures for language models could not be read.
 
-What would surprise: in `recall` most of a row cannot be predicted (pairs are random), so losses are
-high and close; what counts is the accuracy on the values of the second half, of the value that a
-model finds most likely given all before it (chance: 1 in 30). It is measured on the checkpoints of
-the paired runs, which are removed afterwards.
+What would surprise: in `recall` losses mix what can be predicted (values whose keys were said) with
+what cannot (which pairs, in which order); what counts is the accuracy on the values when each key
+is asked for the first time, of the value that a model finds most likely given all before it
+(chance: 1 in 30). It is measured on the checkpoints of the paired runs, which are removed
+afterwards. Rows that ask once and are filled up with blanks teach the same, but many times slower.
 """
 
 import json
@@ -53,26 +54,26 @@ class Arm(NamedTuple):
     paper: float | None = None
 
 
-def causal(mixer: str, less: int = 0) -> tuple[str, ...]:
-    """A causal mixer, and the MLP's width that makes up for its parameters."""
-    return f"model.mixer={mixer}", *((f"model.intermediate_size={less}",) if less else ())
+def causal(mixer: str, inner: int) -> tuple[str, ...]:
+    """A causal mixer, and the width of the MLP that all parameters together ask for."""
+    return f"model.mixer={mixer}", f"model.intermediate_size={inner}"
 
 
-def causal_arms(inner: int) -> dict[str, Arm]:
-    """Causal mixers in a model of width 128 whose MLP is `inner` wide for softmax.
+def causal_arms(inner: int, nala: int, ssd: int, gla: int, gated_delta: int) -> dict[str, Arm]:
+    """Causal mixers beside an MLP `inner` wide for softmax, else narrower by what they need more.
 
     `linear` has NaLa's gate, convolution and norm, and differs in the feature map alone.
     """
     linear = "{name: linear, gate: true, conv_kernel: 4, norm: rms}"
     return {
-        "softmax": Arm(causal("softmax")),
-        "linear_plain": Arm(causal("linear")),
-        "linear": Arm(causal(linear, inner - 44)),
-        "nala": Arm(causal("nala", inner - 44)),
-        "ssd": Arm(causal("{name: ssd, state_size: 32, head_dim: 32}", inner - 114)),
-        "gla": Arm(causal("gla", inner - 8)),
-        "gated_delta": Arm(causal("gated_delta", inner - 49)),
-        "hybrid": Arm(causal("[nala, softmax]", inner - 22)),
+        "softmax": Arm(causal("softmax", inner)),
+        "linear_plain": Arm(causal("linear", inner)),
+        "linear": Arm(causal(linear, inner - nala)),
+        "nala": Arm(causal("nala", inner - nala)),
+        "ssd": Arm(causal("{name: ssd, state_size: 32, head_dim: 32}", inner - ssd)),
+        "gla": Arm(causal("gla", inner - gla)),
+        "gated_delta": Arm(causal("gated_delta", inner - gated_delta)),
+        "hybrid": Arm(causal("[nala, softmax]", inner - nala // 2)),
     }
 
 
@@ -87,7 +88,7 @@ def ssd_pair(combination: str) -> tuple[str, ...]:
 
 
 TASKS: dict[str, dict[str, Arm]] = {
-    "language": causal_arms(344),
+    "language": causal_arms(344, nala=44, ssd=114, gla=8, gated_delta=49),
     "masked": {
         "hydra": Arm((), 1.66),
         "add": Arm(ssd_pair("add"), 1.68),
@@ -100,7 +101,7 @@ TASKS: dict[str, dict[str, Arm]] = {
         "cauchy": Arm(family("cauchy"), 1.94),
         "vandermonde": Arm(family("vandermonde"), 2.04),
     },
-    "recall": causal_arms(256),
+    "recall": causal_arms(128, nala=23, ssd=71, gla=8, gated_delta=27),
 }
 PAIRS = (8, 16, 32, 64)
 KEYS = string.ascii_letters + string.digits + "+-"
@@ -111,11 +112,11 @@ DATA = Path("data/recall")
 
 
 def recall_text(pairs: int, generator: random.Random) -> str:
-    """Pairs of key and value, spaces, the same pairs in another order: 256 characters."""
+    """Pairs of key and value, then all of them in other orders, again and again: 256 characters."""
     keys = generator.sample(KEYS, pairs)
     said = [key + generator.choice(VALUES) for key in keys]
-    asked = generator.sample(said, pairs)
-    return "".join(said) + " " * (CHARACTERS - 4 * pairs) + "".join(asked)
+    rounds = CHARACTERS // (2 * pairs) - 1
+    return "".join(said + [pair for _ in range(rounds) for pair in generator.sample(said, pairs)])
 
 
 def write_recall_texts() -> None:
@@ -134,7 +135,7 @@ def write_recall_texts() -> None:
 
 
 def recall_accuracy(path: Path) -> dict[str, float]:
-    """Share of the second half's values that a run's model finds most likely, by pairs."""
+    """Share of the values that a run's model finds most likely when first asked, by pairs."""
     import torch
 
     from llmnorm.training.loading import load_model
@@ -148,9 +149,8 @@ def recall_accuracy(path: Path) -> dict[str, float]:
         assert ids.shape == (len(texts), CHARACTERS + 1), "a token a character behind <|bos|>"
         with torch.no_grad():
             likely = model(input_ids=ids).logits.argmax(-1)
-        values = slice(CHARACTERS + 2 - 2 * pairs, CHARACTERS + 1, 2)
-        before = slice(CHARACTERS + 1 - 2 * pairs, CHARACTERS, 2)
-        found[str(pairs)] = float((likely[:, before] == ids[:, values]).double().mean())
+        keys, values = slice(2 * pairs + 1, 4 * pairs, 2), slice(2 * pairs + 2, 4 * pairs + 1, 2)
+        found[str(pairs)] = float((likely[:, keys] == ids[:, values]).double().mean())
     return found
 
 
