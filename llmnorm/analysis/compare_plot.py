@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmnorm.analysis.compare_report import interval
-from llmnorm.analysis.plots import COLOURS, GREYS, save
+from llmnorm.analysis.plots import COLOURS, GREYS, STYLES, save
 from llmnorm.analysis.record import smoothed
 
 Tree = Mapping[str, Any]
@@ -35,7 +35,11 @@ def draw(found: Tree, output: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
     styles: dict[str, dict[str, Any]] = {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        name: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": STYLES[i // len(COLOURS) % len(STYLES)],
+        }
         for i, name in enumerate(found["arms"])
     }
     baseline = next(iter(found["against"]))
@@ -76,9 +80,7 @@ def _tuning(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
         if finite:
             axis.plot(*zip(*finite, strict=True), linewidth=1.4, markersize=4, **styles[name])
             best = min(finite, key=lambda point: point[1])
-            axis.plot(
-                *best, markersize=10, markerfacecolor="none", linestyle="none", **styles[name]
-            )
+            axis.plot(*best, markersize=10, markerfacecolor="none", **styles[name])
             settled += [loss for _, loss in finite]
         for lr, _ in (point for point in points if not math.isfinite(point[1])):
             axis.plot(
@@ -129,11 +131,10 @@ def _lengths(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
             axis.plot(
                 [float(horizon) * shift] * len(finite),
                 finite,
-                linestyle="none",
                 alpha=0.45,
                 markersize=3.5,
                 markeredgewidth=0,
-                **style,
+                **{**style, "linestyle": "none"},
             )
             if len(finite) == len(losses):
                 means.append((float(horizon) * shift, float(np.mean(losses))))
@@ -195,7 +196,6 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
                 [tree["value"]],
                 [row + offset],
                 markersize=7,
-                linestyle="none",
                 **style,
                 markerfacecolor="white" if hollow else style["color"],
             )
@@ -264,7 +264,7 @@ def _gaps(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) -> 
             continue
         low, high = (value if math.isnan(end) else end for end in ends)
         axis.plot([low, high], [row] * 2, color=styles[name]["color"], linewidth=1.6)
-        axis.plot([value], [row], markersize=7, linestyle="none", **styles[name])
+        axis.plot([value], [row], markersize=7, **styles[name])
         axis.annotate(
             interval(one["gap"], "+.4f"),
             (value, row),
@@ -331,7 +331,7 @@ def _curves(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
         if curve:
             tokens, losses = zip(*curve, strict=True)
             smooth = smoothed(tokens, losses)
-            axis.plot(tokens, smooth, color=styles[name]["color"], linewidth=1.5)
+            axis.plot(tokens, smooth, linewidth=1.5, **{**styles[name], "marker": None})
             late += smooth[len(smooth) // 5 :]
     if late and max(late) > min(late):
         margin = 0.06 * (max(late) - min(late))
