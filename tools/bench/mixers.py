@@ -173,7 +173,7 @@ def draw(
     """Seconds over tokens, both logarithmic: mixers that look back, and those that look around."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    figure = Figure(figsize=(15, 5.5), layout="constrained")
     halves = figure.subplots(1, 2, sharey=True)
     for axes, title in zip(halves, ("causal", "both ways"), strict=True):
         names = [name for name in times if (name in both_ways) == (title == "both ways")]
@@ -185,7 +185,7 @@ def draw(
             axes.loglog(list(known), list(known.values()), marker=marker, label=label)
         axes.set_xlabel("tokens")
         axes.set_title(f"One row through the mixing core, {title}")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         axes.grid(alpha=0.3)
     halves[0].set_ylabel("seconds, forward and backward; slopes from 2048 tokens on")
     figure.savefig(path, dpi=120)
@@ -232,7 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not math.isfinite(spent):
             return "-"
         against = times[held_to[name]][length] / spent
-        return f"{1e3 * spent:.1f}" + (f" ({against:.2g}x)" if math.isfinite(against) else "")
+        digits = ".0f" if against >= 10 else ".2g"
+        return f"{1e3 * spent:.1f}" + (f" ({against:{digits}}x)" if math.isfinite(against) else "")
 
     def lines(names: list[str]) -> list[list[str]]:
         return [[n, *(cell(n, x) for x in lengths), f"{slopes[n] or math.nan:.2f}"] for n in names]
