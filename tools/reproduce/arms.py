@@ -10,6 +10,7 @@ from statistics import stdev
 
 from llmnorm.analysis.compare import compare
 from llmnorm.analysis.compare_plan import Protocol
+from llmnorm.files import write_whole
 
 
 def parser(
@@ -38,6 +39,12 @@ def mean(values: Sequence[float | str], digits: int) -> str:
     if len(numbers) < 2 or math.isinf(middle):
         return f"{middle:.{digits}f}"
     return f"{middle:.{digits}f} ± {stdev(numbers) / math.sqrt(len(numbers)):.{digits}f}"
+
+
+def keep_table(results: Path, text: str) -> None:
+    """Write the table beside the results, and print it."""
+    write_whole(results / "table.md", text + "\n")
+    print(text)
 
 
 def run(

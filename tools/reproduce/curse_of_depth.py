@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from arms import mean, parser, run
+from arms import keep_table, mean, parser, run
 
 from llmnorm.analysis import compare_plan, compare_report
 from llmnorm.analysis.compare import read_arms
-from llmnorm.files import write_whole
 from llmnorm.part import InputError
 
 RECIPES = Path("configs/recipes/curse_of_depth")
@@ -106,9 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if code == 0 and not options.plan:
-        text = table(json.loads((RESULTS / "result.json").read_text(encoding="utf-8")))
-        write_whole(RESULTS / "table.md", text + "\n")
-        print(text)
+        found = json.loads((RESULTS / "result.json").read_text(encoding="utf-8"))
+        keep_table(RESULTS, table(found))
     return code
 
 

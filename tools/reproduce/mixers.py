@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arms import mean, parser, run
+from arms import keep_table, mean, parser, run
 
 from llmnorm.analysis import compare_plan, compare_report
 from llmnorm.analysis.compare import read_arms
@@ -221,9 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text = table(task, found, accuracy)
-    write_whole(results / "table.md", text + "\n")
-    print(text)
+    keep_table(results, table(task, found, accuracy))
     return 0
 
 
