@@ -30,6 +30,7 @@ import training_step
 from report import RESULTS, Table, publish
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
 
 from llmnorm.nn.cache import KeyValues, RaggedCache
 from llmnorm.nn.mixers.contract import Context, Mixer
@@ -153,7 +154,7 @@ def training(names: list[str], rounds: int) -> dict[str, float]:
         steps[name] = training_step.ours(4096, 4, "cpu")
         next(steps[name])
     times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
+    for _ in tqdm(range(rounds), desc="training step"):
         for name in names:
             begin = time.process_time()
             next(steps[name])
@@ -214,16 +215,22 @@ def main(arguments: list[str] | None = None) -> int:
     mixers = {name: mixer for name, mixer in mixers.items() if name in asked}
     lengths = [512 * 2**i for i in range(20) if 512 * 2**i <= options.longest]
     times: dict[str, dict[int, float]] = {name: dict.fromkeys(lengths, math.inf) for name in mixers}
-    for length in lengths:
-        for _ in range(options.rounds):
-            for name, mixer in mixers.items():
-                if length <= QUADRATIC.get(name, length):
-                    spent = seconds(name, mixer, length)
-                    times[name][length] = min(times[name][length], spent)
+    turns = [
+        (name, length)
+        for length in lengths
+        for _ in range(options.rounds)
+        for name in mixers
+        if length <= QUADRATIC.get(name, length)
+    ]
+    tokens = sum(length for _, length in turns)
+    with tqdm(desc="length", total=tokens, unit=" tokens", unit_scale=True) as bar:
+        for name, length in turns:
+            times[name][length] = min(times[name][length], seconds(name, mixers[name], length))
+            bar.update(length)
     slopes = {name: slope(row) for name, row in times.items()}
     points = (128, options.longest // 2)
     decoded = [name for name in mixers if name != "sdpa" and name not in both_ways]
-    steps = {name: decoding(mixers[name], points) for name in decoded}
+    steps = {name: decoding(mixers[name], points) for name in tqdm(decoded, desc="decoding")}
     others = [name for name in TRAINED if name in asked and name != "softmax"]
     ratios = training(["softmax", *others], 2 * options.rounds) if others else {}
 
