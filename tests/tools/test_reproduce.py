@@ -47,6 +47,7 @@ def test_every_arm_is_a_configuration_of_its_own(name: str) -> None:
         ("curse_of_depth", "curse_of_depth", "norms"),
         ("optimizers", "optimizers_t0", "optimizers"),
         ("mixers", "mixers_language", "mixers"),
+        ("mixers", "mixers_recall", "mixers"),
     ],
 )
 def test_a_page_shows_the_table_of_its_results(name: str, results: str, page: str) -> None:
@@ -55,7 +56,9 @@ def test_a_page_shows_the_table_of_its_results(name: str, results: str, page: st
     found = json.loads((directory / "result.json").read_text())
     task = results.removeprefix("mixers_")
     table = script(name).table
-    text = table(task, found, {}) if name == "mixers" else table(found)
+    kept = directory / "accuracy.json"
+    accuracy = json.loads(kept.read_text()) if kept.is_file() else {}
+    text = table(task, found, accuracy) if name == "mixers" else table(found)
     assert (directory / "table.md").read_text() == text + "\n"
     assert text in (ROOT / "docs" / f"{page}.md").read_text()
 
