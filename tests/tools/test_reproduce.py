@@ -56,9 +56,9 @@ def test_a_page_shows_the_table_of_its_results(name: str, results: str, page: st
     found = json.loads((directory / "result.json").read_text())
     task = results.removeprefix("mixers_")
     table = script(name).table
-    kept = directory / "accuracy.json"
-    accuracy = json.loads(kept.read_text()) if kept.is_file() else {}
-    text = table(task, found, accuracy) if name == "mixers" else table(found)
+    kept = directory / "measured.json"
+    measured = json.loads(kept.read_text()) if kept.is_file() else {}
+    text = table(task, found, measured) if name == "mixers" else table(found)
     assert (directory / "table.md").read_text() == text + "\n"
     assert text in (ROOT / "docs" / f"{page}.md").read_text()
 
@@ -102,3 +102,12 @@ def test_a_recall_text_asks_for_what_it_said(pairs: int) -> None:
     for asked in rounds:
         assert dict(zip(asked[::2], asked[1::2], strict=True)) == values
     assert all(asked != said for asked in rounds)
+
+
+def test_the_share_of_the_own_token() -> None:
+    """Oracle: sums by hand, two tokens of two channels."""
+    share, v = script("mixers").own_share, torch.tensor([[[[1.0, 2.0]], [[2.0, -1.0]]]])
+    assert share(torch.eye(2)[None, None], v) == 1
+    assert share(torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]]), v) == 0
+    mixed = torch.tensor([[[[3.0, 4.0], [0.0, 1.0]]]])  # own 9 * 5 + 5, others' 16 * 5
+    assert share(mixed, v) == pytest.approx(50 / 130)

@@ -5,7 +5,8 @@ usage: python tools/reproduce/mixers.py language|masked|recall [--arms NAME ...]
 
     language   causal mixers, equal parameters, on the default corpus
     masked     encoders' mixers in blocks without an MLP: both directions of softmax and SSD, and
-               the families of mixing matrices
+               the families of mixing matrices; `own token` is how much of what a mixer gives out
+               before training is the token itself rather than the others
     recall     causal mixers: 8, 16, 32 or 64 random key-value pairs, then the same pairs in other
                orders until the row is full; every row is one text of 256 characters, a token each
 
@@ -33,13 +34,20 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from arms import keep_table, mean, parser, run
+from torch import Tensor
 
 from llmnorm.analysis import compare_plan, compare_report
 from llmnorm.analysis.compare import read_arms
 from llmnorm.analysis.compare_plan import Protocol
 from llmnorm.files import write_whole
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.initialization import initialize
+from llmnorm.models.modeling import empty_model
+from llmnorm.nn.mixers.contract import Mixer
 from llmnorm.part import InputError
+from llmnorm.training.loading import load_model
 
 RECIPES = Path("configs/recipes/mixers")
 RESULTS = Path("docs/results")
@@ -136,10 +144,6 @@ def write_recall_texts() -> None:
 
 def recall_accuracy(path: Path) -> dict[str, float]:
     """Share of the values that a run's model finds most likely when first asked, by pairs."""
-    import torch
-
-    from llmnorm.training.loading import load_model
-
     model, tokenizer = load_model(path)
     found = {}
     for pairs in PAIRS:
@@ -154,9 +158,8 @@ def recall_accuracy(path: Path) -> dict[str, float]:
     return found
 
 
-def measure_recall(protocol: Protocol, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The accuracy of every paired run, kept in accuracy.json; checkpoints leave."""
-    path = RESULTS / "mixers_recall" / "accuracy.json"
+def measure_recall(protocol: Protocol, found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The accuracy of every paired run, kept at `path`; checkpoints leave."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for arm in found["arms"]:
         for job in protocol.paired(arm, found["arms"][arm]["lr"]):
@@ -169,20 +172,62 @@ def measure_recall(protocol: Protocol, found: dict[str, Any]) -> dict[str, dict[
     return known
 
 
-def table(task: str, found: dict[str, Any], accuracy: dict[str, dict[str, Any]]) -> str:
-    """The arms beside the paper's figures, in Markdown."""
+def own_share(matrix: Tensor, v: Tensor) -> float:
+    """Of the squares of M_ij v_j, summed over j = i and over j != i apart, the share of j = i.
+
+    Shapes: matrix (batch, heads, length, length), v (batch, length, heads, value_dim).
+    """
+    own = matrix.diagonal(dim1=2, dim2=3).transpose(1, 2)[..., None] * v
+    others = torch.einsum("bhij,bjhv->bihv", matrix, v) - own
+    mine, theirs = float(own.square().sum()), float(others.square().sum())
+    return mine / (mine + theirs)
+
+
+def measure_masked(protocol: Protocol, path: Path) -> dict[str, Any]:
+    """`own_share` of every arm's untrained model, mean of its layers, on rows of random tokens."""
+    found = {}
+    for name, config in protocol.configs.items():
+        vocabulary, objective = config.tokenizer.vocab_size, config.objective
+        settings = LlmNormConfig.from_settings(
+            config.model, vocab_size=vocabulary, architectures=[objective.architecture]
+        )
+        model = empty_model(settings, device="cpu")
+        initialize(model, seed=0)
+        shares: list[float] = []
+
+        def listen(mixer: Mixer, inputs: tuple[Any, ...], shares: list[float] = shares) -> None:
+            x, context, *_ = inputs
+            parameters = mixer.prepare(x, context)
+            matrix = mixer.materialize(parameters, context)
+            v = parameters.v.repeat_interleave(matrix.shape[1] // parameters.v.shape[2], 2)
+            shares.append(own_share(matrix, v))
+
+        for module in model.modules():
+            if isinstance(module, Mixer):
+                module.register_forward_pre_hook(listen)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (4, config.data.context_length), generator=generator)
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+        found[name] = sum(shares) / len(shares)
+    write_whole(path, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def table(task: str, found: dict[str, Any], measured: dict[str, Any]) -> str:
+    """The arms beside the paper's figures, in Markdown; `measured`: what is in measured.json."""
     head = ["arm", "lr", "loss"]
     head += [f"accuracy, {n} pairs" for n in PAIRS] if task == "recall" else []
-    head += ["paper's loss"] if task == "masked" else []
+    head += ["own token", "paper's loss"] if task == "masked" else []
     rows = []
     for name, arm in found["arms"].items():
         cells = [name, f"{arm['lr']:.3g}", mean(arm["losses"], 4)]
         if task == "recall":
-            mine = [v for k, v in accuracy.items() if k.startswith(f"{name}/lr{arm['lr']:.6g}-")]
+            mine = [v for k, v in measured.items() if k.startswith(f"{name}/lr{arm['lr']:.6g}-")]
             cells += [mean([run[str(n)] for run in mine], 3) for n in PAIRS]
         if task == "masked":
             paper = TASKS[task][name].paper
-            cells.append("-" if paper is None else f"{paper:.2f}")
+            cells += [f"{measured[name]:.3f}", "-" if paper is None else f"{paper:.2f}"]
         rows.append(cells)
     return compare_report.markdown(head, rows)
 
@@ -217,11 +262,15 @@ def main(arguments: list[str] | None = None) -> int:
         if code or options.plan:
             return code
         found = json.loads((results / "result.json").read_text(encoding="utf-8"))
-        accuracy = measure_recall(protocol, found) if task == "recall" else {}
+        measured = {}
+        if task == "recall":
+            measured = measure_recall(protocol, found, results / "measured.json")
+        if task == "masked":
+            measured = measure_masked(protocol, results / "measured.json")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    keep_table(results, table(task, found, accuracy))
+    keep_table(results, table(task, found, measured))
     return 0
 
 
