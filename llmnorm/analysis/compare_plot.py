@@ -57,7 +57,7 @@ def draw(found: Tree, output: Path, title: str) -> None:
         text = axis.get_title()
         axis.set_title("")
         axis.set_title(f"{letter}   {text}", fontsize=10.5, loc="left")
-    lines = [Line2D([], [], linewidth=2, markersize=6, **style) for style in styles.values()]
+    lines = [Line2D([], [], linewidth=1.5, markersize=6, **style) for style in styles.values()]
     names = [f"{name} (baseline)" if name == baseline else name for name in styles]
     figure.legend(
         lines,
@@ -65,6 +65,7 @@ def draw(found: Tree, output: Path, title: str) -> None:
         loc="outside upper center",
         ncols=min(len(names), 6),
         frameon=False,
+        handlelength=3.5,
         title=title,
         title_fontproperties={"weight": "bold", "size": 12},
     )

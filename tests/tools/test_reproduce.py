@@ -47,6 +47,7 @@ def test_every_arm_is_a_configuration_of_its_own(name: str) -> None:
         ("curse_of_depth", "curse_of_depth", "norms"),
         ("optimizers", "optimizers_t0", "optimizers"),
         ("mixers", "mixers_language", "mixers"),
+        ("mixers", "mixers_masked", "mixers"),
         ("mixers", "mixers_recall", "mixers"),
     ],
 )
