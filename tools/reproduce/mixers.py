@@ -96,7 +96,11 @@ def ssd_pair(combination: str) -> tuple[str, ...]:
 
 
 TASKS: dict[str, dict[str, Arm]] = {
-    "language": causal_arms(344, nala=44, ssd=114, gla=8, gated_delta=49),
+    "language": causal_arms(344, nala=44, ssd=114, gla=8, gated_delta=49)
+    | {  # where the losses of `linear` and `nala` come from
+        "linear_no_conv": Arm(causal("{name: linear, gate: true, norm: rms}", 301)),
+        "nala_power_1": Arm(causal("{name: nala, lam: 1, tau: 1}", 300)),
+    },
     "masked": {
         "hydra": Arm((), 1.66),
         "add": Arm(ssd_pair("add"), 1.68),
@@ -173,7 +177,7 @@ def measure_recall(protocol: Protocol, found: dict[str, Any], path: Path) -> dic
 
 
 def own_share(matrix: Tensor, v: Tensor) -> float:
-    """Of the squares of M_ij v_j, summed over j = i and over j != i apart, the share of j = i.
+    """|M_ii v_i|^2 as a share of it and |sum of M_ij v_j over j != i|^2, both summed over all i.
 
     Shapes: matrix (batch, heads, length, length), v (batch, length, heads, value_dim).
     """
