@@ -107,7 +107,7 @@ def test_a_recall_text_asks_for_what_it_said(pairs: int) -> None:
 
 def test_the_share_of_the_own_token() -> None:
     """Oracle: sums by hand, two tokens of two channels."""
-    share, v = script("mixers").own_share, torch.tensor([[[[1.0, 2.0]], [[2.0, -1.0]]]])
+    share, v = script("own_token").own_share, torch.tensor([[[[1.0, 2.0]], [[2.0, -1.0]]]])
     assert share(torch.eye(2)[None, None], v) == 1
     assert share(torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]]), v) == 0
     mixed = torch.tensor([[[[3.0, 4.0], [0.0, 1.0]]]])  # own 9 * 5 + 5, others' 16 * 5

@@ -34,20 +34,13 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from arms import keep_table, mean, parser, run
-from torch import Tensor
 
 from llmnorm.analysis import compare_plan, compare_report
 from llmnorm.analysis.compare import read_arms
 from llmnorm.analysis.compare_plan import Protocol
 from llmnorm.files import write_whole
-from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.initialization import initialize
-from llmnorm.models.modeling import empty_model
-from llmnorm.nn.mixers.contract import Mixer
 from llmnorm.part import InputError
-from llmnorm.training.loading import load_model
 
 RECIPES = Path("configs/recipes/mixers")
 RESULTS = Path("docs/results")
@@ -148,6 +141,10 @@ def write_recall_texts() -> None:
 
 def recall_accuracy(path: Path) -> dict[str, float]:
     """Share of the values that a run's model finds most likely when first asked, by pairs."""
+    import torch
+
+    from llmnorm.training.loading import load_model
+
     model, tokenizer = load_model(path)
     found = {}
     for pairs in PAIRS:
@@ -176,44 +173,11 @@ def measure_recall(protocol: Protocol, found: dict[str, Any], path: Path) -> dic
     return known
 
 
-def own_share(matrix: Tensor, v: Tensor) -> float:
-    """|M_ii v_i|^2 as a share of it and |sum of M_ij v_j over j != i|^2, both summed over all i.
-
-    Shapes: matrix (batch, heads, length, length), v (batch, length, heads, value_dim).
-    """
-    own = matrix.diagonal(dim1=2, dim2=3).transpose(1, 2)[..., None] * v
-    others = torch.einsum("bhij,bjhv->bihv", matrix, v) - own
-    mine, theirs = float(own.square().sum()), float(others.square().sum())
-    return mine / (mine + theirs)
-
-
 def measure_masked(protocol: Protocol, path: Path) -> dict[str, Any]:
-    """`own_share` of every arm's untrained model, mean of its layers, on rows of random tokens."""
-    found = {}
-    for name, config in protocol.configs.items():
-        vocabulary, objective = config.tokenizer.vocab_size, config.objective
-        settings = LlmNormConfig.from_settings(
-            config.model, vocab_size=vocabulary, architectures=[objective.architecture]
-        )
-        model = empty_model(settings, device="cpu")
-        initialize(model, seed=0)
-        shares: list[float] = []
+    """How much of its own token every arm hears before training, kept at `path`."""
+    from own_token import own_token
 
-        def listen(mixer: Mixer, inputs: tuple[Any, ...], shares: list[float] = shares) -> None:
-            x, context, *_ = inputs
-            parameters = mixer.prepare(x, context)
-            matrix = mixer.materialize(parameters, context)
-            v = parameters.v.repeat_interleave(matrix.shape[1] // parameters.v.shape[2], 2)
-            shares.append(own_share(matrix, v))
-
-        for module in model.modules():
-            if isinstance(module, Mixer):
-                module.register_forward_pre_hook(listen)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (4, config.data.context_length), generator=generator)
-        with torch.no_grad():
-            model.eval()(input_ids=ids)
-        found[name] = sum(shares) / len(shares)
+    found = {name: own_token(config) for name, config in protocol.configs.items()}
     write_whole(path, json.dumps(found, indent=1) + "\n")
     return found
 
@@ -266,11 +230,11 @@ def main(arguments: list[str] | None = None) -> int:
         if code or options.plan:
             return code
         found = json.loads((results / "result.json").read_text(encoding="utf-8"))
-        measured = {}
+        measured, path = {}, results / "measured.json"
         if task == "recall":
-            measured = measure_recall(protocol, found, results / "measured.json")
+            measured = measure_recall(protocol, found, path)
         if task == "masked":
-            measured = measure_masked(protocol, results / "measured.json")
+            measured = measure_masked(protocol, path)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
