@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the children are bit-equal only
 
 import torch
 
-from llmnorm.training.checkpoint_format import copy_into, read_manifest
+from llmnorm.checkpoints.format import copy_into, read_manifest
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.yaml"

@@ -70,8 +70,13 @@ def test_bootstrap_knows_the_extras_of_the_package() -> None:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A checkout whose .venv is this interpreter, except that `pip install` only writes a log."""
-    for name in ("pyproject.toml", "constraints.txt", "llmnorm/part.py", "llmnorm/doctor.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (
+        "pyproject.toml",
+        "constraints.txt",
+        "llmnorm/part.py",
+        "llmnorm/machine/doctor.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/bootstrap.sh", tmp_path / "tools/bootstrap.sh")

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import pytest
 
 from llmnorm import cli
-from llmnorm.training.run_lock import RunLock
+from llmnorm.runs.lock import RunLock
+from tests.machine.test_gpus import no_gpu, nvidia_smi
 from tests.running import CHILDREN, ROOT, assert_same_run
-from tests.test_gpus import no_gpu, nvidia_smi
 
 SMOKE = "configs/smoke.yaml"
 CONFIGURATION = "data: {sources: default}\ntraining: {steps: 10}\n"
@@ -792,7 +792,7 @@ def test_free_gpus_are_pointed_at(
 ) -> None:
     # The check of torch's own CUDA is left out: on this machine it would stop the run.
     nvidia_smi(tmp_path, used=[3, 3])
-    monkeypatch.setattr("llmnorm.gpus.check_gpu", lambda device: None)
+    monkeypatch.setattr("llmnorm.machine.gpus.check_gpu", lambda device: None)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.chdir(place)

@@ -1,4 +1,4 @@
-"""What commit ae96d74 has written, before the package was rearranged, is still good for what it was.
+"""What commit ae96d74 wrote, before the package was rearranged, still resumes, reads and loads.
 
 tests/data/ae96d74 holds a run that was stopped after step 8 of 12 (Muon, a hybrid of NaLa and
 softmax, a moving average), `whole.jsonl` with the metrics of the same run that was not stopped, and
@@ -42,7 +42,9 @@ def test_an_older_run_is_read(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     llmnorm("eval", run)
     (file,) = (run / "eval").glob("*.json")
     validation = [line["validation"] for line in metrics_of(run) if "validation" in line][-1]
-    assert json.loads(file.read_text())["validation"]["loss"] == pytest.approx(validation["loss"], rel=1e-5)
+    assert json.loads(file.read_text())["validation"]["loss"] == pytest.approx(
+        validation["loss"], rel=1e-5
+    )
     llmnorm("generate", run, "--prompt", "The", "generation.max_new_tokens=4")
     assert capsys.readouterr().out.strip()
 

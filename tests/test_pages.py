@@ -19,9 +19,9 @@ import pytest
 from safetensors.torch import load_file
 
 from llmnorm import cli
-from llmnorm.config import RunConfig
-from llmnorm.config_docs import json_schema, key_paths
-from llmnorm.config_file import load, read_yaml
+from llmnorm.config.docs import json_schema, key_paths
+from llmnorm.config.file import load, read_yaml
+from llmnorm.config.tree import RunConfig
 from tests.running import CHILDREN, ROOT
 
 # Below docs/results are reports that programs wrote, of runs that took hours.

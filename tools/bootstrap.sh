@@ -122,7 +122,7 @@ install_package() {
 }
 
 check_gpu() {
-    "$python" -m llmnorm.gpus "${LLMNORM_DEVICE:-auto}"
+    "$python" -m llmnorm.machine.gpus "${LLMNORM_DEVICE:-auto}"
 }
 
 start=$SECONDS

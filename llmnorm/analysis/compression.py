@@ -9,12 +9,12 @@ import math
 import sys
 from collections.abc import Mapping
 
-from llmnorm.analysis.record import ALL
-from llmnorm.config_file import load
+from llmnorm.config.file import load
 from llmnorm.data.packed import PackedData
 from llmnorm.data.packing import find
 from llmnorm.part import InputError
-from llmnorm.training.run_directory import RunDirectory
+from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.record import ALL
 
 References = Mapping[str, Mapping[str, float]]
 

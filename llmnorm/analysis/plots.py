@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from llmnorm.analysis.compression import MODEL, References, label, references, table, verdict
-from llmnorm.analysis.record import Record, read_metrics, smoothed
 from llmnorm.part import InputError
-from llmnorm.training.run_directory import RunDirectory, existing
+from llmnorm.runs.directory import RunDirectory, existing
+from llmnorm.runs.record import Record, read_metrics, smoothed
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; references are greys.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

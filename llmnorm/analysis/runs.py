@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmnorm.config import TrainingSettings, differences
-from llmnorm.config_file import read_yaml
+from llmnorm.config.file import read_yaml
+from llmnorm.config.tree import TrainingSettings, differences
 from llmnorm.data.packing import find
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.part import InputError
-from llmnorm.training.run_directory import RunDirectory
-from llmnorm.training.run_lock import held
+from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.lock import held
 
 WIDEST = 40  # characters of a setting's value
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llmnorm.config import GenerationSettings
-from llmnorm.models.continuation import continuation
+from llmnorm.config.tree import GenerationSettings
+from llmnorm.generation.continuation import continuation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,9 +5,9 @@ and shapes are checked from the files' headers before anything is copied; then e
 the mapped file straight into the parameter that was allocated for it. Writing is the same the other
 way round: the tensors of one shard are asked for, written, and let go before the next.
 
-What would surprise: stock names are ours, so nothing is renamed (settings: `llmnorm/stock.py`); a
-tied head may stand in a file beside its embedding and must then equal it; nothing is unpickled, so
-a directory with `pytorch_model.bin` alone is refused.
+What would surprise: stock names are ours, so nothing is renamed (settings: `config/stock.py`);
+a tied head may stand in a file beside its embedding and must then equal it; nothing is unpickled,
+so a directory with `pytorch_model.bin` alone is refused.
 """
 
 import json

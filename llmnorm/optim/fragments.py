@@ -1,7 +1,7 @@
 """Weights as their optimizer sees them, wherever they lie.
 
 Usually that is the parameter itself: whole, or under FSDP2 a DTensor with some of its rows. ZeRO
-(training/zero.py) leaves each process a `Fragment` of every parameter's float32 master weights,
+(parallel/zero.py) leaves each process a `Fragment` of every parameter's float32 master weights,
 and hangs it on the parameter as its `master`: groups, optimizers, their state, moving averages and
 checkpoints are made of masters, the model alone of parameters.
 

@@ -7,7 +7,7 @@ that a run that goes on keeps them; how they came about is printed and saved bes
 import math
 from typing import Any, NamedTuple
 
-from llmnorm.config import RunConfig
+from llmnorm.config.tree import RunConfig
 from llmnorm.optim import step_law
 from llmnorm.part import InputError
 from llmnorm.training.outline import parameters_outside_the_embedding

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.nn.mixers.contract import Mixer
-from llmnorm.training.parallel import Parallel
+from llmnorm.parallel.processes import Parallel
 
 
 @torch.no_grad()

@@ -18,34 +18,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmnorm.config import RunConfig, to_tree
+from llmnorm.checkpoints.checkpoints import Checkpoints
+from llmnorm.config.tree import RunConfig, to_tree
+from llmnorm.exchange.loading import open_source
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.initialization import initialize
 from llmnorm.models.modeling import LlmNormForCausalLM, class_of, empty_model
 from llmnorm.nn.norms.running import RunningStatistics
+from llmnorm.objectives.contract import MicroBatch, Objective
 from llmnorm.optim.fragments import master, whole_shape
 from llmnorm.optim.groups import split
+from llmnorm.parallel.check import check, describe
+from llmnorm.parallel.processes import Fill, Parallel, local
 from llmnorm.part import InputError
-from llmnorm.training import metrics as record
-from llmnorm.training import run_directory
-from llmnorm.training.checkpoint import Checkpoints
+from llmnorm.runs import directory as run_directory
+from llmnorm.runs import metrics as record
+from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.lock import RunLock
+from llmnorm.runs.metrics import Metrics
+from llmnorm.runs.trackers import Trackers
+from llmnorm.runs.trackers import check as check_trackers
 from llmnorm.training.ema import EMA
 from llmnorm.training.evaluation import evaluate
 from llmnorm.training.health import health
-from llmnorm.training.layout import check, describe
-from llmnorm.training.loading import open_source
-from llmnorm.training.metrics import Metrics
-from llmnorm.training.objectives.contract import MicroBatch, Objective
-from llmnorm.training.parallel import Fill, Parallel, local
 from llmnorm.training.profiling import Profiler
-from llmnorm.training.run_directory import RunDirectory
-from llmnorm.training.run_lock import RunLock
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.state import Progress, environment, go_on, named_tensors
-from llmnorm.training.trackers import Trackers
-from llmnorm.training.trackers import check as check_trackers
 
 
 def train(

@@ -6,7 +6,7 @@ at most; it only changes the embedding and the head.
 
 import torch
 
-from llmnorm.config import RunConfig
+from llmnorm.config.tree import RunConfig
 from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import LlmNormForCausalLM, class_of

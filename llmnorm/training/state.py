@@ -13,16 +13,16 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from llmnorm.checkpoints.checkpoints import Checkpoints, Interval, State, held, read_meta
+from llmnorm.checkpoints.format import as_interval
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
 from llmnorm.models.convert import named_weights
 from llmnorm.optim.fragments import Fragment, master
 from llmnorm.optim.state import named_state
+from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
-from llmnorm.training.checkpoint import Checkpoints, Interval, State, held, read_meta
-from llmnorm.training.checkpoint_format import as_interval
 from llmnorm.training.ema import EMA
-from llmnorm.training.parallel import Parallel
 
 
 @dataclass

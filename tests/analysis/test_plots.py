@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from llmnorm.analysis.compression import compression, losses_against, table
 from llmnorm.analysis.plots import draw, names, plot
-from llmnorm.analysis.record import read_metrics, smoothed
 from llmnorm.data.packed import PackedData
 from llmnorm.part import InputError
-from llmnorm.training.run_directory import RunDirectory
+from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.record import read_metrics, smoothed
 
 REFERENCES = {
     "gzip -9": {"all": 2.6, "code": 2.1, "letters": 2.9},

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from llmnorm.checkpoints import checkpoints as module
+from llmnorm.checkpoints.checkpoints import Checkpoints, Interval
 from llmnorm.part import InputError
-from llmnorm.training import checkpoint
-from llmnorm.training.checkpoint import Checkpoints, Interval
 from tests.distributed.processes import run
 
 FULL = {
@@ -150,7 +150,7 @@ def test_copies_that_all_pass_are_refused(tmp_path: Path) -> None:
 def one_disk_is_full(directory: Path, rank: int, world: int) -> Any:
     """The second process cannot write its file once, in each mode."""
     said = []
-    real = checkpoint.write_file
+    real = module.write_file
 
     def full(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -159,13 +159,13 @@ def one_disk_is_full(directory: Path, rank: int, world: int) -> Any:
         checkpoints = Checkpoints(directory, asynchronous=asynchronous, rank=rank, world=world)
         checkpoints.save(1, mine(rank, world, 1), {})
         checkpoints.wait()
-        checkpoint.write_file = full if rank == 1 else real
+        module.write_file = full if rank == 1 else real
         if asynchronous:
             checkpoints.save(2, mine(rank, world, 2), {})
             said.append(failure(checkpoints.save, 3, mine(rank, world, 3), {}))
         else:
             said.append(failure(checkpoints.save, 2, mine(rank, world, 2), {}))
-        checkpoint.write_file = real
+        module.write_file = real
         said.append(checkpoints.find().name)
         dist.barrier()
         said.append(sorted(os.listdir(directory)))
@@ -190,7 +190,7 @@ def a_mistake_of_ours(directory: Path, rank: int, world: int) -> str:
         raise KeyError("oops")
 
     if rank == 1:
-        checkpoint.write_file = mistake
+        module.write_file = mistake
     checkpoints = Checkpoints(directory, rank=rank, world=world)
     return failure(checkpoints.save, 1, mine(rank, world), {})
 
@@ -238,16 +238,16 @@ def find_and_count(directory: Path, rank: int, world: int) -> Any:
     checkpoints = Checkpoints(directory, rank=rank, world=world)
     for step in (1, 2):
         checkpoints.save(step, mine(rank, world, step), {})
-    from llmnorm.training import checkpoint_format
+    from llmnorm.checkpoints import format
 
     read: list[str] = []
-    real = checkpoint_format.checksum
+    real = format.checksum
 
     def checksum(file: Path) -> str:
         read.append(f"{file.parent.name}/{file.name}")
         return real(file)
 
-    checkpoint_format.checksum = checksum
+    format.checksum = checksum
     whole = checkpoints.find().name
     dist.barrier()
     if rank == 0:
@@ -273,7 +273,7 @@ def test_each_file_is_verified_by_one_process_and_all_know(tmp_path: Path) -> No
 
 def one_dies(directory: Path, rank: int, world: int) -> Any:
     """The second process is killed in the middle of its file."""
-    real = checkpoint.write_file
+    real = module.write_file
 
     def die(path: Path, parts: Any) -> Any:
         path.write_bytes(b"half")
@@ -281,7 +281,7 @@ def one_dies(directory: Path, rank: int, world: int) -> Any:
 
     checkpoints = Checkpoints(directory, rank=rank, world=world)
     checkpoints.save(1, mine(rank, world, 1), {})
-    checkpoint.write_file = die if rank == 1 else real
+    module.write_file = die if rank == 1 else real
     return failure(checkpoints.save, 2, mine(rank, world, 2), {})
 
 

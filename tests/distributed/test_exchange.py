@@ -20,7 +20,7 @@ from llmnorm.optim import sharded
 from llmnorm.optim.fragments import Fragment, master
 from llmnorm.optim.groups import matrices, split
 from llmnorm.optim.sharded import Exchange, ShardedRuleOptimizer, owners
-from llmnorm.training.parallel import local
+from llmnorm.parallel.processes import local
 from tests.distributed.processes import run
 from tests.distributed.tiny import CONFIG, KINDS, OPTIMIZERS, settings_of
 

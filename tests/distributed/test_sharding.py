@@ -12,10 +12,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from llmnorm.checkpoints.checkpoints import Checkpoints
 from llmnorm.nn.mixers.settings import Mixer
 from llmnorm.optim import sharded
-from llmnorm.training.checkpoint import Checkpoints
-from llmnorm.training.layout import check
+from llmnorm.parallel.check import check
 from tests.distributed.processes import run
 from tests.distributed.tiny import OPTIMIZERS, Run, tensor_of
 

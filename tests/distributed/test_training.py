@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from llmnorm.training import checkpoint
+from llmnorm.checkpoints import checkpoints as module
 from tests.distributed.processes import command
 from tests.distributed.processes import run as run_processes
 from tests.running import MASKED, ROOT, SMOKE, assert_same_run, llmnorm, metrics_of, state_of
@@ -49,7 +49,7 @@ def codes(directory: Path, words: list[str], world: int = 2, scenario: Any = com
 
 def dying(directory: Path, rank: int, world: int, *, words: list[str]) -> Any:
     """The second process is killed in the middle of its second checkpoint."""
-    real, files = checkpoint.write_file, []
+    real, files = module.write_file, []
 
     def die(path: Path, parts: Any) -> Any:
         files.append(path)
@@ -59,7 +59,7 @@ def dying(directory: Path, rank: int, world: int, *, words: list[str]) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 1:
-        checkpoint.write_file = die
+        module.write_file = die
     return command(directory, rank, world, words=words)
 
 

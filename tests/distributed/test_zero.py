@@ -15,7 +15,7 @@ import torch
 
 from llmnorm.optim import sharded
 from llmnorm.optim.fragments import Fragment, master
-from llmnorm.training.layout import check, describe
+from llmnorm.parallel.check import check, describe
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import CASES, NORMS, STEPS, failure, read, started
 from tests.distributed.tiny import Run, tensor_of

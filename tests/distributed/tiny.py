@@ -10,17 +10,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from llmnorm.config import ParallelSettings, TrainingSettings
+from llmnorm.checkpoints.checkpoints import Checkpoints, Interval
+from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.initialization import initialize
 from llmnorm.models.modeling import empty_model
 from llmnorm.nn.norms.running import RunningStatistics
+from llmnorm.objectives.contract import MicroBatch
 from llmnorm.optim.groups import split
 from llmnorm.optim.settings import Optimizer
+from llmnorm.parallel.processes import Parallel
 from llmnorm.training import loop
-from llmnorm.training.checkpoint import Checkpoints, Interval
-from llmnorm.training.objectives.contract import MicroBatch
-from llmnorm.training.parallel import Parallel
 from llmnorm.training.state import named_tensors
 
 KINDS = {kind.model_fields["name"].default: kind for kind in get_args(get_args(Optimizer)[0])}

@@ -13,12 +13,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llmnorm.config.stock import KINDS, from_stock, to_stock
 from llmnorm.models import LlmNormConfig, convert
 from llmnorm.models.convert import Stored, Weights, named_weights, open_weights, write_weights
 from llmnorm.models.modeling import LlmNormForCausalLM, empty_model
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import InputError
-from llmnorm.stock import KINDS, from_stock, to_stock
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

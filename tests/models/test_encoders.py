@@ -15,7 +15,7 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from llmnorm.config_file import load
+from llmnorm.config.file import load
 from llmnorm.models import (
     LlmNormConfig,
     LlmNormForCausalLM,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from llmnorm.config.stock import to_stock
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.models.convert import named_weights
 from llmnorm.models.equivalence import (
@@ -19,7 +20,6 @@ from llmnorm.models.modeling import build_model
 from llmnorm.nn.norms.contract import Norm
 from llmnorm.nn.norms.identity import Identity
 from llmnorm.part import InputError
-from llmnorm.stock import to_stock
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 37,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from llmnorm.checkpoints.checkpoints import Checkpoints
 from llmnorm.optim.state import named_state
-from llmnorm.training.checkpoint import Checkpoints
 from tests.optim.rules import RULES, SHAPES, Run, draw, gradients
 from tests.running import CHILDREN
 

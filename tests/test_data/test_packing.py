@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnorm.config_file import load
+from llmnorm.config.file import load
 from llmnorm.data import packing
 from llmnorm.data.loader import IGNORED, Loader, evaluation_batches
 from llmnorm.data.settings import DataSettings, TokenizerSettings

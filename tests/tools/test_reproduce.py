@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from llmnorm.analysis import compare_plan
-from llmnorm.analysis.compare import read_arms
+from llmnorm.analysis.compare import plan as compare_plan
+from llmnorm.analysis.compare.command import read_arms
 from tests.running import ROOT
 
 

@@ -3,10 +3,10 @@
 import pytest
 
 from llmnorm import cli
-from llmnorm.config_file import load
+from llmnorm.config.file import load
 from llmnorm.optim import step_law
 from llmnorm.part import InputError
-from llmnorm.training import run_directory
+from llmnorm.runs import directory as run_directory
 from llmnorm.training.automatic import resolve
 from llmnorm.training.outline import outline, parameters_outside_the_embedding
 from tests.running import SMOKE, llmnorm, metrics_of

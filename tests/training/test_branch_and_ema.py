@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmnorm.config_file import load
+from llmnorm.config.file import load
 from llmnorm.data import packing
 from llmnorm.data.loader import Loader
 from llmnorm.part import InputError
-from llmnorm.training import run_directory
+from llmnorm.runs import directory as run_directory
 from llmnorm.training.loop import train
 from tests.running import SMOKE, metrics_of, state_of
 
@@ -47,7 +47,7 @@ def test_a_branch_with_another_batch_goes_on_at_the_parents_row(
     tmp_path, smoke_data, parent
 ) -> None:
     # Oracle: the loss of the rows that follow, under the checkpoint's weights.
-    from llmnorm.training.loading import load_model
+    from llmnorm.exchange.loading import load_model
 
     run, point = tmp_path / "branch", parent / "checkpoints" / "step_00000008"
     words = ["training.ema=0.9", f"training.branch_from={point}", "training.global_batch=6"]

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from llmnorm.config import ParallelSettings, TrainingSettings
+from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.parallel.processes import Parallel
+from llmnorm.runs.trackers import values
 from llmnorm.training.health import health
-from llmnorm.training.parallel import Parallel
-from llmnorm.training.trackers import values
 from tests.running import SMOKE, llmnorm, metrics_of, state_of
 
 HYBRID = ["model.mixer=[nala,softmax]", "model.dropout=0.1", "model.norm=power"]

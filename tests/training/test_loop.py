@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmnorm.config_file import load
+from llmnorm.config.file import load
 from llmnorm.part import InputError
-from llmnorm.training import run_directory
+from llmnorm.runs import directory as run_directory
 from llmnorm.training.loop import train
 from tests.running import SMOKE, metrics_of, state_of
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from report import RESULTS, Table, memory_of, publish
 
-from llmnorm.training.checkpoint import Checkpoints, Interval
+from llmnorm.checkpoints.checkpoints import Checkpoints, Interval
 from tests.distributed.processes import run
 
 TENSOR = 32  # MiB of one tensor's rows on one process

@@ -22,7 +22,7 @@ from pathlib import Path
 from report import RESULTS, Table, publish
 from tokenizers import Tokenizer
 
-from llmnorm.config_file import load
+from llmnorm.config.file import load
 from llmnorm.data import corpus, packing
 from llmnorm.data.loader import Loader
 from llmnorm.data.packed import PackedData

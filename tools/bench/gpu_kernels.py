@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from report import RESULTS, Table, publish
 from torch import Tensor
 
-from llmnorm.gpus import fla_problem, one_decay_problem
+from llmnorm.machine.gpus import fla_problem, one_decay_problem
 from llmnorm.nn.mixers import fla, varlen
 from llmnorm.nn.mixers.contract import document_boundaries, document_mask, document_numbers
 from llmnorm.nn.mixers.gated_delta import delta_recurrence

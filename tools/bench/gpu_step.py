@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from llmnorm.config import ParallelSettings, TrainingSettings
+from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.models import LlmNormConfig
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import empty_model
@@ -59,12 +59,12 @@ from llmnorm.nn.mixers.contract import (
     document_mask,
     document_numbers,
 )
+from llmnorm.objectives.contract import MicroBatch
 from llmnorm.optim.groups import split
 from llmnorm.optim.settings import AdamWSettings
+from llmnorm.parallel.processes import Parallel
+from llmnorm.runs.metrics import peak_flops
 from llmnorm.training import loop
-from llmnorm.training.metrics import peak_flops
-from llmnorm.training.objectives.contract import MicroBatch
-from llmnorm.training.parallel import Parallel
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32768,

@@ -72,15 +72,15 @@ def rows(vocabulary: int, count: int, step: int) -> Tensor:
 
 def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     """Our steps: the loss of each."""
-    from llmnorm.config import ParallelSettings, TrainingSettings
+    from llmnorm.config.tree import ParallelSettings, TrainingSettings
     from llmnorm.models import LlmNormConfig
     from llmnorm.models.initialization import initialize
     from llmnorm.models.modeling import empty_model
+    from llmnorm.objectives.contract import MicroBatch
     from llmnorm.optim.groups import split
     from llmnorm.optim.settings import AdamWSettings
+    from llmnorm.parallel.processes import Parallel
     from llmnorm.training import loop
-    from llmnorm.training.objectives.contract import MicroBatch
-    from llmnorm.training.parallel import Parallel
 
     cuda = device == "cuda"
     training = TrainingSettings(

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import stdev
 
-from llmnorm.analysis.compare import compare
-from llmnorm.analysis.compare_plan import Protocol
-from llmnorm.files import write_whole
+from llmnorm.analysis.compare.command import compare
+from llmnorm.analysis.compare.plan import Protocol
+from llmnorm.machine.files import write_whole
 
 
 def parser(

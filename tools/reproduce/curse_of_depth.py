@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from arms import keep_table, mean, parser, run
 
-from llmnorm.analysis import compare_plan, compare_report
-from llmnorm.analysis.compare import read_arms
+from llmnorm.analysis.compare import plan as compare_plan
+from llmnorm.analysis.compare import report as compare_report
+from llmnorm.analysis.compare.command import read_arms
 from llmnorm.part import InputError
 
 RECIPES = Path("configs/recipes/curse_of_depth")

@@ -36,10 +36,11 @@ from typing import Any, NamedTuple
 
 from arms import keep_table, mean, parser, run
 
-from llmnorm.analysis import compare_plan, compare_report
-from llmnorm.analysis.compare import read_arms
-from llmnorm.analysis.compare_plan import Protocol
-from llmnorm.files import write_whole
+from llmnorm.analysis.compare import plan as compare_plan
+from llmnorm.analysis.compare import report as compare_report
+from llmnorm.analysis.compare.command import read_arms
+from llmnorm.analysis.compare.plan import Protocol
+from llmnorm.machine.files import write_whole
 from llmnorm.part import InputError
 
 RECIPES = Path("configs/recipes/mixers")
@@ -143,7 +144,7 @@ def recall_accuracy(path: Path) -> dict[str, float]:
     """Share of the values that a run's model finds most likely when first asked, by pairs."""
     import torch
 
-    from llmnorm.training.loading import load_model
+    from llmnorm.exchange.loading import load_model
 
     model, tokenizer = load_model(path)
     found = {}

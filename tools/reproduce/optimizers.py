@@ -29,8 +29,9 @@ from typing import Any
 
 from arms import keep_table, mean, parser, run
 
-from llmnorm.analysis import compare_plan, compare_report
-from llmnorm.analysis.compare import read_arms
+from llmnorm.analysis.compare import plan as compare_plan
+from llmnorm.analysis.compare import report as compare_report
+from llmnorm.analysis.compare.command import read_arms
 from llmnorm.part import InputError
 
 BASE = Path("configs/recipes/optimizers/t0.yaml")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmnorm.config import RunConfig
+from llmnorm.config.tree import RunConfig
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import build_model
 from llmnorm.nn.mixers.contract import Mixer

@@ -24,11 +24,11 @@ from llmnorm.analysis.depth.pieces import held_out
 from llmnorm.analysis.depth.subject import Subject, open_subject
 from llmnorm.analysis.depth.weight_distance import Weights, block_matrices, weight_distance
 from llmnorm.data.packed import PackedData
-from llmnorm.doctor import version
-from llmnorm.files import write_whole
+from llmnorm.machine.doctor import version
+from llmnorm.machine.files import write_whole
+from llmnorm.objectives.heldout import configuration, validation_data
+from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
-from llmnorm.training.heldout import configuration, validation_data
-from llmnorm.training.parallel import Parallel
 
 ROWS = 128
 MOST_NUMBERS = 2**27  # of a batch's logits, streams of all blocks, or attention of one

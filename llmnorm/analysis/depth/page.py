@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from llmnorm.analysis.plots import COLOURS
-from llmnorm.doctor import version
+from llmnorm.machine.doctor import version
 
 # Figure -> heading, what it shows and how to read it.
 SECTIONS = {

@@ -1,6 +1,6 @@
 """A model to look at, wherever it lies: ours, or any decoder that transformers loads.
 
-Runs, checkpoints and exported directories go through training/loading.py. A stock directory is
+Runs, checkpoints and exported directories go through exchange/loading.py. A stock directory is
 loaded as its own class, whatever the architecture, from its safetensors files alone and with
 attention computed eagerly, so that its weights can be seen.
 """
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llmnorm.config.pretrained import is_stock
+from llmnorm.exchange.loading import model_of, open_source
 from llmnorm.part import InputError
-from llmnorm.pretrained import is_stock
-from llmnorm.training.loading import model_of, open_source
 
 
 class Subject(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmnorm.gpus import fla_problem, one_decay_problem
+from llmnorm.machine.gpus import fla_problem, one_decay_problem
 
 SHORTEST = 64  # tokens; fewer, as in decoding, fill no chunk
 WIDEST_DELTA_KEY = 256

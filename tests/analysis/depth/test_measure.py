@@ -399,7 +399,7 @@ def test_findings_are_sentences() -> None:
 
 def test_rows_become_documents(smoke_data) -> None:
     """Oracle: the loader's rows: same labels in all, each document's tokens from place 1 on."""
-    from llmnorm.config_file import load
+    from llmnorm.config.file import load
     from llmnorm.data import packing
     from llmnorm.data.loader import evaluation_batches
     from tests.running import SMOKE

@@ -1,0 +1,108 @@
+"""What the commands share: the parser with one-line errors, and the arguments that several take.
+
+A command is a file of this room with four names (`Command`): what `llmnorm --help` says of it,
+whether it takes settings (`key.sub=value`), its arguments, and what it does with them. It imports
+what it calls inside `run`, so that help and every mistake are answered before torch is loaded.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from llmnorm.part import InputError, nearest
+
+
+class Command(Protocol):
+    """One command, which is a module of this room."""
+
+    HELP: str
+    TAKES_SETTINGS: bool
+
+    def arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments to its parser."""
+
+    def run(self, parsed: argparse.Namespace, overrides: list[str]) -> int | None:
+        """Run the command; returns its exit code, None for 0.
+
+        Args:
+            parsed: its arguments, and `words`, all that was typed after `llmnorm`.
+            overrides: the settings `key.sub=value`, in the order in which they were typed.
+        """
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest choice."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as an `InputError`."""
+        match = re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if match:
+            choices = re.findall(r"[\w-]+", match[3])
+            what = "a command" if match[1] == "COMMAND" else f"valid for {match[1]}"
+            message = f"'{match[2]}' is not {what}; {nearest(match[2], choices)}"
+        elif match := re.match(r"unrecognized arguments: (-\S+)", message):
+            hint = nearest(match[1], sorted(self._options()))
+            message = f"there is no option {match[1]}; {hint}"
+        elif message.startswith("unrecognized arguments: "):
+            message += "; a setting is written key.sub=value"
+        raise InputError(f"{message} (`{self.prog} --help` shows the usage)")
+
+    def _options(self) -> set[str]:
+        """Those of every command: the parser that complains does not know which one it was."""
+        below = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(parser for choices in below for parser in choices.values())]
+        return {o for p in parsers for o in p._option_string_actions if o.startswith("--")}
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    """Names or paths, separated by commas."""
+    found = [name for name in text.split(",") if name]
+    if not found:
+        raise argparse.ArgumentTypeError("expected names or paths, separated by commas")
+    return found
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """CONFIG: a YAML file or a run directory."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file or run directory")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """RUN_OR_DIR: the model that the command reads."""
+    help = "run, exported or stock model"
+    parser.add_argument("path", type=Path, metavar="RUN_OR_DIR", help=help)
+
+
+def add_written(parser: argparse.ArgumentParser) -> None:
+    """DIR: the directory that the command writes."""
+    help = "what is written; new or empty"
+    parser.add_argument("directory", type=Path, metavar="DIR", help=help)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, *, average: bool = True) -> None:
+    """--checkpoint and, where the command can read the moving average, --ema."""
+    parser.add_argument(
+        "--checkpoint",
+        type=_checkpoint,
+        metavar="latest|best|STEP",
+        help="which checkpoint of a run",
+        default="latest",
+    )
+    if average:
+        help = "the moving average of the weights"
+        parser.add_argument("--ema", action="store_true", help=help)
+
+
+def _checkpoint(text: str) -> str:
+    if text not in ("latest", "best") and not text.isdecimal():
+        hint = nearest(text, ["latest", "best", "a step"])
+        raise argparse.ArgumentTypeError(f"'{text}' is no checkpoint; {hint}")
+    return text

@@ -1,0 +1,71 @@
+"""`llmnorm compare`: is a part better here?"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from llmnorm.commands.arguments import count
+
+HELP = "is a part better here? paired, tuned, counted runs of arms"
+TAKES_SETTINGS = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, the arms, the protocol, and how the runs are made."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="what the arms start from")
+    parser.add_argument(
+        "--arm",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("NAME", "key=value"),
+        help="an arm and what it changes; the first is the baseline, a single one meets CONFIG",
+    )
+    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="paired seeds (3)")
+    help = "learning rates an arm (5)"
+    parser.add_argument("--lr-points", type=count, default=5, metavar="N", help=help)
+    parser.add_argument(
+        "--horizons",
+        choices=["baseline", "arms", "none"],
+        default="baseline",
+        metavar="baseline|arms|none",
+        help="whose length is varied to turn loss into tokens (baseline)",
+    )
+    help = "another baseline"
+    parser.add_argument("--baseline", action="append", default=[], metavar="ARM", help=help)
+    help = "an arm that runs as written"
+    parser.add_argument("--untuned", action="append", default=[], metavar="ARM", help=help)
+    parser.add_argument("--parallel", type=count, default=1, metavar="N", help="runs at a time (1)")
+    help = "small runs share a GPU (1)"
+    parser.add_argument("--runs-per-gpu", type=count, default=1, metavar="N", help=help)
+    help = "default: comparisons/<CONFIG's name>"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=help)
+    help = "print the runs and an estimate only"
+    parser.add_argument("--plan", action="store_true", help=help)
+    help = "keep those of finished runs"
+    parser.add_argument("--keep-checkpoints", action="store_true", help=help)
+
+
+def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
+    """Make the runs that are missing, then the report."""
+    from llmnorm.analysis.compare.command import compare, read_arms
+    from llmnorm.analysis.compare.plan import read
+
+    arms = read_arms(parsed.config, overrides, parsed.arm)
+    protocol = read(
+        arms,
+        baselines=parsed.baseline,
+        untuned=parsed.untuned,
+        seeds=parsed.seeds,
+        lr_points=parsed.lr_points,
+        horizons=parsed.horizons,
+    )
+    return compare(
+        protocol,
+        parsed.out or Path("comparisons") / parsed.config.stem,
+        command=shlex.join(["llmnorm", *parsed.words]),
+        parallel=parsed.parallel,
+        per_gpu=parsed.runs_per_gpu,
+        plan=parsed.plan,
+        keep_checkpoints=parsed.keep_checkpoints,
+    )

@@ -1,0 +1,36 @@
+"""`llmnorm config`: the resolved settings, or the JSON schema of all settings."""
+
+import argparse
+from pathlib import Path
+
+from llmnorm.commands.configured import load_config
+from llmnorm.part import InputError
+
+HELP = "print the resolved settings"
+TAKES_SETTINGS = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, or --schema."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", nargs="?", help="YAML file or run")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
+
+
+def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Print YAML or JSON."""
+    if parsed.schema:
+        if parsed.config is not None or overrides:
+            raise InputError(
+                "config: --schema stands alone; it is the same for every configuration"
+            )
+        import json
+
+        from llmnorm.config.docs import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+        return
+    if parsed.config is None:
+        raise InputError("config: name a configuration file or run directory, or ask for --schema")
+    from llmnorm.config.tree import to_yaml
+
+    print(to_yaml(load_config(parsed.config, overrides)), end="")

@@ -1,0 +1,37 @@
+"""`llmnorm export`: a model directory for other tools."""
+
+import argparse
+
+from llmnorm.commands.arguments import add_checkpoint, add_model, add_written, count
+
+HELP = "write a model directory for other tools"
+TAKES_SETTINGS = False
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN_OR_DIR, DIR, which weights, and the form of the directory."""
+    add_model(parser)
+    add_written(parser)
+    add_checkpoint(parser)
+    help = "as Llama, Qwen3 (QK-norm) or what it came from"
+    parser.add_argument("--stock", action="store_true", help=help)
+    help = "mean of the last N checkpoints"
+    parser.add_argument("--average", type=count, default=1, metavar="N", help=help)
+
+
+def run(parsed: argparse.Namespace, _: list[str]) -> None:
+    """Export."""
+    from llmnorm.config.pretrained import describe
+
+    describe(parsed.path, "export")
+
+    from llmnorm.exchange.export import export
+
+    export(
+        parsed.path,
+        parsed.directory,
+        stock=parsed.stock,
+        average=parsed.average,
+        ema=parsed.ema,
+        checkpoint=parsed.checkpoint,
+    )

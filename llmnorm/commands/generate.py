@@ -1,0 +1,40 @@
+"""`llmnorm generate`: continue text with a run or a model directory."""
+
+import argparse
+
+from llmnorm.commands.arguments import add_checkpoint, add_model
+from llmnorm.commands.configured import load_config
+
+HELP = "continue text with a trained run or a model directory"
+TAKES_SETTINGS = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN_OR_DIR, which weights, and the prompts."""
+    add_model(parser)
+    add_checkpoint(parser)
+    help = "text to continue; may be given repeatedly"
+    parser.add_argument("--prompt", action="append", help=help)
+
+
+def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Print each prompt with its continuation."""
+    from llmnorm.config.file import section
+    from llmnorm.config.pretrained import describe, refuse_encoder
+
+    path = parsed.path
+    if (path / "config.yaml").is_file():
+        config = load_config(path, overrides)
+        settings = config.generation
+        classes: list[str] | None = [config.objective.architecture]
+    else:
+        classes = describe(path, "generate").architectures
+        settings = section("generation", overrides)
+    refuse_encoder(classes, f"generate: {path}", "text is continued by")
+
+    from llmnorm.exchange.loading import load_model
+    from llmnorm.generation.sampling import generate
+
+    model, tokenizer = load_model(path, checkpoint=parsed.checkpoint, ema=parsed.ema)
+    for text in generate(model, tokenizer, parsed.prompt or [""], settings):
+        print(text, end="\n\n")

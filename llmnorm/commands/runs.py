@@ -1,0 +1,26 @@
+"""`llmnorm runs`: a table of runs and how they differ."""
+
+import argparse
+from pathlib import Path
+
+HELP = "list run directories, how they differ and stand"
+TAKES_SETTINGS = False
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """DIR."""
+    parser.add_argument(
+        "directory",
+        type=Path,
+        nargs="?",
+        default=Path("runs"),
+        metavar="DIR",
+        help="where the runs are (default: runs)",
+    )
+
+
+def run(parsed: argparse.Namespace, _: list[str]) -> None:
+    """Print the table."""
+    from llmnorm.analysis.runs import describe_runs
+
+    print(describe_runs(parsed.directory))

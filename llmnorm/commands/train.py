@@ -1,0 +1,68 @@
+"""`llmnorm train`: train, or resume a run."""
+
+import argparse
+import os
+import shlex
+
+from llmnorm.commands.arguments import add_config
+from llmnorm.commands.configured import load_config, note, resolve_auto
+
+HELP = "train, or go on with a run"
+TAKES_SETTINGS = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and what to do besides training."""
+    add_config(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="stop after the checks before the first step"
+    )
+    parser.add_argument(
+        "--print-groups",
+        action="store_true",
+        help="print which parameter gets which rule, and do nothing else",
+    )
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const="time",
+        choices=["time", "memory"],
+        metavar="time|memory",
+        help="profile a few steps into the run directory",
+    )
+
+
+def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
+    """Check the run directory and the machine, then train."""
+    from llmnorm.machine.gpus import check_gpu, launch_hint
+    from llmnorm.runs import directory
+
+    config, automatic = resolve_auto(load_config(parsed.config, overrides))
+    if parsed.print_groups:
+        from llmnorm.training.outline import groups_table
+
+        print(groups_table(config))
+        return 0
+    run = directory.agree(config, going_on=parsed.config.is_dir())
+    if directory.finished(run, config):
+        print(f"{run.path} is finished (step {run.done.read_text().strip()})")
+        print(directory.next_commands(run, config))
+        return 0
+    check_gpu(config.training.device)
+    words = [str(parsed.config), *overrides]
+    if config.training.device != "cpu" and (hint := launch_hint(words)):
+        note([hint])
+
+    from llmnorm.training.loop import train
+
+    code = train(
+        config,
+        run,
+        data_command=shlex.join(["llmnorm", "data", *words]),
+        automatic=automatic,
+        dry_run=parsed.dry_run,
+        profile=parsed.profile,
+    )
+    if os.environ.get("RANK", "0") == "0" and not parsed.dry_run:
+        print(directory.next_commands(run, config))
+    return code

@@ -1,0 +1,143 @@
+"""A directory of weights as a configuration sees it: whose it is, its model, its tokenizer.
+
+Four kinds of directory hold weights: a run (its newest whole checkpoint), one checkpoint of a run
+(RUN/checkpoints/step_N), what `llmnorm export` or `save_pretrained` wrote of our class, and a stock
+Llama, Mistral, Qwen2 or Qwen3. Only JSON is read here, no tensors, so that a mistake is answered
+before torch is loaded.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from llmnorm.config.stock import from_stock
+from llmnorm.nn.settings import ModelSettings
+from llmnorm.part import InputError
+
+# Beside `model.pretrained`: what leaves the function of the loaded weights as it is.
+FREE = ("dropout", "embedding_dropout", "export_as", "max_position_embeddings")
+
+
+class Pretrained(NamedTuple):
+    """What is known of a directory of weights.
+
+    Attributes:
+        path: the directory.
+        run: the run directory that it is or belongs to; None for exported and stock directories.
+        checkpoint: which checkpoint of the run: "latest" or a step's number.
+        config: `LlmNormConfig`'s keys, token ids and the like included.
+        tokenizer: the directory that holds tokenizer.json, None where there is none.
+    """
+
+    path: Path
+    run: Path | None
+    checkpoint: str
+    config: dict[str, Any]
+    tokenizer: Path | None
+
+    @property
+    def architectures(self) -> list[str] | None:
+        """The model class, in Hugging Face's key; None: the causal language model."""
+        return self.config.get("architectures")
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The keys of `config` that are `ModelSettings`'."""
+        return {k: v for k, v in self.config.items() if k in ModelSettings.model_fields}
+
+    def admits(self, key: str, value: Any) -> bool:
+        """Whether the model setting `key: value` leaves the function of the weights as it is."""
+        own = ModelSettings.model_validate(self.model)
+        scaled = own.rope_parameters.rope_type in ("dynamic", "longrope")  # by the longest context
+        if key in FREE and not (key == "max_position_embeddings" and scaled):
+            return True
+        try:
+            other = ModelSettings.model_validate(self.model | {key: value})
+        except ValidationError:
+            return False
+        return bool(getattr(own, key) == getattr(other, key))
+
+
+def describe(path: Path, key: str) -> Pretrained:
+    """Look at the directory `path`.
+
+    Args:
+        key: what the user wrote the path for, for messages (`model.pretrained`).
+
+    Raises:
+        InputError: it holds no weights that can be loaded; the message says what it lacks.
+    """
+    if not path.is_dir():
+        raise InputError(f"{key}: there is no directory {path}")
+    if step := re.fullmatch(r"step_(\d+)", path.name):
+        if not (path / "MANIFEST.json").is_file():
+            raise InputError(f"{key}: {path} has no MANIFEST.json, so it is no checkpoint")
+        run = path.parent.parent
+        return Pretrained(path, run, str(int(step[1])), _model_of(path, key), _tokenizer(run))
+    if (path / "config.yaml").is_file():
+        newest = sorted(path.glob("checkpoints/step_*/MANIFEST.json"))
+        if not newest:
+            raise InputError(
+                f"{key}: {path} has no checkpoint yet; `llmnorm train {path}` makes one"
+            )
+        config = _model_of(newest[-1].parent, key)
+        return Pretrained(path, path, "latest", config, _tokenizer(path))
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(
+            f"{key}: {path} has neither config.yaml (a run) nor config.json (an exported model)"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        assert isinstance(config, dict)
+    except (OSError, ValueError, AssertionError):
+        raise InputError(f"{key}: {file} is no JSON mapping") from None
+    if config.get("model_type") != "llmnorm":
+        config = from_stock(config, f"{key}: {file}")
+    tokenizer = path if (path / "tokenizer.json").is_file() else None
+    return Pretrained(path, None, "latest", config, tokenizer)
+
+
+def refuse_encoder(architectures: list[str] | None, who: str, what: str) -> None:
+    """Raise an InputError unless `architectures` names a causal language model.
+
+    Args:
+        architectures: of a configuration.
+        who: the message's beginning: option or command, and the path.
+        what: what needs a causal language model, the message's subject and verb.
+    """
+    if architectures and "ForCausalLM" not in architectures[0]:
+        raise InputError(
+            f"{who} is of class {architectures[0]}; {what} a causal language model, which tells "
+            "the next token from those before it"
+        )
+
+
+def is_stock(path: Path) -> bool:
+    """Whether `path` is a model directory of another class than ours, of any architecture."""
+    file = path / "config.json"
+    if not file.is_file() or (path / "config.yaml").is_file():
+        return False
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") not in (None, "llmnorm")
+
+
+def _model_of(checkpoint: Path, key: str) -> dict[str, Any]:
+    """The model's configuration in a checkpoint's meta; its checksum is compared on loading."""
+    file = checkpoint / "MANIFEST.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["meta"]["model"])
+    except (OSError, ValueError):
+        raise InputError(f"{key}: {file} is damaged (it is no manifest)") from None
+    except (KeyError, TypeError):
+        raise InputError(f"{key}: {file} does not hold the model's configuration") from None
+
+
+def _tokenizer(run: Path) -> Path | None:
+    return run / "tokenizer" if (run / "tokenizer" / "tokenizer.json").is_file() else None

@@ -1,0 +1,326 @@
+"""The configuration of a run: its sections, and what two configurations differ in.
+
+The tree is the registry: a part's field is a union of settings classes (`llmnorm/part.py`). How a
+YAML file becomes such a tree is in `file.py`. Nothing here imports torch, so that a mistake
+is answered at once.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from llmnorm.data.settings import DataSettings, TokenizerSettings
+from llmnorm.nn.settings import ModelSettings
+from llmnorm.objectives.settings import CausalLMSettings, Objective, ObjectiveSettings
+from llmnorm.optim.schedule import CosineSettings, Schedule
+from llmnorm.optim.settings import AdamWSettings, Optimizer
+from llmnorm.part import Settings
+
+Count = Annotated[int, Field(ge=1)]
+# accelerate's trackers, which cannot be asked for here without importing torch; a test compares.
+Tracker = Literal[
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
+
+
+class TrainingSettings(Settings):
+    """Length, batch and arithmetic of a run. Exactly one of steps, tokens, epochs is the length."""
+
+    steps: Count | None = None
+    """Length in global batches."""
+    tokens: Count | None = None
+    """Length in tokens, rounded up to whole global batches."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length in passes over the training rows, rounded up to whole global batches."""
+    global_batch: Count | Literal["auto"] = 32
+    """Rows a step, over all processes; `auto`: the Step Law's (needs `tokens`)."""
+    micro_batch: Count | None = None
+    """Rows that one process runs at once; left out, all of its share of the global batch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: matrix products in bfloat16; weights, optimizer state, norm statistics, rotary
+    angles, softmax, loss and reductions stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU if there is one."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time (slower on a GPU)."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global norm; 0 = never (the norm is still logged)."""
+    max_skipped_steps: Count = 5
+    """The run stops after this many steps in a row with a non-finite loss or gradient."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights with this decay, e.g. 0.999."""
+    branch_from: Path | None = None
+    """Start with weights, optimizer state and row number of this checkpoint
+    (RUN/checkpoints/step_N); the run's length counts its steps too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingSettings":
+        given = [k for k in ("steps", "tokens", "epochs") if getattr(self, k) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"training.{k}" for k in given) if given else "none"
+            raise ValueError(
+                f"give exactly one of training.steps, training.tokens, training.epochs; got {found}"
+            )
+        batch = self.global_batch
+        if self.micro_batch is not None and batch != "auto" and batch % self.micro_batch:
+            divisors = [d for d in range(1, batch + 1) if batch % d == 0]
+            close = min(divisors, key=lambda d: abs(d - (self.micro_batch or 0)))
+            raise ValueError(
+                f"training.micro_batch {self.micro_batch} does not divide training.global_batch "
+                f"{self.global_batch}; the nearest that does is {close}"
+            )
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Rows a step, where `auto` has become a number."""
+        assert self.global_batch != "auto", "resolved before a run begins"
+        return self.global_batch
+
+    def total_steps(self, rows: int, context_length: int) -> int:
+        """The length in global batches, for `rows` training rows of `context_length` tokens."""
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is not None:
+            return math.ceil(self.tokens / (self.rows * context_length))
+        assert self.epochs is not None
+        return math.ceil(self.epochs * rows / self.rows)
+
+
+class EvaluationSettings(Settings):
+    """Validation: the objective's figures (loss, perplexity and bits per byte; of masked tokens
+    loss and accuracy; a classification's scores) of every source. Always done at the end."""
+
+    every: Count | None = None
+    """Steps between two evaluations; left out, only at the end."""
+    micro_batch: Count | None = None
+    """Rows that one process runs at once; left out, as in training."""
+    prompts: list[str] = []
+    """Texts to continue at every evaluation, with the sampling of `generation` and fixed noise."""
+    samples: int = Field(default=2, ge=0)
+    """Without `prompts`: how many validation rows' first tokens are continued instead; 0: none.
+    Other objectives than causal_lm continue nothing."""
+    sample_tokens: Count = 32
+    """Tokens generated at most for each of them."""
+
+
+class CheckpointSettings(Settings):
+    """Checkpoints of a run. One is always written at the end and on SIGTERM or SIGINT."""
+
+    every: Count | None = None
+    """Steps between two checkpoints; left out, only at the end."""
+    keep: int = Field(default=2, ge=2)
+    """How many of the newest are kept."""
+    keep_every: Count | None = None
+    """Checkpoints of steps that this divides are never removed."""
+    keep_best: bool = True
+    """Keep the one with the lowest validation loss too."""
+    asynchronous: bool = False
+    """Copy the state and write it in the background while training goes on."""
+
+
+class ParallelSettings(Settings):
+    """How the model is laid out over processes, and the per-block switches."""
+
+    sharding: Literal["auto", "none", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = "auto"
+    """`auto`: what the launch file asks for; `none`: one process; `ddp`: every process holds the
+    whole model; `fsdp2`: weights, gradients and optimizer state are spread over the processes;
+    `hsdp`: spread over groups of processes that hold the same; `zero1` to `zero3`: DeepSpeed."""
+    replicas: Count = 1
+    """How many groups of processes hold the whole model each; more than 1 makes `fsdp2` `hsdp`."""
+    exchange: Literal["fp32", "bf16"] = "fp32"
+    """Numbers in which gradients and updates of matrix optimizers travel between processes; `fp32`
+    computes what one process would, `bf16` is half the traffic."""
+    compile: bool = False
+    """torch.compile every block (wants a C++ compiler on a CPU)."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and recompute the rest in the backward pass."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ParallelSettings":
+        if self.sharding == "hsdp" and self.replicas == 1:
+            raise ValueError("parallel.sharding 'hsdp' needs parallel.replicas; 1 is 'fsdp2'")
+        if self.replicas > 1 and self.sharding not in ("auto", "fsdp2", "hsdp"):
+            raise ValueError(
+                f"parallel.replicas {self.replicas} has no meaning for parallel.sharding "
+                f"'{self.sharding}'; valid: fsdp2, hsdp"
+            )
+        return self
+
+
+class LoggingSettings(Settings):
+    """What a run writes down, and which trackers (accelerate's) it is shown in."""
+
+    every: Count = 1
+    """Steps between two lines of metrics.jsonl."""
+    health_every: Count | None = None
+    """Steps between two lines that hold the mixers' health too (entropies, denominators, decays),
+    measured by one more forward pass over a micro-batch; left out, never."""
+    trackers: list[Tracker] = []
+    """Trackers beside metrics.jsonl; `llmnorm[track]` brings tensorboard, wandb and trackio."""
+    project: str = "llmnorm"
+    """What the trackers file the run under."""
+    name: str | None = None
+    """What the trackers call the run; left out, the name of the run directory."""
+
+
+class GenerationSettings(Settings):
+    """Sampling of `llmnorm generate`."""
+
+    max_new_tokens: Count = 64
+    """Tokens generated at most."""
+    temperature: float = Field(default=0.8, ge=0)
+    """0 is greedy."""
+    top_k: Count | None = None
+    """Sample from this many likeliest tokens."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Sample from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+class RunModelSettings(ModelSettings):
+    """The model of a run; its settings are given, or brought by a directory of weights."""
+
+    pretrained: Path | None = None
+    """Start from the weights in this directory with a new optimizer: a run (its newest checkpoint),
+    RUN/checkpoints/step_N, an exported model, or a Llama, Mistral, Qwen2 or Qwen3 with safetensors
+    files. It brings the model's settings (beside it only dropout, max_position_embeddings and
+    export_as may be given) and, where the file has no `tokenizer` section, its tokenizer."""
+
+
+class RunConfig(Settings):
+    """The whole of a run."""
+
+    run_dir: Path | None = None
+    """Where the run lives; left out, `runs/<name of the configuration file>`."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights and of all randomness in training."""
+    data: DataSettings
+    """The corpus and the rows made of it."""
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    """Text to tokens."""
+    model: RunModelSettings = RunModelSettings()
+    """The transformer."""
+    objective: Objective = CausalLMSettings()
+    """What is learned from the rows."""
+    optimizer: Optimizer = AdamWSettings()
+    """The update rule."""
+    schedule: Schedule = CosineSettings()
+    """The learning rate's course."""
+    training: TrainingSettings
+    """Length, batch and arithmetic."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Validation."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """What is saved when."""
+    parallel: ParallelSettings = ParallelSettings()
+    """Processes and per-block switches."""
+    logging: LoggingSettings = LoggingSettings()
+    """Metrics."""
+    generation: GenerationSettings = GenerationSettings()
+    """Sampling."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.data.context_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.context_length {self.data.context_length} is more than "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        warmup, steps = getattr(self.schedule, "warmup", 0), self.training.steps
+        if steps is not None and warmup >= max(steps, 2):
+            raise ValueError(f"schedule.warmup {warmup} is not less than training.steps {steps}")
+        if isinstance(self.objective, ObjectiveSettings):
+            why = self.objective.refusal(self)
+            if why is not None:
+                raise ValueError(why)
+        return self
+
+    def automatic(self) -> list[str]:
+        """The keys that are `auto` and become numbers before a run begins."""
+        values = {
+            "optimizer.lr": getattr(self.optimizer, "lr", None),
+            "training.global_batch": self.training.global_batch,
+        }
+        return [key for key, value in values.items() if value == "auto"]
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the order of the rows."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+
+# What `train RUN_DIR key=value` may change without making it another run.
+CHANGEABLE = (
+    "training.steps",
+    "training.tokens",
+    "training.epochs",
+    "training.micro_batch",
+    "training.device",
+    "evaluation",
+    "checkpoint",
+    "parallel",
+    "logging",
+    "generation",
+    "run_dir",
+)
+
+
+def to_tree(config: Settings) -> dict[str, Any]:
+    """The resolved settings as plain JSON values.
+
+    What is derived from other fields (a default factory, as of `head_dim`) is left out unless it
+    was written, so that it follows when the others are overridden later. So is a key that has no
+    value, as most of `rope_parameters`.
+    """
+    tree = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        derived = field.default_factory is not None and name not in config.model_fields_set
+        if derived or (value is None and field.default is None):
+            del tree[name]
+        elif isinstance(value, Settings):
+            names = {"name": tree[name]["name"]} if "name" in tree[name] else {}
+            tree[name] = names | to_tree(value)
+        elif isinstance(value, list):
+            tree[name] = [to_tree(v) if isinstance(v, Settings) else v for v in tree[name]]
+    return tree
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved settings as YAML; reading it back gives the same settings."""
+    tree = to_tree(config)
+    return yaml.safe_dump(tree, sort_keys=False, width=100, allow_unicode=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key path -> (old value, new value) for every leaf that differs."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = dict.fromkeys([*before, *after])
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def changeable(key: str) -> bool:
+    """Whether `train RUN_DIR key=value` may change this key of an existing run."""
+    return any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)

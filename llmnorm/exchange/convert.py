@@ -1,0 +1,138 @@
+"""`llmnorm convert`: a model directory with the same function and another norm.
+
+The algebra is models/equivalence.py's; here a run, an exported or a stock directory is read whole,
+in float64, and the result is written as `llmnorm export` writes, in the dtype that came in. A stock
+GPT-2 stays one (our models have no learned positions): it can be centred, nothing else.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from llmnorm.config.pretrained import refuse_encoder
+from llmnorm.exchange.export import check_empty, write_directory
+from llmnorm.exchange.loading import open_source
+from llmnorm.exchange.model_card import model_card
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.convert import Stored
+from llmnorm.models.convert import Weights as StoredWeights
+from llmnorm.models.equivalence import TARGETS, Weights, centre_gpt2, convert
+from llmnorm.part import InputError
+
+
+def convert_directory(
+    path: Path, directory: Path, *, target: str, untie: bool = False, checkpoint: str = "latest"
+) -> None:
+    """Write the model at `path` with another norm to the new or empty `directory`.
+
+    Args:
+        path: a run, or a directory that was exported before or holds a stock model.
+        target: one of `TARGETS`.
+        untie: give a tied head its own matrix where the algebra needs that.
+        checkpoint: of a run: `latest`, `best` or a step.
+
+    Raises:
+        InputError: the directory is not empty, the weights are not there, the algebra does not hold
+            for this model (the reason is given); nothing has been written.
+    """
+    check_empty(directory)
+    assert target in TARGETS
+    if _model_type(path) == "gpt2":
+        _convert_gpt2(path, directory, target, untie)
+        return
+    source = open_source(path, checkpoint=checkpoint)
+    refuse_encoder(source.config.architectures, f"convert: {path}", "the algebra is that of")
+    before = _read(source.tensors, source.read_into)
+    settings, tensors = convert(Weights(source.config.settings(), before), target, untie=untie)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(source.config, name) for name in names}
+    config = LlmNormConfig.from_settings(settings, **tokens)
+    config.architectures = ["LlmNormForCausalLM"]
+    stored = _stored(tensors, source.tensors)
+    card = model_card(
+        directory.name,
+        source._replace(config=config, tensors=stored),
+        "LlmNormForCausalLM",
+        steps=[source.meta["step"]] if source.meta else [],
+        ema=False,
+    )
+    write_directory(
+        directory,
+        config,
+        stored,
+        _writer(tensors),
+        tokenizer_directory=source.tokenizer,
+        card=f"{card}\nConverted from {path.name}: `llmnorm convert --to {target}`.\n",
+    )
+
+
+def _convert_gpt2(path: Path, directory: Path, target: str, untie: bool) -> None:
+    """GPT-2 in, GPT-2 out."""
+    if target != "centred":
+        raise InputError(
+            f"--to {target}: {path} is a GPT-2, whose learned positions no llmnorm model has; "
+            "`--to centred` writes a GPT-2 whose layer norms are RMS norms"
+        )
+    config = transformers.GPT2Config.from_pretrained(path)
+    if config.tie_word_embeddings and not untie:
+        raise InputError(
+            "--to centred: the tied head would lose what the final norm's offset adds along the "
+            "mean (tie_word_embeddings); --untie gives the head its own"
+        )
+    weights = StoredWeights(path)
+    masks = (".attn.bias", ".attn.masked_bias")  # of old files: no weights
+    kept = {name: one for name, one in weights.tensors.items() if not name.endswith(masks)}
+    tensors = centre_gpt2(_read(kept, weights.read_into))
+    config.tie_word_embeddings = False
+    config.architectures = ["GPT2LMHeadModel"]
+    write_directory(
+        directory,
+        config,
+        _stored(tensors, weights.tensors),
+        _writer(tensors),
+        tokenizer_directory=path if (path / "tokenizer.json").is_file() else None,
+        card=f"# {directory.name}\n\nConverted from {path.name}: `llmnorm convert --to centred`.\n",
+    )
+
+
+def _read(stored: Mapping[str, Stored], read_into: Any) -> dict[str, Tensor]:
+    """Every tensor, floating ones in float64."""
+    tensors = {
+        name: torch.empty(
+            one.shape, dtype=torch.float64 if one.dtype.is_floating_point else one.dtype
+        )
+        for name, one in stored.items()
+    }
+    read_into(tensors)
+    return tensors
+
+
+def _stored(tensors: Mapping[str, Tensor], before: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Dtype and shape of what is written: the old dtypes, for new tensors the weights'."""
+    usual = next(one.dtype for one in before.values() if one.dtype.is_floating_point)
+    return {
+        name: Stored(before[name].dtype if name in before else usual, tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+
+
+def _writer(tensors: Mapping[str, Tensor]) -> Any:
+    def read_into(into: Mapping[str, Tensor]) -> None:
+        for name, tensor in into.items():
+            tensor.copy_(tensors[name])
+
+    return read_into
+
+
+def _model_type(path: Path) -> str | None:
+    """What a config.json says; None where there is none that can be read."""
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return found.get("model_type") if isinstance(found, dict) else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,192 @@
+"""`llmnorm export`: a model directory that other tools read.
+
+    model*.safetensors      the weights, float32 from a run, a shard at a time
+    config.json             of our class, with the `auto_map` that names modeling_llmnorm.py (three
+                            lines that import the installed package); or of a stock architecture
+    generation_config.json  the tokens that end and pad a text
+    tokenizer.json, ...     the tokenizer, its chat template too
+    README.md               the model card: data, settings, losses, how to load it
+
+Everything is written to a temporary directory beside and renamed at the end. Of an average only the
+shard being written and one tensor of one checkpoint are in memory.
+"""
+
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig
+
+from llmnorm.checkpoints.checkpoints import Checkpoints
+from llmnorm.config.pretrained import refuse_encoder
+from llmnorm.config.stock import to_stock
+from llmnorm.data import tokenizer
+from llmnorm.exchange.loading import Source, open_source
+from llmnorm.exchange.model_card import model_card
+from llmnorm.models.convert import MAX_SHARD_BYTES, Stored, write_weights
+from llmnorm.models.equivalence import depth_factors
+from llmnorm.models.modeling import class_of
+from llmnorm.part import InputError
+
+
+def export(
+    path: Path,
+    directory: Path,
+    *,
+    stock: bool = False,
+    average: int = 1,
+    ema: bool = False,
+    checkpoint: str = "latest",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the model at `path` to the new or empty `directory`.
+
+    Args:
+        path: a run, or a directory that was exported before or holds a stock model.
+        stock: write the stock architecture that computes the same instead of ours.
+        average: the float32 mean of this many of the run's last checkpoints.
+        ema: the moving average of the weights in their place.
+        checkpoint: of a run: `latest`, `best` or a step.
+        max_shard_bytes: size of a file of weights, and of what is in memory at once.
+
+    Raises:
+        InputError: the directory is not empty, the weights are not there or not whole, the stock
+            architectures cannot express the model, the disk is full; nothing has been written.
+    """
+    check_empty(directory)
+    sources = _sources(path, average, ema, checkpoint)
+    newest = sources[-1]
+    config, read_into = newest.config, _reader(sources)
+    architecture = class_of(config).__name__
+    if stock:
+        refuse_encoder(config.architectures, f"--stock: {path}", "the stock architectures are of")
+        settings = config.settings()
+        architecture, keys = to_stock(settings)
+        tokens = {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        class_name = architecture.replace("ForCausalLM", "Config")
+        config = getattr(transformers, class_name)(**keys, **tokens)
+        read_into = _folding(read_into, depth_factors(settings))
+    config.architectures = [architecture]
+    steps = [source.meta["step"] for source in sources if source.meta]
+    write_directory(
+        directory,
+        config,
+        newest.tensors,
+        read_into,
+        tokenizer_directory=newest.tokenizer,
+        card=model_card(directory.name, newest, architecture, steps=steps, ema=ema),
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def check_empty(directory: Path) -> None:
+    """Refuse to write into a directory that holds something."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory}: is not empty; name a new directory")
+
+
+def write_directory(
+    directory: Path,
+    config: transformers.PreTrainedConfig,
+    tensors: Mapping[str, Stored],
+    read_into: Callable[[Mapping[str, Tensor]], None],
+    *,
+    tokenizer_directory: Path | None,
+    card: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model directory under a temporary name, and rename it.
+
+    Args:
+        directory: what is written; new or empty.
+        config: of the model, its `architectures` set; `dtype` is set here.
+        tensors: the weights' dtypes and shapes.
+        read_into: fills the tensors it is given.
+        tokenizer_directory: what the tokenizer is copied from, if there is one.
+        card: README.md.
+        max_shard_bytes: as `write_weights`.
+
+    Raises:
+        InputError: the disk refuses; nothing has been written.
+    """
+    dtypes = {stored.dtype for stored in tensors.values() if stored.dtype.is_floating_point}
+    config.dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
+    temporary = directory.with_name(f".{directory.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        write_weights(temporary, tensors, read_into, max_shard_bytes=max_shard_bytes)
+        config.save_pretrained(temporary)
+        GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        ).save_pretrained(temporary)
+        if tokenizer_directory is not None:
+            tokenizer.copy(tokenizer_directory, temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for file in temporary.glob("*.safetensors"):  # written for its owner alone
+            file.chmod((temporary / "README.md").stat().st_mode)
+        if directory.exists():
+            directory.rmdir()
+        temporary.rename(directory)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    total = sum(torch.Size(stored.shape).numel() for stored in tensors.values())
+    (architecture,) = config.architectures or ["model"]
+    print(f"{directory}: {architecture}, {total / 1e6:.2f}M parameters, {config.dtype}")
+
+
+def _sources(path: Path, average: int, ema: bool, checkpoint: str) -> list[Source]:
+    """The weights to export, oldest first: one source, or those of the last checkpoints."""
+    if average == 1:
+        return [open_source(path, checkpoint=checkpoint, ema=ema)]
+    if checkpoint != "latest":
+        raise InputError("--average: means the last checkpoints; leave --checkpoint out")
+    newest = open_source(path, ema=ema)
+    if newest.run is None or path != newest.run.path:
+        raise InputError(f"--average: {path} is no run; it holds one set of weights")
+    steps = Checkpoints(newest.run.checkpoints).steps()
+    if len(steps) < average:
+        raise InputError(
+            f"--average: {path} has {len(steps)} checkpoints ({', '.join(map(str, steps))}), "
+            f"not {average}; checkpoint.keep says how many a run keeps"
+        )
+    return [open_source(path, checkpoint=str(step), ema=ema) for step in steps[-average:]]
+
+
+def _folding(
+    read_into: Callable[[Mapping[str, Tensor]], None], factors: Mapping[str, float]
+) -> Callable[[Mapping[str, Tensor]], None]:
+    """The reader of a depth-scaled model's tensors with the scales in the gains."""
+
+    def read(into: Mapping[str, Tensor]) -> None:
+        read_into(into)
+        for name in into.keys() & factors.keys():
+            into[name].mul_(factors[name])
+
+    return read
+
+
+def _reader(sources: Sequence[Source]) -> Callable[[Mapping[str, Tensor]], None]:
+    """What fills tensors from one source, or with the mean over several."""
+    if len(sources) == 1:
+        return sources[0].read_into
+
+    def mean(into: Mapping[str, Tensor]) -> None:
+        for name, total in into.items():
+            sources[-1].read_into({name: total})
+            if not total.is_floating_point():
+                continue  # a count is the newest one's
+            for source in sources[:-1]:
+                one = torch.empty_like(total)
+                source.read_into({name: one})
+                total += one
+            total /= len(sources)
+
+    return mean

@@ -1,0 +1,176 @@
+"""Weights wherever they lie, as a model and its tokenizer: a run, an exported or a stock directory.
+
+A checkpoint names its weights `model.<parameter>` and their moving average `ema.<parameter>`;
+Hugging Face directories name them `<parameter>`. `open_source` hides the difference: whoever reads
+weights (commands, `model.pretrained`, export) sees parameter names and copies what it wants, tensor
+by tensor.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmnorm.checkpoints.checkpoints import Checkpoints, read_meta
+from llmnorm.checkpoints.format import copy_into, read_manifest
+from llmnorm.config.file import load
+from llmnorm.config.pretrained import Pretrained, describe
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.convert import Stored, check_weights, named_weights, open_weights
+from llmnorm.models.modeling import LlmNormForCausalLM, empty_model
+from llmnorm.part import InputError
+from llmnorm.runs.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Source(NamedTuple):
+    """Weights that can be read.
+
+    Attributes:
+        config: the model's configuration.
+        tensors: dtype and shape of the model's tensors, by parameter name, in the model's order.
+        read_into: copies tensors, by parameter name, into those that it is given.
+        tokenizer: a tokenizer directory, None where there is none.
+        run: the run that the weights belong to; None for exported and stock directories.
+        meta: what the checkpoint holds beside tensors; empty for directories.
+    """
+
+    config: LlmNormConfig
+    tensors: dict[str, Stored]
+    read_into: Callable[[Mapping[str, Tensor]], None]
+    tokenizer: Path | None
+    run: RunDirectory | None
+    meta: dict[str, Any]
+
+
+def load_model(
+    path: Path, *, checkpoint: str = "latest", ema: bool = False
+) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
+    """A model in evaluation mode, on the GPU if there is one, and its tokenizer.
+
+    Args:
+        path: a run directory, one of its checkpoints, an exported or a stock directory (which is
+            loaded as our class).
+        checkpoint: of a run: `latest`, `best` or a step.
+        ema: of a run: the moving average of the weights.
+
+    Returns:
+        The model in the dtype of its files (float32 for a run), and the tokenizer.
+
+    Raises:
+        InputError: there are no such weights, they do not fit their configuration, or there is no
+            tokenizer.
+    """
+    return model_of(open_source(path, checkpoint=checkpoint, ema=ema), path)
+
+
+def model_of(source: Source, path: Path) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
+    """What `load_model` returns, of weights at `path` that are open already."""
+    tokenizer = tokenizer_of(source, path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if source.run is not None and load(source.run.path).config.training.device == "cpu":
+        device = "cpu"
+    model = empty_of(source, device)
+    source.read_into(named_weights(model))
+    return model.eval(), tokenizer
+
+
+def empty_of(source: Source, device: torch.device | str) -> LlmNormForCausalLM:
+    """The model of some weights, whose tensors hold nothing yet."""
+    dtype = torch.float32 if source.run else _widest(source.tensors)
+    return empty_model(source.config, device=device, dtype=dtype)
+
+
+def open_source(
+    path: Path,
+    *,
+    checkpoint: str = "latest",
+    ema: bool = False,
+    key: str | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Source:
+    """Find the weights at `path` and check that they are whole and fit their configuration.
+
+    Args:
+        path: a run directory, one of its checkpoints, an exported or a stock directory.
+        checkpoint: of a run: `latest`, `best` or a step.
+        ema: of a run: the moving average in the place of the weights.
+        key: the setting that named the path, for messages; the path itself if None.
+        rank, world: this process and how many make this call together.
+
+    Raises:
+        InputError: there are no such weights, or they do not fit their configuration.
+    """
+    found = describe(path, key or str(path))
+    if found.run is not None:
+        return _of_run(found, found.run, checkpoint, ema, rank, world)
+    if checkpoint != "latest" or ema:
+        option = "--ema" if ema else "--checkpoint"
+        raise InputError(f"{option}: {path} is no run; it holds one set of weights")
+    config = LlmNormConfig.from_dict(found.config)
+    weights = open_weights(path, config)
+    tensors = {name: weights.tensors[name] for name in check_weights(config, weights.tensors, path)}
+    return Source(config, tensors, weights.read_into, found.tokenizer, None, {})
+
+
+def _of_run(
+    found: Pretrained, run_path: Path, checkpoint: str, ema: bool, rank: int, world: int
+) -> Source:
+    if found.checkpoint != "latest" and checkpoint != "latest":
+        raise InputError(f"--checkpoint: {found.path} is a checkpoint already; name its run")
+    run = RunDirectory(run_path)
+    if run.config.is_file():
+        load(run.path)  # imports the parts that live outside the package
+    which = found.checkpoint if checkpoint == "latest" else checkpoint
+    path = Checkpoints(run.checkpoints, rank=rank, world=world).find(which)
+    manifest, meta = read_manifest(path), read_meta(path)
+    if "model" not in meta:
+        raise InputError(f"{path}: does not hold the model's configuration")
+    config = LlmNormConfig.from_dict(meta["model"])
+    prefixes = ("model.", "ema.") if ema else ("model.",)  # buffers have no average
+    names = {
+        name.removeprefix(prefix): name
+        for prefix in prefixes
+        for name in manifest["tensors"]
+        if name.startswith(prefix)
+    }
+    if ema and not any(name.startswith("ema.") for name in names.values()):
+        raise InputError(
+            f"--ema: {path} holds no moving average; it is kept where training.ema is given"
+        )
+    stored = {
+        name: Stored(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
+        for name, entry in ((name, manifest["tensors"][full]) for name, full in names.items())
+    }
+    tensors = {name: stored[name] for name in check_weights(config, stored, path)}
+
+    def read_into(into: Mapping[str, Tensor]) -> None:
+        copy_into(path, manifest, {names[name]: tensor for name, tensor in into.items()})
+
+    return Source(config, tensors, read_into, found.tokenizer, run, meta)
+
+
+def tokenizer_of(source: Source, path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer that belongs to the weights at `path`."""
+    from transformers import AutoTokenizer
+
+    if source.tokenizer is None:
+        raise InputError(f"{path}: has no tokenizer (no tokenizer.json)")
+    try:
+        return AutoTokenizer.from_pretrained(source.tokenizer)
+    except Exception as error:  # of any kind: json's, tokenizers', transformers' own
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{source.tokenizer}: no tokenizer can be read ({reason})") from error
+
+
+def _widest(tensors: Mapping[str, Stored]) -> torch.dtype:
+    dtypes = [stored.dtype for stored in tensors.values() if stored.dtype.is_floating_point]
+    widest = dtypes[0]
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return widest

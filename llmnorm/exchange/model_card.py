@@ -1,0 +1,146 @@
+"""The README.md of an exported model: what it was trained on, how, how well, how it is loaded."""
+
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from llmnorm.exchange.loading import Source
+from llmnorm.objectives.figures import names
+
+
+class _Kind(NamedTuple):
+    text: str
+    pipeline: str
+    loader: str
+
+
+_KINDS = {  # by the ending of the class's name
+    "ForCausalLM": _Kind("causal language model", "text-generation", "AutoModelForCausalLM"),
+    "ForMaskedLM": _Kind("masked language model", "fill-mask", "AutoModelForMaskedLM"),
+    "ForSequenceClassification": _Kind(
+        "text classifier", "text-classification", "AutoModelForSequenceClassification"
+    ),
+}
+_PACKAGES = ("llmnorm", "torch", "transformers", "tokenizers", "safetensors")
+
+
+def model_card(
+    name: str, source: Source, architecture: str, *, steps: Sequence[int], ema: bool
+) -> str:
+    """The card's Markdown.
+
+    Args:
+        name: the heading.
+        source: the (newest) weights that were exported.
+        architecture: the class that config.json names.
+        steps: the checkpoints that were averaged, or the one; empty for a directory.
+        ema: whether the weights are their moving average.
+    """
+    total = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
+    own = architecture.startswith("LlmNorm")
+    kind = next(kind for ending, kind in _KINDS.items() if architecture.endswith(ending))
+    blocks = [
+        f"---\nlibrary_name: transformers\npipeline_tag: {kind.pipeline}\ntags: [llmnorm]\n---",
+        f"# {name}",
+        f"A {kind.text} of {total:,} parameters, an export of llmnorm: `{architecture}`.",
+        _how_to_load(own, kind.loader),
+        *(_of_the_run(source, steps, ema) if source.meta else [_no_run()]),
+        "## Model\n\n" + _code("yaml", _yaml(_settings(source))),
+    ]
+    if source.meta:
+        tree = {key: value for key, value in source.meta["config"].items() if key != "model"}
+        blocks.append("## Configuration of the run\n\n" + _code("yaml", _yaml(tree)))
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in _PACKAGES)
+    blocks.append(f"## Versions\n\nExported with {versions}.")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _how_to_load(own: bool, loader: str) -> str:
+    needs = "It needs the package llmnorm.\n\n" if own else ""
+    argument = ", trust_remote_code=True" if own else ""
+    return (
+        "## Loading\n\n"
+        + needs
+        + _code(
+            "python",
+            f"from transformers import {loader}, AutoTokenizer\n\n"
+            f"model = {loader}.from_pretrained(DIRECTORY{argument})\n"
+            "tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)",
+        )
+    )
+
+
+def _of_the_run(source: Source, steps: Sequence[int], ema: bool) -> list[str]:
+    meta = source.meta
+    of = (
+        f"step {steps[0]}" if len(steps) == 1 else f"the mean of steps {', '.join(map(str, steps))}"
+    )
+    weights = f"Weights of {of}{' (their moving average)' if ema else ''}."
+    facts = (
+        f"Trained for {meta['step']:,} steps on {meta['tokens']:,} tokens in "
+        f"{meta['seconds'] / 60:,.1f} minutes, by llmnorm {meta['llmnorm']}."
+    )
+    return [
+        f"## Training\n\n{weights} {facts}",
+        "## Data\n\n" + _table(meta["sources"], ("name", "documents", "bytes", "tokens", "weight")),
+        "## Validation\n\n" + _losses(source, len(steps) > 1, ema),
+    ]
+
+
+def _losses(source: Source, averaged: bool, ema: bool) -> str:
+    """The validation figures at the checkpoint's step, source by source."""
+    assert source.run is not None
+    found: dict[str, Any] | None = None
+    if source.run.metrics.is_file():
+        for line in source.run.metrics.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry["step"] == source.meta["step"] and "validation" in entry:
+                found = entry["validation"]
+    if found is None:
+        return "Not evaluated at this step."
+    figures = found.get("ema", found) if ema else found
+    keys = names(figures)
+    rows = [{"source": name, **one} for name, one in figures["sources"].items()]
+    rows.append({"source": "all", **{key: figures[key] for key in keys}})
+    what = f"At step {source.meta['step']}"
+    if averaged:
+        what += ", whose weights are the newest in the mean; the mean itself was not evaluated"
+    return f"{what}. Loss in nats a token.\n\n" + _table(rows, ("source", *keys))
+
+
+def _no_run() -> str:
+    return "## Training\n\nExported from a model directory, which does not say how it was trained."
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    return source.config.settings().model_dump(mode="json", exclude_none=True)
+
+
+def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4f}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    lines = [list(columns), ["---"] * len(columns)]
+    lines += [[cell(row[column]) for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    return yaml.safe_dump(_given(tree), sort_keys=False, width=100, allow_unicode=True).rstrip()
+
+
+def _given(tree: Any) -> Any:
+    """The tree without keys that have no value."""
+    if isinstance(tree, dict):
+        return {k: _given(v) for k, v in tree.items() if v not in (None, {}, [])}
+    return [_given(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"

@@ -1,0 +1,52 @@
+"""Tokens that a model puts after a prompt, through Hugging Face's `generate`.
+
+What would surprise: the noise is a function of `settings.seed` alone, and torch's generators are
+afterwards as they were, so that a run may be looked at while it trains.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmnorm.config.tree import GenerationSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def continuation(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    together: bool = False,
+) -> list[int]:
+    """The tokens that follow `prompt`, at most `settings.max_new_tokens`, an end token included.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: names the end and the padding token.
+        prompt: token ids, at least one.
+        settings: sampling; temperature 0 is greedy.
+        together: the model is spread over processes, which all make this call: none stops before
+            the last has its end token.
+    """
+    greedy = settings.temperature == 0
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(settings.seed)
+        out = model.generate(
+            torch.tensor([list(prompt)], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=not greedy,
+            temperature=None if greedy else settings.temperature,
+            top_k=0 if settings.top_k is None or greedy else settings.top_k,
+            top_p=None if greedy else settings.top_p,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=together,
+        )
+    return out[0, len(prompt) :].tolist()

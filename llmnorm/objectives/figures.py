@@ -1,0 +1,40 @@
+"""An objective's figures as people read them: a sentence, a table.
+
+    sentence(figures)    -> "loss 3.1416, perplexity 23.14, ..."
+    table(figures)       -> a line a source
+
+Figures are `{name: number, ..., "sources": {source: {name: number, ...}}}`, and under "ema" the
+same of the averaged weights; which names there are is the objective's business.
+"""
+
+from typing import Any
+
+
+def names(figures: dict[str, Any]) -> list[str]:
+    """The figures' names, the loss first."""
+    return [name for name in figures if name not in ("sources", "ema")]
+
+
+def sentence(figures: dict[str, Any]) -> str:
+    """The totals in a sentence."""
+    return ", ".join(f"{_spoken(name)} {_shown(name, figures[name])}" for name in names(figures))
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The totals and those of every source, a line each."""
+    rows = {"all": figures, **figures["sources"]}
+    width = max(len(name) for name in [*rows, "validation"])
+    widths = {name: max(10, len(name) + 2) for name in names(figures)}
+    lines = [f"{'validation':{width}}" + "".join(f"{_spoken(n):>{w}}" for n, w in widths.items())]
+    for row, found in rows.items():
+        cells = "".join(f"{_shown(n, found[n]):>{w}}" for n, w in widths.items())
+        lines.append(f"{row:{width}}{cells}")
+    return "\n".join(lines)
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"

@@ -1,0 +1,95 @@
+"""Masked tokens: the mean loss over them, and how many are guessed right.
+
+Rows are those of the next-token objective without their last token: packed documents, which never
+see each other. Masks are drawn in data/masking.py, by (seed, row) in training and by (source, row)
+in evaluation: there they are the same at every step and in every run, so that runs can be compared.
+Totals weigh the sources by their training bytes, as everywhere.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmnorm.config.tree import RunConfig
+from llmnorm.data.loader import IGNORED, Batch, evaluation_batches
+from llmnorm.data.masking import Masking
+from llmnorm.data.tokenizer import TextEncoder
+from llmnorm.objectives.contract import MicroBatch
+from llmnorm.objectives.packed_text import PackedText
+from llmnorm.objectives.settings import MaskedLMSettings
+from llmnorm.parallel.processes import Parallel
+from llmnorm.part import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRAINING, EVALUATION = 1 << 62, 1 << 63  # what the keys of the masks begin with
+
+
+class MaskedLM(PackedText):
+    """Rows of packed text, some of whose tokens are to be guessed.
+
+    Raises:
+        InputError: the tokenizer has no mask token.
+    """
+
+    def __init__(
+        self, config: RunConfig, settings: MaskedLMSettings, *, alone: bool, command: str
+    ) -> None:
+        super().__init__(config, alone=alone, command=command)
+        self._settings = settings
+        self.head_share = settings.mask_share
+        encoder = TextEncoder(self.packed.tokenizer_directory)
+        if encoder.mask is None:
+            raise InputError(
+                f"tokenizer.path: {config.tokenizer.path} names no mask_token, which objective "
+                "'masked_lm' needs"
+            )
+        self._masking = Masking(
+            encoder.vocab_size,
+            encoder.mask,
+            encoder.ordinary,
+            random=settings.random,
+            kept=settings.kept,
+        )
+
+    def ask(self, batch: Batch) -> MicroBatch:
+        """The rows with their masks of training."""
+        return self._masked(batch, self._settings.mask_share, TRAINING + self.config.seed)
+
+    def evaluate(
+        self, model: "PreTrainedModel", *, micro_batch: int, parallel: Parallel
+    ) -> dict[str, Any]:
+        """Loss in nats a masked token, and the share of them whose likeliest token is right."""
+        sources: dict[str, dict[str, float]] = {}
+        for index, source in enumerate(self.packed.sources):
+            total = torch.zeros(3, dtype=torch.float64)
+            place = parallel.rank, parallel.world, micro_batch
+            for batch in evaluation_batches(self.packed, index, *place):
+                share = self._settings.evaluation_mask_share
+                asked = self._masked(batch, share, EVALUATION + index)
+                if asked.labels == 0 and not parallel.spread:  # shards come from all processes
+                    continue
+                with parallel.autocast():
+                    inputs = {k: v.to(parallel.device) for k, v in asked.inputs.items()}
+                    found = model(**inputs, num_items_in_batch=1.0)
+                right = int((found.logits.argmax(-1) == inputs["labels"]).sum())
+                total += torch.tensor([float(found.loss), right, asked.labels]).double()
+            loss, right, count = parallel.reduce(total).tolist()
+            if not count:
+                raise InputError(
+                    f"objective.evaluation_mask_share: no token of {source.name}'s validation "
+                    "text is masked; raise it, or data.validation_bytes"
+                )
+            sources[source.name] = {"loss": loss / count, "accuracy": right / count}
+        means = {
+            key: self.packed.mean({name: one[key] for name, one in sources.items()})
+            for key in ("loss", "accuracy")
+        }
+        return {**means, "sources": sources}
+
+    def _masked(self, batch: Batch, share: float, key: int) -> MicroBatch:
+        seen, labels = self._masking(batch["input_ids"], batch["rows"], share=share, key=key)
+        inputs = {"input_ids": seen, "position_ids": batch["position_ids"], "labels": labels}
+        counted = int((labels != IGNORED).sum())
+        return MicroBatch(inputs, counted, seen.numel(), batch["rows"])

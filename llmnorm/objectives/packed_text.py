@@ -1,0 +1,41 @@
+"""Packed text: the rows that every objective on plain text is trained on."""
+
+from collections.abc import Iterator
+
+from llmnorm.config.tree import RunConfig
+from llmnorm.data import packing
+from llmnorm.data.loader import Batch, Loader
+from llmnorm.objectives.contract import MicroBatch, Objective
+
+
+class PackedText(Objective):
+    """Rows of packed text; a subclass says what is asked about them.
+
+    Attributes:
+        config: the run's.
+        packed: the prepared data.
+    """
+
+    def __init__(self, config: RunConfig, *, alone: bool, command: str) -> None:
+        self.config = config
+        self.data = self.packed = packing.ready(
+            config.data, config.tokenizer, alone=alone, command=command
+        )
+
+    def ask(self, batch: Batch) -> MicroBatch:
+        """What the model is given of a batch of training rows, and what is counted."""
+        raise NotImplementedError
+
+    def batches(
+        self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int
+    ) -> Iterator[list[MicroBatch]]:
+        """This process's part of the steps from `first_row` on, without end."""
+        loader = Loader(
+            self.packed,
+            seed=self.config.data_seed,
+            global_batch=global_batch,
+            rank=rank,
+            world=world,
+            micro_batch=micro_batch,
+        )
+        return ([self.ask(batch) for batch in step] for step in loader.batches(first_row))

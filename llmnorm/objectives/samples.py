@@ -1,0 +1,101 @@
+"""A few generated texts at every evaluation, to be read beside the figures.
+
+    samples = Samples(config, packed)
+    samples.generate(model, parallel)      -> [{"prompt": ..., "continuation": ...}, ...]
+
+Prompts and noise are the same every time, so what changes is the model. Without
+`evaluation.prompts` the first tokens of validation rows are continued, the sources taking turns.
+
+What would surprise: every process generates (the same text), since a model that is laid out over
+processes needs all of them; neither generators nor the model's mode are changed, so the run's
+numbers are those of a run without samples.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from llmnorm.config.tree import RunConfig
+from llmnorm.data.packed import PackedData
+from llmnorm.generation.continuation import continuation
+from llmnorm.parallel.processes import Parallel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPT_TOKENS = 16  # of a validation row
+
+
+class Samples:
+    """The prompts of a run, and what continues them.
+
+    Attributes:
+        prompts: token ids of every prompt.
+    """
+
+    def __init__(self, config: RunConfig, packed: PackedData) -> None:
+        self.prompts: list[list[int]] = []
+        evaluation = config.evaluation
+        if not (evaluation.prompts or evaluation.samples):
+            return
+        from transformers import AutoTokenizer
+
+        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            packed.tokenizer_directory
+        )
+        self._settings = config.generation.model_copy(
+            update={"max_new_tokens": evaluation.sample_tokens}
+        )
+        if evaluation.prompts:
+            encoded = (
+                self._tokenizer.encode(p, add_special_tokens=False) for p in evaluation.prompts
+            )
+            self.prompts = [[packed.bos, *ids] for ids in encoded]
+        else:
+            self.prompts = _validation_prompts(packed, evaluation.samples)
+
+    def generate(self, model: "PreTrainedModel", parallel: Parallel) -> list[dict[str, str]]:
+        """`{"prompt", "continuation"}` of every prompt."""
+        if not self.prompts:
+            return []
+        was_training = model.training
+        model.eval()
+        # Shapes change with every token: compiled blocks would be compiled again and again.
+        with parallel.autocast(), torch.compiler.set_stance("force_eager"):
+            texts = [
+                {
+                    "prompt": self._text(prompt),
+                    "continuation": self._text(
+                        continuation(
+                            model,
+                            self._tokenizer,
+                            prompt,
+                            self._settings,
+                            together=parallel.spread,
+                        )
+                    ),
+                }
+                for prompt in self.prompts
+            ]
+        model.train(was_training)
+        return texts
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _validation_prompts(packed: PackedData, count: int) -> list[list[int]]:
+    """The first tokens of `count` validation rows, fewer where the sources have not as many."""
+    prompts: list[list[int]] = []
+    for row in range(max(source.validation_rows for source in packed.sources)):
+        for source in packed.sources:
+            start = row * packed.context_length
+            length = min(PROMPT_TOKENS, packed.context_length, source.validation.tokens - start)
+            if length > 0 and len(prompts) < count:
+                ids = np.empty(length, np.int64)
+                source.validation.read(start, ids)
+                prompts.append(ids.tolist())
+        if len(prompts) == count:
+            break
+    return prompts

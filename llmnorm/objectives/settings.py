@@ -1,0 +1,180 @@
+"""Settings of the objectives: the registry of `objective`, what a run learns from its rows.
+
+An objective says which model class it trains (`architecture`), what it refuses, and builds the
+thing itself (a file of this room), which the loop, the evaluation and `llmnorm eval` ask for rows
+and figures. Nothing else knows which objective a run has.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from llmnorm.nn.settings import ModelSettings
+from llmnorm.part import Part, Settings, part_name
+
+if TYPE_CHECKING:
+    from llmnorm.config.tree import RunConfig
+    from llmnorm.objectives.causal_lm import CausalLM
+    from llmnorm.objectives.classification import Classification
+    from llmnorm.objectives.contract import Objective as Learned
+    from llmnorm.objectives.masked_lm import MaskedLM
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ObjectiveSettings(Settings):
+    """What every objective's settings say about it before torch is loaded."""
+
+    architecture: ClassVar[str]
+    """The model class that it trains."""
+    keeps_head: ClassVar[bool] = True
+    """Whether it goes on with the head of a pretrained model of that class."""
+    packs: ClassVar[bool] = True
+    """Whether its rows are packed text, which `llmnorm data` prepares."""
+
+    def refusal(self, config: "RunConfig") -> str | None:
+        """Why this run cannot have it; None if it can."""
+        return None
+
+    def uses(self, run: str) -> str:
+        """What one does with the trained run at this path, a line."""
+        raise NotImplementedError
+
+    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Learned":
+        """The objective on the run's data.
+
+        Args:
+            config: the run's settings.
+            alone: whether this is the only process, which then prepares what is missing.
+            command: what prepares the data, for the message.
+        """
+        raise NotImplementedError
+
+
+class CausalLMSettings(ObjectiveSettings):
+    """The next token, from those before it."""
+
+    name: Literal["causal_lm"] = "causal_lm"
+    architecture = "LlmNormForCausalLM"
+
+    def refusal(self, config: "RunConfig") -> str | None:
+        """Mixers that look at the answer."""
+        if config.model.causal:
+            return None
+        return (
+            f"mixer '{_first_mixer(config.model)}' looks at later tokens and cannot serve a causal "
+            "language model; `objective: masked_lm` can have it"
+        )
+
+    def uses(self, run: str) -> str:
+        """What one does with the trained run at this path, a line."""
+        return f"generate text: llmnorm generate {run} --prompt 'Once upon a time'"
+
+    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "CausalLM":
+        """The objective on the run's data."""
+        from llmnorm.objectives.causal_lm import CausalLM
+
+        return CausalLM(config, alone=alone, command=command)
+
+
+class MaskedLMSettings(ObjectiveSettings):
+    """Masked tokens, from those on both sides (Devlin et al. 2019, BERT, arXiv 1810.04805); for
+    encoders."""
+
+    name: Literal["masked_lm"] = "masked_lm"
+    architecture = "LlmNormForMaskedLM"
+    mask_share: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of the tokens that is masked in training."""
+    evaluation_mask_share: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """The same in evaluation, where the masks are the same every time and in every run."""
+    random: Share = 0.1
+    """Share of the masked tokens that become a random one instead of the mask."""
+    kept: Share = 0.1
+    """Share of the masked tokens that stay as they are."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> "MaskedLMSettings":
+        if self.random + self.kept > 1:
+            raise ValueError(f"random {self.random} and kept {self.kept} are more than 1 together")
+        return self
+
+    def refusal(self, config: "RunConfig") -> str | None:
+        """Mixers that see one side only, a tokenizer without a mask, prompts."""
+        if config.model.causal:
+            return (
+                f"mixer '{_first_mixer(config.model)}' sees no later tokens and would fill a gap "
+                "from one side; masked_lm wants model.mixer.bidirectional=true, or hydra"
+            )
+        if config.tokenizer.path is None and not config.tokenizer.mask:
+            return "objective 'masked_lm' needs a mask token; add tokenizer.mask=true"
+        if config.evaluation.prompts:
+            return "evaluation.prompts are continued, which 'masked_lm' cannot; leave them out"
+        return None
+
+    def uses(self, run: str) -> str:
+        """What one does with the trained run at this path, a line."""
+        return f"fine-tune it:  objective.name=classification model.pretrained={run}"
+
+    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "MaskedLM":
+        """The objective on the run's data."""
+        from llmnorm.objectives.masked_lm import MaskedLM
+
+        return MaskedLM(config, self, alone=alone, command=command)
+
+
+class ClassificationSettings(ObjectiveSettings):
+    """The class of a text or of a pair of texts, or a number for it: fine-tuning on labelled files
+    (Devlin et al. 2019, BERT, arXiv 1810.04805, section 4.1)."""
+
+    name: Literal["classification"] = "classification"
+    architecture = "LlmNormForSequenceClassification"
+    keeps_head = False
+    packs = False
+    train: Path
+    """The examples to train on: .jsonl, .json, .csv or .tsv with a line of names."""
+    validation: Path
+    """The examples to evaluate on."""
+    text_field: str = "sentence"
+    """The field of an example that holds the text."""
+    pair_field: str | None = None
+    """The field of the second text, where examples are pairs."""
+    label_field: str = "label"
+    """The field of the label."""
+    labels: list[str] | None = None
+    """The classes in their order; left out, those of `train`, sorted."""
+    regression: bool = False
+    """Labels are numbers to be met, by the squared error, and no classes."""
+
+    def refusal(self, config: "RunConfig") -> str | None:
+        """What belongs to packed text, labels that are none."""
+        if self.regression and self.labels is not None:
+            return "objective.labels are of classes; a regression has none"
+        if self.labels is not None and len(set(self.labels)) != max(2, len(self.labels)):
+            return "objective.labels must be at least two, each given once"
+        for name, field in type(config.data).model_fields.items():
+            given = getattr(config.data, name) != field.default
+            if given and name not in ("context_length", "seed"):
+                return f"data.{name}: a classification reads objective.train; leave it out"
+        if config.evaluation.prompts:
+            return "evaluation.prompts are continued, which 'classification' cannot; leave them out"
+        return None
+
+    def uses(self, run: str) -> str:
+        """What one does with the trained run at this path, a line."""
+        return f"use elsewhere: llmnorm export {run} DIR"
+
+    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Classification":
+        """The objective on its files."""
+        from llmnorm.objectives.classification import Classification
+
+        return Classification(config, self)
+
+
+Objective = Annotated[
+    CausalLMSettings | MaskedLMSettings | ClassificationSettings, Part(default="causal_lm")
+]
+
+
+def _first_mixer(model: ModelSettings) -> str:
+    return part_name(type(model.mixers()[0]))

@@ -1,0 +1,202 @@
+"""What the launcher asked for: the layout that file and key agree on, and accelerate's handle.
+
+`accelerate launch --config_file FILE` exports what FILE says as environment variables; torchrun
+exports the processes alone. `parallel.sharding: auto` does what was exported.
+
+What would surprise: accelerate takes FSDP variables for an order to shard by itself, DeepSpeed's
+for one to hand over, which on CPUs ends in plain data parallelism or in processes that each take
+themselves for the only one, without a word; so they are taken away before it sees them; and
+anything in a launch file that this program would not do (offloading, a precision, ...) is refused
+instead of being passed over.
+"""
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+from llmnorm.config.tree import ParallelSettings, TrainingSettings
+from llmnorm.machine.doctor import missing_extra
+from llmnorm.part import InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# What an FSDP section may say besides the defaults, since anything else would be ignored.
+_FSDP_MUST = {
+    "FSDP_VERSION": ("fsdp_version", "2", "only FSDP2 is offered"),
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "false", "offloading is not offered"),
+    "FSDP_RESHARD_AFTER_FORWARD": (
+        "fsdp_reshard_after_forward",
+        "true",
+        "blocks are always resharded",
+    ),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "fsdp_activation_checkpointing",
+        "false",
+        "the key is parallel.activation_checkpointing",
+    ),
+}
+# The same of a DeepSpeed section, of which nothing but the stage is taken.
+_DEEPSPEED_MUST = {
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": (
+        "deepspeed_config_file",
+        "none",
+        "the stage alone is taken from it",
+    ),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
+        "offload_optimizer_device",
+        "none",
+        "offloading is not offered (zero3 or fsdp2 spread most)",
+    ),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (
+        "offload_param_device",
+        "none",
+        "offloading is not offered (zero3 or fsdp2 spread most)",
+    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "gradient_accumulation_steps",
+        "1",
+        "the key is training.micro_batch",
+    ),
+    "ACCELERATE_GRADIENT_CLIPPING": (
+        "gradient_clipping",
+        "0.0",
+        "the key is training.max_grad_norm",
+    ),
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": (
+        "zero3_init_flag",
+        "false",
+        "zero3 cuts the weights block by block as they are made",
+    ),
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": (
+        "zero3_save_16bit_model",
+        "false",
+        "`llmnorm export` reads the checkpoints",
+    ),
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": (
+        "deepspeed_moe_layer_cls_names",
+        "none",
+        "there are no experts",
+    ),
+}
+
+
+def agreed_sharding(parallel: ParallelSettings, training: TrainingSettings) -> str:
+    """The sharding that the run has: `none`, `ddp`, `fsdp2`, `hsdp` or `zero1` to `zero3`.
+
+    Raises:
+        InputError: launch file, environment and configuration ask for different things.
+    """
+    file, processes = _of_file(), int(os.environ.get("WORLD_SIZE", "1"))
+    key: str = parallel.sharding
+    _refuse_precision(training)
+    if key == "auto":
+        key = file or ("ddp" if processes > 1 else "none")
+    kind = "fsdp2" if key == "hsdp" else key
+    if file is not None and kind != file and not (file == "ddp" and key == "none"):
+        raise InputError(
+            f"parallel.sharding: is '{parallel.sharding}', but the launch file asks for {file}; "
+            f"leave the key out, or launch with {launch_file(kind)}"
+        )
+    if key == "none" and processes > 1:
+        raise InputError(
+            f"parallel.sharding: 'none' is one process, but {processes} were launched; "
+            "did you mean 'ddp'?"
+        )
+    if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise missing_extra("deepspeed")
+    if key == "ddp" and processes == 1:
+        key = "none"  # one replica
+    if parallel.replicas == 1:
+        return key
+    if kind != "fsdp2":
+        raise InputError(
+            f"parallel.replicas: {parallel.replicas} has no meaning for sharding '{key}'; "
+            f"launch with {launch_file('fsdp2')}"
+        )
+    if processes % parallel.replicas:
+        divisors = [d for d in range(1, processes + 1) if processes % d == 0]
+        close = min(divisors, key=lambda d: abs(d - parallel.replicas))
+        raise InputError(
+            f"parallel.replicas: {parallel.replicas} does not divide the {processes} processes; "
+            f"the nearest that does is {close}"
+        )
+    return "hsdp"
+
+
+def launch_file(sharding: str) -> str:
+    """The launch file that asks for a sharding, for messages."""
+    return f"launch/accelerate/{ {'none': 'ddp', 'hsdp': 'fsdp2'}.get(sharding, sharding) }.yaml"
+
+
+def accelerator(cuda: bool) -> "Accelerator":
+    """accelerate's handle on the process group, which it makes, and on this process's device."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # With these accelerate would shard, or warn of a mixed precision, which is our business.
+    ours = (
+        "FSDP_",
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_MIXED_PRECISION",
+    )
+    for name in [*os.environ]:
+        if name.startswith(ours):
+            del os.environ[name]
+    if not cuda:
+        return Accelerator(cpu=True)
+    if "LOCAL_RANK" not in os.environ:  # no launcher: accelerate would take a backend for a group
+        return Accelerator()
+    # Checkpoints are written over gloo beside the GPUs' own backend.
+    group = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")
+    return Accelerator(kwargs_handlers=[group])
+
+
+def _of_file() -> str | None:
+    """What the launch file asks for; None where the processes were started without accelerate."""
+    if _is_set("ACCELERATE_USE_FSDP"):
+        _refuse_others(_FSDP_MUST)
+        return "fsdp2"
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        _refuse_others(_DEEPSPEED_MUST)
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "none")
+        if stage not in ("1", "2", "3"):
+            raise InputError(
+                f"the launch file says zero_stage: {stage}; valid: 1, 2, 3 (without sharding: "
+                f"launch with {launch_file('ddp')})"
+            )
+        return f"zero{stage}"
+    for variable, what in (
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
+    ):
+        if _is_set(variable):
+            raise InputError(
+                f"the launch file asks for {what}, which parallel.sharding does not offer; "
+                "valid: ddp, fsdp2, zero1, zero2, zero3 (launch/accelerate/)"
+            )
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate always exports it
+    return "ddp" if launched and "WORLD_SIZE" in os.environ else None
+
+
+def _refuse_others(must: dict[str, tuple[str, str, str]]) -> None:
+    for variable, (key, value, why) in must.items():
+        if os.environ.get(variable, value).lower() not in (value, "none"):
+            raise InputError(
+                f"the launch file says {key}: {os.environ[variable]}, but {why}; "
+                f"write {key}: {value}"
+            )
+
+
+def _refuse_precision(training: TrainingSettings) -> None:
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked != "no":
+        raise InputError(
+            f"the launch file asks for mixed precision '{asked}', training.precision is "
+            f"'{training.precision}' and alone decides; write mixed_precision: 'no' there"
+        )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")

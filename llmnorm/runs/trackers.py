@@ -1,0 +1,193 @@
+"""A run's figures in the trackers that accelerate knows, beside metrics.jsonl.
+
+metrics.jsonl is the record; a tracker shows it. What a tracker is told of a line is `values(line)`:
+`train/loss`, `health/<layer>/entropy`, `validation/bits_per_byte`, `validation/<source>/loss`,
+`samples`, ..., at the line's step. `RUN/tracker.json` holds, by tracker, the id by which a resumed
+run finds its chart again.
+
+A killed run goes on from its newest checkpoint, which lies behind what its trackers have seen, and
+of what was sent last a tracker may have lost some. So a tracker is first brought up to the run:
+
+    tensorboard   its files in RUN/tensorboard are flushed at every line; what lies past the
+                  checkpoint is taken back by the reader (purge_step)
+    wandb         steps that the server has are not sent again, steps that it has lost are; offline,
+                  where nobody can be asked, the new directory gets the run from its beginning
+    trackio       as wandb with its server
+    others        start another chart, from the run's beginning
+
+A tracker that fails, at its start or later, is reported in one line and left alone from then on.
+"""
+
+import importlib.util
+import json
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from llmnorm.config.tree import LoggingSettings, RunConfig, to_tree, to_yaml
+from llmnorm.machine.doctor import EXTRAS, missing_extra
+from llmnorm.machine.files import write_whole
+from llmnorm.part import InputError
+from llmnorm.runs.directory import RunDirectory
+
+# Of a line of metrics.jsonl: not figures of the run.
+LEFT_OUT = ("step", "skipped_in_a_row")
+
+
+def check(settings: LoggingSettings) -> None:
+    """Refuse a tracker whose package is not installed.
+
+    Raises:
+        InputError: names the line that installs it.
+    """
+    for name in settings.trackers:
+        if importlib.util.find_spec(name) is not None:
+            continue
+        if name in EXTRAS["track"]:
+            raise missing_extra(name)
+        raise InputError(
+            f"logging.trackers: {name} is not installed; run: .venv/bin/pip install {name}"
+        )
+
+
+def values(line: Mapping[str, Any]) -> dict[str, float | str]:
+    """What a tracker is told of a line of metrics.jsonl or samples.jsonl."""
+    if "samples" in line:
+        return {
+            f"samples/{number}": f"{sample['prompt']} → {sample['continuation']}"
+            for number, sample in enumerate(line["samples"])
+        }
+    if "validation" in line:
+        return dict(_leaves("validation", line["validation"]))
+    trained = {key: value for key, value in line.items() if key not in (*LEFT_OUT, "health")}
+    return dict(_leaves("train", trained)) | dict(_leaves("health", line.get("health", {})))
+
+
+class Trackers:
+    """Context manager of the trackers of a run; on other than the main process it does nothing.
+
+    Args:
+        start: the step that the run begins or resumes at; the run's files end there.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        *,
+        start: int,
+        enabled: bool,
+    ) -> None:
+        # tracker's name -> (accelerate's object, the last step that it has)
+        self._open: dict[str, tuple[Any, int]] = {}
+        for name in dict.fromkeys(config.logging.trackers) if enabled else ():
+            try:
+                self._begin(name, config, run, start)
+            except Exception as error:  # a tracker's own, of whatever kind
+                self._failed(name, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Send what is left."""
+        for name, opened in list(self._open.items()):
+            try:
+                opened[0].finish()
+            except Exception as error:
+                self._failed(name, error)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Show a line of metrics.jsonl or samples.jsonl."""
+        for name, (tracker, last) in list(self._open.items()):
+            if line["step"] <= last:
+                continue
+            try:
+                tracker.log(values(line), step=line["step"])
+            except Exception as error:
+                self._failed(name, error)
+
+    def _begin(self, name: str, config: RunConfig, run: RunDirectory, start: int) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        title = config.logging.name or run.path.resolve().name
+        known = _read(run.tracker)
+        key = known.get(name) or secrets.token_hex(4)
+        if name == "trackio" and name not in known:  # resumes by name, which other runs may have
+            key = f"{title}-{key}"
+        # Kept before the tracker starts: a run killed in between finds its chart again too.
+        write_whole(run.tracker, json.dumps(known | {name: key}, indent=1) + "\n")
+        project = config.logging.project
+        match name:
+            case "tensorboard":
+                tracker = kind("tensorboard", run.path, purge_step=start + 1)
+            case "wandb":
+                tracker = kind(project, id=key, name=title, dir=str(run.path), resume="allow")
+            case "trackio":
+                tracker = kind(project, name=key, resume="allow", embed=False)
+            case _:
+                arguments = (run.path,) if kind.requires_logging_directory else ()
+                tracker = kind(project, *arguments)
+        tracker.start()
+        has = _last_step(name, tracker, start if name in known else 0)
+        if name == "tensorboard":  # its table of settings would be a run of its own in the chart
+            tracker.log({"config": f"```yaml\n{to_yaml(config)}```"}, step=start)
+        else:
+            tracker.store_init_configuration(dict(_leaves("", to_tree(config))))
+        for line in _history(run):
+            if has < line["step"] <= start:
+                tracker.log(values(line), step=line["step"])
+        self._open[name] = tracker, has
+
+    def _failed(self, name: str, error: Exception) -> None:
+        self._open.pop(name, None)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        text = f"tracker {name} failed and is left alone from here on: {reason}"
+        tqdm.write(text, file=sys.stderr)
+
+
+def _last_step(name: str, tracker: Any, start: int) -> int:
+    """The last step that a tracker which was just started has, as far as it can be asked."""
+    match name:
+        case "tensorboard":
+            return start
+        case "wandb":
+            return tracker.run.step - 1
+        case "trackio":
+            return tracker.run._next_step - 1
+    return -1
+
+
+def _history(run: RunDirectory) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl and samples.jsonl so far, by step."""
+    lines = [
+        json.loads(line)
+        for path in (run.metrics, run.samples)
+        if path.exists()
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    return sorted(lines, key=lambda line: line["step"])
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def _leaves(path: str, tree: Any) -> Iterator[tuple[str, float | str]]:
+    """`{"sources": {"prose": {"loss": 3}}}` -> `("validation/prose/loss", 3)`, ...; no None."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            below = path if key == "sources" and path == "validation" else f"{path}/{key}"
+            yield from _leaves(below.lstrip("/"), value)
+    elif isinstance(tree, list):
+        yield path, json.dumps(tree)
+    elif tree is not None:
+        yield path, tree
