@@ -126,6 +126,9 @@ def test_streams_are_measured_over_real_tokens() -> None:
 def test_streams_of_stock_models(kind: str) -> None:
     """Oracle: their own hidden_states and attentions, a document at a time (the last hidden state
     is behind the final norm and is left out).
+
+    Llama's and OLMo 2's norms and softmax compute in float32 even where the model is float64, and a
+    padded batch adds in another order than one document.
     """
     model, words = stock(kind), text(*ROWS)
     found = streams_of(model, words)
@@ -141,7 +144,8 @@ def test_streams_of_stock_models(kind: str) -> None:
             entropies.append(nats[..., 1:].mean(1))
     x = torch.cat(states, 1)
     expected = x.var(-1, correction=0).mean(-1).tolist()
-    assert found["variance"][:-1] == pytest.approx(expected, rel=1e-9)
+    rounding = 1e-6 if kind in ("llama", "olmo2") else 1e-9
+    assert found["variance"][:-1] == pytest.approx(expected, rel=rounding)
     nats = torch.cat(entropies, -1).mean(-1).tolist()
     assert found["attention_entropy"]["nats"] == pytest.approx(nats, rel=1e-5)
 
