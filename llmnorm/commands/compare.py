@@ -48,11 +48,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
     """Make the runs that are missing, then the report."""
-    from llmnorm.analysis.compare.command import compare, read_arms
-    from llmnorm.analysis.compare.plan import read
+    from llmnorm.analysis.compare.arms import read_arms, read_protocol
+    from llmnorm.analysis.compare.command import compare
 
     arms = read_arms(parsed.config, overrides, parsed.arm)
-    protocol = read(
+    protocol = read_protocol(
         arms,
         baselines=parsed.baseline,
         untuned=parsed.untuned,

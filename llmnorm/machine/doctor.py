@@ -204,7 +204,7 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     """The commit of the source tree that this file runs from; nothing for an installed package."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
     commit, problem = output_of(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])

@@ -1,10 +1,15 @@
 """The order of rows against its definition in plain Python, and as a permutation."""
 
+import doctest
+import math
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmnorm.data import order as order_of_rows
 from llmnorm.data.order import Order
 from llmnorm.part import InputError
 
@@ -101,3 +106,47 @@ def test_seeds_sources_and_epochs_have_orders_of_their_own() -> None:
     base = indices(0, 0, 0)
     for other in (indices(1, 0, 0), indices(0, 1, 0), indices(0, 0, 1), np.arange(2000)):
         assert (base == other).sum() < 12
+
+
+def test_the_worked_example_is_what_the_code_gives() -> None:
+    """Oracle: the five lines of the file's table, and the same numbers as a doctest of Order."""
+    assert order_of_rows.__doc__
+    pattern = r"^ +(\d) +(\d) +\d: (?:left|right) +(\d) .* (\d)$"
+    lines = re.findall(pattern, order_of_rows.__doc__, re.M)
+    source, index = Order(weights=[3, 2], rows=[3, 2], seed=0).locate(0, 5)
+    n, remainder, of_source, of_index = (
+        [int(x) for x in column] for column in zip(*lines, strict=True)
+    )
+    assert n == [0, 1, 2, 3, 4] and remainder == [3 * m % 5 for m in n]
+    assert of_source == source.tolist() and of_index == index.tolist()
+    results = doctest.testmod(order_of_rows)
+    assert results.attempted == 2 and not results.failed
+
+
+@pytest.mark.parametrize("rows", [1024, 1031, 1999])
+def test_eight_rounds_cannot_be_told_from_random_and_four_can(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: 200 random permutations of numpy, by how often two pairs of slots that are b apart
+    have equal differences of their halves; four rounds show that the count sees a weak network.
+    The standard error of the compared means is about 0.1 %."""
+    a = math.ceil(math.sqrt(rows))
+    b = math.ceil(rows / a)
+
+    def equal_differences(permutation: np.ndarray) -> list[float]:
+        counts = []
+        for half, modulus in ((permutation // b, a), (permutation % b, b)):
+            _, times = np.unique((half[b:] - half[:-b]) % modulus, return_counts=True)
+            counts.append(float((times * (times - 1)).sum()))
+        return counts
+
+    def excess(rounds: int) -> np.ndarray:
+        monkeypatch.setattr(order_of_rows, "ROUNDS", rounds)
+        found = [equal_differences(Order([1], [rows], s).locate(0, rows)[1]) for s in range(200)]
+        return np.mean(found, axis=0) / expected - 1
+
+    generator = np.random.default_rng(0)
+    expected = np.mean([equal_differences(generator.permutation(rows)) for _ in range(200)], axis=0)
+    assert order_of_rows.ROUNDS == 8
+    assert np.abs(excess(8)).max() < 0.005
+    assert excess(4)[0] > 0.04

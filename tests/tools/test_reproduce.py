@@ -9,8 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from llmnorm.analysis.compare import plan as compare_plan
-from llmnorm.analysis.compare.command import read_arms
+from llmnorm.analysis.compare.arms import read_arms, read_protocol
 from tests.running import ROOT
 
 
@@ -37,7 +36,7 @@ def test_every_arm_is_a_configuration_of_its_own(name: str) -> None:
     else:
         base = module.RECIPES / f"{module.BASELINE}.yaml"
         arms = [[arm, str(module.RECIPES / f"{arm}.yaml")] for arm in module.ARMS]
-    protocol = compare_plan.read(read_arms(base, [], arms), baselines=[arms[0][0]], seeds=3)
+    protocol = read_protocol(read_arms(base, [], arms), baselines=[arms[0][0]], seeds=3)
     assert list(protocol.configs) == list(module.ARMS)
 
 

@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from arms import keep_table, mean, parser, run
 
-from llmnorm.analysis.compare import plan as compare_plan
-from llmnorm.analysis.compare import report as compare_report
-from llmnorm.analysis.compare.command import read_arms
+from llmnorm.analysis.compare.arms import read_arms, read_protocol
+from llmnorm.analysis.compare.report import markdown
 from llmnorm.part import InputError
 
 RECIPES = Path("configs/recipes/curse_of_depth")
@@ -77,7 +76,7 @@ def table(found: dict[str, Any]) -> str:
         loss = mean(found["arms"][name]["losses"], 4)
         rows.append([paper.title, rate, loss, f"{math.exp(losses.mean()):.2f}", relative, *theirs])
     head = ["arm", "lr", "loss", "perplexity", "over the first's", "paper, 130M", "paper, 250M"]
-    return compare_report.markdown(head, rows)
+    return markdown(head, rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     words.add_argument("--lr-points", type=int, default=5, help="a grid begins with; it grows")
     options = words.parse_args(arguments)
     try:
-        protocol = compare_plan.read(
+        protocol = read_protocol(
             read_arms(
                 RECIPES / f"{BASELINE}.yaml",
                 [],

@@ -36,10 +36,9 @@ from typing import Any, NamedTuple
 
 from arms import keep_table, mean, parser, run
 
-from llmnorm.analysis.compare import plan as compare_plan
-from llmnorm.analysis.compare import report as compare_report
-from llmnorm.analysis.compare.command import read_arms
+from llmnorm.analysis.compare.arms import read_arms, read_protocol
 from llmnorm.analysis.compare.plan import Protocol
+from llmnorm.analysis.compare.report import markdown
 from llmnorm.machine.files import write_whole
 from llmnorm.part import InputError
 
@@ -198,14 +197,14 @@ def table(task: str, found: dict[str, Any], measured: dict[str, Any]) -> str:
             paper = TASKS[task][name].paper
             cells += [f"{measured[name]:.3f}", "-" if paper is None else f"{paper:.2f}"]
         rows.append(cells)
-    return compare_report.markdown(head, rows)
+    return markdown(head, rows)
 
 
 def read(task: str, chosen: list[str], seeds: int, shared: list[str]) -> Protocol:
     """The comparison of some arms of a task, the first of the task always among them."""
     names = [name for name in TASKS[task] if name in chosen or name == next(iter(TASKS[task]))]
     arms = [[name, *TASKS[task][name].settings] for name in names]
-    return compare_plan.read(
+    return read_protocol(
         read_arms(RECIPES / f"{task}.yaml", shared, arms),
         baselines=names[:1],
         seeds=seeds,

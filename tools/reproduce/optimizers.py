@@ -29,9 +29,8 @@ from typing import Any
 
 from arms import keep_table, mean, parser, run
 
-from llmnorm.analysis.compare import plan as compare_plan
-from llmnorm.analysis.compare import report as compare_report
-from llmnorm.analysis.compare.command import read_arms
+from llmnorm.analysis.compare.arms import read_arms, read_protocol
+from llmnorm.analysis.compare.report import markdown
 from llmnorm.part import InputError
 
 BASE = Path("configs/recipes/optimizers/t0.yaml")
@@ -82,7 +81,7 @@ def table(found: dict[str, Any]) -> str:
         rows.append(row)
     head = ["rule", "lr", "loss", "steps, of tuned AdamW's", "seconds, of tuned AdamW's"]
     head += ["told from 1 if below", "steps, of shipped AdamW's"]
-    return compare_report.markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _share(factor: dict[str, Any]) -> str:
@@ -103,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = words.parse_args(arguments)
     chosen = list(dict.fromkeys([*BASELINES, *options.arms]))
     try:
-        protocol = compare_plan.read(
+        protocol = read_protocol(
             read_arms(BASE, options.set, [[name, *ARMS[name]] for name in chosen]),
             baselines=BASELINES,
             untuned=["adamw_shipped"],

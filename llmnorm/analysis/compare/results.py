@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from llmnorm.analysis.compare.ledger import Record
 from llmnorm.analysis.compare.plan import Protocol, Run
-from llmnorm.analysis.compare.runs import Record
 from llmnorm.analysis.compare.statistics import (
     Array,
     Interval,

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,17 +15,18 @@ from typing import IO, Any
 import pytest
 
 from llmnorm import cli
-from llmnorm.analysis.compare import plan as compare_plan
-from llmnorm.analysis.compare import runs as compare_runs
-from llmnorm.analysis.compare.command import compare, read_arms
-from llmnorm.analysis.compare.plan import Protocol, Run
-from llmnorm.analysis.compare.runs import Ledger, Record, Slots, launch, slots, stop_with_parent
+from llmnorm.analysis.compare import launch as launch_file
+from llmnorm.analysis.compare.arms import check_same_arms, read_arms, read_protocol, save_arms
+from llmnorm.analysis.compare.command import compare
+from llmnorm.analysis.compare.launch import Slots, launch, slots, stop_with_parent
+from llmnorm.analysis.compare.ledger import Ledger, Record
+from llmnorm.analysis.compare.plan import Arm, Protocol, Run
 from llmnorm.machine.gpus import GPU
 from llmnorm.part import InputError
 from tests.running import CHILDREN, SMOKE, TIMES
 
 
-def arms(*given: str, shared: Sequence[str] = ()) -> list[compare_plan.Arm]:
+def arms(*given: str, shared: Sequence[str] = ()) -> list[Arm]:
     return read_arms(SMOKE, shared, [words.split() for words in given])
 
 
@@ -43,7 +45,7 @@ def tuned(protocol: Protocol, loss: Callable[[Run], float]) -> tuple[dict[str, f
 
 def test_the_runs_of_a_comparison_are_counted() -> None:
     """Oracle: by hand: 2 arms x 5 rates, 2 x 3 seeds, and the baseline's 2 further horizons."""
-    protocol = compare_plan.read(arms("a model.norm=layer"), seeds=3, lr_points=5)
+    protocol = read_protocol(arms("a model.norm=layer"), seeds=3, lr_points=5)
     losses, order = tuned(protocol, lambda run: (math.log2(run.lr or 1) - math.log2(3e-3)) ** 2)
     assert len(order) == 2 * 5 + 2 * 3 + 3 * 2 == len(set(losses))
     assert [run.arm for run in order[:4]] == ["base", "a", "base", "a"]
@@ -52,7 +54,7 @@ def test_the_runs_of_a_comparison_are_counted() -> None:
     paired = [run for run in order if run.seed != protocol.tuning_seed]
     assert {run.seed for run in paired} == {1, 2, 3}  # none of them chose a rate
     assert all(run.lr == 3e-3 for run in paired)
-    full = compare_plan.read(arms("a model.norm=layer"), seeds=3, lr_points=1, horizons="arms")
+    full = read_protocol(arms("a model.norm=layer"), seeds=3, lr_points=1, horizons="arms")
     _, order = tuned(full, lambda run: 1.0)
     assert len(order) == 3 + 3 * 5
     assert sorted({run.horizon for run in order if run.arm == "a"}) == [0.6, 0.7, 0.8, 0.9, 1.0]
@@ -67,7 +69,7 @@ def test_a_grid_grows_until_its_best_has_worse_neighbours(
     best: int, points: int, edge: bool
 ) -> None:
     """Oracle: a parabola in log2 of the rate with its vertex `best` octaves from the centre."""
-    protocol = compare_plan.read(arms("a model.norm=layer"), seeds=1)
+    protocol = read_protocol(arms("a model.norm=layer"), seeds=1)
     losses, _ = tuned(protocol, lambda run: abs(math.log2((run.lr or 3e-3) / 3e-3) - best))
     assert len(protocol.grid("a", losses)) == points
     assert protocol.at_edge("a", losses) is edge
@@ -77,7 +79,7 @@ def test_a_grid_grows_until_its_best_has_worse_neighbours(
 
 def test_high_rates_that_diverge_are_not_chosen() -> None:
     """Oracle: infinite losses above the centre."""
-    protocol = compare_plan.read(arms("a model.norm=layer"), seeds=1)
+    protocol = read_protocol(arms("a model.norm=layer"), seeds=1)
     losses, _ = tuned(
         protocol, lambda run: math.inf if (run.lr or 0) > 4e-3 else -math.log(run.lr or 1)
     )
@@ -88,20 +90,20 @@ def test_rate_times_decay_is_held_and_rows_are_shared(tmp_path: Path) -> None:
     """Oracle: the resolved settings of the runs' own command lines."""
     from llmnorm.config.file import load
 
-    protocol = compare_plan.read(arms("base", "a model.norm=layer optimizer.weight_decay=0.3"))
+    protocol = read_protocol(arms("base", "a model.norm=layer optimizer.weight_decay=0.3"))
     for arm, decay in (("base", 0.1), ("a", 0.3)):
         for k in (-2, 0, 1):
             run = Run(arm, 3e-3 * 2.0**k, 0)
-            path, *words = protocol.words(run, tmp_path)
+            path, *words = protocol.train_arguments(run, tmp_path)
             config = load(Path(path), words).config
             assert config.optimizer.lr == run.lr
             assert config.optimizer.lr * config.optimizer.weight_decay == pytest.approx(
                 3e-3 * decay
             )
-    seeded = load(SMOKE, protocol.words(Run("a", None, 7), tmp_path)[1:]).config
+    seeded = load(SMOKE, protocol.train_arguments(Run("a", None, 7), tmp_path)[1:]).config
     assert (seeded.seed, seeded.data_seed) == (7, 7)
-    fixed = compare_plan.read(arms("a model.norm=layer", shared=["data.seed=3"]))
-    seeded = load(SMOKE, fixed.words(Run("a", None, 7), tmp_path)[1:]).config
+    fixed = read_protocol(arms("a model.norm=layer", shared=["data.seed=3"]))
+    seeded = load(SMOKE, fixed.train_arguments(Run("a", None, 7), tmp_path)[1:]).config
     assert (seeded.seed, seeded.data_seed) == (7, 3)
 
 
@@ -110,12 +112,12 @@ def test_rate_times_decay_is_held_and_rows_are_shared(tmp_path: Path) -> None:
     [
         ("--arm a model.norm=layr", "--arm a: command line: model.norm: no part is called 'layr'"),
         ("--arm a model.norm=rms", "--arm a: resolves to the same settings as arm base"),
-        ("--arm a seed=3", "--arm a: seed is 3, that of arm base 0"),
-        ("--arm a logging.every=7", "--arm a: logging.every is 7, that of arm base 1"),
+        ("--arm a seed=3", "--arm a: seed is 3, but 0 in arm base: a comparison sets it"),
+        ("--arm a logging.every=7", "--arm a: logging.every is 7, but 1 in arm base"),
         ("--arm a tokenizer.vocab_size=600", "--arm a: tokenizer.vocab_size is 600"),
         ("--arm a data.context_length=32", "--arm a: data.context_length is 32"),
         ("--arm a training.steps=60", "--arm a: trains 61440 tokens, arm base 30720"),
-        ("--arm a optimizer.lr=0", "--arm a: optimizer.lr 0.0 is no centre of a grid"),
+        ("--arm a optimizer.lr=0", "--arm a: optimizer.lr 0.0 cannot be the centre of a grid"),
         ("--arm a schedule.warmup=30", "--arm a: command line: schedule.warmup 30 is not less"),
         ("--arm a model.norm=layer --horizons arms schedule.warmup=1", "'schedule.warmup=1': sett"),
         ("--arm a schedule.warmup=20 --horizons arms", "--arm a: command line: schedule.warmup 20"),
@@ -123,10 +125,10 @@ def test_rate_times_decay_is_held_and_rows_are_shared(tmp_path: Path) -> None:
         ("--arm a model.norm=layer --baseline b", "--baseline b: there is no such arm"),
         ("--arm a model.norm=layer --untuned A", "--untuned A: there is no such arm"),
         ("--arm a optimizer.lr=1 --arm a optimizer.lr=2", "--arm a: two arms have this name"),
-        ("--arm model.norm=layer", "--arm model.norm=layer: begins with the arm's name"),
+        ("--arm model.norm=layer", "--arm model.norm=layer: give the arm a name first"),
         ("--arm a seed=1 layer", "--arm a: 'layer' is not an override"),
         ("--arm a nowhere.yaml", "--arm a: nowhere.yaml: no such file"),
-        ("--arm base model.norm=layer", "--arm base: the other arm has this name"),
+        ("--arm base model.norm=layer", "--arm base: this is the name of the arm without changes"),
         ("--arm a model.norm=layer --parallel 999", "--parallel 999: there are "),
         ("--seeds 3", "the following arguments are required: --arm"),
     ],
@@ -150,7 +152,7 @@ def test_the_plan_names_every_run_and_makes_none(
     out = tmp_path / "out"
     assert cli.main(["compare", str(SMOKE), *words, "--plan", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    protocol = compare_plan.read(arms("a model.norm=layer"), seeds=2, lr_points=3)
+    protocol = read_protocol(arms("a model.norm=layer"), seeds=2, lr_points=3)
     expected = protocol.needed({}, expected=True)
     assert len(expected) == 14 and all(f"\n{run.key}: " in f"\n{said}" for run in expected)
     assert said.count("\n  llmnorm train ") == 14 and "14 of 14 runs to make" in said
@@ -161,7 +163,7 @@ def test_an_arm_may_have_a_file_of_its_own(tmp_path: Path) -> None:
     """Oracle: the settings it resolves to, shared overrides over the file."""
     own = tmp_path / "own.yaml"
     own.write_text(f"base: {SMOKE}\nmodel: {{norm: layer}}\ntraining: {{steps: 5}}\n")
-    protocol = compare_plan.read(arms(f"a {own} optimizer.lr=1e-2", shared=["training.steps=9"]))
+    protocol = read_protocol(arms(f"a {own} optimizer.lr=1e-2", shared=["training.steps=9"]))
     assert protocol.configs["a"].model.norm.name == "layer"  # type: ignore[union-attr]
     assert (protocol.steps["a"], protocol.centre("a")) == (9, 1e-2)
 
@@ -196,22 +198,22 @@ def test_a_torn_line_is_cut_off_and_written_again(tmp_path: Path) -> None:
 
 def test_another_meaning_of_an_arm_is_refused_and_more_seeds_are_not(tmp_path: Path) -> None:
     """Oracle: the message names arm and key."""
-    compare_plan.save(compare_plan.read(arms("a model.norm=layer")), tmp_path)
-    compare_plan.agree(
-        compare_plan.read(arms("base", "a model.norm=layer", "b optimizer.eps=1e-6"), seeds=9),
+    save_arms(read_protocol(arms("a model.norm=layer")), tmp_path)
+    check_same_arms(
+        read_protocol(arms("base", "a model.norm=layer", "b optimizer.eps=1e-6"), seeds=9),
         tmp_path,
     )
     saved = tmp_path / "comparison.json"
     older = json.loads(saved.read_text())
     del older["arms"]["a"]["optimizer"]["eps"]  # written before the key was there
     saved.write_text(json.dumps(older))
-    compare_plan.agree(compare_plan.read(arms("a model.norm=layer")), tmp_path)
-    with pytest.raises(InputError, match="arm a was another there: model.norm.eps"):
+    check_same_arms(read_protocol(arms("a model.norm=layer")), tmp_path)
+    with pytest.raises(InputError, match="runs of arm a there have other settings: model.norm.eps"):
         changed = arms("a model.norm=layer model.norm.eps=1e-3")
-        compare_plan.agree(compare_plan.read(changed), tmp_path)
-    with pytest.raises(InputError, match="arm base was another there: training.steps"):
-        compare_plan.agree(
-            compare_plan.read(arms("a model.norm=layer", shared=["training.steps=9"])), tmp_path
+        check_same_arms(read_protocol(changed), tmp_path)
+    with pytest.raises(InputError, match="arm base there have other settings: training.steps"):
+        check_same_arms(
+            read_protocol(arms("a model.norm=layer", shared=["training.steps=9"])), tmp_path
         )
 
 
@@ -225,7 +227,7 @@ def test_each_run_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert slots(2, "cpu") == Slots((), 4, 2)
     gpus = [GPU(index, "", "", "", 80000, used) for index, used in enumerate((0, 9000, 5))]
-    monkeypatch.setattr(compare_runs, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(launch_file, "visible_gpus", lambda: gpus)
     assert slots(2, "auto").gpus == (0, 2) and slots(3, "auto", 2).gpus == (0, 2, 0)
     with pytest.raises(InputError, match="--parallel 3: 2 of 3 GPUs are free"):
         slots(3, "auto")
@@ -241,6 +243,21 @@ def test_a_run_is_an_ordinary_command(tmp_path: Path) -> None:
             time.sleep(0.02)
     assert code == 2
     assert (tmp_path / "log").read_text() == "llmnorm: error: nowhere.yaml: no such file\n"
+
+
+def test_a_run_uses_the_package_of_its_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the file that Python finds first on the PYTHONPATH which the run is given."""
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda words, **options: started.update(options, words=words)
+    )
+    with (tmp_path / "log").open("wb") as log:
+        launch(["x.yaml"], log, {"PYTHONPATH": "elsewhere"})
+    first, *rest = started["env"]["PYTHONPATH"].split(os.pathsep)
+    assert Path(first, "llmnorm", "cli.py").samefile(str(cli.__file__)) and rest == ["elsewhere"]
+    assert started["words"][1:] == ["-m", "llmnorm", "train", "x.yaml"]
 
 
 # Real runs.
@@ -284,7 +301,7 @@ def _comparison(directory: Path, data: Path, out: Path) -> None:
     os.dup2(2, 1)
     given = [words.split() for words in ARMS]
     shared = [*SHARED, f"data.dir={data}"]
-    protocol = compare_plan.read(read_arms(SMOKE, shared, given), seeds=2, lr_points=1)
+    protocol = read_protocol(read_arms(SMOKE, shared, given), seeds=2, lr_points=1)
     sys.exit(compare(protocol, directory, command="llmnorm compare", start=Fork))
 
 

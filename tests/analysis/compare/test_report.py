@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from llmnorm.analysis.compare import plan as compare_plan
-from llmnorm.analysis.compare import report as compare_report
-from llmnorm.analysis.compare.command import read_arms, write
+from llmnorm.analysis.compare.arms import read_arms, read_protocol
+from llmnorm.analysis.compare.command import write
+from llmnorm.analysis.compare.ledger import Record
+from llmnorm.analysis.compare.plan import Horizons
 from llmnorm.analysis.compare.plot import draw
+from llmnorm.analysis.compare.report import page
 from llmnorm.analysis.compare.results import results
-from llmnorm.analysis.compare.runs import Record
 from tests.running import SMOKE
 
 ARMS = {"plain": [], "quick": ["model.norm=layer"], "shipped": ["optimizer.betas=[0.9,0.999]"]}
@@ -21,7 +22,7 @@ FACTOR, SLOWNESS, BETA = 1.3, 0.8, 0.12
 
 
 def found(
-    horizons: compare_plan.Horizons = "baseline",
+    horizons: Horizons = "baseline",
     *,
     seeds: int = 3,
     lr_points: int = 5,
@@ -29,7 +30,7 @@ def found(
     diverges: str = "",
 ) -> dict[str, Any]:
     """`quick` is worth 1.3 times the tokens at 0.8 of the speed, and seeds add the same to all."""
-    protocol = compare_plan.read(
+    protocol = read_protocol(
         read_arms(SMOKE, [], [[name, *words] for name, words in ARMS.items()]),
         baselines=["plain", "shipped"] if both else [],
         untuned=["shipped"],
@@ -65,7 +66,7 @@ def found(
 
 
 @pytest.mark.parametrize("horizons", ["baseline", "arms"])
-def test_a_known_speed_up_is_reported(horizons: compare_plan.Horizons) -> None:
+def test_a_known_speed_up_is_reported(horizons: Horizons) -> None:
     """Oracle: the law that the losses were made by; both conversions agree on it."""
     result = found(horizons)
     quick = result["against"]["plain"]["quick"]
@@ -90,10 +91,10 @@ def test_without_other_lengths_the_answer_is_the_gap(tmp_path: Path) -> None:
     assert quick["verdict"] == "better" and math.isnan(quick["tokens"]["value"])
     write(result, tmp_path, "llmnorm compare base.yaml --horizons none")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
-    page = (tmp_path / "report.md").read_text()
-    assert "**quick** is better: a gap in loss of +0.0315 [+0.0315, +0.0315]." in page
-    assert "| quick | 0.003 | 3.0285 ± 0.0173 | +0.0315 [+0.0315, +0.0315] | - | - | - |" in page
-    assert "No run of another length turns gaps in loss into factors." in page
+    written = (tmp_path / "report.md").read_text()
+    assert "**quick** is better: a gap in loss of +0.0315 [+0.0315, +0.0315]." in written
+    assert "| quick | 0.003 | 3.0285 ± 0.0173 | +0.0315 [+0.0315, +0.0315] | - | - | - |" in written
+    assert "No run of another length turns gaps in loss into factors." in written
 
 
 def test_two_baselines_invert_each_other() -> None:
@@ -108,7 +109,7 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     directory = tmp_path / "norms"
     directory.mkdir()
     write(found(), directory, "llmnorm compare base.yaml --arm quick")
-    page = (directory / "report.md").read_text()
+    written = (directory / "report.md").read_text()
     for text in (
         "**quick** is better: plain needs 1.30 [1.30, 1.30] times its tokens",
         "1.04 [1.04, 1.04] times its seconds",
@@ -119,7 +120,7 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
         "![Losses, factors and learning rates of the arms](comparison.png)",
         "`model.norm=layer`",
     ):
-        assert text in page, text
+        assert text in written, text
     result = json.loads((directory / "result.json").read_text())
     assert result["against"]["plain"]["quick"]["verdict"] == "better"
     rows = list(csv.DictReader((directory / "table.csv").open()))
@@ -143,11 +144,11 @@ def test_what_weakens_an_answer_is_noted() -> None:
     assert one["against"]["plain"]["quick"]["verdict"] == "one seed"
     assert any("one seed says nothing" in note for note in one["notes"])
     assert any("no learning rate was tuned" in note for note in one["notes"])
-    assert "**quick**: one seed" in compare_report.page(one, "a", "b", "c.png")
+    assert "**quick**: one seed" in page(one, "a", "b", "c.png")
     lost = found(diverges="plain/lr0.003-seed2-x1")
     assert lost["against"]["plain"]["quick"]["verdict"] == "better"
     assert any("plain: diverged" in note for note in lost["notes"])
-    assert "**quick** is better: plain diverged." in compare_report.page(lost, "a", "b", "c.png")
+    assert "**quick** is better: plain diverged." in page(lost, "a", "b", "c.png")
     far = found("arms")["against"]["plain"]["shipped"]
     assert far["tokens"]["value"] == pytest.approx(math.exp(-0.05 / BETA))
     assert not far["tokens"]["extrapolated"]

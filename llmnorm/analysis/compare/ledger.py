@@ -1,0 +1,99 @@
+"""The finished runs of a comparison, on disk: `runs.jsonl`, a line a run."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llmnorm.part import InputError
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run, as a line of runs.jsonl.
+
+    Attributes:
+        run: the run's key, `plan.Run.key`.
+        steps, tokens: how long it trained.
+        loss: final loss on the validation text in nats a token; None where the run diverged.
+        bits_per_byte: of the validation text, at the end.
+        curve: (tokens, training loss) of each logged step.
+        tokens_per_second: median of the logged rates, evaluation and saving left out.
+        place: device, threads and runs at a time; speeds are comparable at equal places only.
+        version: version of the code.
+    """
+
+    run: str
+    steps: int
+    tokens: int
+    loss: float | None
+    bits_per_byte: float | None
+    curve: list[list[float]]
+    tokens_per_second: float | None
+    place: str
+    version: str
+
+    @property
+    def final(self) -> float:
+        """The final loss; infinite where the run diverged."""
+        return math.inf if self.loss is None else self.loss
+
+
+class Ledger:
+    """The file runs.jsonl and its records by key.
+
+    A line is on the disk before `add` returns, so a kill loses no finished run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the records that are there.
+
+        A last line without its end, which a kill left, is ignored; the next `add` overwrites it.
+
+        Raises:
+            InputError: a line is not a record.
+        """
+        self._path = path
+        self.records: dict[str, Record] = {}
+        self._whole = 0  # bytes of the whole lines
+        raw = path.read_bytes() if path.is_file() else b""
+        for number, line in enumerate(raw.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = Record(**json.loads(line))
+            except (ValueError, TypeError):
+                raise InputError(
+                    f"{path}, line {number}: not a line of runs.jsonl; delete the line, and its "
+                    "run is made again"
+                ) from None
+            self.records[record.run] = record
+            self._whole += len(line)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Final losses by key; infinite where a run diverged."""
+        return {key: record.final for key, record in self.records.items()}
+
+    def add(self, record: Record) -> None:
+        """Append a record and fsync the file.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        line = (json.dumps(asdict(record), allow_nan=False) + "\n").encode()
+        try:
+            with self._path.open("r+b" if self._path.exists() else "w+b") as file:
+                file.truncate(self._whole)
+                file.seek(self._whole)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(
+                f"{self._path}: cannot be written: {error.strerror}; finished runs before this one "
+                "are kept, and the same command continues"
+            ) from None
+        self.records[record.run] = record
+        self._whole += len(line)
