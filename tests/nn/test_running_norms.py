@@ -24,6 +24,9 @@ SETTINGS: dict[str, Any] = {
     "power, paper": PowerNormSettings(backward="paper", forward_decay=0.8),
     "unified": UnifiedNormSettings(warmup=6, window=3, allow_leak=True),
     "unified, no warm-up": UnifiedNormSettings(warmup=0, window=2, filter="paper", allow_leak=True),
+    "unified, window of one": UnifiedNormSettings(
+        warmup=3, window=1, filter="official", allow_leak=True
+    ),
     "unified, filter": UnifiedNormSettings(warmup=5, filter="official", allow_leak=True),
 }
 each = pytest.mark.parametrize("name", SETTINGS)
@@ -63,10 +66,10 @@ def unified_by_hand(p: UnifiedNormSettings, weight: Tensor, bias: Tensor, t: int
     def step(x: Tensor, g: Tensor, real: Tensor) -> tuple[Tensor, ...]:
         nonlocal rv, psi, t
         t += 1
-        square, skip = x[real].square().mean(0), torch.zeros(WIDTH, dtype=torch.bool)
+        square, skip = x[real].square().mean(0), torch.full((WIDTH,), m == 1)
         pooled = squares.sqrt().var()
         squares[t % m] = square
-        if t >= p.warmup and p.filter != "off":
+        if t >= p.warmup and p.filter != "off" and m > 1:
             gap = squares.mean(0) - squares.log().mean(0).exp()
             if p.filter == "official":
                 skip[:] = bool((gap > m * pooled).any())

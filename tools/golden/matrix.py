@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.golden.mixers import LIMITS
-from tools.golden.vectors import FLOATS, Result, Vectors, leaf, relative, serves
+from tools.golden.vectors import Result, Vectors, built, leaf, serves
 
 
 @serves("matrix_mixer/*")
@@ -22,7 +21,7 @@ def matrix_mixer(vectors: Vectors) -> Iterator[Result]:
     mids = {"v": "v", "z": "z", "y": "y_mixed", "q": "q", "k": "k", "delta": "delta"}
     mids |= {"forward": "forward_conv", "reverse": "reverse_conv"}
     mids |= {"dt": "dt_fwd", "flipped_dt": "dt_bwd_flipped"}
-    for precision, dtype in FLOATS.items():
+    for precision, dtype, tolerance, measure in vectors.limits():
         nothing = torch.zeros(1, 1, 1, 1, dtype=dtype)
         mixer = _of_a_family(vectors, state, official=True).to(dtype)
         x, context = leaf(vectors["x"], dtype), Context(nothing, nothing)
@@ -32,9 +31,10 @@ def matrix_mixer(vectors: Vectors) -> Iterator[Result]:
         ours |= p.made._asdict() if hasattr(p.made, "_asdict") else {}
         if "mid/dt_fwd" in vectors.tensors:
             ours |= {"dt": p.made.forward.dt, "flipped_dt": p.made.backward.dt.flip(1)}
-        matrix = mixer.materialize(p, context)
         pairs = [(out, vectors["out"]), (x.grad, vectors["grad_x"])]
-        pairs += [(matrix, vectors["M"].expand_as(matrix))]
+        if "M" in vectors.tensors:
+            matrix = mixer.materialize(p, context)
+            pairs += [(matrix, vectors["M"].expand_as(matrix))]
         pairs += [
             (ours[key], vectors[f"mid/{name}"])
             for key, name in mids.items()
@@ -45,8 +45,8 @@ def matrix_mixer(vectors: Vectors) -> Iterator[Result]:
             right = _of_a_family(vectors, state, official=False).to(dtype)
             matrix = right.materialize(right.prepare(x, context), context)
             pairs.append((matrix, definition.expand_as(matrix)))
-        worst = max(relative(got, reference) for got, reference in pairs)
-        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
+        worst = max(measure(got, reference) for got, reference in pairs)
+        yield Result(precision, worst, tolerance)
 
 
 def _of_a_family(vectors: Vectors, state: dict[str, Tensor], *, official: bool) -> Any:
@@ -55,22 +55,29 @@ def _of_a_family(vectors: Vectors, state: dict[str, Tensor], *, official: bool) 
     from llmnorm.nn.settings import ModelSettings
 
     p = vectors.hyperparameters
-    name = vectors.kind.removeprefix("matrix_mixer/")[:-3].removesuffix("_nondft")
-    if "matrix_mixer.dft_matrix" in state:
-        name = "dft"
+    p.only(conv_bias=True, activation=("swish", "silu"))
+    p.ignore("chunk_size", "layer_idx")  # how the official code was run
+    name = vectors.part.removeprefix("matrix_mixer/").removesuffix("_dd").removesuffix("_di")
+    name = "dft" if "matrix_mixer.dft_matrix" in state else name.removesuffix("_nondft")
     family: dict[str, Any] = {"name": name}
-    if name not in ("dense", "dft"):
+    if name in ("dense", "dft"):
+        p.only(is_data_dependent=False)
+        p.ignore("qk_dim")
+    else:
         family["data_dependent"] = p["is_data_dependent"]
-    if name not in ("dense", "dft", "toeplitz"):
+    if name == "toeplitz":
+        p.ignore("qk_dim")
+    elif name not in ("dense", "dft"):
         family["qk_dim"] = p["qk_dim"]
     if name in ("toeplitz", "vandermonde", "cauchy", "low_rank"):
         family["official_compat"] = official
-    part = MatrixSettings.model_validate(
-        {"family": family, "expand": p["expand"], "head_dim": p["headdim"]}
-    )
-    mixer: Any = part.build(
-        ModelSettings(hidden_size=p["d_model"], max_position_embeddings=p["max_seq_len"]), 0
-    )
+    names = {"expand": "expand", "head_dim": "headdim", "conv_kernel": "d_conv"}
+    names |= {"use_bias": "bias", "norm_eps": "norm_eps"}
+    part = vectors.settings(MatrixSettings, names, family=family)
+    # Heads are the mixer's own; the model's must only be possible, with a hidden size that is odd.
+    shape = {"hidden_size": p["d_model"], "num_attention_heads": 1, "head_dim": 2, "mixer": part}
+    longest = p.get("max_seq_len") or vectors["x"].shape[1]
+    mixer: Any = part.build(built(ModelSettings, {**shape, "max_position_embeddings": longest}), 0)
     own = {key: value for key, value in mixer.state_dict().items() if key.endswith("log_eps")}
     fixed = ("matrix_mixer.dft_matrix",)
     mixer.load_state_dict(own | {key: value for key, value in state.items() if key not in fixed})

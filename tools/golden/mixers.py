@@ -6,16 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tools.golden.vectors import FLOATS, Result, Vectors, grad, leaf, relative, serves
-
-LIMITS = {"float64": "float64", "float32": "float32_vs_these_values"}
+from tools.golden.vectors import NotServed, Result, Vectors, built, grad, leaf, serves
 
 
 def _recurrence(
     vectors: Vectors, run: Callable[..., tuple[Tensor, Tensor]], state: str = "initial_state"
 ) -> Iterator[Result]:
-    """A function (inputs by name, state) -> (out, state): both, gradients, and token by token."""
-    for precision, dtype in FLOATS.items():
+    """A function (inputs by name, state) -> (out, state): both, gradients, and token by token.
+
+    What the file does not hold is not compared: a final state, gradients, single steps.
+    """
+    # All but `scale`, the factor of the queries, is seen in the tensors.
+    sizes = ("heads", "d_k", "d_v", "headdim", "d_state", "gate_scale", "initial_state")
+    vectors.hyperparameters.ignore(*sizes, "block_len")
+    for precision, dtype, tolerance, measure in vectors.limits():
         leaves = {key: leaf(value, dtype) for key, value in vectors.below("in").items()}
         inputs = {key: value for key, value in leaves.items() if key != state}
         out, after = run(inputs, leaves.get(state))
@@ -26,19 +30,27 @@ def _recurrence(
                 for key, like in (("grad_out", out), ("grad_final_state", after))
             ],
         )
-        pairs = [(out, vectors["out"]), (after, vectors["final_state"])]
+        pairs = [(out, vectors["out"])]
+        if "final_state" in vectors.tensors:
+            pairs.append((after, vectors["final_state"]))
         pairs += [(grad(leaves[key]), ref) for key, ref in vectors.below("grad_in").items()]
         with torch.no_grad():
             now, outs, states = leaves.get(state), [], []
-            for step in range(len(vectors["step/out"])):
+            for step in range(len(vectors.tensors.get("step/out", ()))):
                 token = {key: value[:, step : step + 1] for key, value in inputs.items()}
                 y, now = run(token, now)
                 outs.append(y.squeeze(1))
                 states.append(now)
-        pairs += [(torch.stack(outs), vectors["step/out"])]
-        pairs += [(torch.stack(states), vectors["step/state"])]
-        worst = max(relative(got, reference) for got, reference in pairs)
-        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
+        if outs:
+            pairs += [(torch.stack(outs), vectors["step/out"])]
+            pairs += [(torch.stack(states), vectors["step/state"])]
+        worst = max(measure(got, reference) for got, reference in pairs)
+        yield Result(precision, worst, tolerance)
+
+
+def _scaled(vectors: Vectors, q: Tensor) -> Tensor:
+    """q times the header's `scale`, or 1 / sqrt(key width) as in fla."""
+    return q * vectors.hyperparameters.get("scale", q.shape[-1] ** -0.5)
 
 
 @serves("linear_recurrence/simple_gla")
@@ -50,10 +62,11 @@ def linear_recurrences(vectors: Vectors) -> Iterator[Result]:
 
     def run(t: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
         decay = t.get("g")
-        if "mid/log_decay" in vectors.tensors:
-            decay = vectors["mid/log_decay"].to(t["v"].dtype).expand(t["v"].shape[:3])
-        scaled = t["q"] * t["q"].shape[-1] ** -0.5
-        return linear_recurrence(scaled, t["k"], t["v"], decay, state=state)
+        if vectors.part.endswith("retention"):
+            powers = -5.0 - torch.arange(t["v"].shape[2], dtype=torch.float64)
+            decay = vectors.tensors.get("mid/log_decay", torch.log1p(-(2.0**powers)))
+            decay = decay.to(t["v"].dtype).expand(t["v"].shape[:3])
+        return linear_recurrence(_scaled(vectors, t["q"]), t["k"], t["v"], decay, state=state)
 
     return _recurrence(vectors, run)
 
@@ -64,8 +77,7 @@ def gated_linear_attention(vectors: Vectors) -> Iterator[Result]:
     from llmnorm.nn.mixers.gla import channel_recurrence
 
     def run(t: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
-        scaled = t["q"] * t["q"].shape[-1] ** -0.5
-        return channel_recurrence(scaled, t["k"], t["v"], t["g"], state=state)
+        return channel_recurrence(_scaled(vectors, t["q"]), t["k"], t["v"], t["g"], state=state)
 
     return _recurrence(vectors, run)
 
@@ -77,8 +89,8 @@ def gated_delta(vectors: Vectors) -> Iterator[Result]:
     from llmnorm.nn.mixers.gated_delta import delta_recurrence
 
     def run(t: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
-        scaled = t["q"] * t["q"].shape[-1] ** -0.5
-        return delta_recurrence(scaled, t["k"], t["v"], t["beta"], t.get("g"), state=state)
+        q = _scaled(vectors, t["q"])
+        return delta_recurrence(q, t["k"], t["v"], t["beta"], t.get("g"), state=state)
 
     return _recurrence(vectors, run)
 
@@ -89,14 +101,11 @@ def gated_deltanet(vectors: Vectors) -> Iterator[Result]:
     from llmnorm.nn.mixers.settings import GatedDeltaSettings
 
     p = vectors.hyperparameters
-    part = GatedDeltaSettings(
-        num_key_heads=p["num_k_heads"],
-        num_value_heads=p["num_v_heads"],
-        key_head_dim=p["head_k_dim"],
-        value_head_dim=p["head_v_dim"],
-        conv_kernel=p["conv_kernel"],
-        norm_eps=p["norm_eps"],
-    )
+    p.only(l2_eps=1e-6)
+    names = {"num_key_heads": "num_k_heads", "num_value_heads": "num_v_heads"}
+    names |= {"key_head_dim": "head_k_dim", "value_head_dim": "head_v_dim"}
+    names |= {"conv_kernel": "conv_kernel", "norm_eps": "norm_eps"}
+    part = vectors.settings(GatedDeltaSettings, names)
 
     def states(mixer: Any, state: tuple[Tensor, ...]) -> dict[str, Tensor]:
         # Theirs keeps the current input in the window, one more than ours.
@@ -132,22 +141,16 @@ def nala(vectors: Vectors) -> Iterator[Result]:
     from llmnorm.nn.mixers.settings import NaLaSettings
     from llmnorm.nn.settings import ModelSettings
 
-    p, causal = vectors.hyperparameters, vectors.kind.endswith("causal_prefix")
-    width = p["heads"] * p["head_dim"]
-    settings = ModelSettings(
-        hidden_size=width, num_attention_heads=p["heads"], head_dim=p["head_dim"]
-    )
-    part = NaLaSettings(
-        bidirectional=not causal,
-        query_eps=0,
-        eps=p["eps"],
-        lam=p["lam"],
-        tau=p["tau"],
-        conv_kernel=0,
-    )
-    mixer: Any = part.build(settings, 0)
+    p, causal = vectors.hyperparameters, vectors.part.endswith("causal_prefix")
+    p.ignore("grid", "rope", "q_std", "k_std")  # the tables and inputs are recorded
+    heads, head_dim = p["heads"], p["head_dim"]
+    shape = {"hidden_size": heads * head_dim, "num_attention_heads": heads, "head_dim": head_dim}
+    settings = built(ModelSettings, shape)
+    names = {"eps": "eps", "lam": "lam", "tau": "tau"}
+    fixed = {"bidirectional": not causal, "query_eps": 0.0, "conv_kernel": 0}
+    mixer: Any = vectors.settings(NaLaSettings, names, **fixed).build(settings, 0)
     halves = _halves(p["head_dim"])
-    for precision, dtype in FLOATS.items():
+    for precision, dtype, tolerance, measure in vectors.limits():
         q, k, v = (leaf(vectors[f"in/{name}"].transpose(1, 2), dtype) for name in "qkv")
         cos, sin = (vectors[f"in/{t}"][None, :, None, ::2].to(dtype) for t in ("cos", "sin"))
         context = Context(cos, sin)
@@ -161,19 +164,19 @@ def nala(vectors: Vectors) -> Iterator[Result]:
         ]
         if "M" in vectors.tensors:
             pairs.append((mixer.materialize(parameters, context), vectors["M"]))
-        names = ("phi_q", "phi_k", "phi_q_rope", "phi_k_rope")
+        recorded = ("phi_q", "phi_k", "phi_q_rope", "phi_k_rope")
         features = mixer.both_features(parameters.q, parameters.k, cos, sin, None)
-        for name, feature in zip(names, features, strict=True):
-            both = torch.cat((halves, halves + p["head_dim"]))
+        for name, feature in zip(recorded, features, strict=True):
+            both = torch.cat((halves, halves + head_dim))
             pairs.append((feature.transpose(1, 2), vectors[f"mid/{name}"][..., both]))
-        if causal:
+        if causal and "out_packed" in vectors.tensors:
             with torch.no_grad():
                 lengths = vectors["packed/cu_seqlens"].diff()
                 numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
                 apart = Context(cos, sin, segments=numbers.expand(len(q), -1))
                 pairs.append((mixer.mix(parameters, apart).transpose(1, 2), vectors["out_packed"]))
-        worst = max(relative(got, reference) for got, reference in pairs)
-        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
+        worst = max(measure(got, reference) for got, reference in pairs)
+        yield Result(precision, worst, tolerance)
 
 
 @serves("nala/module")
@@ -186,29 +189,29 @@ def nala_module(vectors: Vectors) -> Iterator[Result]:
     from llmnorm.nn.settings import ModelSettings
 
     p = vectors.hyperparameters
-    dim, heads = p["dim"], p["num_heads"]
-    settings = ModelSettings(hidden_size=dim, num_attention_heads=heads)
-    part = NaLaSettings(
-        bidirectional=True,
-        bias=True,
-        norm="layer",
-        norm_eps=p["ln_eps"],
-        query_eps=0,
-        eps=p["eps"],
-        lam=p["lam"],
-        tau=p["tau"],
-        conv_kernel=0,
-    )
+    # The grid, its tables and the convolution's kernel are seen in the tensors.
+    p.ignore("grid", "rope", "lepe_kernel", "q_weight_scale", "k_weight_scale")
+    heads = p["num_heads"]
+    names = {"hidden_size": "dim", "num_attention_heads": "num_heads"}
+    settings = vectors.settings(ModelSettings, names)
+    names = {"norm_eps": "ln_eps", "eps": "eps", "lam": "lam", "tau": "tau"}
+    bias = "state/qkvg.bias" in vectors.tensors
+    if bias != ("state/out_proj.bias" in vectors.tensors):
+        raise NotServed("bias", "on one projection", "ours are on all or none")
+    fixed = {"bidirectional": True, "bias": bias, "norm": "layer", "query_eps": 0.0}
+    part = vectors.settings(NaLaSettings, names, **fixed, conv_kernel=0)
     halves = _halves(settings.head_dim)
     rows = torch.cat([halves + head * settings.head_dim for head in range(heads)])
-    for precision, dtype in FLOATS.items():
+    for precision, dtype, tolerance, measure in vectors.limits():
         state = {key: leaf(value, dtype) for key, value in vectors.below("state").items()}
         own: dict[str, Tensor] = {}
         for kind in ("weight", "bias"):
+            own[f"norm.{kind}"] = state[f"ln.{kind}"]
+            if kind == "bias" and not bias:
+                continue
             q, k, v, g = state[f"qkvg.{kind}"].chunk(4)
             own |= {f"q_proj.{kind}": q[rows], f"k_proj.{kind}": k[rows], f"v_proj.{kind}": v}
             own |= {f"g_proj.{kind}": g, f"o_proj.{kind}": state[f"out_proj.{kind}"]}
-            own[f"norm.{kind}"] = state[f"ln.{kind}"]
         x = leaf(vectors["x"], dtype)
         cos, sin = (vectors[f"mid/{t}"][None, :, None, ::2].to(dtype) for t in ("cos", "sin"))
         context = Context(cos, sin)
@@ -217,10 +220,11 @@ def nala_module(vectors: Vectors) -> Iterator[Result]:
             layer, {f"mixer.{key}": value for key, value in own.items()}, (x, context)
         )
         out.backward(vectors["grad_out"].to(dtype))
-        pairs = [(out, vectors["out"]), (x.grad, vectors["grad_x"]), (matrix, vectors["M"])]
+        pairs = [(out, vectors["out"]), (x.grad, vectors["grad_x"])]
+        pairs += [(matrix, vectors["M"])] if "M" in vectors.tensors else []
         pairs += [(state[name].grad, value) for name, value in vectors.below("grad").items()]
-        worst = max(relative(got, reference) for got, reference in pairs)
-        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
+        worst = max(measure(got, reference) for got, reference in pairs)
+        yield Result(precision, worst, tolerance)
 
 
 class _Layer(nn.Module):
@@ -234,8 +238,8 @@ class _Layer(nn.Module):
         x = grid.flatten(2).mT
         p = self.mixer.prepare(x, context)
         v = p.v.flatten(2).mT.view_as(grid)
-        weight, bias = self.state["lepe.weight"], self.state["lepe.bias"]
-        local = self.convolve(v, weight, bias, padding=weight.shape[-1] // 2, groups=len(bias))
+        weight, bias = self.state["lepe.weight"], self.state.get("lepe.bias")
+        local = self.convolve(v, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
         p = p._replace(local=local.flatten(2).mT.reshape_as(p.v))
         out = self.mixer.finish(self.mixer.mix(p, context), x, p)
         return out.mT.view_as(grid), self.mixer.materialize(p, context)
@@ -246,6 +250,31 @@ def _halves(head_dim: int) -> Tensor:
     return torch.cat((torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)))
 
 
+# Our settings -> the header's, of both state-space mixers.
+STATE_SPACE = {
+    "state_size": "d_state",
+    "head_dim": "headdim",
+    "expand": "expand",
+    "n_groups": "ngroups",
+    "conv_kernel": "d_conv",
+    "use_bias": "bias",
+    "use_conv_bias": "conv_bias",
+    "norm_eps": "norm_eps",
+}
+
+
+def _time_step_limit(vectors: Vectors) -> list[float] | None:
+    """`dt_limit`, or None where it is absent or the official default, which limits nothing.
+
+    Also refuses what neither state-space mixer has, and passes over how the code was run.
+    """
+    p = vectors.hyperparameters
+    p.only(learnable_init_states=False, activation=("swish", "silu"))
+    p.ignore("chunk_size", "use_mem_eff_path", "layer_idx")
+    limit = p.get("dt_limit")
+    return None if limit is None or limit == [0.0, float("inf")] else limit
+
+
 @serves("mamba2/module")
 @serves("mamba2/simple_module")
 def mamba2(vectors: Vectors) -> Iterator[Result]:
@@ -254,21 +283,13 @@ def mamba2(vectors: Vectors) -> Iterator[Result]:
     from llmnorm.nn.mixers.ssd import GroupedRMSNorm
 
     p = vectors.hyperparameters
-    part = SSDSettings(
-        state_size=p["d_state"],
-        head_dim=p["headdim"],
-        expand=p["expand"],
-        n_groups=p["ngroups"],
-        conv_kernel=p.get("d_conv", 4),
-        use_bias=p.get("bias", False),
-        norm_eps=p["norm_eps"],
-        time_step_limit=p.get("dt_limit"),
-    )
+    p.only(rmsnorm=True, norm_before_gate=False, D_has_hdim=False)
+    part = vectors.settings(SSDSettings, STATE_SPACE, time_step_limit=_time_step_limit(vectors))
 
     def change(mixer: Any) -> None:
-        if vectors.kind == "mamba2/simple_module":
-            inner = p["expand"] * p["d_model"]
-            mixer.norm = GroupedRMSNorm(inner, groups=1, eps=p["norm_eps"])
+        if vectors.part == "mamba2/simple_module":
+            inner = part.expand * p["d_model"]
+            mixer.norm = GroupedRMSNorm(inner, groups=1, eps=part.norm_eps)
 
     def states(mixer: Any, state: tuple[Tensor, ...]) -> dict[str, Tensor]:
         # Theirs keeps the current input in the window, one more than ours.
@@ -285,17 +306,7 @@ def hydra(vectors: Vectors) -> Iterator[Result]:
     from llmnorm.nn.mixers.settings import HydraSettings
 
     p = vectors.hyperparameters
-    if p.get("learnable_init_states"):
-        return iter(())
-    part = HydraSettings(
-        state_size=p["d_state"],
-        head_dim=p["headdim"],
-        expand=p["expand"],
-        n_groups=p["ngroups"],
-        conv_kernel=p.get("d_conv", 7),
-        use_bias=p.get("bias", False),
-        time_step_limit=p.get("dt_limit"),
-    )
+    part = vectors.settings(HydraSettings, STATE_SPACE, time_step_limit=_time_step_limit(vectors))
     mids = {
         "mid/v": lambda p: p.v,
         "mid/delta": lambda p: p.delta,
@@ -319,8 +330,12 @@ def _module(
     from llmnorm.nn.mixers.contract import Context
     from llmnorm.nn.settings import ModelSettings
 
-    settings = ModelSettings(hidden_size=hidden_size, num_attention_heads=1)
-    for precision, dtype in FLOATS.items():
+    # Heads are the mixer's own; the model's must only be possible, with a hidden size that is odd.
+    settings = built(
+        ModelSettings,
+        {"hidden_size": hidden_size, "num_attention_heads": 1, "head_dim": 2, "mixer": part},
+    )
+    for precision, dtype, tolerance, measure in vectors.limits():
         nothing = torch.zeros(1, 1, 1, 1, dtype=dtype)
         mixer = part.build(settings, 0)
         change(mixer)
@@ -330,9 +345,10 @@ def _module(
         out.backward(vectors["grad_out"].to(dtype))
         y = mixer.mix(parameters, context)
         pairs = [(out, vectors["out"]), (x.grad, vectors["grad_x"])]
-        pairs += [(mixer.materialize(parameters, context), vectors["M"])]
-        pairs += [(y.reshape(vectors["mid/y_mixed"].shape), vectors["mid/y_mixed"])]
-        pairs += [(get(parameters), vectors[key]) for key, get in mids.items()]
+        if "M" in vectors.tensors:
+            pairs += [(mixer.materialize(parameters, context), vectors["M"])]
+        mids = {"mid/y_mixed": lambda p, y=y: y.reshape(vectors["mid/y_mixed"].shape), **mids}
+        pairs += [(g(parameters), vectors[k]) for k, g in mids.items() if k in vectors.tensors]
         grads = vectors.below("grad")
         pairs += [(weight.grad, grads[name]) for name, weight in mixer.named_parameters()]
         with torch.no_grad():
@@ -350,24 +366,46 @@ def _module(
                 pairs.append((mixer(token, here, cache.layers[0]).squeeze(1), steps[step]))
                 for key, state in states(mixer, cache.layers[0].state).items():  # type: ignore
                     pairs.append((state, vectors[key][step][..., -state.shape[-1] :]))
-        worst = max(relative(got, reference) for got, reference in pairs)
-        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
+        worst = max(measure(got, reference) for got, reference in pairs)
+        yield Result(precision, worst, tolerance)
 
 
 @serves("linear_recurrence/linear_norm")
 def linear_attention(vectors: Vectors) -> Iterator[Result]:
-    """Linear attention's sums with given features; their eps is on the sum, ours on the mean."""
+    """Linear attention's sums with given features; their eps is on the sum, ours on the mean.
+
+    The sum of the keys is that of k v^T with v = 1, so both are one recurrence with one more value.
+    """
     from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
 
-    for precision, dtype in FLOATS.items():
+    p = vectors.hyperparameters
+    p.ignore("heads", "d_k", "d_v", "gate_scale", "initial_state")  # seen in the tensors
+    eps = p.get("eps", 1e-10)
+
+    def run(t: dict[str, Tensor], state: Tensor | None, tokens: slice) -> tuple[Tensor, Tensor]:
+        q, k, v = (t[name][:, tokens] for name in "qkv")
+        values = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+        sums, after = linear_recurrence(_scaled(vectors, q), k, values, state=state)
+        return sums[..., :-1] / (sums[..., -1:] + eps), after
+
+    for precision, dtype, tolerance, measure in vectors.limits():
         leaves = {key: leaf(value, dtype) for key, value in vectors.below("in").items()}
-        q, k, v = leaves["q"] * leaves["q"].shape[-1] ** -0.5, leaves["k"], leaves["v"]
-        y, after = linear_recurrence(q, k, v, state=leaves["initial_state"])
-        one = v.new_ones(()).expand(*v.shape[:3], 1)
-        total, _ = linear_recurrence(q, k, one, state=leaves["initial_z"][..., None])
-        out = y / (total + 1e-10)
+        begun, (batch, _, heads, keys) = None, leaves["k"].shape
+        if leaves.keys() & {"initial_state", "initial_z"}:
+            nothing = leaves["v"].new_zeros(batch, heads, keys, leaves["v"].shape[-1])
+            sums = leaves.get("initial_state", nothing)
+            begun = torch.cat((sums, leaves.get("initial_z", nothing[..., 0])[..., None]), -1)
+        out, after = run(leaves, begun, slice(None))
         out.backward(vectors["grad_out"].to(dtype))
-        pairs = [(out, vectors["out"]), (after, vectors["final_state"])]
-        pairs += [(grad(leaves[key]), ref) for key, ref in vectors.below("grad_in").items()]
-        worst = max(relative(got, reference) for got, reference in pairs)
-        yield Result(precision, worst, vectors.tolerance[LIMITS[precision]])
+        got = {"out": out, "final_state": after[..., :-1], "final_z": after[..., -1]}
+        got |= {f"grad_in/{key}": value.grad for key, value in leaves.items()}
+        steps = []
+        with torch.no_grad():
+            for step in range(len(vectors.tensors.get("step/out", ()))):
+                y, begun = run(leaves, begun, slice(step, step + 1))
+                steps.append((y.squeeze(1), begun[..., :-1], begun[..., -1]))
+        for name, values in zip(("out", "state", "z"), zip(*steps, strict=True), strict=False):
+            got[f"step/{name}"] = torch.stack(values)
+        recorded = {name: value for name, value in got.items() if name in vectors.tensors}
+        worst = max(measure(value, vectors[name]) for name, value in recorded.items())
+        yield Result(precision, worst, tolerance)

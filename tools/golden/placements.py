@@ -1,61 +1,75 @@
 """Where norms stand in the block, initial scales, and exact conversions between norms."""
 
+import re
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tools.golden.vectors import FLOATS, Result, Vectors, absolute, leaf, relative, serves
+from tools.golden.vectors import NotServed, Result, Vectors, absolute, built, leaf, relative, serves
 
-MIX = {"name": "mix", "post": 0.25}  # the first of the file's four layers
-
-
-# Kind -> the file's name for it, and our settings.
-PLACEMENTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "placement/lns": ("lns", {"depth_scaling": "lns"}),
-    "placement/pre": ("pre", {"placement": "pre"}),
-    "placement/mix(post_pre)": ("post_pre", {"placement": MIX}),
-    "placement/post": ("post", {"placement": "post"}),
-    "placement/sandwich": ("sandwich", {"placement": "peri"}),
+# The header's name of a placement -> our settings; `mix` takes its share from the header.
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "lns": {"depth_scaling": "lns"},
+    "pre": {"placement": "pre"},
+    "post": {"placement": "post"},
+    "sandwich": {"placement": "sandwich"},
+    "peri": {"placement": "peri"},
+    "reordered": {"placement": "reordered"},
+    "deepnorm": {"placement": "deepnorm"},
+    "mix": {"placement": {"name": "mix"}},
+    "deeppost_repo": {"placement": "deepnorm"},
 }
 
 
+@serves("placement/lns")
+@serves("placement/pre")
+@serves("placement/post")
+@serves("placement/sandwich")
+@serves("placement/peri")
+@serves("placement/reordered")
+@serves("placement/deepnorm")
+@serves("placement/mix*")
 @serves("placement/deeppost_repo")
-def deep_post(vectors: Vectors) -> Iterator[Result]:
-    """DeepNorm's rule with that repository's factor, which is the same at every depth."""
-    alpha = vectors.hyperparameters["deeppost_alpha"]
-    return _placement(vectors, "deeppost", {"placement": "deepnorm"}, alpha)
+def placement(vectors: Vectors) -> Iterator[Result]:
+    """Block outputs, final output, gradients of the input and of weights.
 
-
-def _placement(
-    vectors: Vectors, name: str, ours: dict[str, Any], alpha: float | None = None
-) -> Iterator[Result]:
-    """Block outputs, final output, gradients of the input and of weights."""
+    `deeppost_repo` is DeepNorm's rule with that repository's factor, the same at every depth.
+    """
     from llmnorm.models.configuration import LlmNormConfig
     from llmnorm.models.modeling import LlmNormModel
+    from llmnorm.nn.settings import ModelSettings
 
     p = vectors.hyperparameters
-    shape = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-    keys = {"vocab_size": 8, "norm": {"eps": p["rms_norm_eps"]}, **{key: p[key] for key in shape}}
-    weights = vectors.below("weight")
-    for precision, dtype in FLOATS.items():
-        model = LlmNormModel(LlmNormConfig(**(keys | ours))).to(dtype)
+    match = re.fullmatch(r"placement/(\w+?)(?:\((\w+)\))?", vectors.part)
+    if match is None:
+        raise NotServed("kind", vectors.part)
+    name, prefix = match[1], match[2] or match[1].removesuffix("_repo")
+    p.only(final_norm="RMSNorm, unscaled", rope="rotate_half (HF Llama)")
+    p.ignore("deeppost_alpha", "post_num")
+    ours = dict(PLACEMENTS[name])
+    if name == "mix":
+        ours["placement"] = {"name": "mix", "post": p["post_num"] / p["num_hidden_layers"]}
+    shape = ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"]
+    shape += [key for key in ("num_key_value_heads", "head_dim") if key in p]
+    keys = {key: p[key] for key in shape} | ours
+    keys |= {"vocab_size": 8, "norm": {"eps": p["rms_norm_eps"]}}
+    keys |= {"mixer": {"name": "softmax", "bidirectional": not p.get("causal", True)}}
+    keys |= {"rope_parameters": {"rope_theta": p.get("rope_theta", 10_000)}}
+    built(ModelSettings, keys)
+    for limit in vectors.limits():
+        model = LlmNormModel(LlmNormConfig(**keys)).to(limit.dtype)
+        weights = vectors.below("weight")
         for key, parameter in model.named_parameters():
             if key != "embed_tokens.weight":
                 final = key == "norm.weight"
                 theirs = "final_norm.weight" if final else key.removeprefix("layers.")
                 parameter.data.copy_(weights[theirs])
-        for block in model.layers if alpha is not None else ():
-            block.alpha = alpha
-        limit = "f64_max_rel" if precision == "float64" else "f32_max_rel"
-        worst = max(_placement_errors(model, vectors, name, dtype))
-        yield Result(precision, worst, vectors.tolerance[limit])
-
-
-for _kind, (_name, _ours) in PLACEMENTS.items():
-    serves(_kind)(partial(_placement, name=_name, ours=_ours))
+        for block in model.layers if name == "deeppost_repo" else ():
+            block.alpha = p["deeppost_alpha"]
+        worst = max(_placement_errors(model, vectors, prefix, limit.dtype))
+        yield Result(limit.precision, worst, limit.tolerance)
 
 
 def _placement_errors(
@@ -80,12 +94,18 @@ def _placement_errors(
 
 @serves("placement/deepnorm constants")
 def deepnorm_constants(vectors: Vectors) -> Iterator[Result]:
-    """alpha, and the factor of the initial weights against Xavier's, of decoders."""
+    """alpha, and the factor of the initial weights against Xavier's.
+
+    Of models that are decoders or encoders only, for which the paper has the same constants.
+    """
     from llmnorm.nn.settings import ModelSettings
 
-    wrong_alpha = wrong_factor = 0.0
-    for layers, alpha, mlp, values, queries in vectors["table"][:, :5].tolist():
-        settings = ModelSettings(num_hidden_layers=int(layers), placement="deepnorm")
+    vectors.hyperparameters.ignore("layers")  # the table's first column
+    wrong_alpha, wrong_factor, table = 0.0, 0.0, vectors["table"]
+    halves = [table[:, [0, *columns]] for columns in (range(1, 5), range(5, table.shape[1]))]
+    for layers, alpha, mlp, values, queries in torch.cat([h for h in halves if h.shape[1] == 5]):
+        layers, alpha = int(layers), float(alpha)
+        settings = ModelSettings(num_hidden_layers=layers, placement="deepnorm")
         block: Any = settings.placement.build(settings, 0)
         wrong_alpha = max(wrong_alpha, abs(block.alpha - alpha))
         mixer = block.self_attn
@@ -94,9 +114,9 @@ def deepnorm_constants(vectors: Vectors) -> Iterator[Result]:
             *((mixer.o_proj, values), (block.mlp.up_proj, mlp), (block.mlp.down_proj, mlp)),
         ):
             xavier = (2 / (linear.in_features + linear.out_features)) ** 0.5
-            wrong_factor = max(wrong_factor, abs(linear.initial_std / xavier - factor))
-    yield Result("float64, alpha", wrong_alpha, 1e-12)
-    yield Result("float32, beta", wrong_factor, 1e-6)
+            wrong_factor = max(wrong_factor, abs(linear.initial_std / xavier - float(factor)))
+    yield Result("float64, alpha", wrong_alpha, vectors.tolerance["alpha"])
+    yield Result("float32, beta", wrong_factor, vectors.tolerance["ratios"])
 
 
 @serves("conversion/preln_prerms_precrms")
@@ -106,8 +126,10 @@ def conversion(vectors: Vectors) -> Iterator[Result]:
     from llmnorm.models.convert import named_weights
     from llmnorm.models.equivalence import Weights, convert
     from llmnorm.models.modeling import build_model
+    from llmnorm.nn.settings import ModelSettings
 
     p, saved = vectors.hyperparameters, vectors.below("vit")
+    p.ignore("eps", "image", "num_classes", "patch")  # eps: of the functions, see norms.py
     settings = {
         "vocab_size": len(saved["pos_embedding"][0]),
         "hidden_size": p["dim"],
@@ -118,6 +140,7 @@ def conversion(vectors: Vectors) -> Iterator[Result]:
         "mixer": {"attention_bias": True},
         "mlp": {"name": "gelu", "bias": True},
     }
+    built(ModelSettings, settings, {"num_attention_heads": "heads", "hidden_size": "dim"})
     model = build_model(LlmNormConfig(**settings), seed=0).double()
     tensors = named_weights(model)
     tensors["model.embed_tokens.weight"].copy_(saved["pos_embedding"][0])
@@ -145,4 +168,4 @@ def conversion(vectors: Vectors) -> Iterator[Result]:
                 pairs.append((rms[f"{block}.{ours}.{part}"], f"zm_{key}"))
                 pairs.append((crms[f"{block}.{ours}.{part}"], f"compressed_{key}"))
         worst = max(worst, *(absolute(got, saved[key][layer]) for got, key in pairs))
-    yield Result("float64", worst, vectors.tolerance["f64_vit_max_abs"])
+    yield from (Result(limit.precision, worst, limit.tolerance) for limit in vectors.limits("vit"))

@@ -55,14 +55,26 @@ def spectrum(weight: Tensor, *, window: int = WINDOW, ops: int = OPS) -> Spectru
     return Spectrum(hill(pooled), largest**0.5, total / largest)
 
 
-def window_eigenvalues(weight: Tensor, *, window: int = WINDOW, ops: int = OPS) -> Tensor:
-    """The eigenvalues of all windows (ascending), float64."""
+def window_eigenvalues(
+    weight: Tensor, *, window: int = WINDOW, ops: int = OPS, ratio: float = 1.0
+) -> Tensor:
+    """The eigenvalues of all windows (ascending), float64.
+
+    Args:
+        weight: (rows, columns).
+        window: rows of a window; the matrix's shorter side if that is less.
+        ops: windows along each axis at most.
+        ratio: columns of a window over its rows (`Q_ratio` of the official code). A window that is
+            wider than the matrix by n columns has the matrix's last n columns (all of them if n is
+            larger), because the official slice then begins at -n.
+    """
     rows, columns = weight.shape
-    side = min(window, rows, columns)
+    height = min(window, rows, columns)
+    width = max(1, int(height * ratio))
     found = [
-        eigenvalues(weight[top : top + side, left : left + side])
-        for top in _starts(rows, side, ops)
-        for left in _starts(columns, side, ops)
+        eigenvalues(weight[top : top + height, left : left + width])
+        for top in _starts(rows, height, ops)
+        for left in _starts(columns, width, ops)
     ]
     return torch.cat(found).sort().values
 
@@ -111,10 +123,13 @@ def block_spectra(blocks: list[Block], tick: Any) -> dict[str, Any]:
 
 
 def _starts(length: int, side: int, ops: int) -> list[int]:
-    """Where the windows begin: at most `ops`, in equal steps of (length - side) // (ops - 1)."""
+    """Where the windows begin: at most `ops`, in equal steps of (length - side) // (ops - 1).
+
+    One window begins at length - side, which is negative, where it is longer than the axis.
+    """
     room = length - side
     step = max(1, room // max(1, ops - 1))
-    return [min(i * step, room) for i in range(min(ops, room // step + 1))]
+    return [min(i * step, room) for i in range(min(ops, max(1, room // step + 1)))]
 
 
 def _finite(value: float) -> float | None:

@@ -69,6 +69,7 @@ class Hydra(Mixer):
         state_size: int,
         n_groups: int,
         conv_kernel: int,
+        use_conv_bias: bool,
         use_bias: bool,
         norm_eps: float,
         dt_limit: tuple[float, float] | None,
@@ -85,7 +86,7 @@ class Hydra(Mixer):
         four = 4 * n_groups * state_size
         self.parts = [inner, inner + four, 2 * self.heads]
         self.in_proj = Linear(hidden_size, sum(self.parts), bias=use_bias)
-        self.conv1d = ShortConvolution(inner + four, conv_kernel, causal=False)
+        self.conv1d = ShortConvolution(inner + four, conv_kernel, bias=use_conv_bias, causal=False)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         if combination == "quasiseparable":

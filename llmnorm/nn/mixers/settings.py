@@ -289,6 +289,8 @@ class HydraSettings(_StateSpaceSettings):
     """Width of keys and queries (B and C)."""
     conv_kernel: OddKernel = 7
     """Width, odd, of the symmetric convolution of x, B and C."""
+    use_conv_bias: bool = True
+    """Offsets in the convolution."""
     combination: Literal["quasiseparable", "add", "concat"] = "quasiseparable"
     """How the two directions come together: `add` and `concat` are the paper's ablations (table 3),
     which sum both scans, or project them side by side, without shift and free diagonal."""
@@ -302,7 +304,7 @@ class HydraSettings(_StateSpaceSettings):
         """The mixer of one layer (counted from 0) of `model`."""
         from llmnorm.nn.mixers.hydra import Hydra
 
-        keys = ("state_size", "conv_kernel", "combination")
+        keys = ("state_size", "conv_kernel", "use_conv_bias", "combination")
         own = {key: getattr(self, key) for key in keys}
         return Hydra(model.hidden_size, **own, **self._shape())
 
@@ -321,6 +323,8 @@ class MatrixSettings(MixerSettings):
     """Width of a head's values."""
     conv_kernel: OddKernel = 7
     """Width, odd, of the symmetric convolution of all that is projected but the gate."""
+    use_bias: bool = False
+    """Offsets on the two projections."""
     norm_eps: float = Field(1e-5, ge=0)
     """Added inside the norm after mixing."""
 
@@ -351,6 +355,7 @@ class MatrixSettings(MixerSettings):
             heads=heads,
             head_dim=self.head_dim,
             conv_kernel=self.conv_kernel,
+            use_bias=self.use_bias,
             norm_eps=self.norm_eps,
         )
 

@@ -118,15 +118,16 @@ class UnifiedNorm(RunningNorm):
         t = self.steps + 1
         row = (t % m).view(1)
         window = before.to(square.dtype).index_copy(0, row, square.unsqueeze(0))
-        skip = torch.zeros_like(t, dtype=torch.bool)
-        if self.filter != "off":
+        # With a window of one the official code takes the branch of an outlier at every step.
+        skip = torch.full_like(t, m == 1, dtype=torch.bool)
+        if self.filter != "off" and m > 1:
             gap = window.mean(0) - window.log().mean(0).exp()
             if self.filter == "official":
                 spread = before.to(square.dtype).sqrt().var()
                 skip = (gap > m * spread).any()
             else:
                 skip = gap > m * window.sqrt().var(0)
-            skip = (t >= self.warmup) & (skip if m > 1 else torch.ones_like(skip))
+            skip = (t >= self.warmup) & skip
             window = window.index_copy(0, row, torch.where(skip, rv, square).unsqueeze(0))
         early = (t <= m) | (t < self.warmup) | skip
         divisor = torch.where(early, square, window.log().mean(0).exp())

@@ -69,6 +69,7 @@ def test_hill_is_the_formula() -> None:
         (18, 10, 5, [0, 2, 4, 6, 8]),
         (21, 10, 5, [0, 2, 4, 6, 8]),
         (30, 10, 1, [0]),
+        (40, 64, 5, [-24]),
     ],
 )
 def test_windows_begin_where_the_paper_puts_them(
@@ -76,6 +77,18 @@ def test_windows_begin_where_the_paper_puts_them(
 ) -> None:
     """Oracle: start = i step, step = max(1, (length - side) // (ops - 1)), by hand."""
     assert _starts(length, side, ops) == starts
+
+
+@pytest.mark.parametrize(
+    ("ratio", "columns"), [(0.5, [(0, 5), (7, 12), (14, 19)]), (3.0, [(10, 20)]), (9.0, [(0, 20)])]
+)
+def test_windows_of_another_ratio(ratio: float, columns: list[tuple[int, int]]) -> None:
+    """Oracle: singular values of the slices written out, windows of 10 rows in a matrix of 12."""
+    weight = gaussian(12, 20).double()
+    found = window_eigenvalues(weight, window=10, ops=3, ratio=ratio)
+    slices = [weight[top : top + 10, a:b] for top in (0, 1, 2) for a, b in columns]
+    expected = torch.cat([torch.linalg.svdvals(piece).square() for piece in slices]).sort().values
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @given(st.integers(8, 40), st.integers(8, 40), st.floats(1e-3, 1e3))

@@ -45,6 +45,7 @@ class MatrixMixer(Mixer):
         heads: int,
         head_dim: int,
         conv_kernel: int,
+        use_bias: bool,
         norm_eps: float,
     ) -> None:
         super().__init__()
@@ -52,10 +53,10 @@ class MatrixMixer(Mixer):
         self.heads, self.head_dim = heads, head_dim
         self.matrix_mixer = family
         self.parts = [inner, inner + family.convolved, family.plain]
-        self.in_proj = Linear(hidden_size, sum(self.parts), bias=False)
+        self.in_proj = Linear(hidden_size, sum(self.parts), bias=use_bias)
         self.conv1d = ShortConvolution(inner + family.convolved, conv_kernel, causal=False)
         self.norm = RMSNorm(inner, eps=norm_eps)
-        self.out_proj = Linear(inner, hidden_size, bias=False)
+        self.out_proj = Linear(inner, hidden_size, bias=use_bias)
 
     def prepare(self, x: Tensor, context: Context, cache: None = None) -> MatrixParameters:
         """Project, convolve, hand the family what is its own.
