@@ -78,7 +78,8 @@ class Settings(BaseModel):
         built = handler.resolve_ref_schema(handler(schema))
         for name, text in field_docs(cls).items():
             if name in cls.model_fields:
-                built["properties"][name]["description"] = text
+                key = cls.model_fields[name].alias or name
+                built["properties"][key]["description"] = text
         return built
 
 
@@ -374,7 +375,7 @@ def fields_at(cls: type[Settings], loc: tuple[Any, ...]) -> list[str]:
         if isinstance(key, str):
             fields = [c.model_fields[key] for c in classes if key in c.model_fields]
             classes = [found for field in fields for found in settings_in(field.annotation)]
-    return list(dict.fromkeys(name for c in classes for name in c.model_fields))
+    return list(dict.fromkeys(f.alias or n for c in classes for n, f in c.model_fields.items()))
 
 
 def settings_in(annotation: Any) -> list[type[Settings]]:

@@ -229,6 +229,19 @@ SETTINGS = {
     "no number at all": setting(
         "optimizer.lr=.nan", "<place>: <key>: expected a finite number, got nan", "optimizer.lr"
     ),
+    "momentum of a run that never forgets": setting(
+        "optimizer=muon optimizer.momentum=1",
+        "<place>: <key>: expected a number of at least 0 and less than 1, or a warm-up like "
+        "{from: 0.85, to: 0.95, steps: 300}; got 1",
+        "optimizer.momentum",
+    ),
+    "momentum warmed up in no step": setting(
+        "optimizer=normuon optimizer.momentum.from=0.85 optimizer.momentum.to=0.9 "
+        "optimizer.momentum.steps=0",
+        AT_LEAST,
+        "optimizer.momentum.steps",
+        "at least 1, got 0",
+    ),
     "decay under nap": setting(
         "optimizer=muon optimizer.nap=true",
         "<place>: optimizer.nap takes the place of decay on hidden matrices; "
@@ -236,7 +249,7 @@ SETTINGS = {
     ),
     "gram form in bf16": setting(
         "optimizer=normuon optimizer.orthogonalize=gram optimizer.precision=bf16",
-        "<place>: optimizer.orthogonalize=gram is inaccurate in bf16; "
+        "<place>: optimizer.orthogonalize=gram diverges in bf16; "
         "set optimizer.precision=fp32 or optimizer.orthogonalize=standard",
     ),
     "a law below its models": Case(

@@ -109,9 +109,10 @@ def key_paths() -> list[str]:
 
     def walk(cls: type[Settings], path: str) -> None:
         for name, field in cls.model_fields.items():
+            name = field.alias or name
             key = f"{path}.{name}" if path else name
             inner = settings_in(field.annotation)
-            if part_of(field) or not inner:
+            if part_of(field) or field.annotation not in inner:
                 found.append(key)
             for below in inner:
                 walk(below, key)

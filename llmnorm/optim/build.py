@@ -9,7 +9,7 @@ from llmnorm.optim import nap
 from llmnorm.optim.adamw import AdamW
 from llmnorm.optim.groups import Groups, check_gradients, matrices, width
 from llmnorm.optim.settings import AdamWSettings, MatrixSettings, OptimizerSettings
-from llmnorm.optim.stacks import RuleOptimizer
+from llmnorm.optim.stacks import Hyperparameters, RuleOptimizer
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -51,18 +51,15 @@ def with_rule(
             betas=settings.auxiliary.betas,
             eps=settings.auxiliary.eps,
         )
-    lr, weight_decay = rates["matrices"]
-    pieces = matrices(groups, settings.split_sizes)
-    rates_of_rule = {"lr": lr, "weight_decay": weight_decay}
+    pieces, rule = matrices(groups, settings.split_sizes), settings.rule()
+    first = Hyperparameters(*rates["matrices"], momentum=settings.momentum_at(0))
     optimizer: RuleOptimizer
     if exchange is None:
-        optimizer = RuleOptimizer(pieces, auxiliary, settings.rule(), **rates_of_rule)
+        optimizer = RuleOptimizer(pieces, auxiliary, rule, first)
     else:
         from llmnorm.optim.sharded import ShardedRuleOptimizer
 
-        optimizer = ShardedRuleOptimizer(
-            pieces, auxiliary, settings.rule(), **rates_of_rule, exchange=exchange
-        )
+        optimizer = ShardedRuleOptimizer(pieces, auxiliary, rule, first, exchange)
     if settings.nap:
         nap.attach(optimizer, groups.matrices, exchange)
     return optimizer

@@ -8,7 +8,8 @@ right where rows >= columns, else its transpose from the left: "rotated" means G
 
     every `refresh_every` steps: Q = singular vectors of b1 M + (1 - b1) G
     M <- b1 M + (1 - b1) G;  V <- b2 V + (1 - b2) rotated(G)^2
-    a = lr sqrt(1 - b2^t) / (1 - b1^t);  W <- W - a scale back(rotated(M) / (sqrt(V) + eps))
+    a = lr sqrt(1 - b2^t) / (1 - b1^t), or lr without `correct_bias`
+    W <- W - a scale back(rotated(M) / (sqrt(V) + eps))
     W <- W (1 - lr wd)
 
 What would surprise:
@@ -41,6 +42,7 @@ class Conda:
     refresh: Literal["together", "staggered"]
     basis: Literal["svd", "eigh"]
     on_refresh: Literal["keep", "rotate", "reset"]
+    correct_bias: bool
 
     decay: ClassVar[Decay] = "after"
     scalars: ClassVar[tuple[str, ...]] = ("step", "phase")
@@ -68,7 +70,9 @@ class Conda:
         momentum = state["momentum"].lerp_(rotated, 1 - beta1)
         second_moment.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
         t = before + 1
-        rate = hyperparameters.lr * self.scale * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+        rate = hyperparameters.lr * self.scale
+        if self.correct_bias:
+            rate = rate * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
         # The rotated gradient's memory is free now.
         normalized = torch.sqrt(second_moment, out=rotated).add_(self.eps)
         torch.div(momentum, normalized, out=normalized)

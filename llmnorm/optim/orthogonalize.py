@@ -8,10 +8,14 @@ Shapes: matrices (n, rows, columns); X (n, short, long); A = X X^T and P (n, sho
 
     X <- G / (|G|_F margin + guard);  five times: A = X X^T;  P = a + b A + c A^2;  X <- P X
 
-What would surprise: no variant converges to the polar factor U V^T. Singular values end within
-about 0.7 to 1.2 (those below 1 % of the norm lower), which is what the rules were tuned with.
-The guard shrinks the result of matrices whose norm is not far above it (1e-7). bf16 results of two
-correct orders of operations differ by some percent, so comparisons want float32.
+What would surprise:
+- No variant converges to the polar factor U V^T. Singular values end within about 0.7 to 1.2 (those
+  below 1 % of the norm lower), and the rules were tuned with such values.
+- The guard (1e-7) shrinks the result of a matrix whose norm is not far above it.
+- bf16 results of two correct orders of operations differ by some percent. Compare in float32.
+- The Gram form needs float32. In bf16 it diverges: a 64 x 256 matrix of condition 1e3 came out with
+  singular values of 49 (`jordan`) to 3e4 (`polar_express`) instead of 1.2
+  (tests/optim/test_orthogonalize.py).
 """
 
 from collections.abc import Sequence
@@ -26,6 +30,8 @@ from llmnorm.nn.linear import products
 Form = Literal["standard", "gram"]
 Coefficients = Literal["jordan", "quintic", "polar_express"]
 Precision = Literal["auto", "fp32", "bf16"]
+Guard = Literal["added", "least"]
+GRAM_IN_BF16 = "the Gram form diverges in bf16; use float32 or the form 'standard'"
 
 
 class Iteration(NamedTuple):
@@ -68,22 +74,32 @@ def orthogonalize(
     *,
     coefficients: Coefficients = "jordan",
     form: Form = "standard",
+    guard: Guard = "added",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """(n, rows, columns) -> the same shape and dtype, singular values near 1.
+    """Matrices with singular values near 1 in the place of their own.
 
     Args:
-        coefficients: which polynomials.
+        matrices: (n, rows, columns); the result has their shape and dtype.
+        coefficients: the polynomials.
         form: `gram` iterates on X X^T where that is less work (longer side > 1.5 shorter ones):
             4 k^2 L + 34 k^3 operations instead of 20 k^2 L + 10 k^3; in float32 its error grows
             with the condition number, to 2e-4 at 1e5.
+        guard: how the first division is kept finite: a small number is `added` to the norm (Jordan,
+            Moonlight), or the norm is taken for at `least` that number (torch.optim.Muon).
         dtype: of the products; that of the matrices if None.
+
+    Raises:
+        ValueError: the Gram form in bf16.
     """
     iteration = ITERATIONS[coefficients]
     x = matrices.to(dtype or matrices.dtype)
+    if form == "gram" and x.dtype == torch.bfloat16:
+        raise ValueError(GRAM_IN_BF16)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * iteration.margin + iteration.guard)
+    norm = x.norm(dim=(-2, -1), keepdim=True) * iteration.margin
+    x = x / (norm + iteration.guard if guard == "added" else norm.clamp(min=iteration.guard))
     if form == "gram" and x.shape[-1] > 1.5 * x.shape[-2]:
         x = _by_gram(x, iteration)
     else:
@@ -100,9 +116,14 @@ def orthogonalize(
 def working_dtype(precision: Precision, form: Form, matrices: Tensor) -> torch.dtype:
     """The dtype of the products: `auto` is bf16 where the hardware multiplies in it.
 
-    On a CPU the shorter side must be at least 256 too: below that bf16 products are slower. The
-    Gram form, whose rounding errors grow with the condition number, is never done in bf16.
+    On a CPU the shorter side must be at least 256 too: below that bf16 products are slower. For the
+    Gram form `auto` is float32. Float64 matrices stay float64.
+
+    Raises:
+        ValueError: `bf16` for the Gram form, which diverges in it.
     """
+    if form == "gram" and precision == "bf16":
+        raise ValueError(GRAM_IN_BF16)
     if matrices.dtype == torch.float64:
         return torch.float64
     if precision == "auto" and form == "standard":

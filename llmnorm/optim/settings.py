@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmnorm.optim.schedule import AuxiliarySchedule, Multiplier, SameSettings
+from llmnorm.optim.schedule import (
+    AuxiliarySchedule,
+    Beta,
+    HyperparameterSchedule,
+    Momentum,
+    MomentumWarmup,
+    Multiplier,
+    SameSettings,
+)
 from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
@@ -13,7 +21,6 @@ if TYPE_CHECKING:
     from llmnorm.optim.sharded import Exchange
     from llmnorm.optim.stacks import Rule, RuleOptimizer
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0)] | Literal["auto"]
 
@@ -84,11 +91,20 @@ class OptimizerSettings(Settings):
         assert self.lr != "auto", "resolved before a run begins"
         return self.adamw_lr(self.lr, width) if self.auxiliary.lr is None else self.auxiliary.lr
 
-    def multipliers(self, of_the_run: Multiplier, steps: int) -> dict[str, Multiplier]:
-        """The learning rate's course for every kind of param group."""
+    def hyperparameters(self, of_the_run: Multiplier, steps: int) -> HyperparameterSchedule:
+        """What every step of a run of `steps` steps sets in the param groups.
+
+        Args:
+            of_the_run: the run's `schedule`: step (from 0) -> factor on the peak learning rate.
+        """
         own = self.auxiliary.schedule
         auxiliary = of_the_run if isinstance(own, SameSettings) else own.build(steps)
-        return {"matrices": of_the_run, "auxiliary": auxiliary}
+        lr = {"matrices": of_the_run, "auxiliary": auxiliary}
+        return HyperparameterSchedule(lr, self.momentum_at)
+
+    def momentum_at(self, step: int) -> float:
+        """The rule's momentum at a step (from 0); 0 where no setting moves one."""
+        return 0.0
 
     def build(
         self, groups: "Groups", exchange: "Exchange | None" = None
@@ -154,8 +170,9 @@ class MatrixSettings(OptimizerSettings):
 class OrthogonalizedSettings(MatrixSettings):
     """What Muon and its kin have."""
 
-    momentum: Beta = 0.95
-    """Decay rate of the momentum."""
+    momentum: Momentum = 0.95
+    """Decay rate of the momentum, at least 0 and less than 1; `{from: 0.85, to: 0.95, steps: 300}`:
+    in a straight line from 0.85 at the first step to 0.95 at step 300, and 0.95 from there on."""
     orthogonalize: Literal["standard", "gram"] = "standard"
     """Form of the Newton-Schulz iteration; `gram`: long matrices by their Gram matrix, half the
     work, with errors of up to 2e-4."""
@@ -171,7 +188,7 @@ class OrthogonalizedSettings(MatrixSettings):
     def _gram_is_not_for_bf16(self) -> "OrthogonalizedSettings":
         if self.orthogonalize == "gram" and self.precision == "bf16":
             raise ValueError(
-                "optimizer.orthogonalize=gram is inaccurate in bf16; "
+                "optimizer.orthogonalize=gram diverges in bf16; "
                 "set optimizer.precision=fp32 or optimizer.orthogonalize=standard"
             )
         return self
@@ -185,11 +202,16 @@ class OrthogonalizedSettings(MatrixSettings):
         """`original`: lr / (.2 sqrt(width)); exact for matrices with `width` columns."""
         return lr if self.update_rms == "match_adamw" else lr / (0.2 * width**0.5)
 
-    def _muon(self) -> Any:
+    def momentum_at(self, step: int) -> float:
+        """The momentum of a step (from 0)."""
+        momentum = self.momentum
+        return momentum.at(step) if isinstance(momentum, MomentumWarmup) else momentum
+
+    def _muon(self, variant: Literal["jordan", "torch", "moonlight"] = "jordan") -> Any:
         from llmnorm.optim.muon import Muon
 
         return Muon(
-            momentum=self.momentum,
+            variant=variant,
             nesterov=self.nesterov,
             update_rms=self.update_rms,
             orthogonalize=self.orthogonalize,
@@ -219,10 +241,15 @@ class MuonSettings(OrthogonalizedSettings):
     """Look one step ahead: orthogonalise (1 - mu) G + mu M instead of M."""
     coefficients: Literal["jordan", "quintic", "polar_express"] = "jordan"
     """The iteration's polynomials."""
+    variant: Literal["jordan", "torch", "moonlight"] = "jordan"
+    """Whose arithmetic, where official codes differ by less than float32 shows: `moonlight` sums
+    gradients (M <- mu M + G), the others average them (M <- mu M + (1 - mu) G); `torch` takes the
+    norm before the iteration for at least 1e-7, the others add 1e-7 to it. Under a momentum warm-up
+    a sum and an average mix gradients differently."""
 
     def rule(self) -> "Rule":
         """The update of one matrix."""
-        return self._muon()
+        return self._muon(self.variant)
 
 
 # The options in which NorMuon's sources differ.
@@ -324,6 +351,8 @@ class CondaSettings(MatrixSettings):
     """How the basis is found; `eigh`: from the Gram matrix in float64, faster and as exact."""
     on_refresh: Literal["keep", "rotate", "reset"] = "keep"
     """What becomes of the second moment when the basis changes; `keep` is the official code's."""
+    correct_bias: bool = True
+    """Multiply the step by sqrt(1 - beta2^t) / (1 - beta1^t), since both moments start at 0."""
 
     def adamw_lr(self, lr: float, width: int) -> float:
         """lr * scale."""
@@ -341,6 +370,7 @@ class CondaSettings(MatrixSettings):
             refresh=self.refresh,
             basis=self.basis,
             on_refresh=self.on_refresh,
+            correct_bias=self.correct_bias,
         )
 
 
@@ -394,6 +424,11 @@ class SOAPSettings(MatrixSettings):
     """Steps between two refreshes of the bases."""
     max_precond_dim: int = Field(default=10_000, ge=0)
     """Sides longer than this are not rotated."""
+    correct_bias: bool = True
+    """Multiply the step by sqrt(1 - beta2^t) / (1 - beta1^t), since both moments start at 0."""
+    normalize_grads: bool = False
+    """Divide every matrix's step by its root mean square before the learning rate and the bias
+    correction; a step is then about three times as large as AdamW's at the same lr."""
 
     @property
     def over_adamw(self) -> float:
@@ -405,11 +440,13 @@ class SOAPSettings(MatrixSettings):
         from llmnorm.optim.soap import SOAP
 
         return SOAP(
-            self.betas,
-            self.shampoo_beta,
-            self.eps,
-            self.precondition_frequency,
-            self.max_precond_dim,
+            betas=self.betas,
+            shampoo_beta=self.shampoo_beta,
+            eps=self.eps,
+            precondition_frequency=self.precondition_frequency,
+            max_precond_dim=self.max_precond_dim,
+            correct_bias=self.correct_bias,
+            normalize_grads=self.normalize_grads,
         )
 
 

@@ -101,14 +101,12 @@ class ShardedRuleOptimizer(RuleOptimizer):
         matrices: list[Matrix],
         auxiliary: AdamW | None,
         rule: Rule,
-        *,
-        lr: float,
-        weight_decay: float,
+        hyperparameters: Hyperparameters,
         exchange: Exchange,
     ) -> None:
         self.exchange = exchange
         self.rank, self.world = dist.get_rank(exchange.group), dist.get_world_size(exchange.group)
-        super().__init__(matrices, auxiliary, rule, lr=lr, weight_decay=weight_decay)
+        super().__init__(matrices, auxiliary, rule, hyperparameters)
 
     def _allocate(self, matrices: list[Matrix]) -> list[Stack]:
         parts, load = owners(matrices, self.world)

@@ -7,7 +7,9 @@ columns). A side longer than `max_precond_dim` has neither Gram matrix nor basis
 
     first gradient:  L = (1 - b) G G^T;  R = (1 - b) G^T G;  QL, QR their eigenvectors; no step
     then, t = 1, 2, ...:  G' = QL^T G QR;  M <- b1 M + (1 - b1) G';  V <- b2 V + (1 - b2) G'^2
-    W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) QL (M / (sqrt(V) + eps)) QR^T;  W <- W (1 - lr wd)
+    N = QL (M / (sqrt(V) + eps)) QR^T, with `normalize_grads` N / (its root mean square + 1e-30)
+    a = lr sqrt(1 - b2^t) / (1 - b1^t), or lr without `correct_bias`
+    W <- W - a N;  W <- W (1 - lr wd)
     L <- b L + (1 - b) G G^T, R alike; every `precondition_frequency` steps a power iteration:
     columns of Q and V sorted by diag(Q^T L Q), Q <- QR(L Q), M rotated into the new bases
 
@@ -40,6 +42,8 @@ class SOAP:
     eps: float
     precondition_frequency: int
     max_precond_dim: int
+    correct_bias: bool
+    normalize_grads: bool
 
     decay: ClassVar[Decay] = "inside"
     scalars: ClassVar[tuple[str, ...]] = ("step",)
@@ -64,7 +68,7 @@ class SOAP:
     ) -> Tensor:
         """What is subtracted from the weights, (n, rows, columns)."""
         assert weight is not None
-        lr, weight_decay = hyperparameters
+        lr, weight_decay, _ = hyperparameters
         (beta1, beta2), t = self.betas, int(state["step"])
         sides = [side for side in ("left", "right") if f"basis_{side}" in state]
         if t == 0:
@@ -81,7 +85,9 @@ class SOAP:
         second_moment.addcmul_(rotated, rotated, value=1 - beta2)
         normalized = momentum / second_moment.sqrt().add_(self.eps)
         step = _rotate_back(normalized, state, sides)
-        step = step.mul(lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
+        if self.normalize_grads:
+            step = step / (step.square().mean((-2, -1), keepdim=True).sqrt() + 1e-30)
+        step = step.mul(lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t) if self.correct_bias else lr)
         step.add_(weight - step, alpha=lr * weight_decay)
         self._accumulate(grad, state, sides)
         if t % self.precondition_frequency == 0:

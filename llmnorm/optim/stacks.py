@@ -40,10 +40,18 @@ CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**26}
 
 
 class Hyperparameters(NamedTuple):
-    """What may change from step to step."""
+    """The numbers of one step that a schedule may move.
+
+    Attributes:
+        lr: learning rate.
+        weight_decay: decoupled decay, to be multiplied by `lr`.
+        momentum: decay rate of the momentum, for rules whose settings have `momentum`; 0 for the
+            others. The kin of Adam keep `betas`: their bias correction needs a constant rate.
+    """
 
     lr: float
     weight_decay: float
+    momentum: float
 
 
 class Rule(Protocol):
@@ -89,13 +97,15 @@ class Stack:
 class RuleOptimizer(torch.optim.Optimizer):
     """`rule` on the matrices, AdamW on the auxiliary parameters.
 
-    Each param group keeps its peak learning rate under `peak_lr`; the caller sets
-    `lr = peak_lr * schedule(step)` before every step. `kind` says which group it is.
+    The first param group (`kind` "matrices") holds the hyperparameters of the rule, under their
+    names, and the peak learning rate as `peak_lr`. `HyperparameterSchedule.set` writes a step's
+    values into the groups before that step.
 
     Args:
-        matrices: what the rule gets; at least one.
+        matrices: the matrices of the rule; at least one.
         auxiliary: an optimizer over the other parameters, its state allocated; None if there are
             none.
+        hyperparameters: those of the first step, but for the learning rate, which is the peak.
     """
 
     def __init__(
@@ -103,13 +113,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         matrices: list[Matrix],
         auxiliary: AdamW | None,
         rule: Rule,
-        *,
-        lr: float,
-        weight_decay: float,
+        hyperparameters: Hyperparameters,
     ) -> None:
         parameters = list(dict.fromkeys(m.parameter for m in matrices))
-        group = {"params": parameters, "kind": "matrices", "lr": lr, "peak_lr": lr}
-        super().__init__([group | {"weight_decay": weight_decay}], {})
+        group = {"params": parameters, "kind": "matrices", "peak_lr": hyperparameters.lr}
+        super().__init__([group | hyperparameters._asdict()], {})
         self.rule = rule
         self._named = {m.name: m.parameter for m in matrices}
         self.stacks = self._allocate(matrices)
@@ -138,8 +146,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 loss = closure()
         check_gradients(self._named)
         group = self.param_groups[0]
-        hyperparameters = Hyperparameters(group["lr"], group["weight_decay"])
-        self._update(hyperparameters)
+        self._update(Hyperparameters(*(group[field] for field in Hyperparameters._fields)))
         if self._auxiliary is not None:
             self._auxiliary.step()
         return loss

@@ -90,7 +90,7 @@ def train(
         groups = split(model)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
         optimizer = config.optimizer.build(groups, parallel.exchange())
-        multipliers = config.optimizer.multipliers(config.schedule.build(steps), steps)
+        hyperparameters = config.optimizer.hyperparameters(config.schedule.build(steps), steps)
         ema = None
         if config.training.ema:
             held = {name: local(master(p).detach()) for name, p in model.named_parameters()}
@@ -195,8 +195,7 @@ def train(
             reduced = torch.stack([loss, loss.new_tensor(stop.exit_code)])
             mean_loss, stopping = parallel.reduce(reduced).tolist()
             exit_code = round(stopping) and (stop.exit_code or 143)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * multipliers[group["kind"]](progress.step)
+            hyperparameters.set(optimizer.param_groups, progress.step)
             if math.isfinite(mean_loss) and math.isfinite(norm):
                 optimizer.step()
                 statistics.commit()

@@ -119,15 +119,19 @@ def exchanged(
         fully_shard(shared, mesh=mesh if replicas > 1 else mesh["s"])
         group = mesh.get_group("s")
     assert group is not None
-    alone = settings_of(name).build(split(whole))
+    settings = settings_of(name)
+    alone = settings.build(split(whole))
     exchange = Exchange(group, spread=spread, payload=payload)
-    together = settings_of(name).build(split(shared), exchange)
+    together = settings.build(split(shared), exchange)
+    hyperparameters = settings.hyperparameters(lambda step: 1.0, 3)
     parts = [master(parameter) for parameter in shared.parameters()]
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         for full, part in zip(whole.parameters(), parts, strict=True):
             full.grad = torch.randn(full.shape, generator=generator)
             part.grad = share_of(full.grad, part)
+        for optimizer in (alone, together):
+            hyperparameters.set(optimizer.param_groups, step)
         alone.step()
         with Counted() as calls:
             together.step()

@@ -33,6 +33,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 # SOAP's bases are eigenvectors, which only a Gram matrix of full rank determines: hence no side
 # longer than the other one has a basis, and key and value are square.
 OPTIMIZERS["soap"][1]["max_precond_dim"] = 16
+# A hyperparameter that moves over the steps, those after a resumption included.
+OPTIMIZERS["normuon"][1]["momentum"] = {"from": 0.5, "to": 0.95, "steps": 4}
 SHAPE: dict[str, dict[str, Any]] = {"soap": {"num_key_value_heads": 4}}
 CONFIG = {
     "vocab_size": 40,
@@ -109,7 +111,9 @@ class Run:
         self.statistics = RunningStatistics(self.model, self.parallel.reduce)
         groups = split(self.model)
         self.parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
-        self.optimizer = settings_of(optimizer, lr).build(groups, self.parallel.exchange())
+        settings = settings_of(optimizer, lr)
+        self.optimizer = settings.build(groups, self.parallel.exchange())
+        self.hyperparameters = settings.hyperparameters(lambda step: 1.0, 1)
         self.state = named_tensors(self.model, self.optimizer, None)
 
     def rows(self, step: int) -> Tensor:
@@ -145,6 +149,7 @@ class Run:
         for step in range(first, last):
             self.forward_backward(step)
             norms.append(float(self.parallel.clip(self.parameters, 0.5)))
+            self.hyperparameters.set(self.optimizer.param_groups, step)
             self.optimizer.step()
             self.statistics.commit()
             self.optimizer.zero_grad(set_to_none=True)

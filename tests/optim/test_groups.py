@@ -135,20 +135,19 @@ def test_the_rest_has_adamws_rate_at_equal_steps_unless_given(settings, expected
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_rest_is_adamw_with_its_own_rate_decay_and_schedule(name: str) -> None:
-    """Oracle: our AdamW over the same vector; the loop's use of `multipliers`."""
+    """Oracle: our AdamW over the same vector; rates that the loop would set."""
     own = {"lr": 0.03, "weight_decay": 0.2, "schedule": {"name": "constant", "warmup": 2}}
     settings = RULES[name](lr=0.1, auxiliary=own)
     run = Run(settings, {"w": draw(4, 6)}, {"b": draw(5)})
     alone = Run(AdamWSettings(lr=0.03, weight_decay=0.2), {"b": draw(5)})
     of_the_run = ConstantSettings(warmup=5).build(10)
-    multipliers = settings.multipliers(of_the_run, 10)
+    hyperparameters = settings.hyperparameters(of_the_run, 10)
     for step in range(4):
-        for group in run.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * multipliers[group["kind"]](step)
+        hyperparameters.set(run.optimizer.param_groups, step)
         alone.optimizer.param_groups[0]["lr"] = 0.03 * min(1, (step + 1) / 2)
         grads = {"w": draw(4, 6, seed=step), "b": draw(5, seed=step)}
         run.step(grads)
         alone.step(grads)
     assert torch.equal(run.auxiliary["b"], alone.weights["b"])
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 4 / 5)
-    assert RULES[name]().multipliers(of_the_run, 10)["auxiliary"] is of_the_run
+    assert RULES[name]().hyperparameters(of_the_run, 10).lr["auxiliary"] is of_the_run

@@ -14,7 +14,7 @@ MUTATIONS = {
     "no Nesterov": (
         "muon_kj_f64ns",
         "muon",
-        "grad.lerp(momentum, self.momentum) if self.nesterov else momentum",
+        "grad.lerp(momentum, mu) if self.nesterov else momentum",
         "momentum",
     ),
     "the other axis": (
@@ -70,8 +70,8 @@ MUTATIONS = {
     "guard by the larger": (
         "muon_kj_f64ns",
         "orthogonalize",
-        "* iteration.margin + iteration.guard",
-        ".clamp(min=iteration.guard)",
+        "norm + iteration.guard if",
+        "norm.clamp(min=iteration.guard) if",
     ),
     "columns of the second moment stay": (
         "soap_f64",

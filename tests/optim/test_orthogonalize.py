@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from llmnorm.optim.orthogonalize import ITERATIONS, multiplies_bf16, orthogonalize, working_dtype
+from llmnorm.optim.muon import Muon
+from llmnorm.optim.orthogonalize import (
+    ITERATIONS,
+    _by_gram,
+    multiplies_bf16,
+    orthogonalize,
+    working_dtype,
+)
 from tests.optim.rules import draw
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -41,10 +48,11 @@ def test_singular_values_are_near_1(coefficients, highest, error) -> None:
             assert kept.min() >= 0.65
 
 
-@pytest.mark.parametrize("form", ["standard", "gram"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("standard", d) for d in DTYPES] + [("gram", d) for d in DTYPES[:2]]
+)
 def test_the_transpose_is_the_transpose(form, dtype) -> None:
-    """Oracle: the same bits, in every dtype."""
+    """Oracle: the same bits, in every dtype that the form has."""
     x = draw(3, 12, 40)
     one = orthogonalize(x, form=form, dtype=dtype)
     assert torch.equal(orthogonalize(x.mT, form=form, dtype=dtype), one.mT)
@@ -64,6 +72,40 @@ def test_the_gram_form_is_the_same_polynomial(coefficients) -> None:
         assert (single - standard).norm() <= limit * standard.norm()
     square = draw(1, 20, 20)
     assert torch.equal(orthogonalize(square, form="gram"), orthogonalize(square))
+
+
+def test_the_gram_form_is_refused_in_bf16_where_it_diverges() -> None:
+    """Oracle: singular values of the Gram form in bf16, its guard against that taken away."""
+    x = with_condition(64, 256, 1e3)[None].float()
+    iteration = ITERATIONS["jordan"]
+    narrow = (x / x.norm()).bfloat16()
+    assert torch.linalg.svdvals(_by_gram(narrow, iteration).float()).max() > 10
+    single = orthogonalize(x, form="gram")
+    assert torch.linalg.svdvals(single).max() < 1.25
+    for refused in (
+        lambda: orthogonalize(x, form="gram", dtype=torch.bfloat16),
+        lambda: orthogonalize(x.bfloat16(), form="gram"),
+        lambda: working_dtype("bf16", "gram", x),
+        lambda: Muon(True, "jordan", "original", "gram", "jordan", "bf16"),
+    ):
+        with pytest.raises(ValueError, match="the Gram form diverges in bf16"):
+            refused()
+    assert working_dtype("fp32", "gram", x) == torch.float32
+
+
+def test_the_guard_is_added_or_the_least_norm() -> None:
+    """Oracle: both divisions written out, for norms far above, at and below the guard of 1e-7."""
+    (a, b, c), *_ = ITERATIONS["jordan"].steps
+    for size in (1.0, 1e-7, 1e-9):
+        g = draw(6, 9)
+        g *= size / g.norm()
+        for guard, norm in (("added", size + 1e-7), ("least", max(size, 1e-7))):
+            x = g / norm
+            for _ in range(5):
+                gram = x @ x.T
+                x = a * x + (b * gram + c * gram @ gram) @ x
+            found = orthogonalize(g[None], guard=guard)[0]
+            assert (found - x).abs().max() < 1e-13
 
 
 def test_zeros_and_null_directions_stay_zero() -> None:

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmnorm.optim.schedule import ConstantSettings, CosineSettings, LinearSettings, WSDSettings
+from llmnorm.optim.schedule import (
+    ConstantSettings,
+    CosineSettings,
+    HyperparameterSchedule,
+    LinearSettings,
+    MomentumWarmup,
+    WSDSettings,
+)
 
 EVERY = [CosineSettings, LinearSettings, WSDSettings, ConstantSettings]
 
@@ -56,3 +63,26 @@ def test_warmup_below_one_is_a_share() -> None:
 @pytest.mark.parametrize("schedule", EVERY)
 def test_a_run_of_one_step(schedule) -> None:
     assert 0 <= schedule(warmup=0).build(1)(0) <= 1
+
+
+def test_momentum_warms_up_in_a_straight_line() -> None:
+    """Oracle: modded-nanogpt's line, written out; exact at both ends."""
+    warmup = MomentumWarmup(**{"from": 0.85, "to": 0.95, "steps": 300})
+    for step in (0, 1, 150, 299, 300, 10_000):
+        frac = min(step / 300, 1)
+        assert warmup.at(step) == (1 - frac) * 0.85 + frac * 0.95
+    assert (warmup.at(0), warmup.at(300), warmup.at(301)) == (0.85, 0.95, 0.95)
+
+
+def test_a_step_sets_every_groups_hyperparameters() -> None:
+    """Oracle: the products written out; a group without a momentum gets none."""
+    lr = {"matrices": lambda step: step / 10, "auxiliary": lambda step: 1.0}
+    groups = [
+        {"kind": "matrices", "peak_lr": 2.0, "lr": 2.0, "momentum": 0.0, "weight_decay": 0.1},
+        {"kind": "auxiliary", "peak_lr": 3.0, "lr": 0.0, "weight_decay": 0.0},
+    ]
+    HyperparameterSchedule(lr, momentum=lambda step: 0.5 + step / 100).set(groups, 5)
+    assert groups == [
+        {"kind": "matrices", "peak_lr": 2.0, "lr": 1.0, "momentum": 0.55, "weight_decay": 0.1},
+        {"kind": "auxiliary", "peak_lr": 3.0, "lr": 3.0, "weight_decay": 0.0},
+    ]

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from llmnorm.optim.muon import Muon
 from tests.running import SMOKE, assert_same_run, llmnorm, state_of
 
 FIELDS = {
@@ -19,11 +20,34 @@ FIELDS = {
 }
 OPTIONS = {
     "muon": ["optimizer.lr=0.01", "optimizer.nap=true", "optimizer.weight_decay=0"],
-    "normuon": ["optimizer.preset=speedrun", "optimizer.auxiliary.schedule=linear"],
+    "normuon": [
+        *("optimizer.preset=speedrun", "optimizer.auxiliary.schedule=linear"),
+        "optimizer.momentum={from: 0.5, to: 0.95, steps: 6}",  # 4 steps before the resumption
+    ],
     "conda": ["optimizer.refresh_every=3", "optimizer.refresh=staggered"],
     "adamp": ["optimizer.lr=0.01"],
     "soap": ["optimizer.lr=0.01", "optimizer.precondition_frequency=2"],
 }
+
+
+def test_a_run_gives_every_step_its_momentum(tmp_path, smoke_data, monkeypatch) -> None:
+    """Oracle: the line written out; a run that is stopped and resumed gives the same values."""
+    seen: list[float] = []
+    update = Muon.update
+
+    def recording(self, grad, state, hyperparameters, weight=None):
+        seen.append(hyperparameters.momentum)
+        return update(self, grad, state, hyperparameters, weight)
+
+    monkeypatch.setattr(Muon, "update", recording)
+    words = ["optimizer=muon", "optimizer.momentum={from: 0.6, to: 0.9, steps: 3}"]
+    words += [f"data.dir={smoke_data}", f"run_dir={tmp_path / 'run'}", "evaluation.samples=0"]
+    llmnorm("train", SMOKE, *words, "schedule=constant", "training.steps=2")
+    llmnorm("train", tmp_path / "run", "training.steps=5")
+    expected = [0.6, 0.7, 0.8, 0.9, 0.9]
+    assert list(dict.fromkeys(round(m, 12) for m in seen)) == expected[:4]
+    each = len(seen) // 5  # stacks of matrices
+    assert seen == pytest.approx([m for m in expected for _ in range(each)])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
