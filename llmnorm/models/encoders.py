@@ -78,6 +78,10 @@ class LlmNormForMaskedLM(WithLanguageHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> MaskedLMOutput | tuple[Any, ...]:
         """Logits (batch, length, vocabulary), or the loss.
 
@@ -96,6 +100,10 @@ class LlmNormForMaskedLM(WithLanguageHead):
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
         )
         hidden, loss, logits = output.last_hidden_state, None, None
         if labels is None or not self.training:
@@ -133,6 +141,10 @@ class LlmNormForSequenceClassification(LlmNormPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Logits (batch, num_labels), and the loss where labels are given.
 
@@ -151,6 +163,10 @@ class LlmNormForSequenceClassification(LlmNormPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
         )
         pooled = torch.tanh(self.pooler(self._read(output.last_hidden_state, attention_mask)))
         if self.dropout:

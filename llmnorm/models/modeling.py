@@ -20,22 +20,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from llmnorm.models.cache import LlmNormCache
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.context import (
+    Documents,
+    Rules,
+    given_documents,
+    with_cache,
+    without_cache,
+)
 from llmnorm.models.initialization import initialize, initialize_module
 from llmnorm.nn import block as blocks
 from llmnorm.nn.block import Block
 from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
 from llmnorm.nn.mixers import varlen
-from llmnorm.nn.mixers.contract import (
-    Context,
-    document_boundaries,
-    document_lengths,
-    document_mask,
-    document_numbers,
-    padding_mask,
-)
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.visibility import Visibility
 from llmnorm.part import InputError, nearest
 
 
@@ -133,6 +134,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             settings.rope_parameters, settings.head_dim, settings.max_position_embeddings
         )
         self.fixed_shapes = False
+        self.head_dim = settings.head_dim
         for layer, block in enumerate(self.layers):
             assert isinstance(block, Block)
             if block.self_attn.causal != self.causal:  # a part of another package's
@@ -155,6 +157,10 @@ class LlmNormModel(LlmNormPreTrainedModel):
         return_dict: bool | None = None,
         loss_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Last hidden states (batch, length, hidden); arguments as Hugging Face's.
 
@@ -163,11 +169,19 @@ class LlmNormModel(LlmNormPreTrainedModel):
                 None.
             loss_mask: (batch, length), True where a token counts for norms that keep statistics;
                 the attention mask's tokens, or all, if None.
+            cu_seq_lens_q: (documents + 1,) int32, where the documents of packed rows start, for
+                callers who know it, with the next three: nothing is then read back from a GPU
+                (context.py, as transformers' FlashAttentionKwargs). Without them documents start
+                where position_ids are 0.
+            cu_seq_lens_k: the same.
+            max_length_q: tokens of the longest document, or more.
+            max_length_k: the same.
 
         Raises:
             InputError: both or neither of input_ids and inputs_embeds, a foreign cache, a mask that
                 is not (batch, keys), packed documents with a cache, a cache for an encoder, token
-                types that the model does not know, output_attentions.
+                types that the model does not know, documents that are not as above,
+                output_attentions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
@@ -185,11 +199,23 @@ class LlmNormModel(LlmNormPreTrainedModel):
         cache = past_key_values
         if cache is None and use_cache:
             cache = self.new_cache()
+        documents = given_documents(
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, hidden
+        )
+        visibility: Visibility
         order = None
         if cache is None:
-            context = self._context(hidden, attention_mask, position_ids)
+            kernel = varlen.serves(hidden) and varlen.has_kernel(self.head_dim)
+            rules = Rules(self.causal, kernel, self.fixed_shapes)
+            visibility, position_ids = without_cache(
+                attention_mask, position_ids, documents, hidden, rules
+            )
         else:
-            context, order = self._cached_context(hidden, attention_mask, position_ids, cache)
+            self._check_cache(cache, documents)
+            visibility, position_ids, order = with_cache(
+                attention_mask, position_ids, cache, hidden
+            )
+        context = Context(*self.rotary(position_ids, wide_dtype(hidden.dtype)), visibility)
         if loss_mask is None and attention_mask is not None and cache is None:
             loss_mask = attention_mask.bool()
         for norm in self._running_norms:
@@ -231,85 +257,16 @@ class LlmNormModel(LlmNormPreTrainedModel):
         blocks = [block for block in self.layers if isinstance(block, Block)]
         return LlmNormCache([block.self_attn.new_cache() for block in blocks])
 
-    def _context(
-        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> Context:
-        """Rotary tables, and who may look at whom."""
-        batch, length, _ = hidden.shape
-        mask, documents, boundaries, segments, real = None, None, None, None, None
-        if attention_mask is not None:
-            real = attention_mask.bool()
-            if position_ids is None:
-                position_ids = (real.cumsum(1) - 1).clamp(min=0)
-            mask = padding_mask(real, causal=self.causal)
-            real = None if bool(real.all()) else real
-        elif position_ids is not None:
-            documents = document_lengths(position_ids)
-        else:
-            position_ids = torch.arange(length, device=hidden.device).unsqueeze(0)
-        if documents is not None:
-            segments = document_numbers(documents, batch, hidden.device)
-        if documents is not None and varlen.serves(hidden):
-            boundaries = document_boundaries(documents, hidden.device)
-            if self.fixed_shapes:
-                # Their number is the one shape that changes; the compiler is told beforehand.
-                torch._dynamo.maybe_mark_dynamic(boundaries, 0)
-                documents = None
-        elif segments is not None and (self.fixed_shapes or hidden.is_cuda):
-            mask, documents = document_mask(segments, causal=self.causal), None
-        cos, sin = self._rotary_tables(hidden, position_ids)
-        return Context(
-            cos,
-            sin,
-            mask,
-            documents=documents,
-            boundaries=boundaries,
-            segments=segments,
-            real=real,
-        )
-
-    def _cached_context(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: LlmNormCache,
-    ) -> tuple[Context, Tensor | None]:
-        """Positions and mask from the rows' own lengths; the mask's last columns tell padding.
-
-        With padding among them the new tokens are to be taken in another order (batch, length),
-        each row's real ones first, for which the context is made.
-        """
-        batch, length, _ = hidden.shape
+    def _check_cache(self, cache: object, documents: Documents | None) -> None:
+        """Refuse what a pass with a cache cannot do."""
         if not self.causal:
             raise InputError("past_key_values: an encoder has no cache")
         if not isinstance(cache, LlmNormCache):
             raise InputError(f"past_key_values must be an LlmNormCache, got {type(cache).__name__}")
         if self.training and torch.is_grad_enabled():
             raise InputError("use_cache: gradients do not flow through the cache; train without it")
-        if attention_mask is None and position_ids is not None and length > 1:
-            restarts = bool((position_ids[:, 1:] == 0).any())
-            if restarts:
-                raise InputError("position_ids restart inside a row: packed rows have no cache")
-        real = None if attention_mask is None else attention_mask[:, -length:].bool()
-        order = None
-        if real is not None and not bool(real.all()):
-            order = (~real).long().argsort(dim=1, stable=True)
-            real = real.take_along_dim(order, 1)
-            if position_ids is not None:
-                position_ids = position_ids.take_along_dim(order, 1)
-        places = cache.slots.places(batch, length, hidden.device, real)
-        cos, sin = self._rotary_tables(
-            hidden, places.index if position_ids is None else position_ids
-        )
-        context = Context(
-            cos, sin, places.mask(), causal=places.causal, places=places, real=places.real
-        )
-        return context, order
-
-    def _rotary_tables(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        wide = wide_dtype(hidden.dtype)
-        return self.rotary(position_ids, wide)
+        if documents is not None:
+            raise InputError("cu_seq_lens_q: packed rows have no cache; leave one of them out")
 
 
 class WithLanguageHead(LlmNormPreTrainedModel):
@@ -364,6 +321,10 @@ class LlmNormForCausalLM(WithLanguageHead, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, or the loss.
 
@@ -394,6 +355,10 @@ class LlmNormForCausalLM(WithLanguageHead, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             loss_mask=loss_mask,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
         )
         hidden = output.last_hidden_state
         if shift_labels is not None:

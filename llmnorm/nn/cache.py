@@ -30,6 +30,8 @@ KEPT = 64  # tokens that a cache of constant size can always roll back
 class Places:
     """Where one forward pass's new tokens go; made once a pass, used by every layer."""
 
+    lengths: list[int]
+    """Tokens of each row before this pass."""
     index: Tensor
     """(rows, new) slot, and position, of every new token."""
     counts: list[int]
@@ -42,13 +44,13 @@ class Places:
     """(rows, new), False for padding; None: all are real."""
 
     @property
-    def causal(self) -> bool:
-        """Whether this pass fills empty rows without padding: plain causal attention."""
+    def fills_empty_rows(self) -> bool:
+        """Whether all rows are empty and none gets padding: attention is plain and causal then."""
         return self.start == 0
 
     def mask(self) -> Tensor | None:
         """(rows or 1, 1, new, width), True where a query may look; None: causality is enough."""
-        if self.causal or (self.start is not None and self.index.shape[1] == 1):
+        if self.fills_empty_rows or (self.start is not None and self.index.shape[1] == 1):
             return None
         index = self.index[:1] if self.start is not None else self.index
         return (torch.arange(self.width, device=index.device) <= index[..., None]).unsqueeze(1)
@@ -60,16 +62,30 @@ def find_places(
     """Where `new` more tokens go in rows of `lengths`; `real` (rows, new) is False for padding."""
     if real is not None and bool(real.all()):
         real = None
-    rows = len(lengths)
+    lengths, rows = list(lengths), len(lengths)
     if real is None and len(set(lengths)) == 1:
         start = lengths[0]
         index = torch.arange(start, start + new, device=device).expand(rows, new)
-        return Places(index, [new] * rows, start, start + new)
+        return Places(lengths, index, [new] * rows, start, start + new)
     kept = torch.ones(rows, new, dtype=torch.bool, device=device) if real is None else real
     counts = kept.sum(1)
     rank = torch.where(kept, kept.cumsum(1) - 1, counts[:, None] + (~kept).cumsum(1) - 1)
     index = torch.tensor(lengths, device=device)[:, None] + rank
-    return Places(index, counts.tolist(), None, max(lengths) + new, real)
+    return Places(lengths, index, counts.tolist(), None, max(lengths) + new, real)
+
+
+def check_places(layer: "LayerCache", places: Places) -> None:
+    """Refuse places that were found for other rows than the layer has.
+
+    Raises:
+        ValueError: the rows' lengths differ: the layer would overwrite, or skip, tokens.
+    """
+    if layer.lengths != places.lengths:
+        raise ValueError(
+            f"the cache's layer has rows of {layer.lengths} tokens, and the new tokens' places are "
+            f"for rows of {places.lengths}; make the places from this cache, for every pass anew "
+            "(RaggedCache.places)"
+        )
 
 
 class LayerCache(Protocol):
@@ -112,7 +128,11 @@ class KeyValues:
 
         The result is two views (rows, kv_heads, width, head_dim). Gradients do not flow through the
         cache; writes are cast to the dtype of the first ones.
+
+        Raises:
+            ValueError: the places are for rows of other lengths (`check_places`).
         """
+        check_places(self, places)
         index, width = places.index, places.width
         if self.window is not None:
             self._drop(self.window, keys.shape[1])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llmnorm.nn.cache import KEPT, LayerCache, Places
+from llmnorm.nn.cache import KEPT, LayerCache, Places, check_places
 
 State = tuple[Tensor, ...]
 Inputs = tuple[Tensor, ...]
@@ -48,7 +48,12 @@ class RecurrentCache:
         self.lengths, self.state, self._stages = [], None, [_Stage(None)]
 
     def append(self, inputs: Inputs, state: State, places: Places) -> None:
-        """Take in a pass: its inputs, and the state after them, which the mixer has at hand."""
+        """Take in a pass: its inputs, and the state after them, which the mixer has at hand.
+
+        Raises:
+            ValueError: the places are for rows of other lengths (`check_places`).
+        """
+        check_places(self, places)
         inputs = tuple(t.detach() for t in inputs)
         new, counts = inputs[0].shape[1], _counts(places.counts, inputs[0])
         if new > 2 * KEPT:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmnorm.nn.mixers.contract import Context, Mixer, visible_tokens
+from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.gated_delta import GatedDeltaNet
 from llmnorm.nn.mixers.gla import GatedLinearAttention
 from llmnorm.nn.mixers.hydra import Direction, Hydra
@@ -19,6 +19,7 @@ from llmnorm.nn.mixers.matrix.low_rank import LowRank
 from llmnorm.nn.mixers.matrix.mixer import MatrixMixer
 from llmnorm.nn.mixers.matrix.quasiseparable import Quasiseparable
 from llmnorm.nn.mixers.ssd import SSD
+from llmnorm.nn.visibility import visible_tokens
 
 
 def token_by_token(
@@ -77,7 +78,7 @@ def mixed_token_by_token(mixer: Mixer, p: Any, context: Context) -> Tensor | Non
             return both[0] + both[1] + p.made.delta[..., None] * p.v
         case MatrixMixer(matrix_mixer=LowRank()):
             q, k = (t.expand(len(p.v), -1, -1, -1) for t in p.made)
-            count = visible_tokens(p.v, context, causal=False)[..., None, None].to(p.v)
+            count = visible_tokens(p.v, context.visibility, causal=False)[..., None, None].to(p.v)
             return _all_of_the_document(q, k, p.v, segments) / (q.shape[3] * count).sqrt() + p.v
     return None
 
@@ -85,7 +86,7 @@ def mixed_token_by_token(mixer: Mixer, p: Any, context: Context) -> Tensor | Non
 def _normalised(mixer: LinearAttention, p: Any, context: Context) -> Tensor:
     q, k, turned_q, turned_k = mixer.both_features(p.q, p.k, context.cos, context.sin, context.real)
     one = p.v.new_ones(*p.v.shape[:3], 1)
-    count = visible_tokens(p.v, context, causal=mixer.causal)[..., None, None]
+    count = visible_tokens(p.v, context.visibility, causal=mixer.causal)[..., None, None]
     if mixer.causal:
         total, _ = token_by_token(q, k, one, segments=context.segments)
         numerator, _ = token_by_token(turned_q, turned_k, p.v, segments=context.segments)

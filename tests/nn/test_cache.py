@@ -105,7 +105,7 @@ def test_a_mask_is_made_only_where_it_is_needed(before: int, new: int, masked: b
         append(cache, torch.ones(2, before))
     places = cache.places(2, new, CPU)
     assert (places.mask() is not None) == masked
-    assert places.causal == (before == 0)
+    assert places.fills_empty_rows == (before == 0)
 
 
 def test_memory_beyond_a_row_is_zero_at_first() -> None:

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmnorm.nn.masks import document_boundaries, document_segments
 from llmnorm.nn.mixers import fla
-from llmnorm.nn.mixers.contract import document_boundaries, document_numbers
 from llmnorm.nn.mixers.gated_delta import delta_recurrence
 from llmnorm.nn.mixers.gla import channel_recurrence
 from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
@@ -174,7 +174,9 @@ def test_kernels_compute_what_our_engines_do(
     """Oracle: our engines, with a state before the rows, documents or none, and gradients."""
     apart: dict[str, Tensor] = {}
     if packed:
-        apart["segments"] = document_numbers(DOCUMENTS, BATCH, torch.device("cpu"))
+        apart["segments"] = document_segments(
+            document_boundaries(DOCUMENTS, torch.device("cpu")), BATCH, LENGTH
+        )
 
     def run(**given: Any) -> tuple[Tensor, Tensor]:
         if not decay:
@@ -192,7 +194,9 @@ def test_the_sums_of_nala_by_kernel(kernels: None, packed: bool) -> None:
     real = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     segments = None
     if packed:
-        segments = document_numbers(DOCUMENTS, BATCH, torch.device("cpu"))
+        segments = document_segments(
+            document_boundaries(DOCUMENTS, torch.device("cpu")), BATCH, LENGTH
+        )
     else:
         real[1, :7] = False
     row = angle.cos(), angle.sin(), real, segments
@@ -212,7 +216,7 @@ def test_the_sums_of_nala_by_kernel(kernels: None, packed: bool) -> None:
 
 def test_boundaries() -> None:
     """Oracle: by hand, and the documents of rows that are flipped one by one."""
-    number = document_numbers(DOCUMENTS, BATCH, torch.device("cpu"))
+    number = document_segments(document_boundaries(DOCUMENTS, torch.device("cpu")), BATCH, LENGTH)
     boundaries = document_boundaries(DOCUMENTS, number.device)
     assert fla.document_starts(number).tolist() == boundaries.tolist() == [0, 1, 31, 80, 145, 160]
     flipped = fla.flipped(boundaries, LENGTH)

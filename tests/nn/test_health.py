@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from llmnorm.nn.mixers import health
-from llmnorm.nn.mixers.contract import Context, visible_pairs, visible_tokens
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.mixers.settings import NaLaSettings
 from llmnorm.nn.settings import ModelSettings
+from llmnorm.nn.visibility import visible_pairs, visible_tokens
 from tests.nn.recurrences import token_by_token
 from tests.nn.test_mixers import MIXERS, build, contexts, every, inputs
 
@@ -49,7 +50,7 @@ def test_entropies_are_those_of_the_matrix(
         twin.rotary = False
         matrix = twin.materialize(p, context)
         matrix = matrix / matrix.sum(-1, keepdim=True)
-        visible = visible_pairs(p.v, context, causal=causal)
+        visible = visible_pairs(p.v, context.visibility, causal=causal)
         if mixer.get("sliding_window"):
             visible = visible.triu(1 - mixer["sliding_window"])
         count = visible.sum(-1).expand(matrix.shape[:3])
@@ -66,7 +67,7 @@ def test_the_largest_logit(mixer: dict[str, Any]) -> None:
     for context in contexts(build(mixer).causal):
         _, p, found = looked(mixer, context)
         largest = -torch.inf
-        visible = visible_pairs(p.v, context, causal=not mixer.get("bidirectional"))
+        visible = visible_pairs(p.v, context.visibility, causal=not mixer.get("bidirectional"))
         visible = visible.triu(1 - mixer.get("sliding_window", 99)).expand(len(p.q), 1, -1, -1)
         for row, _, i, j in visible.nonzero().tolist():
             if context.real is None or context.real[row, i]:
@@ -89,7 +90,10 @@ def test_denominators_and_sums_of_rows(mixer: dict[str, Any]) -> None:
             behind, _ = token_by_token(*flipped[:3], segments=flipped[3])
             itself = (q * k.repeat_interleave(2, 2)).sum(-1, keepdim=True)
             total = total + behind.flip(1) - itself
-        mean = total.squeeze(-1) / visible_tokens(p.v, context, causal=built.causal)[..., None]
+        mean = (
+            total.squeeze(-1)
+            / visible_tokens(p.v, context.visibility, causal=built.causal)[..., None]
+        )
         smallest = over_tokens(mean.transpose(1, 2), context).min()
         torch.testing.assert_close(found["min_denominator"], smallest, rtol=1e-9, atol=0)
         sums = over_tokens(built.materialize(p, context).sum(-1), context)

@@ -11,6 +11,7 @@ from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.matrix.vandermonde import FIRST_EPS
 from llmnorm.nn.mixers.settings import MatrixSettings
 from llmnorm.nn.settings import ModelSettings
+from llmnorm.nn.visibility import packed as packed_rows
 from llmnorm.part import InputError
 
 HEADS, DOCUMENTS = 3, (4, 1, 3, 2, 6)  # two rows
@@ -51,8 +52,7 @@ def context(*, packed: bool = False) -> Context:
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     if not packed:
         return Context(nothing, nothing)
-    numbers = torch.repeat_interleave(torch.arange(len(DOCUMENTS)), torch.tensor(DOCUMENTS))
-    return Context(nothing, nothing, documents=DOCUMENTS, segments=numbers.view(2, LENGTH))
+    return Context(nothing, nothing, packed_rows(DOCUMENTS, 2, nothing.device))
 
 
 def matrix_of(mixer: Mixer, x: Tensor, given: Context) -> Tensor:

@@ -1,6 +1,7 @@
 """The mixer contract, one body for every mixer and every kind of context."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +10,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from llmnorm.nn.cache import KeyValues, RaggedCache
-from llmnorm.nn.mixers.contract import (
-    Context,
-    Mixer,
-    document_lengths,
-    document_mask,
-    document_numbers,
-    padding_mask,
-    visible_tokens,
-)
+from llmnorm.nn.masks import document_lengths, document_mask, padding_mask
+from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.gated_delta import delta_recurrence
 from llmnorm.nn.mixers.gla import channel_recurrence
 from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
@@ -25,6 +19,8 @@ from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.mixers.settings import HydraSettings
 from llmnorm.nn.mixers.settings import Mixer as MixerPart
 from llmnorm.nn.settings import ModelSettings
+from llmnorm.nn.visibility import Cached, Masked, Packed, visible_tokens
+from llmnorm.nn.visibility import packed as packed_rows
 from tests.nn.recurrences import mixed_token_by_token
 
 BATCH, LENGTH = 3, 11
@@ -124,12 +120,11 @@ def plain(length: int = LENGTH) -> Context:
 def packed(positions: Tensor = PACKED, *, by_mask: bool = False, causal: bool = True) -> Context:
     documents = document_lengths(positions)
     assert documents is not None
-    segments = document_numbers(documents, len(positions), positions.device)
-    cos, sin = tables(positions)
+    rows = packed_rows(documents, len(positions), positions.device)
     if by_mask:
-        mask = document_mask(segments, causal=causal)
-        return Context(cos, sin, mask, segments=segments)
-    return Context(cos, sin, documents=documents, segments=segments)
+        mask = document_mask(rows.segments, causal=causal)
+        rows = replace(rows, mask=mask, longest=positions.shape[1], fixed_shapes=True)
+    return Context(*tables(positions), rows)
 
 
 def padded(length: int = LENGTH, *, causal: bool = True) -> Context:
@@ -137,8 +132,8 @@ def padded(length: int = LENGTH, *, causal: bool = True) -> Context:
     real = torch.ones(BATCH, length, dtype=torch.bool)
     real[1, : length // 3] = False
     real[2, length - length // 4 :] = False
-    mask = padding_mask(real, causal=causal)
-    return Context(*tables((real.cumsum(1) - 1).clamp(min=0)), mask, real=real)
+    rows = Masked(real, padding_mask(real, causal=causal))
+    return Context(*tables((real.cumsum(1) - 1).clamp(min=0)), rows)
 
 
 def contexts(causal: bool = True) -> Iterator[Context]:
@@ -252,9 +247,10 @@ def test_packed_documents_are_the_documents_alone(mixer: dict[str, Any]) -> None
     """Oracle: each document in a call of its own, positions from 0."""
     built, x = build(mixer), inputs()
     context = packed()
-    assert context.documents is not None
+    assert isinstance(context.visibility, Packed)
+    lengths = context.visibility.lengths
     out = built(x, context).flatten(0, 1)
-    parts = x.flatten(0, 1).split(context.documents), out.split(context.documents)
+    parts = x.flatten(0, 1).split(lengths), out.split(lengths)
     for part, whole in zip(*parts, strict=True):
         alone = built(part.unsqueeze(0), plain(len(part))).squeeze(0)
         torch.testing.assert_close(whole, alone, rtol=0, atol=rounding(mixer, alone))
@@ -279,13 +275,7 @@ def test_padding_changes_nothing(mixer: dict[str, Any]) -> None:
 
 def through_the_cache(built: Mixer, cache: RaggedCache, x: Tensor, real: Any = None) -> Tensor:
     places = cache.places(len(x), x.shape[1], x.device, real)
-    context = Context(
-        *tables(places.index, x.dtype),
-        mask=places.mask(),
-        causal=places.causal,
-        places=places,
-        real=places.real,
-    )
+    context = Context(*tables(places.index, x.dtype), Cached(places, places.mask()))
     with torch.no_grad():
         return built(x, context, cache.layers[0])
 
@@ -558,13 +548,14 @@ def test_document_lengths() -> None:
 
 
 def test_visible_tokens() -> None:
-    """Oracle: by hand, with padding and two documents a row."""
-    segments = document_numbers((2, 3, 5), 2, torch.device("cpu"))
+    """Oracle: by hand, with padding, and with two documents in a row."""
     real = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]]).bool()
-    context = Context(torch.ones(1), torch.ones(1), segments=segments, real=real)
-    like = torch.empty(2, 5)
-    assert visible_tokens(like, context, causal=True).tolist() == [[1, 2, 1, 1, 2], [1, 1, 2, 3, 3]]
-    assert visible_tokens(like, context, causal=False).tolist() == [[2, 2, 2, 2, 2], [3] * 5]
+    like, masked = torch.empty(2, 5), Masked(real, None)
+    assert visible_tokens(like, masked, causal=True).tolist() == [[1, 2, 2, 3, 4], [1, 1, 2, 3, 3]]
+    assert visible_tokens(like, masked, causal=False).tolist() == [[4] * 5, [3] * 5]
+    two = packed_rows((2, 3, 5), 2, torch.device("cpu"))
+    assert visible_tokens(like, two, causal=True).tolist() == [[1, 2, 1, 2, 3], [1, 2, 3, 4, 5]]
+    assert visible_tokens(like, two, causal=False).tolist() == [[2, 2, 3, 3, 3], [5] * 5]
 
 
 def test_padding_on_the_right_needs_no_mask() -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llmnorm.nn.masks import document_boundaries
 from llmnorm.nn.mixers import varlen
-from llmnorm.nn.mixers.contract import Context, document_boundaries
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.softmax import SoftmaxAttention
 from llmnorm.nn.mixers.varlen import serves
+from llmnorm.nn.visibility import Packed
 
 DOCUMENTS = (70, 1, 57, 128)  # two rows of 128
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel wants a GPU")
@@ -41,7 +43,9 @@ def test_a_compiler_needs_no_more_than_one_graph_for_any_documents() -> None:
             x = torch.empty(2, 128, 64, requires_grad=True)
             boundaries = torch.empty(count + 1, dtype=torch.int32)
             torch._dynamo.maybe_mark_dynamic(boundaries, 0)
-            y = mix(x, Context(*tables, boundaries=boundaries))
+            segments = torch.empty(2, 128, dtype=torch.long)
+            rows = Packed(boundaries, segments, 128, kernel=True, fixed_shapes=True)
+            y = mix(x, Context(*tables, rows))
             y.sum().backward()
             assert x.grad is not None and mixer.k_proj.weight.grad is not None
             assert y.dtype == torch.bfloat16

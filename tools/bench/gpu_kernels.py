@@ -34,8 +34,8 @@ from report import RESULTS, Table, publish
 from torch import Tensor
 
 from llmnorm.machine.gpus import fla_problem, one_decay_problem
+from llmnorm.nn.masks import document_boundaries, document_mask, document_segments
 from llmnorm.nn.mixers import fla, varlen
-from llmnorm.nn.mixers.contract import document_boundaries, document_mask, document_numbers
 from llmnorm.nn.mixers.gated_delta import delta_recurrence
 from llmnorm.nn.mixers.gla import channel_recurrence
 from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
@@ -160,8 +160,9 @@ def theirs_of(name: str, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tens
 
 def packed() -> dict[str, Tensor]:
     """The documents of DOCUMENTS."""
-    documents = document_numbers(DOCUMENTS, 2, GPU)
-    return {"segments": documents, "boundaries": document_boundaries(DOCUMENTS, GPU)}
+    boundaries = document_boundaries(DOCUMENTS, GPU)
+    segments = document_segments(boundaries, 2, sum(DOCUMENTS) // 2)
+    return {"segments": segments, "boundaries": boundaries}
 
 
 def fla_errors(name: str, dtype: torch.dtype) -> dict[str, tuple[float, float, float]]:
@@ -391,7 +392,7 @@ def varlen_row(heads: int, kv_heads: int, window: int | None, causal: bool) -> l
 
     mixed = attend(*qkv)
     found = (mixed, *torch.autograd.grad(mixed, qkv, given))
-    visible = document_mask(document_numbers(DOCUMENTS, 1, GPU), causal=causal)
+    visible = document_mask(document_segments(boundaries, 1, tokens), causal=causal)
     if window is not None:
         visible = visible & torch.ones_like(visible).triu(1 - window)
     wide = [t.detach().float().requires_grad_() for t in qkv]

@@ -52,13 +52,13 @@ from llmnorm.models import LlmNormConfig
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import empty_model
 from llmnorm.nn.loss import linear_cross_entropy
-from llmnorm.nn.mixers import varlen
-from llmnorm.nn.mixers.contract import (
+from llmnorm.nn.masks import (
     document_boundaries,
     document_lengths,
     document_mask,
-    document_numbers,
+    document_segments,
 )
+from llmnorm.nn.mixers import varlen
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.optim.groups import split
 from llmnorm.optim.settings import AdamWSettings
@@ -279,11 +279,12 @@ class Plain:
         boundaries, visible = None, None
         documents = document_lengths(positions)
         if self.name != "whole" and documents is not None:
+            boundaries = document_boundaries(documents, self.device)
             if self.device.type == "cuda":
-                boundaries = document_boundaries(documents, self.device)
                 torch._dynamo.maybe_mark_dynamic(boundaries, 0)
             else:
-                visible = document_mask(document_numbers(documents, len(positions), self.device))
+                visible = document_mask(document_segments(boundaries, *positions.shape))
+                boundaries = None
         positions = positions.to(self.device, non_blocking=True)
         cos, sin = (table[positions] for table in self.tables)
         return Packing(cos, sin, boundaries, visible)

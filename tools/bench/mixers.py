@@ -36,6 +36,7 @@ from llmnorm.nn.cache import KeyValues, RaggedCache
 from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.settings import ModelSettings
+from llmnorm.nn.visibility import Cached
 
 WIDTH, HEADS = 256, 4
 MIXERS: dict[str, Any] = {
@@ -123,9 +124,7 @@ def decoding(mixer: Mixer, lengths: tuple[int, int]) -> list[dict[str, float]]:
             times = []
             for _ in range(count):
                 places = cache.places(1, new, torch.device("cpu"))
-                context = Context(
-                    *tables(places.index), places.mask(), causal=places.causal, places=places
-                )
+                context = Context(*tables(places.index), Cached(places, places.mask()))
                 begin = time.process_time()
                 mixer(torch.randn(1, new, WIDTH), context, cache.layers[0])
                 times.append(time.process_time() - begin)

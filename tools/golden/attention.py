@@ -87,11 +87,12 @@ def attention(vectors: Vectors) -> Iterator[Result]:
 
 def _packed(vectors: Vectors, mixer: nn.Module, rotary: Any, dtype: torch.dtype) -> Tensor:
     from llmnorm.nn.mixers.contract import Context
+    from llmnorm.nn.visibility import packed
 
     lengths = tuple(vectors["packed/cu_seqlens"].diff().tolist())
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
     cos, sin = rotary(positions, dtype)
-    context = Context(cos, sin, documents=lengths)
+    context = Context(cos, sin, packed(lengths, 1, positions.device))
     return mixer(vectors["packed/x"].to(dtype), context)
 
 
@@ -101,6 +102,7 @@ def _stepwise(
     """Outputs and cache after feeding the first tokens of x one by one."""
     from llmnorm.nn.cache import KeyValues, RaggedCache
     from llmnorm.nn.mixers.contract import Context
+    from llmnorm.nn.visibility import Cached
 
     cache, x = RaggedCache(1), vectors["x"].to(dtype)
     steps = len(vectors["step/out"])
@@ -109,7 +111,7 @@ def _stepwise(
         places = cache.places(len(x), 1, x.device)
         positions = places.index + vectors.hyperparameters.get("position_offset", 0)
         cos, sin = rotary(positions, dtype)
-        context = Context(cos, sin, places.mask(), causal=places.causal, places=places)
+        context = Context(cos, sin, Cached(places, places.mask()))
         outs.append(mixer(x[:, step : step + 1], context, cache.layers[0]).squeeze(1))
     layer = cache.layers[0]
     assert isinstance(layer, KeyValues)

@@ -140,6 +140,7 @@ def nala(vectors: Vectors) -> Iterator[Result]:
     from llmnorm.nn.mixers.linear import LinearParameters
     from llmnorm.nn.mixers.settings import NaLaSettings
     from llmnorm.nn.settings import ModelSettings
+    from llmnorm.nn.visibility import packed
 
     p, causal = vectors.hyperparameters, vectors.part.endswith("causal_prefix")
     p.ignore("grid", "rope", "q_std", "k_std")  # the tables and inputs are recorded
@@ -172,8 +173,8 @@ def nala(vectors: Vectors) -> Iterator[Result]:
         if causal and "out_packed" in vectors.tensors:
             with torch.no_grad():
                 lengths = vectors["packed/cu_seqlens"].diff()
-                numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-                apart = Context(cos, sin, segments=numbers.expand(len(q), -1))
+                documents = tuple(lengths.tolist()) * len(q)
+                apart = Context(cos, sin, packed(documents, len(q), q.device))
                 pairs.append((mixer.mix(parameters, apart).transpose(1, 2), vectors["out_packed"]))
         worst = max(measure(got, reference) for got, reference in pairs)
         yield Result(precision, worst, tolerance)
@@ -329,6 +330,7 @@ def _module(
     from llmnorm.nn.cache import RaggedCache
     from llmnorm.nn.mixers.contract import Context
     from llmnorm.nn.settings import ModelSettings
+    from llmnorm.nn.visibility import Cached, packed
 
     # Heads are the mixer's own; the model's must only be possible, with a hidden size that is odd.
     settings = built(
@@ -353,16 +355,15 @@ def _module(
         pairs += [(weight.grad, grads[name]) for name, weight in mixer.named_parameters()]
         with torch.no_grad():
             if "packed/x" in vectors.tensors:
-                lengths = vectors["packed/cu_seqlens"].diff()
-                numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths).unsqueeze(0)
-                apart = Context(nothing, nothing, segments=numbers)
-                packed = mixer(vectors["packed/x"].to(dtype), apart)
-                pairs.append((packed, vectors["packed/out"]))
+                lengths = tuple(vectors["packed/cu_seqlens"].diff().tolist())
+                apart = Context(nothing, nothing, packed(lengths, 1, x.device))
+                out = mixer(vectors["packed/x"].to(dtype), apart)
+                pairs.append((out, vectors["packed/out"]))
             cache, steps = RaggedCache([mixer.new_cache()]), vectors.tensors.get("step/out", ())
             for step in range(len(steps)):
                 token = x[:, step : step + 1]
                 places = cache.places(len(x), 1, x.device)
-                here = Context(nothing, nothing, places=places)
+                here = Context(nothing, nothing, Cached(places, places.mask()))
                 pairs.append((mixer(token, here, cache.layers[0]).squeeze(1), steps[step]))
                 for key, state in states(mixer, cache.layers[0].state).items():  # type: ignore
                     pairs.append((state, vectors[key][step][..., -state.shape[-1] :]))

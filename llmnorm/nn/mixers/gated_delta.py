@@ -32,13 +32,14 @@ from llmnorm.nn.mixers.chunks import (
     in_blocks,
     whole_chunks,
 )
-from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
+from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
+from llmnorm.nn.visibility import Cached, visible_pairs
 
 CHUNK = 64
 BLOCK = 32  # chunks
@@ -56,7 +57,7 @@ class DeltaParameters(NamedTuple):
     convolved: Tensor
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
     """The layer."""
 
     causal = True
@@ -91,6 +92,11 @@ class GatedDeltaNet(Mixer):
         with torch.no_grad():
             self.dt_bias.copy_(initial_dt_bias(self.dt_bias, (1e-3, 0.1), 1e-4))
             self.A_log.uniform_(1e-4, 16).log_()
+
+    @property
+    def output(self) -> Linear:
+        """out_proj."""
+        return self.out_proj
 
     def new_cache(self) -> RecurrentCache:
         """The state and the convolution's last inputs."""
@@ -134,15 +140,12 @@ class GatedDeltaNet(Mixer):
             boundaries=context.boundaries,
             state=part(kept, 0),
         )
-        if cache is not None:
-            assert context.places is not None
-            counts = torch.as_tensor(context.places.counts, device=y.device)
-            inputs = (p.convolved, p.k, p.v, p.b, p.log_decay)
-            cache.append(
-                inputs,
-                (state, self.conv1d.carried(part(kept, 1), p.convolved, counts)),
-                context.places,
-            )
+        if isinstance(context.visibility, Cached):
+            assert cache is not None
+            places = context.visibility.places
+            counts = torch.as_tensor(places.counts, device=y.device)
+            window = self.conv1d.carried(part(kept, 1), p.convolved, counts)
+            cache.append((p.convolved, p.k, p.v, p.b, p.log_decay), (state, window), places)
         return y.to(p.v.dtype)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
@@ -154,7 +157,7 @@ class GatedDeltaNet(Mixer):
     def materialize(self, parameters: DeltaParameters, context: Context) -> Tensor:
         """(q k^T * D) (1 + tril(b k k^T * D, -1))^-1 b."""
         p = parameters
-        visible = visible_pairs(p.v, context, causal=True)
+        visible = visible_pairs(p.v, context.visibility, causal=True)
         group = self.value_heads // self.key_heads
         q, k = (t.repeat_interleave(group, 2).transpose(1, 2) for t in (p.q, p.k))
         decay, b = decay_matrix(p.log_decay, visible), p.b.transpose(1, 2)

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.chunks import Documents, in_blocks, whole_chunks
-from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
+from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
+from llmnorm.nn.visibility import Cached, visible_pairs
 
 CHUNK = 16
 BLOCK = 64  # chunks
@@ -41,7 +42,7 @@ class GLAParameters(NamedTuple):
     gate: Tensor
 
 
-class GatedLinearAttention(Mixer):
+class GatedLinearAttention(Mixer[GLAParameters, RecurrentCache]):
     """The layer; projections carry fla's names."""
 
     causal = True
@@ -70,6 +71,16 @@ class GatedLinearAttention(Mixer):
         )
         self.g_norm = RMSNorm(value_dim, eps=norm_eps)
         self.o_proj = Linear(values, hidden_size, bias=False)
+
+    @property
+    def output(self) -> Linear:
+        """o_proj."""
+        return self.o_proj
+
+    @property
+    def values(self) -> Linear:
+        """v_proj."""
+        return self.v_proj
 
     def new_cache(self) -> RecurrentCache:
         """The state."""
@@ -101,9 +112,9 @@ class GatedLinearAttention(Mixer):
             boundaries=context.boundaries,
             state=part(kept, 0),
         )
-        if cache is not None:
-            assert context.places is not None
-            cache.append((k, v, log_gate), (state,), context.places)
+        if isinstance(context.visibility, Cached):
+            assert cache is not None
+            cache.append((k, v, log_gate), (state,), context.visibility.places)
         return y.to(v.dtype)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
@@ -114,7 +125,7 @@ class GatedLinearAttention(Mixer):
     def materialize(self, parameters: GLAParameters, context: Context) -> Tensor:
         """sum over channels of q_i k_j times the product of the gates after j up to i."""
         q, k, v, log_gate, _ = (t.transpose(1, 2) for t in parameters)
-        decay = _pairs(log_gate, visible_pairs(parameters.v, context, causal=True))
+        decay = _pairs(log_gate, visible_pairs(parameters.v, context.visibility, causal=True))
         return torch.einsum("bhid,bhjd,bhijd->bhij", q.to(decay), k.to(decay), decay)
 
     def finish(self, y: Tensor, x: Tensor, parameters: GLAParameters) -> Tensor:

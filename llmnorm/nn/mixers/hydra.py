@@ -17,20 +17,22 @@ Documents and padding are kept out of the convolution, both scans and both shift
 the official code leaks.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
-from llmnorm.nn.mixers.contract import Context, Mixer, causal_mask, visible_pairs
+from llmnorm.nn.masks import causal_mask
+from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.fla import flipped
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
 from llmnorm.nn.mixers.ssd import initial_dt_bias, semiseparable_matrix, time_steps
 from llmnorm.nn.norms.rms import RMSNorm
+from llmnorm.nn.visibility import visible_pairs
 
 
 class Direction(NamedTuple):
@@ -55,7 +57,7 @@ class HydraParameters(NamedTuple):
     z: Tensor
 
 
-class Hydra(Mixer):
+class Hydra(Mixer[HydraParameters, Never]):
     """The layer; `dt_range` and `dt_floor` are those of the initial time steps."""
 
     causal = False
@@ -105,6 +107,11 @@ class Hydra(Mixer):
             if self.combination == "quasiseparable":
                 self.D.fill_(1)
 
+    @property
+    def output(self) -> Linear:
+        """out_proj."""
+        return self.out_proj
+
     def prepare(self, x: Tensor, context: Context, cache: None = None) -> HydraParameters:
         """Project, convolve, make both directions' time steps."""
         z, convolved, raw = self.in_proj(x).split(self.parts, -1)
@@ -137,7 +144,7 @@ class Hydra(Mixer):
     def materialize(self, parameters: HydraParameters, context: Context) -> Tensor:
         """Strictly lower and upper triangles of rank state_size, and delta between them."""
         p, shifted = parameters, self.combination == "quasiseparable"
-        visible = visible_pairs(p.v, context, causal=False)
+        visible = visible_pairs(p.v, context.visibility, causal=False)
         both = both_triangles(p.forward, p.backward, shifted=shifted)
         if self.combination == "concat":
             return torch.stack(both, 2).flatten(1, 2).masked_fill(~visible, 0)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers import fla
-from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs, visible_tokens
+from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.linear_recurrence import CHUNK, flops_per_token, linear_recurrence
@@ -34,6 +34,7 @@ from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
+from llmnorm.nn.visibility import Cached, visible_pairs, visible_tokens
 
 
 class LinearParameters(NamedTuple):
@@ -46,7 +47,7 @@ class LinearParameters(NamedTuple):
     gate: Tensor | None
 
 
-class LinearAttention(Mixer):
+class LinearAttention(Mixer[LinearParameters, RecurrentCache]):
     """Linear attention; subclasses change `features`."""
 
     def __init__(
@@ -93,6 +94,16 @@ class LinearAttention(Mixer):
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Non-negative features of float32 queries and keys, phi_q(q) and phi_k(k)."""
         return F.elu(q) + 1, F.elu(k) + 1
+
+    @property
+    def output(self) -> Linear:
+        """o_proj."""
+        return self.o_proj
+
+    @property
+    def values(self) -> Linear:
+        """v_proj."""
+        return self.v_proj
 
     def new_cache(self) -> RecurrentCache:
         """Sums S and Z, and the convolution's last inputs."""
@@ -143,13 +154,14 @@ class LinearAttention(Mixer):
         q, k, v = (t.to(wide) for t in (p.q, p.k, p.v))
         by_kernel = fla.serves(p.q, p.k, p.v)
         y, total, *after = self._sums(q, k, v, states[:2], context, by_kernel)
-        if cache is not None:
-            assert context.places is not None
+        if isinstance(context.visibility, Cached):
+            assert cache is not None
+            places = context.visibility.places
             _, keys, _, turned_keys = self.both_features(
                 q, k, context.cos, context.sin, context.real
             )
-            state = (*after, *self._window(kept, p.v, context.places.counts))
-            cache.append((turned_keys, keys, p.v), state, context.places)
+            state = (*after, *self._window(kept, p.v, places.counts))
+            cache.append((turned_keys, keys, p.v), state, places)
         return (y / self._denominator(total, p, context)).to(p.v.dtype)
 
     def _sums(
@@ -178,7 +190,7 @@ class LinearAttention(Mixer):
 
     def _denominator(self, total: Tensor, p: LinearParameters, context: Context) -> Tensor:
         """(batch, length, heads, 1): the sum of the unrotated weights, plus eps a token."""
-        count = visible_tokens(p.v, context, causal=self.causal)[..., None, None]
+        count = visible_tokens(p.v, context.visibility, causal=self.causal)[..., None, None]
         return total + self.eps * count.to(total.dtype)
 
     def _window(self, kept: State | None, v: Tensor, counts: Tensor | list[int]) -> State:
@@ -198,7 +210,7 @@ class LinearAttention(Mixer):
     def materialize(self, parameters: LinearParameters, context: Context) -> Tensor:
         """(batch, heads, length, length): rotated weights over the sum of the unrotated ones."""
         p, repeats = parameters, self.heads // self.kv_heads
-        visible = visible_pairs(p.v, context, causal=self.causal)
+        visible = visible_pairs(p.v, context.visibility, causal=self.causal)
         q, k, turned_q, turned_k = self.both_features(
             p.q, p.k, context.cos, context.sin, context.real
         )

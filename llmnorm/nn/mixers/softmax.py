@@ -24,18 +24,15 @@ from torch import Tensor
 
 from llmnorm.nn.cache import KeyValues
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.masks import causal_mask, document_mask
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.causal import causal_attention, halves_are_faster
-from llmnorm.nn.mixers.contract import (
-    Context,
-    Mixer,
-    causal_mask,
-    document_mask,
-)
+from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.visibility import Cached, Masked, Packed, Plain
 
 
 class SoftmaxParameters(NamedTuple):
@@ -46,7 +43,7 @@ class SoftmaxParameters(NamedTuple):
     v: Tensor
 
 
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(Mixer[SoftmaxParameters, KeyValues]):
     """Softmax attention; the projections carry Hugging Face's names."""
 
     def __init__(
@@ -81,6 +78,16 @@ class SoftmaxAttention(Mixer):
         self.qk_norm = qk_norm_eps is not None
         self.sliding_window = sliding_window
 
+    @property
+    def output(self) -> Linear:
+        """o_proj."""
+        return self.o_proj
+
+    @property
+    def values(self) -> Linear:
+        """v_proj."""
+        return self.v_proj
+
     def new_cache(self) -> KeyValues:
         """Keys and values."""
         return KeyValues(self.sliding_window)
@@ -100,50 +107,46 @@ class SoftmaxAttention(Mixer):
         self, parameters: SoftmaxParameters, context: Context, cache: KeyValues | None = None
     ) -> Tensor:
         """Attend over the new tokens, or over the cache after appending them."""
-        if context.boundaries is not None:
-            return self._mix_in_one(context.boundaries, parameters, context)
-        if context.documents is not None:
-            return self._mix_documents(parameters, context)
-        q, k, v = (t.transpose(1, 2) for t in parameters)
-        if cache is None:
-            if context.mask is None and context.causal:
-                return self._attend_freely(q, k, v)
-            return self._attend(q, k, v, self._in_window(context.mask, q))
-        places = context.places
-        assert places is not None
+        match context.visibility:
+            case Packed() as packed:
+                return self._mix_documents(parameters, packed)
+            case Cached() as cached:
+                assert cache is not None
+                return self._mix_cached(parameters, cached, cache)
+            case Masked(mask=mask) if mask is not None:
+                return self._attend(*_heads_first(parameters), self._in_window(mask))
+            case Plain() | Masked():
+                return self._attend_freely(*_heads_first(parameters))
+
+    def _mix_documents(self, parameters: SoftmaxParameters, packed: Packed) -> Tensor:
+        if packed.mask is not None:
+            return self._attend(*_heads_first(parameters), self._in_window(packed.mask))
+        q, k, v = (t.flatten(0, 1) for t in parameters)
+        if packed.kernel:
+            mixed = varlen.attention(
+                *(q, k, v, packed.boundaries, packed.longest, self.sliding_window),
+                causal=self.causal,
+            )
+            return mixed.view_as(parameters.q)
+        # `split`, not slices: its backward is one concatenation.
+        pieces = [t.transpose(0, 1).unsqueeze(0).split(packed.lengths, 2) for t in (q, k, v)]
+        alone = [self._attend_freely(*qkv).squeeze(0) for qkv in zip(*pieces, strict=True)]
+        return torch.cat(alone).view_as(parameters.q)
+
+    def _mix_cached(
+        self, parameters: SoftmaxParameters, cached: Cached, cache: KeyValues
+    ) -> Tensor:
+        places = cached.places
         keys, values = cache.append(parameters.k, parameters.v, places)
-        if context.mask is None and context.causal:
+        q, k, v = _heads_first(parameters)
+        if places.fills_empty_rows:
             return self._attend_freely(q, k, v)
         if self.sliding_window is None:
-            return self._attend(q, keys, values, context.mask)
+            return self._attend(q, keys, values, cached.mask)
         positions = torch.arange(keys.shape[2], device=q.device)
         positions = positions + torch.tensor(cache.dropped, device=q.device)[:, None]
         behind = places.index[:, None, :, None] - positions[:, None, None, :]
         return self._attend(q, keys, values, (behind >= 0) & (behind < self.sliding_window))
-
-    def _mix_in_one(
-        self, boundaries: Tensor, parameters: SoftmaxParameters, context: Context
-    ) -> Tensor:
-        if not varlen.has_kernel(parameters.q):
-            q, k, v = (t.transpose(1, 2) for t in parameters)
-            assert context.segments is not None
-            mask = document_mask(context.segments, causal=self.causal)
-            return self._attend(q, k, v, self._in_window(mask, q))
-        q, k, v = (t.flatten(0, 1) for t in parameters)
-        # A row's length is the same in every step: a compiler need not know more.
-        longest = parameters.q.shape[1] if context.documents is None else max(context.documents)
-        mixed = varlen.attention(
-            q, k, v, boundaries, longest, self.sliding_window, causal=self.causal
-        )
-        return mixed.view_as(parameters.q)
-
-    def _mix_documents(self, parameters: SoftmaxParameters, context: Context) -> Tensor:
-        assert context.documents is not None
-        q, k, v = (t.flatten(0, 1) for t in parameters)
-        # `split`, not slices: its backward is one concatenation.
-        pieces = [t.transpose(0, 1).unsqueeze(0).split(context.documents, 2) for t in (q, k, v)]
-        alone = [self._attend_freely(*qkv).squeeze(0) for qkv in zip(*pieces, strict=True)]
-        return torch.cat(alone).view_as(parameters.q)
 
     def _attend_freely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every query to all that the mixer's direction and window let it see."""
@@ -174,23 +177,26 @@ class SoftmaxAttention(Mixer):
         )
         return mixed.transpose(1, 2)
 
-    def _in_window(self, mask: Tensor | None, q: Tensor) -> Tensor | None:
-        """A mask for (.., length, length) without what is too far behind."""
-        if self.sliding_window is None or mask is None:
+    def _in_window(self, mask: Tensor) -> Tensor:
+        """A mask (.., length, length) without the keys that are too far behind."""
+        if self.sliding_window is None:
             return mask
-        return mask & causal_mask(q.shape[2], q.device).triu(1 - self.sliding_window)
+        return mask & causal_mask(mask.shape[-1], mask.device).triu(1 - self.sliding_window)
 
     def materialize(self, parameters: SoftmaxParameters, context: Context) -> Tensor:
         """The attention weights (batch, heads, length, length)."""
         q, k, _ = parameters
-        visible = context.mask
-        if context.segments is not None:
-            visible = document_mask(context.segments, causal=self.causal)
-        if visible is None:
-            visible = causal_mask(q.shape[1], q.device)
-            visible = visible if self.causal else torch.ones_like(visible)
-        visible = self._in_window(visible, q.transpose(1, 2))
-        assert visible is not None
+        match context.visibility:
+            case Masked(mask=mask) if mask is not None:
+                visible = mask
+            case Packed(segments=segments):
+                visible = document_mask(segments, causal=self.causal)
+            case Plain() | Masked():
+                visible = causal_mask(q.shape[1], q.device)
+                visible = visible if self.causal else torch.ones_like(visible)
+            case Cached():
+                raise AssertionError("the matrix is that of rows without a cache")
+        visible = self._in_window(visible)
         k = k.repeat_interleave(self.heads // self.kv_heads, dim=2)
         scores = torch.einsum("bihd,bjhd->bhij", q, k) * self.head_dim**-0.5
         return scores.masked_fill(~visible, -torch.inf).softmax(-1)
@@ -217,3 +223,9 @@ class SoftmaxAttention(Mixer):
         """Scores and weighted sum over the context or the window (PaLM credits no causality)."""
         seen = min(context_length, self.sliding_window or context_length)
         return 4.0 * self.heads * self.head_dim * seen
+
+
+def _heads_first(parameters: SoftmaxParameters) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch, length, heads, head_dim) -> (batch, heads, length, head_dim)."""
+    q, k, v = parameters
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

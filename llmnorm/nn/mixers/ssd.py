@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.chunks import decay_matrix
-from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
+from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
+from llmnorm.nn.visibility import Cached, visible_pairs
 
 
 class SSDParameters(NamedTuple):
@@ -41,7 +42,7 @@ class SSDParameters(NamedTuple):
     convolved: Tensor
 
 
-class SSD(Mixer):
+class SSD(Mixer[SSDParameters, RecurrentCache]):
     """Mamba-2's mixer; `dt_range` and `dt_floor` are those of the initial time steps."""
 
     causal = True
@@ -85,6 +86,11 @@ class SSD(Mixer):
             self.A_log.uniform_(1, 16).log_()
             self.D.fill_(1)
 
+    @property
+    def output(self) -> Linear:
+        """out_proj."""
+        return self.out_proj
+
     def new_cache(self) -> RecurrentCache:
         """The state and the convolution's last inputs."""
         return RecurrentCache(self.advance)
@@ -119,12 +125,13 @@ class SSD(Mixer):
             boundaries=context.boundaries,
             state=part(kept, 0),
         )
-        if cache is not None:
-            assert context.places is not None
-            counts = torch.as_tensor(context.places.counts, device=y.device)
+        if isinstance(context.visibility, Cached):
+            assert cache is not None
+            places = context.visibility.places
+            counts = torch.as_tensor(places.counts, device=y.device)
             window = self.conv1d.carried(part(kept, 1), p.convolved, counts)
             inputs = (p.convolved, p.B, written, p.log_decay)
-            cache.append(inputs, (state, window), context.places)
+            cache.append(inputs, (state, window), places)
         return torch.addcmul(y, self.D.to(y.dtype)[:, None], p.v.to(y.dtype)).to(p.v.dtype)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
@@ -136,7 +143,7 @@ class SSD(Mixer):
     def materialize(self, parameters: SSDParameters, context: Context) -> Tensor:
         """The semiseparable matrix, and D on the diagonal."""
         p = parameters
-        visible = visible_pairs(p.v, context, causal=True)
+        visible = visible_pairs(p.v, context.visibility, causal=True)
         diagonal = torch.eye(p.v.shape[1], device=p.v.device) * self.D[:, None, None]
         return semiseparable_matrix(p.C, p.B, p.dt, p.log_decay, visible) + diagonal
 

@@ -23,9 +23,9 @@ def serves(hidden: Tensor) -> bool:
     return hidden.is_cuda and product_dtype(hidden) in (torch.bfloat16, torch.float16)
 
 
-def has_kernel(q: Tensor) -> bool:
-    """Whether the kernels have heads of the width of q's; for what `serves`."""
-    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+def has_kernel(head_dim: int) -> bool:
+    """Whether the kernels have heads of this width; for what `serves`."""
+    return head_dim % 8 == 0 and head_dim <= 256
 
 
 def attention(

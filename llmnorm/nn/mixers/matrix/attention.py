@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmnorm.nn.mixers.contract import Context, visible_pairs
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.matrix.family import QueriesKeys, QueryKeyFamily
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.visibility import Plain, visible_pairs
 
 
 class Attention(QueryKeyFamily):
@@ -34,12 +35,11 @@ class Attention(QueryKeyFamily):
         if not self.data_dependent:
             return super().mix(made, v, context)
         q, k, values = (t.transpose(1, 2) for t in (*made, v))
-        alone = context.segments is None and context.real is None
-        mask = None if alone else _mask(v, context)
+        mask = None if isinstance(context.visibility, Plain) else _mask(v, context)
         return F.scaled_dot_product_attention(q, k, values, attn_mask=mask).transpose(1, 2)
 
 
 def _mask(v: Tensor, context: Context) -> Tensor:
     """Who sees whom, (batch or 1, 1, length, length); padding sees itself: no row is empty."""
     itself = torch.eye(v.shape[1], dtype=torch.bool, device=v.device)
-    return visible_pairs(v, context, causal=False) | itself
+    return visible_pairs(v, context.visibility, causal=False) | itself

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llmnorm.nn.mixers.contract import Context, visible_pairs
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.matrix.family import (
     QueriesKeys,
     QueryKeyFamily,
@@ -21,6 +21,7 @@ from llmnorm.nn.mixers.matrix.family import (
     summed_over_channels,
 )
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.visibility import visible_pairs
 
 TINY = 1e-8
 
@@ -65,7 +66,7 @@ class Cauchy(QueryKeyFamily):
             weights = summed_over_channels(_reciprocal, q, k)
             root = root_of_length(v, context, self.fixed)[:, None, :, None]
             weights = weights / (math.sqrt(self.qk_dim) * root)
-        return weights.masked_fill(~visible_pairs(v, context, causal=False), 0)
+        return weights.masked_fill(~visible_pairs(v, context.visibility, causal=False), 0)
 
 
 def _reciprocal(row: Tensor, column: Tensor) -> Tensor:

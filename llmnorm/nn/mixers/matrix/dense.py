@@ -8,12 +8,13 @@ is the official name. Positions are those in the document, so a short one uses t
 import torch
 from torch import Tensor, nn
 
-from llmnorm.nn.mixers.contract import Context, visible_pairs
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.matrix.family import Family, places, root_of_length
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.visibility import visible_pairs
 
 
-class Dense(Family):
+class Dense(Family[Tensor]):
     """One matrix a head, the same for all rows."""
 
     def __init__(self, heads: int, longest: int) -> None:
@@ -37,7 +38,7 @@ class Dense(Family):
         """Scaled, documents apart."""
         root = root_of_length(v, context, None)[:, None, :, None]
         weights = made.to(wide_dtype(v.dtype)) / root
-        return weights.masked_fill(~visible_pairs(v, context, causal=False), 0)
+        return weights.masked_fill(~visible_pairs(v, context.visibility, causal=False), 0)
 
     def flops_per_token(self, context_length: int, head_dim: int) -> float:
         """A row of the matrix times the values."""

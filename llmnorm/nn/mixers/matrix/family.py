@@ -14,19 +14,22 @@ official code scales by the tables' length, whatever the row's; `fixed` is that.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmnorm.nn.mixers.contract import Context, visible_tokens
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.visibility import Packed, Plain, Visibility, visible_tokens
 from llmnorm.part import InputError
 
+Made = TypeVar("Made")
 
-class Family(nn.Module):
-    """The matrix of one family, and the product with it.
+
+class Family(nn.Module, Generic[Made]):
+    """The matrix of one family, and the product with it; `Made` is what `prepare` makes for both.
 
     Attributes:
         convolved: channels a token brings, beside its values, through the convolution.
@@ -42,20 +45,20 @@ class Family(nn.Module):
     residual = True
     longest: int | None = None
 
-    def prepare(self, convolved: Tensor, plain: Tensor, v: Tensor, context: Context) -> Any:
+    def prepare(self, convolved: Tensor, plain: Tensor, v: Tensor, context: Context) -> Made:
         """What the matrix is made of; convolved and plain (batch, length, channels)."""
         raise NotImplementedError
 
-    def matrix(self, made: Any, v: Tensor, context: Context) -> Tensor:
+    def matrix(self, made: Made, v: Tensor, context: Context) -> Tensor:
         """The matrix without the identity, 0 where a token may not look."""
         raise NotImplementedError
 
-    def mix(self, made: Any, v: Tensor, context: Context) -> Tensor:
+    def mix(self, made: Made, v: Tensor, context: Context) -> Tensor:
         """The matrix times the values, (batch, length, heads, head_dim)."""
         matrix = self.matrix(made, v, context).to(v.dtype)
         return (matrix @ v.transpose(1, 2)).transpose(1, 2)
 
-    def health(self, made: Any, context: Context) -> dict[str, Tensor]:
+    def health(self, made: Made, context: Context) -> dict[str, Tensor]:
         """As the mixer's."""
         return {}
 
@@ -65,7 +68,9 @@ class Family(nn.Module):
         Raises:
             InputError: a document is longer than the tables.
         """
-        tokens = max(context.documents or (length,))
+        tokens = length
+        if isinstance(context.visibility, Packed):
+            tokens = context.visibility.longest
         if self.longest is not None and tokens > self.longest:
             raise InputError(
                 f"model.mixer.family: {type(self).__name__} has weights for documents of up to "
@@ -84,7 +89,7 @@ class QueriesKeys(NamedTuple):
     k: Tensor
 
 
-class QueryKeyFamily(Family):
+class QueryKeyFamily(Family[QueriesKeys]):
     """A family whose entry (i, j) is made of q_i and k_j.
 
     Attributes:
@@ -131,12 +136,12 @@ class QueryKeyFamily(Family):
 
 def places(v: Tensor, context: Context) -> Tensor:
     """The position of each token in its document, (batch or 1, length)."""
-    return visible_tokens(v, context, causal=True) - 1
+    return visible_tokens(v, context.visibility, causal=True) - 1
 
 
 def root_of_length(v: Tensor, context: Context, fixed: int | None) -> Tensor:
     """The root of the length of each token's document, or of `fixed`: (batch or 1, length)."""
-    length = visible_tokens(v, context, causal=False)
+    length = visible_tokens(v, context.visibility, causal=False)
     if fixed is not None:
         length = torch.full_like(length, fixed)
     return length.to(wide_dtype(v.dtype)).sqrt()
@@ -159,18 +164,19 @@ def summed_over_channels(
     return total
 
 
-def whole_documents(context: Context) -> bool:
-    """Whether `by_document` can serve: no padding, and lengths that the host knows."""
-    known = context.segments is None or context.documents is not None
-    return context.real is None and known
-
-
 def by_document(
-    function: Callable[..., Tensor], documents: tuple[int, ...] | None, *inputs: Tensor
-) -> Tensor:
-    """`function` of the inputs (batch or 1, length, ...), of each document alone."""
-    if documents is None:
-        return function(*inputs)
-    pieces = [t.flatten(0, 1).unsqueeze(0).split(documents, 1) for t in inputs]
-    alone = [function(*document) for document in zip(*pieces, strict=True)]
-    return torch.cat(alone, 1).view_as(inputs[-1])
+    function: Callable[..., Tensor], visibility: Visibility, *inputs: Tensor
+) -> Tensor | None:
+    """`function` of the inputs (batch or 1, length, ...), of each document alone.
+
+    None where that cannot be: there is padding, or no shape may depend on the documents' lengths.
+    """
+    match visibility:
+        case Plain():
+            return function(*inputs)
+        case Packed(fixed_shapes=False) as packed:
+            rows = (t.flatten(0, 1).unsqueeze(0) for t in inputs)
+            pieces = [t.split(packed.lengths, 1) for t in rows]
+            alone = [function(*document) for document in zip(*pieces, strict=True)]
+            return torch.cat(alone, 1).view_as(inputs[-1])
+    return None

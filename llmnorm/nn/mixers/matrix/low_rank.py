@@ -12,10 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from llmnorm.nn.mixers.contract import Context, visible_pairs
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
 from llmnorm.nn.mixers.matrix.family import QueriesKeys, QueryKeyFamily, root_of_length
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.visibility import Packed, visible_pairs
 
 
 class LowRank(QueryKeyFamily):
@@ -27,18 +28,18 @@ class LowRank(QueryKeyFamily):
         """Products of queries and keys."""
         q, k = (t.to(wide_dtype(v.dtype)) for t in made)
         weights = torch.einsum("bihd,bjhd->bhij", q, k) / self._root(v, context).transpose(1, 2)
-        return weights.masked_fill(~visible_pairs(v, context, causal=False), 0)
+        return weights.masked_fill(~visible_pairs(v, context.visibility, causal=False), 0)
 
     def mix(self, made: QueriesKeys, v: Tensor, context: Context) -> Tensor:
         """Sums over the document, read by each of its tokens."""
         wide = wide_dtype(v.dtype)
         with torch.autocast(v.device.type, enabled=False):
             q, k, values = (t.to(wide) for t in (*made, v))
-            if context.segments is None:
+            if isinstance(context.visibility, Packed):
+                y = _both_ways(q, k, values, context.visibility.segments)
+            else:
                 sums = torch.einsum("bjhd,bjhv->bhdv", k.expand(len(v), -1, -1, -1), values)
                 y = torch.einsum("bihd,bhdv->bihv", q.expand(len(v), -1, -1, -1), sums)
-            else:
-                y = _both_ways(q, k, values, context.segments)
             return (y / self._root(v, context)).to(v.dtype)
 
     def _root(self, v: Tensor, context: Context) -> Tensor:

@@ -11,7 +11,7 @@ padding. It looks at later tokens and serves encoders only. The identity that al
 quasiseparable add belongs to M.
 """
 
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, Never
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,19 @@ from torch import Tensor
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
-from llmnorm.nn.mixers.matrix.family import Family
+from llmnorm.nn.mixers.matrix.family import Family, Made
 from llmnorm.nn.norms.rms import RMSNorm
 
 
-class MatrixParameters(NamedTuple):
+class MatrixParameters(NamedTuple, Generic[Made]):
     """The values, what the family's matrix is made of, the gate."""
 
     v: Tensor
-    made: Any
+    made: Made
     z: Tensor
 
 
-class MatrixMixer(Mixer):
+class MatrixMixer(Mixer[MatrixParameters[Made], Never], Generic[Made]):
     """The block around a family's matrix."""
 
     causal = False
@@ -40,7 +40,7 @@ class MatrixMixer(Mixer):
     def __init__(
         self,
         hidden_size: int,
-        family: Family,
+        family: Family[Made],
         *,
         heads: int,
         head_dim: int,
@@ -58,7 +58,12 @@ class MatrixMixer(Mixer):
         self.norm = RMSNorm(inner, eps=norm_eps)
         self.out_proj = Linear(inner, hidden_size, bias=use_bias)
 
-    def prepare(self, x: Tensor, context: Context, cache: None = None) -> MatrixParameters:
+    @property
+    def output(self) -> Linear:
+        """out_proj."""
+        return self.out_proj
+
+    def prepare(self, x: Tensor, context: Context, cache: None = None) -> MatrixParameters[Made]:
         """Project, convolve, hand the family what is its own.
 
         Raises:
@@ -79,13 +84,15 @@ class MatrixMixer(Mixer):
         v = v.unflatten(-1, (self.heads, self.head_dim))
         return MatrixParameters(v, self.matrix_mixer.prepare(own, plain, v, context), z)
 
-    def mix(self, parameters: MatrixParameters, context: Context, cache: None = None) -> Tensor:
+    def mix(
+        self, parameters: MatrixParameters[Made], context: Context, cache: None = None
+    ) -> Tensor:
         """The family's fast way, and the identity."""
         p = parameters
         y = self.matrix_mixer.mix(p.made, p.v, context)
         return y + p.v if self.matrix_mixer.residual else y
 
-    def materialize(self, parameters: MatrixParameters, context: Context) -> Tensor:
+    def materialize(self, parameters: MatrixParameters[Made], context: Context) -> Tensor:
         """The family's matrix, and the identity, of every row and head."""
         p = parameters
         matrix = self.matrix_mixer.matrix(p.made, p.v, context)
@@ -97,7 +104,7 @@ class MatrixMixer(Mixer):
         """Norm, gate, project."""
         return self.out_proj(self.norm(y.flatten(2)) * F.silu(parameters.z))
 
-    def health(self, parameters: MatrixParameters, context: Context) -> dict[str, Tensor]:
+    def health(self, parameters: MatrixParameters[Made], context: Context) -> dict[str, Tensor]:
         """The family's."""
         return self.matrix_mixer.health(parameters.made, context)
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
-from llmnorm.nn.mixers.contract import Context, visible_pairs
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.hydra import Direction, both_scans, both_triangles
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token
 from llmnorm.nn.mixers.matrix.family import Family, places
 from llmnorm.nn.mixers.ssd import initial_dt_bias, time_steps
+from llmnorm.nn.visibility import visible_pairs
 
 FIRST_TIME_STEPS = (1e-3, 0.1)
 SMALLEST_TIME_STEP = 1e-4
@@ -33,7 +34,7 @@ class Made(NamedTuple):
     delta: Tensor
 
 
-class Quasiseparable(Family):
+class Quasiseparable(Family[Made]):
     """Two scans and a free diagonal."""
 
     activated = True
@@ -81,7 +82,7 @@ class Quasiseparable(Family):
 
     def matrix(self, made: Made, v: Tensor, context: Context) -> Tensor:
         """The two triangles, and delta between them."""
-        visible = visible_pairs(v, context, causal=False)
+        visible = visible_pairs(v, context.visibility, causal=False)
         lower, upper = both_triangles(made.forward, made.backward)
         delta = torch.diag_embed(made.delta.transpose(1, 2))
         return (lower + upper).masked_fill(~visible, 0) + delta

@@ -17,15 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmnorm.nn.mixers.contract import Context, visible_pairs
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.matrix.family import (
     Family,
     by_document,
     places,
     root_of_length,
-    whole_documents,
 )
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.visibility import Plain, visible_pairs
 from llmnorm.part import InputError
 
 
@@ -36,7 +36,7 @@ class Taps(NamedTuple):
     reverse: Tensor
 
 
-class Toeplitz(Family):
+class Toeplitz(Family[Taps]):
     """One convolution a head, of the whole document."""
 
     activated = True
@@ -61,7 +61,7 @@ class Toeplitz(Family):
     def check(self, length: int, context: Context) -> None:
         """The official code knows one length, no documents and no padding."""
         super().check(length, context)
-        alone = context.segments is None and context.real is None
+        alone = isinstance(context.visibility, Plain)
         if self.fixed is not None and not (alone and length == self.fixed):
             raise InputError(
                 "model.mixer.family.official_compat: the official Toeplitz matrix serves whole rows"
@@ -79,7 +79,7 @@ class Toeplitz(Family):
 
     def matrix(self, made: Taps, v: Tensor, context: Context) -> Tensor:
         """Every entry's tap looked up at the token of its document that brings it."""
-        visible = visible_pairs(v, context, causal=False)
+        visible = visible_pairs(v, context.visibility, causal=False)
         place = places(v, context)
         distance = place[:, :, None] - place[:, None, :]
         if self.fixed is not None:
@@ -94,9 +94,10 @@ class Toeplitz(Family):
 
     def mix(self, made: Taps, v: Tensor, context: Context) -> Tensor:
         """By FFT where that can be."""
-        if self.fixed is not None or not whole_documents(context):
-            return super().mix(made, v, context)
-        return by_document(_convolve, context.documents, *made, v)
+        mixed = None
+        if self.fixed is None:
+            mixed = by_document(_convolve, context.visibility, *made, v)
+        return super().mix(made, v, context) if mixed is None else mixed
 
     def flops_per_token(self, context_length: int, head_dim: int) -> float:
         """Two real transforms a channel, one a head (Cooley & Tukey's 5/2 n log2 n each)."""

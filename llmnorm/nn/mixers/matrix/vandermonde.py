@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llmnorm.nn.mixers.contract import Context, visible_pairs, visible_tokens
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.matrix.family import (
     Family,
     QueriesKeys,
@@ -30,9 +30,9 @@ from llmnorm.nn.mixers.matrix.family import (
     places,
     root_of_length,
     summed_over_channels,
-    whole_documents,
 )
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.visibility import visible_pairs, visible_tokens
 
 FIRST_EPS = 1e-3
 
@@ -72,7 +72,7 @@ class Vandermonde(QueryKeyFamily):
     def matrix(self, made: QueriesKeys, v: Tensor, context: Context) -> Tensor:
         """Waves of the rows over the columns' places, and of the columns over the rows'."""
         wide = wide_dtype(v.dtype)
-        visible = visible_pairs(v, context, causal=False)
+        visible = visible_pairs(v, context.visibility, causal=False)
         with torch.autocast(v.device.type, enabled=False):
             place = places(v, context).to(wide)[:, :, None, None]
             q, k = (self._frequency(t.to(wide)) for t in made)
@@ -92,7 +92,7 @@ class Vandermonde(QueryKeyFamily):
         return t * (FIRST_EPS if self.fixed is not None else self.log_eps.to(t.dtype).exp())
 
 
-class DFT(Family):
+class DFT(Family[None]):
     """The same for all heads and without parameters."""
 
     def __init__(self, heads: int) -> None:
@@ -105,20 +105,19 @@ class DFT(Family):
     def matrix(self, made: None, v: Tensor, context: Context) -> Tensor:
         """Angles by whole numbers, so that they are exact at any length."""
         place = places(v, context)
-        length = visible_tokens(v, context, causal=False)[..., None]
+        length = visible_tokens(v, context.visibility, causal=False)[..., None]
         turns = place[:, :, None] * place[:, None, :] % length
         wide = wide_dtype(v.dtype)  # whole numbers divide into float32, whatever is asked for
         weights = (
             torch.cos(2 * math.pi * turns.to(wide) / length)
             / root_of_length(v, context, None)[..., None]
         )
-        return weights[:, None].masked_fill(~visible_pairs(v, context, causal=False), 0)
+        return weights[:, None].masked_fill(~visible_pairs(v, context.visibility, causal=False), 0)
 
     def mix(self, made: None, v: Tensor, context: Context) -> Tensor:
         """By FFT where that can be."""
-        if not whole_documents(context):
-            return super().mix(made, v, context)
-        return by_document(_transform, context.documents, v)
+        mixed = by_document(_transform, context.visibility, v)
+        return super().mix(made, v, context) if mixed is None else mixed
 
     def flops_per_token(self, context_length: int, head_dim: int) -> float:
         """One transform a channel (Cooley & Tukey's 5/2 n log2 n for real numbers)."""
