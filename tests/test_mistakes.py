@@ -701,7 +701,12 @@ TROUBLE = {
     "full disk, data": "data.dir: <path>: <reason>; "
     "what is finished is kept, make room and run it again",
     "diverged": "training: stopped at step <n>: <n> steps in a row with a non-finite loss or "
-    "gradient (rows <rows>); last good checkpoint: <checkpoint>; try a lower optimizer.lr",
+    "gradient (rows <rows>); they were skipped, and the weights of before them are saved in "
+    "<checkpoint>; go on from it: llmnorm train <run> run_dir=<run> "
+    "training.branch_from=<checkpoint> optimizer.lr=LOWER",
+    "diverged, spoilt": "training: stopped at step <n>: <n> steps in a row with a non-finite loss "
+    "or gradient (rows <rows>); the weights of before them give no finite loss either and are not "
+    "saved; there is no checkpoint; start again with a lower optimizer.lr",
     "fallen back": "<file> is damaged (its checksum differs); going back to step <n>",
     "bits": "going on from <checkpoint>; the last bits may differ from an uninterrupted run: "
     "<what> <there> -> <here>",
@@ -880,7 +885,7 @@ def test_a_run_that_diverges_says_where(place: Path) -> None:
     words = "run_dir=other training.steps=20 schedule=constant optimizer.lr=1e38"
     done = llmnorm(place, f"train {SMOKE} {words}")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert says("diverged", done.stderr)
+    assert says("diverged, spoilt", done.stderr)
     assert (place / "other" / "DIVERGED").read_text() == "6\n"
 
 

@@ -30,6 +30,5 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if parsed.show:
         report.show(packed, parsed.show, seed=config.data_seed)
     if parsed.stats or not parsed.show:
-        rows = sum(source.rows for source in packed.sources)
-        steps = config.training.total_steps(rows, packed.context_length)
-        report.stats(packed, steps * config.training.rows * packed.context_length)
+        steps = config.training.total_steps(packed.rows, packed.context_length)
+        print(report.sources_table(packed, steps * config.training.rows))

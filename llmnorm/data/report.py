@@ -1,14 +1,20 @@
-"""What `llmnorm data CONFIG --show N` and `--stats` print of prepared data."""
+"""What prepared data holds, as people read it: `llmnorm data CONFIG --show N` and `--stats`.
+
+`train` prints the table of `--stats` too, before its first step.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
+from llmnorm.data.examples import Examples
 from llmnorm.data.loader import IGNORED, Loader
 from llmnorm.data.packed import PackedData
 from llmnorm.data.tokenizer import TextEncoder
 
 
 def show(packed: PackedData, count: int, *, seed: int = 0) -> None:
-    """Prints the run's first `count` rows as the model sees them.
+    """Print the run's first `count` rows as the model sees them.
 
     Pieces of different documents stand apart, each with its first position in the row; `no label`
     counts the tokens that are not predicted.
@@ -26,26 +32,65 @@ def show(packed: PackedData, count: int, *, seed: int = 0) -> None:
             print(f"  [{start}:{stop}] {text!r}")
 
 
-def stats(packed: PackedData, tokens_budget: int | None = None) -> None:
-    """Prints documents, tokens, bytes per token and the epochs of each source at the budget."""
-    columns = "documents", "MB", "tokens", "bytes/token", "rows", "share", "epochs", "held out kB"
-    print(f"{'source':<16}" + "".join(f"{column:>13}" for column in columns))
+def sources_table(packed: PackedData, rows: int) -> str:
+    """A line a source: its size, its share of a run of `rows` rows, and its epochs in it."""
     total = sum(source.weight for source in packed.sources)
-    for s in packed.sources:
-        share = s.weight / total
-        rows = None if tokens_budget is None else tokens_budget / packed.context_length * share
-        cells = (
-            f"{s.documents}",
-            f"{s.bytes / 1e6:.2f}",
-            f"{s.tokens}",
-            f"{s.bytes / s.tokens:.2f}",
-            f"{s.rows}",
-            f"{share:.1%}",
-            "-" if rows is None else f"{rows / s.rows:.2f}",
-            f"{s.validation_bytes / 1e3:.0f}",
+    header = ["source", "documents", "MB", "tokens", "bytes/token", "rows", "share", "epochs"]
+    lines = [[*header, "held out kB"]]
+    for source in packed.sources:
+        share = source.weight / total
+        lines.append(
+            [
+                source.name,
+                f"{source.documents}",
+                f"{source.bytes / 1e6:.2f}",
+                f"{source.tokens}",
+                f"{source.bytes / source.tokens:.2f}",
+                f"{source.rows}",
+                f"{share:.1%}",
+                f"{rows * share / source.rows:.2f}",
+                f"{source.validation_bytes / 1e3:.0f}",
+            ]
         )
-        print(f"{s.name:<16}" + "".join(f"{cell:>13}" for cell in cells))
-    print(
+    vocabulary = (
         f"vocabulary {packed.vocab_size}, context {packed.context_length}, "
         f"identity {packed.identity}, in {packed.directory}"
+    )
+    return f"{_aligned(lines)}\n{vocabulary}"
+
+
+def examples_table(examples: Examples, names: tuple[str, str], rows: int) -> str:
+    """A line a file: its examples and tokens, and the epochs of a run of `rows` examples.
+
+    Args:
+        names: what the training and the validation file are called.
+    """
+    lines = [["file", "examples", "tokens", "read as", "epochs"]]
+    epochs = f"{rows / examples.rows:.2f}"
+    for name, table, use, times in zip(
+        names,
+        (examples.train, examples.validation),
+        ("training", "validation"),
+        (epochs, "-"),
+        strict=True,
+    ):
+        tokens = sum(map(len, table.ids))
+        lines.append([name, f"{len(table.ids)}", f"{tokens}", use, times])
+    some = ", ".join(examples.classes[:8]) + (", ..." if len(examples.classes) > 8 else "")
+    labels = f"{len(examples.classes)} classes ({some})" if some else "labels are numbers"
+    return (
+        f"{_aligned(lines)}\n{labels}; vocabulary {examples.vocab_size}, at most "
+        f"{examples.context_length} tokens an example, identity {examples.identity}"
+    )
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns of a table, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [cells[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        )
+        for cells in lines
     )

@@ -28,7 +28,7 @@ class CausalLM(PackedText):
     def ask(self, batch: Batch) -> MicroBatch:
         """The rows and their next tokens; a label is a token."""
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "shift_labels")}
-        labels = int((batch["shift_labels"] != IGNORED).sum())
+        labels = int((batch["shift_labels"].numpy() != IGNORED).sum())
         return MicroBatch(inputs, labels, labels, batch["rows"])
 
     def evaluate(
@@ -44,7 +44,7 @@ class CausalLM(PackedText):
                 if asked.labels == 0 and not parallel.spread:  # shards come from all processes
                     continue
                 with parallel.autocast():
-                    inputs = {k: v.to(parallel.device) for k, v in asked.inputs.items()}
+                    inputs = asked.inputs_on(parallel.device)
                     loss = model(**inputs, num_items_in_batch=1.0).loss
                 total += torch.tensor([float(loss), asked.labels], dtype=torch.float64)
             summed, tokens = parallel.reduce(total).tolist()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.examples import Fields, Table, open_examples
 from llmnorm.data.order import Order
+from llmnorm.data.report import examples_table
 from llmnorm.objectives import scores
 from llmnorm.objectives.contract import MicroBatch, Objective
 from llmnorm.objectives.settings import ClassificationSettings
@@ -58,6 +59,11 @@ class Classification(Objective):
         numbers = dict(enumerate(self._examples.classes))
         return {"id2label": numbers, "label2id": {name: n for n, name in numbers.items()}}
 
+    def describe(self, rows: int) -> str:
+        """What a run of so many `rows` reads of its two files, a line each."""
+        names = str(self._settings.train), str(self._settings.validation)
+        return examples_table(self._examples, names, rows)
+
     def batches(
         self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int
     ) -> Iterator[list[MicroBatch]]:
@@ -87,10 +93,10 @@ class Classification(Objective):
             start = first + parallel.rank * micro_batch
             rows = list(range(start, min(start + micro_batch, count)))
             # Every process makes the same number of calls: one without rows repeats the first.
-            inputs = self._asked(table, rows or [0]).inputs
-            given = {k: v.to(parallel.device) for k, v in inputs.items() if k != "labels"}
+            inputs = self._asked(table, rows or [0]).inputs_on(parallel.device)
+            del inputs["labels"]
             with parallel.autocast():
-                logits = model(**given).logits
+                logits = model(**inputs).logits
             if rows:
                 outputs[rows] = logits.double().cpu()
         figures = self._figures(parallel.reduce(outputs), table.labels)

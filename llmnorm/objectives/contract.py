@@ -8,6 +8,7 @@ no state: row n of a run and everything drawn for it is a function of the config
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from llmnorm.data.examples import Examples
@@ -28,10 +29,17 @@ class MicroBatch(NamedTuple):
         rows: numbers of the rows, no two processes' the same.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor | int]
     labels: int
     tokens: int
     rows: Tensor
+
+    def inputs_on(self, device: torch.device) -> dict[str, Any]:
+        """The model's arguments with their tensors on a device; copying them is not waited for."""
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in self.inputs.items()
+        }
 
 
 class Objective:
@@ -48,6 +56,10 @@ class Objective:
     def model_keys(self) -> dict[str, Any]:
         """What the model's configuration has to know beside its settings."""
         return {}
+
+    def describe(self, rows: int) -> str:
+        """What a run of so many `rows` reads of each source or file: a table of a few lines."""
+        raise NotImplementedError
 
     def batches(
         self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int

@@ -71,7 +71,7 @@ class MaskedLM(PackedText):
                 if asked.labels == 0 and not parallel.spread:  # shards come from all processes
                     continue
                 with parallel.autocast():
-                    inputs = {k: v.to(parallel.device) for k, v in asked.inputs.items()}
+                    inputs = asked.inputs_on(parallel.device)
                     found = model(**inputs, num_items_in_batch=1.0)
                 right = int((found.logits.argmax(-1) == inputs["labels"]).sum())
                 total += torch.tensor([float(found.loss), right, asked.labels]).double()
@@ -91,5 +91,5 @@ class MaskedLM(PackedText):
     def _masked(self, batch: Batch, share: float, key: int) -> MicroBatch:
         seen, labels = self._masking(batch["input_ids"], batch["rows"], share=share, key=key)
         inputs = {"input_ids": seen, "position_ids": batch["position_ids"], "labels": labels}
-        counted = int((labels != IGNORED).sum())
+        counted = int((labels.numpy() != IGNORED).sum())
         return MicroBatch(inputs, counted, seen.numel(), batch["rows"])

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from llmnorm.config.tree import RunConfig
 from llmnorm.data import packing
 from llmnorm.data.loader import Batch, Loader
+from llmnorm.data.report import sources_table
 from llmnorm.objectives.contract import MicroBatch, Objective
 
 
@@ -25,6 +26,10 @@ class PackedText(Objective):
     def ask(self, batch: Batch) -> MicroBatch:
         """What the model is given of a batch of training rows, and what is counted."""
         raise NotImplementedError
+
+    def describe(self, rows: int) -> str:
+        """What a run of so many `rows` reads of each source: the table of `data --stats`."""
+        return sources_table(self.packed, rows)
 
     def batches(
         self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int

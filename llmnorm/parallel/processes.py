@@ -12,6 +12,7 @@ every sharding. What is really there is looked at in `check.py`.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -187,13 +188,21 @@ class Parallel:
         else:
             loss.backward()  # type: ignore[no-untyped-call]
 
-    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-        """Scale the gradients down to `max_norm` (0: leave them); returns their global norm.
+    def collect_gradients(self) -> None:
+        """After the step's last backward pass: `grad` of what the optimizer steps is whole.
 
-        The norm is a 0-dim float32 tensor over all gradients of the model, the same everywhere.
+        ZeRO keeps reduced gradients in buffers of its own and hands them to its master weights
+        here; under any other sharding backward passes have put them in place already.
         """
         if self.zero is not None:
             self.zero.collect()
+
+    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale the gradients down to `max_norm` (0: leave them); returns their norm before that.
+
+        The norm is a 0-dim float32 tensor over all gradients of the model, the same on every
+        process. It stays on the device: nothing here waits for it.
+        """
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._group is not None:
@@ -205,12 +214,20 @@ class Parallel:
         return norm
 
     def end_step(self) -> None:
-        """After an update, or in its place: what is only an optimizer's reaches the model."""
+        """Close a step, updated or skipped, once its gradients are set to None.
+
+        Under ZeRO the optimizer has changed master weights, which become the model's weights here,
+        and DeepSpeed's gradient buffers are emptied. Without this call the next step would compute
+        with old weights and add to old gradients. Under any other sharding nothing is left to do.
+        """
         if self.zero is not None:
             self.zero.step()
 
-    def publish(self) -> None:
-        """After any other change of the weights: the same."""
+    def weights_changed(self) -> None:
+        """Call after weights were changed outside of a step: loaded, or swapped with averages.
+
+        Under ZeRO such a change reaches the master weights only; this copies them into the model's.
+        """
         if self.zero is not None:
             self.zero.publish()
 
@@ -227,6 +244,11 @@ class Parallel:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def say(self, text: str) -> None:
+        """Print a text on stderr, on the main process alone."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
 
     def on_main(self, work: Callable[[], None]) -> None:
         """Do `work` on the main process while the others wait; its InputError stops them all."""

@@ -129,7 +129,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
         if any(path.name not in ("run.lock", "config.tmp") for path in run.path.iterdir()):
             raise InputError(
                 f"run_dir: {run.path} holds other files and no config.yaml; "
-                f"a free directory is {_free(run.path)}"
+                f"a free directory is {free(run.path)}"
             )
         return run
     changed = differences(to_tree(load(run.path).config), to_tree(config))
@@ -145,7 +145,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
             if going_on
             else "is another run; go on with the old settings, or start a new one with"
         )
-        raise InputError(f"run_dir: {run.path}: {listed}: {what} run_dir={_free(run.path)}")
+        raise InputError(f"run_dir: {run.path}: {listed}: {what} run_dir={free(run.path)}")
     return run
 
 
@@ -207,7 +207,8 @@ def end(sign: Path, step: int) -> None:
         raise InputError(f"{sign}: cannot be written: {error.strerror}") from None
 
 
-def _free(path: Path) -> Path:
+def free(path: Path) -> Path:
+    """A path beside `path` that does not exist yet: `path`-2, `path`-3, ..."""
     number = 2
     while os.path.lexists(f"{path}-{number}"):
         number += 1

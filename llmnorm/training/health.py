@@ -1,6 +1,6 @@
 """Figures of a model's mixers on one micro-batch: what `logging.health_every` writes down.
 
-    health(model, micro_batch.inputs, parallel)     -> {"0": {"entropy": 0.93, ...}, "1": {...}}
+    health(model, inputs, parallel)     -> {"0": {"entropy": 0.93, ...}, "1": {...}}
 
 Layers are counted from 0, and left out where a mixer has no figures (nn/mixers/health.py says what
 they mean). Every process looks at a micro-batch of its own; what they find becomes one number.
@@ -21,13 +21,13 @@ from llmnorm.parallel.processes import Parallel
 
 @torch.no_grad()
 def health(
-    model: nn.Module, inputs: Mapping[str, Tensor], parallel: Parallel
+    model: nn.Module, inputs: Mapping[str, Any], parallel: Parallel
 ) -> dict[str, dict[str, float]]:
     """The figures; all processes call it together.
 
     Args:
         model: its mode is as before afterwards.
-        inputs: this process's, labels among them.
+        inputs: the model's arguments, labels among them, on this process's device.
     """
     found: list[dict[str, Tensor]] = []
 
@@ -46,7 +46,7 @@ def health(
     model.eval()
     try:
         with parallel.autocast(), torch.compiler.set_stance("force_eager"):
-            model(**{name: tensor.to(parallel.device) for name, tensor in inputs.items()})
+            model(**inputs)
     finally:
         model.train(was_training)
         for hook in hooks:

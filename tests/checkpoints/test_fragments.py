@@ -3,7 +3,6 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from llmnorm.checkpoints.fragments import begun_rows, fill, touched_rows
 from llmnorm.optim.fragments import Fragment

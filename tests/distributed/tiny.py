@@ -20,8 +20,8 @@ from llmnorm.objectives.contract import MicroBatch
 from llmnorm.optim.groups import split
 from llmnorm.optim.settings import Optimizer
 from llmnorm.parallel.processes import Parallel
-from llmnorm.training import loop
 from llmnorm.training.state import named_tensors
+from llmnorm.training.step import count, forward_backward
 
 KINDS = {kind.model_fields["name"].default: kind for kind in get_args(get_args(Optimizer)[0])}
 # Every optimizer, and the projection of weights on one with and one without a rule.
@@ -127,8 +127,8 @@ class Run:
         ids = torch.randint(3, 40, (ROWS, LENGTH), generator=generator)
         ids = ids[self.rows(step) - step * ROWS]
         micro_batches = [self._asked(part) for part in ids.chunk(self.micro_batches)]
-        labels, _ = loop._count(micro_batches, self.parallel)
-        loss = loop._forward_backward(self.replica, micro_batches, labels / scale, self.parallel)
+        labels = count(micro_batches, self.parallel)[0].double() / scale
+        loss = forward_backward(self.replica, micro_batches, labels, self.parallel)
         return float(self.parallel.reduce(loss))
 
     def _asked(self, ids: Tensor) -> MicroBatch:
@@ -166,7 +166,7 @@ class Run:
         """Every process what it holds."""
         checkpoints = self._in(directory)
         checkpoints.load(checkpoints.find(step), self.state)
-        self.parallel.publish()
+        self.parallel.weights_changed()
 
     def _in(self, directory: Path, **keys: Any) -> Checkpoints:
         rank, world = self.parallel.rank, self.parallel.world

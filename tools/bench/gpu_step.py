@@ -64,7 +64,7 @@ from llmnorm.optim.groups import split
 from llmnorm.optim.settings import AdamWSettings
 from llmnorm.parallel.processes import Parallel
 from llmnorm.runs.metrics import peak_flops
-from llmnorm.training import loop
+from llmnorm.training.step import count, forward_backward
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32768,
@@ -115,7 +115,7 @@ def make_rows(shape: dict[str, Any], count: int, step: int) -> dict[str, Tensor]
 
 
 class Ours:
-    """Our model, and its step as training/loop.py does it."""
+    """Our model, and its step as training/step.py does it."""
 
     name = "ours"
 
@@ -133,13 +133,14 @@ class Ours:
 
     def step(self, inputs: dict[str, Tensor]) -> Tensor:
         """One step; the loss."""
-        parallel, count = self.parallel, int((inputs["shift_labels"] != -100).sum())
-        batches = [MicroBatch(inputs, count, count, torch.arange(len(inputs["input_ids"])))]
-        labels, _ = loop._count(batches, parallel)
-        loss = loop._forward_backward(self.replica, batches, labels, parallel)
-        norm = float(parallel.clip(self.parameters, 1.0))
-        mean_loss, _ = parallel.reduce(torch.stack([loss, loss.new_tensor(0.0)])).tolist()
-        assert math.isfinite(mean_loss) and math.isfinite(norm)
+        parallel, real = self.parallel, int((inputs["shift_labels"] != -100).sum())
+        batches = [MicroBatch(inputs, real, real, torch.arange(len(inputs["input_ids"])))]
+        counts = count(batches, parallel)
+        loss = forward_backward(self.replica, batches, counts[0], parallel)
+        norm = parallel.clip(self.parameters, 1.0)
+        reduced = parallel.reduce(torch.stack([loss, loss.new_zeros(())]))
+        read = torch.cat([reduced.double(), norm.double().view(1), counts.double()]).tolist()
+        assert all(map(math.isfinite, read))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss

@@ -6,7 +6,7 @@ usage: python tools/bench/training_step.py [--quick] [--vocabulary 32768 4096] [
 Three candidates train the same shape (width 384, 6 layers, 6 heads, context 512, untied head) from
 the same weights on the same rows with the same AdamW and clipping at norm 1, and their losses must
 agree:
-  ours     the functions of llmnorm/training/loop.py: model, chunked loss, clip, optimizer
+  ours     the functions of llmnorm/training/step.py: model, chunked loss, clip, optimizer
   trainer  transformers.Trainer.train() with LlamaForCausalLM, its default optimizer
   loop     the same LlamaForCausalLM in a loop like nanoGPT's, torch's fused AdamW
 Each lives in a process of its own and waits while the others work; they take turns, `steps` steps
@@ -80,7 +80,8 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     from llmnorm.optim.groups import split
     from llmnorm.optim.settings import AdamWSettings
     from llmnorm.parallel.processes import Parallel
-    from llmnorm.training import loop
+    from llmnorm.training.step import count as count_labels
+    from llmnorm.training.step import forward_backward
 
     cuda = device == "cuda"
     training = TrainingSettings(
@@ -103,12 +104,14 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
         inputs = {"input_ids": ids, "position_ids": positions, "shift_labels": labels}
         items = int((labels != -100).sum())
         batch = MicroBatch(inputs, items, items, torch.arange(count))
-        loss = loop._forward_backward(replica, [batch], items, parallel)
-        float(parallel.clip(parameters, 1.0))
+        counts = count_labels([batch], parallel)
+        loss = forward_backward(replica, [batch], counts[0], parallel)
+        norm = parallel.clip(parameters, 1.0)
+        read = torch.stack([loss, norm]).tolist()  # the step's one wait for the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        yield float(loss)
+        yield read[0]
 
 
 def stock(vocabulary: int) -> nn.Module:

@@ -1,0 +1,253 @@
+"""What a run is made of before its first step: processes, rows, model, optimizer, checkpoint.
+
+`prepare` refuses what can be refused, and writes nothing into the run directory but its lock.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llmnorm.checkpoints.checkpoints import Checkpoints, State
+from llmnorm.config.tree import RunConfig
+from llmnorm.exchange.loading import open_source
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.convert import named_weights
+from llmnorm.models.initialization import initialize
+from llmnorm.models.modeling import LlmNormForCausalLM, class_of, empty_model
+from llmnorm.nn.norms.running import RunningStatistics
+from llmnorm.objectives.contract import MicroBatch, Objective
+from llmnorm.optim.fragments import master, whole_shape
+from llmnorm.optim.groups import split
+from llmnorm.optim.schedule import HyperparameterSchedule
+from llmnorm.parallel.check import describe
+from llmnorm.parallel.processes import Fill, Parallel, local
+from llmnorm.part import InputError
+from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.lock import RunLock
+from llmnorm.training.ema import EMA
+from llmnorm.training.state import Progress, named_tensors, resume, starting_point
+
+
+@dataclass
+class Prepared:
+    """A run that can take its next step.
+
+    Attributes:
+        config: resolved settings.
+        directory: the run directory.
+        objective: its rows, and what the model is asked about them.
+        model: this process's part of the model.
+        replica: what is called for a forward pass in training; `model`, wrapped or not.
+        parameters: what is trained, as the optimizer sees it.
+        hyperparameters: what a step's learning rates and momentum are.
+        state: what this process writes of a checkpoint, by name.
+        progress: how far the run is.
+        steps: the run's length, its parent's steps included.
+        micro_batch: rows that one process runs at once.
+        noise_seed: step and rank are added to it, so that no random state is ever saved.
+    """
+
+    config: RunConfig
+    directory: RunDirectory
+    parallel: Parallel
+    objective: Objective
+    model: LlmNormForCausalLM
+    replica: nn.Module
+    statistics: RunningStatistics
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    hyperparameters: HyperparameterSchedule
+    ema: EMA | None
+    checkpoints: Checkpoints
+    state: State
+    progress: Progress
+    steps: int
+    micro_batch: int
+    noise_seed: int
+
+    def batches(self) -> Iterator[list[MicroBatch]]:
+        """This process's micro-batches of each step from the next one on, without end."""
+        return self.objective.batches(
+            self.progress.row,
+            global_batch=self.config.training.rows,
+            rank=self.parallel.rank,
+            world=self.parallel.world,
+            micro_batch=self.micro_batch,
+        )
+
+    def describe(self) -> str:
+        """What the run reads, a line a source; its processes, its size and its length."""
+        weights = sum(whole_shape(master(p)).numel() for p in self.model.parameters())
+        hidden = sum(
+            whole_shape(p).numel()
+            for group in self.optimizer.param_groups
+            if group["kind"] == "matrices"
+            for p in group["params"]
+        )
+        return (
+            f"{self.objective.describe(self.steps * self.config.training.rows)}\n"
+            f"{describe(self.parallel, self.model, self.optimizer)}; {weights / 1e6:.2f}M "
+            f"parameters ({hidden / 1e6:.2f}M in hidden matrices); {self.steps} steps"
+        )
+
+
+def prepare(
+    config: RunConfig, run: RunDirectory, stack: ExitStack, *, data_command: str, dry_run: bool
+) -> Prepared:
+    """Join the processes, open the data, build the model, and load the newest checkpoint.
+
+    Args:
+        config: resolved settings that agree with the run directory.
+        run: where the run lives.
+        stack: gets what must be closed at the end: process group, lock, the last save.
+        data_command: prepares the data; quoted where it is missing.
+        dry_run: neither lock the directory nor tidy its checkpoints.
+
+    Raises:
+        InputError: something that the user can mend.
+    """
+    parallel = Parallel(config.parallel, config.training)
+    stack.callback(parallel.close)
+    objective = config.objective.build(config, alone=parallel.world == 1, command=data_command)
+    data = objective.data
+    micro_batch = _micro_batch(config, parallel)
+    steps = config.training.total_steps(data.rows, data.context_length)
+
+    # The run directory, and the checkpoint to start from.
+    def lock() -> None:
+        stack.enter_context(RunLock(run.path))
+
+    if not dry_run:
+        parallel.on_main(lock)
+    checkpoints = Checkpoints(
+        run.checkpoints,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        keep_best=config.checkpoint.keep_best,
+        asynchronous=config.checkpoint.asynchronous,
+        rank=parallel.rank,
+        world=parallel.world,
+    )
+    stack.callback(checkpoints.wait)  # on the way out of an error too, while the lock is held
+    if not dry_run:
+        checkpoints.clean()
+    start = starting_point(checkpoints, config.training.branch_from, parallel)
+
+    # Model, layout, optimizer, schedule.
+    model, fill = _model(config, objective, parallel, begun=start is not None)
+    replica = parallel.prepare(model, fill)
+    statistics = RunningStatistics(model, parallel.reduce)
+    groups = split(model)
+    optimizer = config.optimizer.build(groups, parallel.exchange())
+    hyperparameters = config.optimizer.hyperparameters(config.schedule.build(steps), steps)
+    ema = None
+    if config.training.ema:
+        weights = {name: local(master(p).detach()) for name, p in model.named_parameters()}
+        ema = EMA(weights, config.training.ema, parallel.weights_changed)
+
+    state = named_tensors(model, optimizer, ema)
+    written = checkpoints.without_copies(state)
+    progress, message = resume(checkpoints, start, state, data, parallel)
+    parallel.weights_changed()  # what was loaded reaches the model under ZeRO too
+    if message:
+        parallel.say(message)
+    return Prepared(
+        config=config,
+        directory=run,
+        parallel=parallel,
+        objective=objective,
+        model=model,
+        replica=replica,
+        statistics=statistics,
+        parameters=[*groups.matrices.values(), *groups.auxiliary.values()],
+        optimizer=optimizer,
+        hyperparameters=hyperparameters,
+        ema=ema,
+        checkpoints=checkpoints,
+        state=written,
+        progress=progress,
+        steps=steps,
+        micro_batch=micro_batch,
+        noise_seed=_noise_seed(config.seed),
+    )
+
+
+def _model(
+    config: RunConfig, objective: Objective, parallel: Parallel, *, begun: bool
+) -> tuple[LlmNormForCausalLM, Fill]:
+    """The run's model, still without values, and what gives it its first weights.
+
+    They are the same numbers on every process and device. What is loaded is all of it, or all but
+    the head where that is another objective's.
+
+    Args:
+        begun: a checkpoint will replace these weights, so `model.pretrained` is not read.
+    """
+    rows, pretrained, data = config.model.vocab_size, config.model.pretrained, objective.data
+    if rows != "auto" and rows < data.vocab_size:
+        if pretrained is not None:
+            raise InputError(
+                f"model.pretrained: {pretrained} has {rows} embedding rows, the tokenizer "
+                f"{data.vocab_size} tokens; leave the tokenizer section out to use its own"
+            )
+        raise InputError(
+            f"model.vocab_size: {rows} is less than the tokenizer's {data.vocab_size}; "
+            "leave it out, or give at least that"
+        )
+    settings = LlmNormConfig.from_settings(
+        config.model,
+        vocab_size=data.vocab_size if rows == "auto" else rows,
+        bos_token_id=data.bos,
+        eos_token_id=data.eos,
+        pad_token_id=data.pad,
+        architectures=[config.objective.architecture],
+        **objective.model_keys(),
+    )
+    model = empty_model(settings, device="meta").train()
+    if pretrained is None or begun:
+        return model, lambda modules: initialize(model, seed=config.seed, modules=modules)
+    source = open_source(
+        pretrained, key="model.pretrained", rank=parallel.rank, world=parallel.world
+    )
+    if config.objective.keeps_head and class_of(source.config) is class_of(settings):
+        parallel.say(f"weights from {pretrained}")
+        return model, lambda modules: source.read_into(named_weights(modules))
+    prefix = f"{model.base_model_prefix}."
+
+    def fill(modules: Mapping[str, nn.Module]) -> None:
+        initialize(model, seed=config.seed, modules=modules)
+        named = named_weights(modules)
+        source.read_into({n: t for n, t in named.items() if n.startswith(prefix)})
+
+    parallel.say(f"weights from {pretrained}, its head left out")
+    return model, fill
+
+
+def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
+    """Rows that one process runs at once; the batch must divide evenly."""
+    total, world = config.training.rows, parallel.world
+    if total % world:
+        raise InputError(
+            f"training.global_batch: {total} rows do not divide over {world} processes; "
+            f"the nearest that does is {max(1, round(total / world)) * world}"
+        )
+    share = total // world
+    micro_batch = config.training.micro_batch or share
+    if share % micro_batch:
+        nearest = min(
+            (d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - micro_batch)
+        )
+        raise InputError(
+            f"training.micro_batch: {micro_batch} does not divide the {share} rows of a process "
+            f"(training.global_batch {total} over {world}); the nearest that does is {nearest}"
+        )
+    return micro_batch
+
+
+def _noise_seed(seed: int) -> int:
+    """What the noise of all steps is derived from; seeds that are close give no close numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return int(torch.randint(2**31, (), generator=generator)) * 1_000_003

@@ -1,0 +1,149 @@
+"""One training step, and the rehearsal of it before the first.
+
+A step sums the loss over all labels of its rows, divides by their number over all processes, clips
+the gradient's global norm, and updates. So neither accumulation nor the number of processes
+changes what it computes. Rows, learning rates and noise are functions of the step's number.
+
+The device is waited for once a step, where `step` reads loss, gradient norm, stop request and
+counts together. (With tests/training/test_step.py, which counts the reads.)
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmnorm.objectives.contract import MicroBatch
+from llmnorm.optim.fragments import master
+from llmnorm.parallel.processes import Parallel
+from llmnorm.part import InputError
+from llmnorm.training.prepare import Prepared
+from llmnorm.training.signals import StopRequest
+
+
+class Outcome(NamedTuple):
+    """What a step has found, the same on every process.
+
+    Attributes:
+        loss: mean over the step's labels, nats.
+        grad_norm: global norm of the gradients before clipping.
+        lr: learning rate of the first parameter group.
+        tokens: trained on in this step, over all processes.
+        exit_code: 0, or what the process exits with because some process was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    exit_code: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether the weights were updated; a step with a non-finite number is skipped."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def step(run: Prepared, micro_batches: list[MicroBatch], stop: StopRequest) -> Outcome:
+    """Take the next step of `run`; every process calls it with its own micro-batches.
+
+    A step whose loss or gradient norm is not finite leaves weights, optimizer state and running
+    statistics as they were; it still advances the rows, the schedule and the moving average.
+    """
+    parallel, optimizer, progress = run.parallel, run.optimizer, run.progress
+    torch.manual_seed(run.noise_seed + progress.step * 65_537 + parallel.rank)
+    counts = count(micro_batches, parallel)
+    loss = forward_backward(run.replica, micro_batches, counts[0], parallel)
+    norm = parallel.clip(run.parameters, run.config.training.max_grad_norm)
+    run.hyperparameters.set(optimizer.param_groups, progress.step)
+
+    # One reduction serves the loss and the agreement to stop, one read everything.
+    reduced = parallel.reduce(torch.stack([loss, loss.new_full((), stop.exit_code)]))
+    read = torch.cat([reduced.double(), norm.double().view(1), counts.double()])
+    mean_loss, stopping, grad_norm, _, tokens = read.tolist()
+    # A process that was not asked itself exits as after SIGTERM.
+    exit_code = (stop.exit_code or 143) if stopping else 0
+    lr = optimizer.param_groups[0]["lr"]
+    outcome = Outcome(mean_loss, grad_norm, lr, round(tokens), exit_code)
+
+    if outcome.finite:
+        optimizer.step()
+        run.statistics.commit()  # norms with running statistics count optimizer steps
+        progress.skipped_in_a_row = 0
+    else:
+        run.statistics.discard()  # what these norms have summed over the step's micro-batches
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+    optimizer.zero_grad(set_to_none=True)
+    parallel.end_step()  # ZeRO's master weights become the model's, its gradients are dropped
+    if run.ema:
+        run.ema.update(progress.step)
+    progress.step += 1
+    progress.row += run.config.training.rows
+    progress.tokens += outcome.tokens
+    return outcome
+
+
+def count(micro_batches: list[MicroBatch], parallel: Parallel) -> Tensor:
+    """(labels, tokens) of the step over all processes: (2,) int64 on the device, not waited for."""
+    counts = [sum(b.labels for b in micro_batches), sum(b.tokens for b in micro_batches)]
+    return parallel.reduce(torch.tensor(counts).to(parallel.device, non_blocking=True))
+
+
+def forward_backward(
+    replica: nn.Module, micro_batches: list[MicroBatch], labels: Tensor, parallel: Parallel
+) -> Tensor:
+    """Gradients of the global mean loss over this process's micro-batches.
+
+    Args:
+        replica: what `Parallel.prepare` has returned.
+        labels: 0-dim, on the device: what the summed loss is divided by, at least 1.
+
+    Returns:
+        This process's share of the loss, 0-dim float32 on the device.
+    """
+    items = labels.clamp(min=1)
+    total = torch.zeros((), device=parallel.device)
+    for number, batch in enumerate(micro_batches):
+        with parallel.accumulate(last=number == len(micro_batches) - 1):
+            inputs = batch.inputs_on(parallel.device)
+            loss = replica(**inputs, num_items_in_batch=items).loss
+        parallel.backward(loss)
+        total += loss.detach()
+    parallel.collect_gradients()
+    return total
+
+
+def rehearse(run: Prepared, micro_batches: list[MicroBatch]) -> None:
+    """Run a step's forward and backward pass without an update.
+
+    Finds what would end the run at its first step: memory, compilation, a weight without gradient.
+    Weights, statistics, random states and optimizer state are as before afterwards.
+
+    Raises:
+        InputError: the micro-batch does not fit into the GPU's memory.
+    """
+    parallel, replica = run.parallel, run.replica
+    buffers = {name: buffer.clone() for name, buffer in replica.named_buffers()}
+    devices = [parallel.device] if parallel.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            labels, _ = count(micro_batches, parallel)
+            forward_backward(replica, micro_batches, labels, parallel)
+    except torch.OutOfMemoryError as error:
+        rows = run.micro_batch
+        raise InputError(
+            f"training.micro_batch: {rows} rows do not fit into the memory of {parallel.device}; "
+            f"try training.micro_batch={max(1, rows // 2)} or "
+            f"parallel.activation_checkpointing=true ({str(error).splitlines()[0]})"
+        ) from None
+    trained = [(n, master(p)) for n, p in replica.named_parameters() if p.requires_grad]
+    without = [name for name, parameter in trained if parameter.grad is None]
+    assert not without, f"trainable, but without a gradient: {without}"
+    for name, buffer in replica.named_buffers():
+        buffer.copy_(buffers[name])
+    for parameter in run.parameters:
+        parameter.grad = None
+    run.statistics.discard()  # the rehearsal is no step: norms forget what they have summed
+    parallel.end_step()  # ZeRO drops the gradients too
