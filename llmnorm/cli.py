@@ -13,6 +13,7 @@ from typing import NoReturn
 from llmnorm.commands import (
     compare,
     config,
+    configs,
     convert,
     data,
     doctor,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "data": data,
     "config": config,
+    "configs": configs,
     "parts": parts,
     "generate": generate,
     "export": export,
@@ -116,7 +118,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="llmnorm",
         description="Pretrain transformers whose parts are swapped in one line of YAML.",
-        epilog="CONFIG is a YAML file or a run directory; key.sub=value overrides a setting.",
+        epilog="CONFIG is a YAML file, llmnorm:NAME (see `llmnorm configs`) or a run directory; "
+        "key.sub=value overrides a setting.",
     )
     parser.add_argument("--version", nargs=0, action=_Version, help="of llmnorm, torch and CUDA")
     help = "print a completion script"

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 from llmnorm import cli
 from llmnorm.config.docs import json_schema, key_paths
-from llmnorm.config.file import load, read_yaml
+from llmnorm.config.file import load
 from llmnorm.config.tree import RunConfig
+from llmnorm.config.yaml_text import read_yaml
 from tests.running import CHILDREN, ROOT
 
 # Below docs/results are reports that programs wrote, of runs that took hours.

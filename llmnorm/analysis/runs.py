@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmnorm.config.file import read_yaml
 from llmnorm.config.tree import TrainingSettings, differences
+from llmnorm.config.yaml_text import read_yaml
 from llmnorm.data.packing import find
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.part import InputError

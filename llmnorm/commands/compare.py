@@ -50,6 +50,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
     """Make the runs that are missing, then the report."""
     from llmnorm.analysis.compare.arms import read_arms, read_protocol
     from llmnorm.analysis.compare.command import compare
+    from llmnorm.config.shipped import stem
 
     arms = read_arms(parsed.config, overrides, parsed.arm)
     protocol = read_protocol(
@@ -62,7 +63,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
     )
     return compare(
         protocol,
-        parsed.out or Path("comparisons") / parsed.config.stem,
+        parsed.out or Path("comparisons") / stem(parsed.config),
         command=shlex.join(["llmnorm", *parsed.words]),
         parallel=parsed.parallel,
         per_gpu=parsed.runs_per_gpu,

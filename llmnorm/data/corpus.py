@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import zstandard
 
+from llmnorm.config.shipped import is_shipped, locate
 from llmnorm.data.settings import SourceSettings
 from llmnorm.part import InputError, nearest
 
@@ -33,11 +34,13 @@ STREAM_PART = 20_000  # records in a part of a streamed dataset: what an interru
 
 
 def files(pattern: str, key: str) -> list[Path]:
-    """The files that a path or glob names, sorted.
+    """The files that a path, a glob or `llmnorm:NAME` names, sorted.
 
     Raises:
         InputError: there are none, or one is of a kind that is not read; `key` is named.
     """
+    if is_shipped(pattern):
+        pattern = glob.escape(str(locate(pattern, key)))
     found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
     if not found and not glob.has_magic(pattern):
         parent = Path(pattern).parent

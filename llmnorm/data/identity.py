@@ -88,7 +88,8 @@ def _inputs(source: SourceSettings, key: str) -> dict[str, list[Path]]:
 
 
 def _tokenizer_inputs(settings: TokenizerSettings) -> list[Path]:
-    assert settings.path is not None
-    if not settings.path.is_dir():
+    directory = settings.directory
+    assert directory is not None
+    if not directory.is_dir():
         raise InputError(f"tokenizer.path: there is no directory {settings.path}")
-    return [p for name in FILES if (p := settings.path / name).is_file()]
+    return [p for name in FILES if (p := directory / name).is_file()]

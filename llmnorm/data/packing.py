@@ -172,8 +172,8 @@ def _make(
     """Fills the directory; every step finds what an earlier call finished of it."""
     work = directory / "work"
     keys = source_keys(sources)
-    if settings.path is not None:
-        tokenizers.TextEncoder(settings.path)  # refuses what cannot be used
+    if settings.directory is not None:
+        tokenizers.TextEncoder(settings.directory)  # refuses what cannot be used
     spools: list[Path | None] = [None] * len(sources)
     for index, source in enumerate(sources):
         if not corpus.is_local(source):
@@ -263,8 +263,8 @@ def _make_tokenizer(
     held: list[NDArray[np.int64]],
     texts: Callable[[int], Iterator[str]],
 ) -> None:
-    if settings.path is not None:
-        tokenizers.copy(settings.path, directory)
+    if settings.directory is not None:
+        tokenizers.copy(settings.directory, directory)
         return
     start = time.perf_counter()
     taken = split.sample(documents, held, settings.train_bytes)

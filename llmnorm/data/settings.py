@@ -1,7 +1,7 @@
 """Settings of the data room: where text comes from and how it becomes tokens.
 
-Imports only the standard library, pydantic and `llmnorm.part`, so that a mistake in a configuration
-is answered before torch is loaded.
+Imports only the standard library, pydantic and the ground floor, so that a mistake in a
+configuration is answered before torch is loaded.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from llmnorm.config.shipped import locate
 from llmnorm.part import Settings
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
@@ -23,7 +24,8 @@ class SourceSettings(Settings):
     """What the source is called in metrics and plots: letters, digits, `_`, `-` and `.`."""
     path: str | None = None
     """A file or a glob (`**` allowed) of .txt (a file is a document), .jsonl, .parquet or .arrow (a
-    record is); .txt and .jsonl may end in .gz or .zst. Relative to the working directory."""
+    record is); .txt and .jsonl may end in .gz or .zst. Relative to the working directory;
+    `llmnorm:NAME` is a file that the package brings."""
     dataset: str | None = None
     """Instead of `path`: a dataset's name on the Hugging Face hub (streamed while preparing), or a
     local directory that `datasets` saved or can load."""
@@ -93,6 +95,15 @@ class TokenizerSettings(Settings):
     """At most this much text, shared evenly by the sources, is read to train the BPE."""
     mask: bool = False
     """A fourth special token, `<|mask|>`, which the objective `masked_lm` needs."""
+
+    @property
+    def directory(self) -> Path | None:
+        """`path` as a directory of this machine; None where a BPE is trained.
+
+        Raises:
+            InputError: `path` is `llmnorm:NAME` and the package has nothing of this name.
+        """
+        return None if self.path is None else locate(self.path, "tokenizer.path")
 
     @model_validator(mode="after")
     def _train_or_load(self) -> "TokenizerSettings":

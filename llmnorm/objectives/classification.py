@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from llmnorm.config.shipped import locate
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.examples import Fields, Table, open_examples
 from llmnorm.data.order import Order
@@ -35,15 +36,15 @@ class Classification(Objective):
     """
 
     def __init__(self, config: RunConfig, settings: ClassificationSettings) -> None:
-        tokenizer = config.tokenizer.path
+        tokenizer = config.tokenizer.directory
         if tokenizer is None:
             raise InputError(
                 "tokenizer.path: a classification trains none; give one, or model.pretrained"
             )
         self._config, self._settings = config, settings
         self.data = self._examples = open_examples(
-            settings.train,
-            settings.validation,
+            locate(settings.train, "objective.train"),
+            locate(settings.validation, "objective.validation"),
             Fields(settings.text_field, settings.pair_field, settings.label_field),
             classes=settings.labels,
             regression=settings.regression,

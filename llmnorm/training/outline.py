@@ -18,7 +18,7 @@ def outline(config: RunConfig) -> LlmNormForCausalLM:
     """The model of a run on the meta device."""
     rows = config.model.vocab_size
     if rows == "auto":
-        path = config.tokenizer.path
+        path = config.tokenizer.directory
         rows = config.tokenizer.vocab_size if path is None else TextEncoder(path).vocab_size
     with torch.device("meta"):
         classes = [config.objective.architecture]

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from llmnorm.config.docs import describe_parts, json_schema, key_paths
-from llmnorm.config.file import load, read_yaml
+from llmnorm.config.file import load
 from llmnorm.config.tree import RunConfig, differences, to_tree, to_yaml
+from llmnorm.config.yaml_text import read_yaml
 from llmnorm.part import InputError
 
 SMOKE = Path("configs/smoke.yaml")
