@@ -425,7 +425,7 @@ DATA = {
     ),
     "tokenizer that is not there": Case(
         f"data {SMOKE} tokenizer.vocab_size=32768 tokenizer.path=none",
-        "tokenizer.path: there is no directory none",
+        "tokenizer.path: there is no directory none; <cure>",
     ),
     "tokenizer directory without one": Case(
         f"data {SMOKE} tokenizer.vocab_size=32768 tokenizer.path=tests",
@@ -440,13 +440,13 @@ DATA = {
     ),
     "output below a file": Case(
         f"data {SMOKE} data.dir={SMOKE}/data",
-        "data.dir: <path>: <reason>; name another",
+        "data.dir: <path>: <reason>; set another data.dir",
         ("Not a directory",),
         real=True,
     ),
     "output that the system refuses": Case(
         f"data {SMOKE} data.dir=/proc/data",
-        "data.dir: <path>: <reason>; name another",
+        "data.dir: <path>: <reason>; set another data.dir",
         ("/proc/data",),
     ),
     "shard with a flipped bit": Case(
@@ -699,7 +699,7 @@ TROUBLE = {
     "full disk, metrics": "<file>: cannot be written: <reason>; "
     "the run goes on from its newest checkpoint when it can",
     "full disk, data": "data.dir: <path>: <reason>; "
-    "what is finished is kept, make room and run it again",
+    "finished shards are kept, so make room and run it again",
     "diverged": "training: stopped at step <n>: <n> steps in a row with a non-finite loss or "
     "gradient (rows <rows>); they were skipped, and the weights of before them are saved in "
     "<checkpoint>; go on from it: llmnorm train <run> run_dir=<run> "

@@ -1,13 +1,15 @@
 """Reading a source: files and Hugging Face datasets as a sequence of texts.
 
-A .txt file is a document; a record of a .jsonl, .parquet or .arrow file or of a dataset is one.
-Files are read in the order of their paths, records in the order of the file, so the same corpus
-gives the same sequence in every format. .txt and .jsonl may end in .gz or .zst.
+A .txt file is a document; so is a record of a .jsonl, .parquet or .arrow file or of a dataset. .txt
+and .jsonl may end in .gz or .zst. Files are read in the order of their paths and records in the
+order of their file, so a corpus gives the same sequence of texts in every format.
 
-What would surprise: texts are taken as they are (no Unicode or newline normalisation; a byte order
-mark is dropped, and a document without text is not counted). A dataset of the hub is streamed once,
-into `.jsonl.zst` parts, since preparing reads a source several times. `datasets` and `pyarrow` are
-imported where they are needed.
+What would surprise:
+- Texts are not normalised, neither Unicode nor newlines. A byte order mark is dropped, and a
+  document without text is left out.
+- A dataset of the hub is streamed once, into `.jsonl.zst` files, since preparing data reads a
+  source several times.
+- `datasets` and `pyarrow` are imported only where they are needed.
 """
 
 import glob
@@ -30,14 +32,18 @@ from llmnorm.part import InputError, nearest
 
 KINDS = (".txt", ".jsonl", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
-STREAM_PART = 20_000  # records in a part of a streamed dataset: what an interruption may lose
+STREAM_PART = 20_000  # records in a file of a streamed dataset; at most these are lost by a kill
 
 
 def files(pattern: str, key: str) -> list[Path]:
     """The files that a path, a glob or `llmnorm:NAME` names, sorted.
 
+    Args:
+        pattern: the path or glob.
+        key: the configuration key of the pattern, for messages.
+
     Raises:
-        InputError: there are none, or one is of a kind that is not read; `key` is named.
+        InputError: there are none, or one is of a kind that is not read.
     """
     if is_shipped(pattern):
         pattern = glob.escape(str(locate(pattern, key)))
@@ -58,7 +64,11 @@ def files(pattern: str, key: str) -> list[Path]:
 
 
 def dataset_files(directory: Path, key: str) -> list[Path]:
-    """Every file of a dataset that lies in a local directory, sorted."""
+    """All files of a dataset in a local directory, sorted.
+
+    Raises:
+        InputError: there are none.
+    """
     found = sorted(path for path in directory.rglob("*") if path.is_file())
     if not found:
         raise InputError(f"{key}: the directory {directory} is empty")
@@ -66,7 +76,7 @@ def dataset_files(directory: Path, key: str) -> list[Path]:
 
 
 def is_local(source: SourceSettings) -> bool:
-    """Whether the source can be read again without a network."""
+    """Whether the source is on this machine: files, or a directory with a dataset."""
     return source.dataset is None or Path(source.dataset).is_dir()
 
 
@@ -76,7 +86,7 @@ def texts(source: SourceSettings, key: str, spool: Path | None = None) -> Iterat
     Args:
         source: where to read.
         key: the configuration key of the source, for messages.
-        spool: directory to which `stream` wrote a dataset of the hub.
+        spool: the directory into which `stream` copied a dataset of the hub.
     """
     if source.path is not None:
         read = read_files(files(source.path, f"{key}.path"), source.text_field)
@@ -94,21 +104,25 @@ def read_files(paths: list[Path], field: str) -> Iterator[str]:
         InputError: a file is damaged, binary or not UTF-8, or a record has no such text field.
     """
     for path in paths:
-        of = kind(path, str(path))
+        suffix = kind(path, str(path))
         try:
-            if of == ".txt":
+            if suffix == ".txt":
                 yield _read_text(path)
-            elif of == ".jsonl":
+            elif suffix == ".jsonl":
                 yield from _read_jsonl(path, field)
             else:
-                yield from _read_table(path, field, of)
+                yield from _read_table(path, field, suffix)
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise InputError(f"{path}: cannot be read ({reason})") from error
 
 
 def kind(path: Path, key: str = "") -> str:
-    """Which of `KINDS` a file is, by its name."""
+    """Which of `KINDS` a file is, by its name.
+
+    Raises:
+        InputError: none of them.
+    """
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
     last = suffixes[-1] if suffixes else ""
     compressed = path.suffix in COMPRESSED
@@ -129,7 +143,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 class _ZstdFile(io.RawIOBase):
-    """A .zst file of any number of frames.
+    """A .zst file of any number of frames; EOFError if it ends inside one.
 
     zstandard's own reader takes a truncated file for a whole one.
     """
@@ -196,12 +210,12 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
             yield _field(record, field, where)
 
 
-def _read_table(path: Path, field: str, of: str) -> Iterator[str]:
+def _read_table(path: Path, field: str, suffix: str) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     def batches() -> Iterator[Any]:
-        if of == ".parquet":
+        if suffix == ".parquet":
             table = pq.ParquetFile(path)
             _has_field(table.schema_arrow.names, field, str(path))
             yield from table.iter_batches(columns=[field])
@@ -224,7 +238,7 @@ def _read_table(path: Path, field: str, of: str) -> Iterator[str]:
                 yield _field({field: value}, field, f"{path}: record {number}")
     except pa.ArrowInvalid as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: not a readable {of} file ({reason})") from None
+        raise InputError(f"{path}: not a readable {suffix} file ({reason})") from None
 
 
 def _has_field(names: list[str], field: str, where: str) -> None:
@@ -247,7 +261,7 @@ def _field(record: dict[str, Any], field: str, where: str) -> str:
 
 
 def _load(source: SourceSettings, key: str, **options: Any) -> Any:
-    """A dataset, streamed unless `datasets.save_to_disk` wrote it."""
+    """A source's dataset, streamed unless `datasets.save_to_disk` wrote it."""
     import datasets
 
     assert source.dataset is not None
@@ -285,7 +299,7 @@ def _read_dataset(source: SourceSettings, key: str, skip: int = 0, **options: An
 
 
 def commit(source: SourceSettings, key: str) -> str:
-    """The commit that a dataset of the hub has now.
+    """The current commit of a dataset on the hub.
 
     Raises:
         InputError: there is no such dataset, or no network.
@@ -302,7 +316,16 @@ def commit(source: SourceSettings, key: str) -> str:
 
 
 def stream(source: SourceSettings, key: str, spool: Path, revision: str) -> None:
-    """Writes a dataset of the hub to `spool` as `.jsonl.zst` parts, or goes on with it."""
+    """Copy a dataset of the hub into `spool` as `.jsonl.zst` files.
+
+    Files that an interrupted call wrote are kept, and the records after them are streamed.
+
+    Args:
+        source: the source.
+        key: its configuration key, for messages.
+        spool: directory for the files; made if it is not there.
+        revision: the commit that is read.
+    """
     spool.mkdir(parents=True, exist_ok=True)
     if (spool / "complete").exists():
         return
@@ -321,7 +344,10 @@ def stream(source: SourceSettings, key: str, spool: Path, revision: str) -> None
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file whole or not at all: beside its place, fsynced, then renamed."""
+    """Write a file whole or not at all, and safe from a power cut.
+
+    It is written under a temporary name beside `path`, fsynced, then renamed.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -331,7 +357,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def digest(path: Path) -> str:
-    """Checksum of a file's content."""
+    """BLAKE2b of a file's content, 32 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

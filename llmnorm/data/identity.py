@@ -1,8 +1,8 @@
-"""What made the tokens, as a hash: the identity of prepared data.
+"""The identity of prepared data: a hash of what decides its tokens.
 
-The identity is `hash_of(made_of(...))`: the settings that matter to the tokens, the content of
-every input file, the commits of the hub's datasets. `quick_key` is a hash of the same settings with
-every file's path, size and time instead: prepared data is found without reading the corpus.
+The identity is `hash_of(made_of(...))`: the settings that change the tokens, the content of every
+input file, and the commits of the hub's datasets. `quick_key` hashes every file's path, size and
+time in the place of its content, so that prepared data is found without reading the corpus.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ FORMAT = 1  # raised when the same sources and settings would give other files
 def quick_key(
     data: DataSettings, tokenizer: TokenizerSettings, sources: list[SourceSettings]
 ) -> str:
-    """Hash of the settings and of every input file's path, size and time."""
+    """Hash of the settings, and of every input file's path, size and time."""
 
     def stamp(path: Path) -> list[Any]:
         stat = path.stat()
@@ -34,7 +34,11 @@ def quick_key(
 def made_of(
     data: DataSettings, tokenizer: TokenizerSettings, sources: list[SourceSettings]
 ) -> dict[str, Any]:
-    """What decides the tokens: settings, contents of files, commits of the hub's datasets."""
+    """What decides the tokens: settings, contents of files, commits of the hub's datasets.
+
+    Raises:
+        InputError: an input file or a dataset of the hub cannot be found.
+    """
     described = _described(
         data, tokenizer, sources, lambda path: [path.suffix, corpus.digest(path)]
     )
@@ -45,7 +49,7 @@ def made_of(
 
 
 def hash_of(value: Any) -> str:
-    """16 hexadecimal digits of a JSON value."""
+    """A hash of a JSON value, 16 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -53,30 +57,32 @@ def _described(
     data: DataSettings,
     tokenizer: TokenizerSettings,
     sources: list[SourceSettings],
-    note: Callable[[Path], Any],
+    describe: Callable[[Path], Any],
 ) -> dict[str, Any]:
-    """The settings that matter to the tokens, files replaced by what `note` says of them."""
+    """The settings that change the tokens, with `describe(file)` in the place of each file."""
     entries = []
     for source, key in zip(sources, source_keys(sources), strict=True):
         files = _inputs(source, key)
-        named = source.model_dump(exclude={"weight", *files})
+        others = source.model_dump(exclude={"weight", *files})
         entries.append(
-            named | {name: [note(path) for path in paths] for name, paths in files.items()}
+            others | {name: [describe(path) for path in paths] for name, paths in files.items()}
         )
-    # Without a mask as before there was one, so that what was prepared then is still found.
-    trained: Any = tokenizer.model_dump(mode="json", exclude=set() if tokenizer.mask else {"mask"})
+    # `mask: false` is left out: data that was prepared before the key existed is still found.
+    of_tokenizer: Any = tokenizer.model_dump(
+        mode="json", exclude=set() if tokenizer.mask else {"mask"}
+    )
     if tokenizer.path is not None:
-        trained = [[path.name, note(path)] for path in _tokenizer_inputs(tokenizer)]
+        of_tokenizer = [[path.name, describe(path)] for path in _tokenizer_inputs(tokenizer)]
     return {
         "format": FORMAT,
         "sources": entries,
-        "tokenizer": trained,
+        "tokenizer": of_tokenizer,
         "validation_bytes": data.validation_bytes,
     }
 
 
 def _inputs(source: SourceSettings, key: str) -> dict[str, list[Path]]:
-    """The local files that a source is read from, by the setting that names them."""
+    """A source's local files, by the setting that names them."""
     found = {}
     if source.path is not None:
         found["path"] = corpus.files(source.path, f"{key}.path")
@@ -91,5 +97,8 @@ def _tokenizer_inputs(settings: TokenizerSettings) -> list[Path]:
     directory = settings.directory
     assert directory is not None
     if not directory.is_dir():
-        raise InputError(f"tokenizer.path: there is no directory {settings.path}")
+        raise InputError(
+            f"tokenizer.path: there is no directory {settings.path}; name a directory that holds "
+            "tokenizer.json, or leave the key out to train a tokenizer"
+        )
     return [p for name in FILES if (p := directory / name).is_file()]

@@ -1,4 +1,4 @@
-"""Prepared data as a run reads it: sources, their rows and what is known of them."""
+"""Prepared data as a run reads it: its sources, their rows and their sizes."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,11 @@ from llmnorm.part import InputError
 
 @dataclass(frozen=True)
 class PackedSource:
-    """A source's rows on disk; sizes of text are UTF-8 bytes, `tokens` counts bos and eos too."""
+    """A source's rows on disk.
+
+    Sizes of text are UTF-8 bytes. `tokens` and `validation_tokens` include bos and eos. The gzip
+    and xz sizes are of the validation text, all documents in one stream.
+    """
 
     name: str
     weight: int
@@ -50,13 +54,13 @@ class PackedData:
         return sum(source.rows for source in self.sources)
 
     def mean(self, figures: Mapping[str, float]) -> float:
-        """The mean of a figure over the sources, by name, weighed by their training bytes."""
+        """The mean of figures by source name, weighted by the sources' training bytes."""
         weights = {source.name: source.bytes for source in self.sources}
         total = sum(weights.values())
         return sum(weights[name] / total * figure for name, figure in figures.items())
 
     def sizes(self) -> list[dict[str, str | int]]:
-        """The sources in plain values, for what is kept with a checkpoint."""
+        """The sources' sizes as plain values, as checkpoints keep them."""
         keys = "name", "weight", "rows", "documents", "tokens", "bytes"
         return [{key: getattr(source, key) for key in keys} for source in self.sources]
 
@@ -64,11 +68,13 @@ class PackedData:
 def open_packed(
     directory: Path, context: int, settings: list[SourceSettings], *, contents: bool
 ) -> PackedData:
-    """The data that `packing.prepare` made in `directory`, for rows of `context` labels.
+    """Open the data that `packing.prepare` made in `directory`.
 
     Args:
-        settings: the sources, for their weights and for messages.
-        contents: whether the files' checksums are verified, not only their sizes.
+        directory: where the data lies.
+        context: labels of a row.
+        settings: the sources' settings, for their weights and for messages.
+        contents: verify the files' checksums, not only their sizes.
 
     Raises:
         InputError: a shard is missing or damaged, or a source does not fill a row.
@@ -84,15 +90,15 @@ def open_packed(
     for entry, source, key in zip(
         manifest["sources"], settings, source_keys(settings), strict=True
     ):
-        below = directory / entry["name"]
+        source_directory = directory / entry["name"]
         streams = {}
         for part in ("train", "validation"):
-            check(below, entry[part]["shards"], contents=contents)
-            streams[part] = TokenStream(below, entry[part]["shards"])
+            check(source_directory, entry[part]["shards"], contents=contents)
+            streams[part] = TokenStream(source_directory, entry[part]["shards"])
         train, validation = streams["train"], streams["validation"]
         check_fills_a_row(f"{key}: {train.tokens} tokens do", train.tokens, context)
         rows = (train.tokens - 1) // context
-        held = entry["validation"]
+        of_validation = entry["validation"]
         sources.append(
             PackedSource(
                 name=entry["name"],
@@ -102,11 +108,11 @@ def open_packed(
                 tokens=train.tokens,
                 bytes=entry["train"]["bytes"],
                 validation_rows=-(-(validation.tokens - 1) // context),
-                validation_documents=held["documents"],
+                validation_documents=of_validation["documents"],
                 validation_tokens=validation.tokens,
-                validation_bytes=held["bytes"],
-                validation_gzip_bytes=held["gzip_bytes"],
-                validation_xz_bytes=held["xz_bytes"],
+                validation_bytes=of_validation["bytes"],
+                validation_gzip_bytes=of_validation["gzip_bytes"],
+                validation_xz_bytes=of_validation["xz_bytes"],
                 train=train,
                 validation=validation,
             )
@@ -122,10 +128,14 @@ def open_packed(
     )
 
 
-def check_fills_a_row(who: str, tokens: int, context: int) -> None:
-    """Refuses a source of fewer than `context` + 1 tokens; `who` begins the sentence."""
+def check_fills_a_row(beginning: str, tokens: int, context: int) -> None:
+    """Refuse a source with fewer than `context` + 1 tokens.
+
+    Args:
+        beginning: of the message: "data.sources.0 (books): 17 tokens do".
+    """
     if tokens <= context:
         raise InputError(
-            f"{who} not fill a row of data.context_length {context}; "
+            f"{beginning} not fill a row of data.context_length {context}; "
             "give more text, or a shorter context_length"
         )

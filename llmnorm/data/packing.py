@@ -1,14 +1,19 @@
-"""Tokens on disk: from the configured sources to packed rows.
+"""Preparing data: from the configured sources to packed rows on disk.
 
 A document becomes bos + tokens + eos; the documents of a source, one after the other, are its
-stream. Row i is stream[i C : i C + C + 1] with C = `context_length`: rows of one source overlap by
-one token, so every token but the stream's first is a label exactly once. Training rows are full;
-the last validation row is padded, so that evaluation charges every token of the validation text.
+stream. Row i is stream[i C : i C + C + 1] with C = `context_length`. Rows of one source overlap by
+one token, so every token but the stream's first is a label once (those that start a document are
+ignored). Training rows are full; the last validation row is padded, so that every token of the
+validation text is counted. tests/test_data/test_packing.py holds both.
 
-`<data.dir>/packed/<identity>/` holds `tokenizer/`, a directory of shards for every source, and
-`MANIFEST.json`, written last. Context length, weights and seed are not part of the identity: they
-only say how the same tokens are read. `packed/found/` remembers the identity of input files by
-path, size and time, so that `find` need not read them.
+    <data.dir>/packed/<identity>/tokenizer/      the tokenizer
+    <data.dir>/packed/<identity>/<source>/       the source's shards (shards.py)
+    <data.dir>/packed/<identity>/MANIFEST.json   sizes and checksums; written last
+    <data.dir>/packed/found/<quick key>          an identity, by the input files' paths, sizes and
+                                                 times, so that `find` need not read the files
+
+Context length, weights and seed are not part of the identity: they only say how the same tokens are
+read.
 """
 
 import contextlib
@@ -43,10 +48,12 @@ __all__ = ["PackedData", "PackedSource", "find", "prepare"]
 
 
 def find(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData | None:
-    """The prepared data of these settings, or None; no file of the corpus is read.
+    """The prepared data of these settings, or None if there is none.
+
+    The input files are looked at (path, size, time), not read.
 
     Raises:
-        InputError: a source's files are missing, or what was prepared is damaged.
+        InputError: a source's files are missing, or the prepared files are damaged.
     """
     sources = sources_of(data)
     if not sources:
@@ -63,11 +70,12 @@ def find(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData | None:
 def ready(
     data: DataSettings, tokenizer: TokenizerSettings, *, alone: bool, command: str
 ) -> PackedData:
-    """The prepared data of these settings; what is missing is prepared by a process that is alone.
+    """The prepared data of these settings; a single process prepares it if it is missing.
 
     Args:
+        data, tokenizer: the settings.
         alone: whether this is the only process.
-        command: what prepares the data, for the message.
+        command: the command that prepares the data, for the message.
 
     Raises:
         InputError: as `find` and `prepare`; or the data is missing and there are several processes.
@@ -81,21 +89,22 @@ def ready(
 
 
 def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData:
-    """Makes the data of these settings, or checks what is there, and returns it.
+    """Prepare the data of these settings, or verify the checksums of what is there already.
 
-    What an interrupted call finished is kept: run it again and it goes on. Two processes may
-    prepare the same data; the second waits for the first.
+    What an interrupted call finished is kept, and the next call continues after it. Two processes
+    may prepare the same data; the second waits for the first.
 
     Raises:
-        InputError: something about the sources, the tokenizer or the output directory is wrong.
+        InputError: a source, the tokenizer or the output directory cannot be used.
     """
     packed = data.dir / "packed"
-    new = [path for path in (packed / "found", packed, *packed.parents) if not path.exists()]
+    created = [path for path in (packed / "found", packed, *packed.parents) if not path.exists()]
     try:
         if data.sources == "default":
             default_corpus.fetch(data.dir / "default")
         sources = sources_of(data)
-        quick = quick_key(data, tokenizer, sources)  # before reading: what changes now is noticed
+        # Taken before the files are read, so that a file which changes meanwhile gets another key.
+        quick = quick_key(data, tokenizer, sources)
         made = made_of(data, tokenizer, sources)
         identity = hash_of(made)
         directory = packed / identity
@@ -106,25 +115,27 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData:
                 try:
                     _make(directory, data, tokenizer, sources, made)
                 except InputError:
-                    _withdraw(directory, lock)
+                    _remove_if_unusable(directory, lock)
                     raise
         corpus.write_file(packed / "found" / quick, identity.encode())
         return open_packed(directory, data.context_length, sources, contents=True)
     except (InputError, OSError) as error:
-        for path in new:  # of those that this call made, the ones that are empty
-            with contextlib.suppress(OSError):
+        for path in created:
+            with contextlib.suppress(OSError):  # it is not empty, or it was not made
                 path.rmdir()
         if isinstance(error, InputError):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        cure = "what is finished is kept, make room and run it again" if full else "name another"
+        cure = "set another data.dir"
+        if full:
+            cure = "finished shards are kept, so make room and run it again"
         raise InputError(
             f"data.dir: {error.filename or packed}: {error.strerror or error}; {cure}"
         ) from error
 
 
 def sources_of(data: DataSettings) -> list[SourceSettings]:
-    """The configured sources; empty where the default corpus was not fetched yet."""
+    """The configured sources; an empty list where the default corpus was not fetched yet."""
     if data.sources != "default":
         assert isinstance(data.sources, list)
         return data.sources
@@ -137,28 +148,28 @@ def sources_of(data: DataSettings) -> list[SourceSettings]:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[Path]:
-    """Lets one process in; the system frees the lock of a process that is killed."""
+    """Hold a lock file; the system frees the lock of a process that is killed."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say("another process prepares the same data; waiting for it")
+            _print("another process prepares the same data; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield path
 
 
-def _withdraw(directory: Path, lock: Path) -> None:
-    """Removes a preparation that was refused, unless shards or streamed parts are in it.
+def _remove_if_unusable(directory: Path, lock: Path) -> None:
+    """Remove the directory of a refused preparation, unless it has shards or streamed parts.
 
-    What is wrong with text or tokenizer is noticed before the first shard, and its cure is another
-    identity: nobody would ever go on from here.
+    Mistakes in texts or tokenizer are noticed before the first shard. Curing them changes the
+    identity, so no later call would use this directory.
     """
     if not any(path.suffix in (".npy", ".zst") for path in directory.rglob("*")):
         shutil.rmtree(directory)
         lock.unlink()
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(f"data: {line}", file=sys.stderr, flush=True)
 
 
@@ -169,11 +180,11 @@ def _make(
     sources: list[SourceSettings],
     made: dict[str, Any],
 ) -> None:
-    """Fills the directory; every step finds what an earlier call finished of it."""
+    """Fill the directory; every step keeps what an earlier, interrupted call finished of it."""
     work = directory / "work"
     keys = source_keys(sources)
     if settings.directory is not None:
-        tokenizers.TextEncoder(settings.directory)  # refuses what cannot be used
+        tokenizers.TextEncoder(settings.directory)  # raises InputError if it cannot be used
     spools: list[Path | None] = [None] * len(sources)
     for index, source in enumerate(sources):
         if not corpus.is_local(source):
@@ -192,12 +203,13 @@ def _make(
         else split.held_out(found, data.validation_bytes, key)
         for validation, found, key in zip(own, documents, keys, strict=True)
     ]
-    if settings.path is None:  # no token of our own BPE is shorter than a byte
-        for found, behind, key in zip(documents, held, keys, strict=True):
-            most = int((found.sizes - behind).sum()) + 2 * len(found.sizes)
+    if settings.path is None:
+        # A token of our own BPE is at least a byte long, so too little text is noticed right here.
+        for found, held_bytes, key in zip(documents, held, keys, strict=True):
+            most = int((found.sizes - held_bytes).sum()) + 2 * len(found.sizes)
             check_fills_a_row(f"{key}: at most {most} tokens do", most, data.context_length)
     total = sum(found.bytes for found in documents)
-    _say(f"{_megabytes(total)} of text surveyed in {time.perf_counter() - start:.1f} s")
+    _print(f"{_megabytes(total)} of text read and measured in {time.perf_counter() - start:.1f} s")
     if not (directory / "tokenizer" / "tokenizer.json").is_file():
         _make_tokenizer(directory / "tokenizer", settings, documents, held, texts)
     encoder = tokenizers.TextEncoder(directory / "tokenizer", "tokenizer.path")
@@ -222,7 +234,7 @@ def _make(
             }
             for index, source in enumerate(sources)
         ]
-    _say(f"{_megabytes(total)} tokenised and packed in {time.perf_counter() - start:.1f} s")
+    _print(f"{_megabytes(total)} tokenised and packed in {time.perf_counter() - start:.1f} s")
     manifest = {
         "made_of": made,
         "vocab_size": encoder.vocab_size,
@@ -245,6 +257,7 @@ def _own_validation(source: SourceSettings, key: str) -> list[str] | None:
 
 
 def _survey(saved: Path, texts: Iterator[str]) -> split.Documents:
+    """Hash and size of every document, read from `saved` or else computed and written there."""
     if saved.is_file():
         with np.load(saved) as arrays:
             return split.Documents(arrays["hashes"], arrays["sizes"])
@@ -263,6 +276,7 @@ def _make_tokenizer(
     held: list[NDArray[np.int64]],
     texts: Callable[[int], Iterator[str]],
 ) -> None:
+    """Copy the configured tokenizer, or train one on a sample of the training text."""
     if settings.directory is not None:
         tokenizers.copy(settings.directory, directory)
         return
@@ -272,7 +286,7 @@ def _make_tokenizer(
     text = itertools.chain.from_iterable(chosen)
     tokenizers.train(text, settings.vocab_size, directory, mask=settings.mask)
     size = _megabytes(sum(int(part.sum()) for part in taken))
-    _say(f"tokenizer trained on {size} in {time.perf_counter() - start:.1f} s")
+    _print(f"tokenizer trained on {size} in {time.perf_counter() - start:.1f} s")
 
 
 def _pack_training(
@@ -283,21 +297,22 @@ def _pack_training(
     threads: int,
     bar: tqdm,
 ) -> dict[str, Any]:
+    """Write a source's training shards; their entry of the manifest."""
     writer = ShardWriter(directory, "train")
     size = documents = 0
 
     def parts() -> Iterator[str]:
         nonlocal size, documents
-        for text, behind in zip(texts, held.tolist(), strict=True):
-            part = split.cut(text, behind)[0]
+        for text, held_bytes in zip(texts, held.tolist(), strict=True):
+            part = split.cut(text, held_bytes)[0]
             if part:
                 length = len(part.encode())
                 size, documents = size + length, documents + 1
                 bar.update(length)
                 yield part
 
-    rest = itertools.islice(parts(), writer.documents, None)
-    shards = writer.write(encoder.encode(rest, threads))
+    unwritten = itertools.islice(parts(), writer.documents, None)
+    shards = writer.write(encoder.encode(unwritten, threads))
     return {"documents": documents, "bytes": size, "shards": shards}
 
 
@@ -310,16 +325,17 @@ def _pack_validation(
     threads: int,
     bar: tqdm,
 ) -> dict[str, Any]:
+    """Write a source's validation shards; their entry of the manifest."""
     parts = own or [
-        split.cut(text, behind)[1]
-        for text, behind in zip(texts, held.tolist(), strict=True)
-        if behind
+        split.cut(text, held_bytes)[1]
+        for text, held_bytes in zip(texts, held.tolist(), strict=True)
+        if held_bytes
     ]
     raw = "".join(parts).encode()
     bar.update(len(raw))
     writer = ShardWriter(directory, "validation")
-    rest = itertools.islice(parts, writer.documents, None)
-    shards = writer.write(encoder.encode(rest, threads))
+    unwritten = itertools.islice(parts, writer.documents, None)
+    shards = writer.write(encoder.encode(unwritten, threads))
     return {
         "documents": len(parts),
         "bytes": len(raw),

@@ -36,13 +36,13 @@ class SourceSettings(Settings):
     text_field: str = "text"
     """The field of a record that holds the text."""
     weight: int | None = Field(default=None, ge=1, lt=2**31)
-    """Share of this source among all rows, as a whole number; left out by all sources: as many as
-    they have rows, so that an epoch shows every row once."""
+    """Share of this source among all rows, as a whole number beside the other sources' weights;
+    left out by all sources: their numbers of rows, so that an epoch shows every row once."""
     validation: str | None = None
     """File or glob of the source's own validation text; left out: 2 % of the source is held out."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "SourceSettings":
+    def _path_or_dataset(self) -> "SourceSettings":
         if (self.path is None) == (self.dataset is None):
             raise ValueError("exactly one of 'path' and 'dataset' must be given")
         if self.subset is not None and self.dataset is None:
@@ -54,7 +54,7 @@ class DataSettings(Settings):
     """What the run reads."""
 
     sources: Literal["default"] | list[SourceSettings] = "default"
-    """The corpora of the mixture; `default` is the corpus of six that `llmnorm data` fetches."""
+    """The corpora of the mixture; `default`: the six small corpora that `llmnorm data` fetches."""
     context_length: int = Field(default=1024, ge=2)
     """Labels in a row; a row holds one token more."""
     validation_bytes: int = Field(default=4_000_000, ge=1)
@@ -74,8 +74,8 @@ class DataSettings(Settings):
         if not sources:
             raise ValueError("the list is empty; name a source, or write 'default'")
         names = [source.name for source in sources]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two sources are called '{twice[0]}'; names must differ")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources are called '{repeated[0]}'; names must differ")
         if missing := [source.name for source in sources if source.weight is None]:
             if len(missing) < len(sources):
                 raise ValueError(f"'{missing[0]}' has no weight; give all sources one, or none")
@@ -118,5 +118,5 @@ class TokenizerSettings(Settings):
 
 
 def source_keys(sources: list[SourceSettings]) -> list[str]:
-    """What messages call the sources: key and name."""
+    """What messages call the sources: key and name, `data.sources.0 (books)`."""
     return [f"data.sources.{index} ({source.name})" for index, source in enumerate(sources)]

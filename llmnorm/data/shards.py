@@ -1,10 +1,14 @@
-"""A stream of tokens on disk: shards that are written whole, and read as memory maps.
+"""A stream of tokens on disk, as shards: written whole, and read as memory maps.
 
-Shard k of a stream is three files: `NAME-k.tokens.npy` (tokens,) uint16 or uint32,
-`NAME-k.starts.npy` (documents,) int64 (the place of every document's first token in the shard), and
-`NAME-k.json` (their sizes and checksums), which is written last and makes the shard count. Shards
-hold whole documents, so an interrupted writer goes on with the first document that no shard holds,
-and the files are the same, byte for byte, as without the interruption.
+Shard k of a stream is three files:
+
+    NAME-k.tokens.npy   (tokens,) uint16 or uint32
+    NAME-k.starts.npy   (documents,) int64, the offset of every document's first token in the shard
+    NAME-k.json         sizes and checksums of both; written last, so the shard is whole
+
+Shards hold whole documents. An interrupted writer therefore continues with the first document after
+the finished shards, and its files equal those of an uninterrupted one byte for byte
+(tests/test_data/test_packing.py kills it to check).
 """
 
 import bisect
@@ -23,11 +27,20 @@ from llmnorm.data.corpus import write_file
 from llmnorm.data.tokenizer import Block
 from llmnorm.part import InputError
 
-SHARD_TOKENS = 1 << 25  # a shard ends with the document that reaches this many: a minute's work
+SHARD_TOKENS = 1 << 25  # a shard ends with the document that reaches this: a minute of tokenising
 
 
 class ShardWriter:
-    """Writes a stream of documents; `documents` says how many are safe on disk already."""
+    """Writes a stream of documents.
+
+    Args:
+        directory: made if it is not there; finished shards in it are kept.
+        name: of the stream, the beginning of the files' names.
+        shard_tokens: tokens at which a shard ends; left out, SHARD_TOKENS.
+
+    Attributes:
+        records: sizes and checksums of the finished shards.
+    """
 
     def __init__(self, directory: Path, name: str, shard_tokens: int | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -37,28 +50,32 @@ class ShardWriter:
 
     @property
     def documents(self) -> int:
-        """Documents in the shards that are finished."""
+        """Documents in the finished shards; `write` is given those that follow."""
         return sum(record["documents"] for record in self.records)
 
     def write(self, blocks: Iterable[Block]) -> list[dict[str, Any]]:
-        """Writes the documents after the finished ones; returns the records of all shards."""
-        tokens: list[NDArray[np.unsignedinteger]] = []
+        """Write the documents that follow the finished ones.
+
+        Returns:
+            The records of all shards.
+        """
+        tokens: list[NDArray[np.unsignedinteger]] = []  # of the shard that is being filled
         starts: list[NDArray[np.int64]] = []
-        held = 0  # tokens that wait in the two lists
+        size = 0  # tokens in it
         for block in blocks:
-            done = 0
-            for end in block.ends[held + block.ends >= self._limit].tolist():
-                if held + end - done < self._limit:
-                    continue  # a shard was just written
-                inside = (block.starts >= done) & (block.starts < end)
-                tokens.append(block.tokens[done:end])
-                starts.append(block.starts[inside] - done + held)
+            written = 0  # tokens of this block that are in finished shards
+            for end in block.ends[size + block.ends >= self._limit].tolist():
+                if size + end - written < self._limit:
+                    continue  # an earlier end has finished a shard, so this one does not fill it
+                inside = (block.starts >= written) & (block.starts < end)
+                tokens.append(block.tokens[written:end])
+                starts.append(block.starts[inside] - written + size)
                 self._finish(tokens, starts)
-                tokens, starts, held, done = [], [], 0, end
-            tokens.append(block.tokens[done:])
-            starts.append(block.starts[block.starts >= done] - done + held)
-            held += len(block.tokens) - done
-        if held:
+                tokens, starts, size, written = [], [], 0, end
+            tokens.append(block.tokens[written:])
+            starts.append(block.starts[block.starts >= written] - written + size)
+            size += len(block.tokens) - written
+        if size:
             self._finish(tokens, starts)
         return self.records
 
@@ -87,7 +104,7 @@ def _finished(directory: Path, name: str) -> list[dict[str, Any]]:
 
 
 class TokenStream:
-    """A stream of tokens, read from its shards; nothing is opened before it is read."""
+    """A stream of tokens, read from its shards; a shard is opened when it is first read."""
 
     def __init__(self, directory: Path, records: list[dict[str, Any]]) -> None:
         self._files = [[directory / name for name in record["files"]] for record in records]
@@ -96,19 +113,25 @@ class TokenStream:
         self.tokens = self._offsets[-1]
 
     def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Fills `out` with the tokens from `start` on; returns where in it documents start."""
-        found = []
+        """Fill `out` with the tokens `start`, ..., `start + len(out) - 1` of the stream.
+
+        Returns:
+            The indices into `out` at which documents start.
+        """
+        document_starts = []
         shard = bisect.bisect_right(self._offsets, start) - 1
         filled = 0
         while filled < len(out):
-            place = start + filled - self._offsets[shard]
+            offset = start + filled - self._offsets[shard]
             size = min(len(out) - filled, self._offsets[shard + 1] - start - filled)
             tokens, starts = self._shard(shard)
-            out[filled : filled + size] = tokens[place : place + size]
-            low, high = starts.searchsorted((place, place + size))
-            found.append(starts[low:high] - (place - filled))
+            out[filled : filled + size] = tokens[offset : offset + size]
+            low, high = starts.searchsorted((offset, offset + size))
+            document_starts.append(starts[low:high] - (offset - filled))
             filled, shard = filled + size, shard + 1
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        if len(document_starts) == 1:
+            return document_starts[0]
+        return np.concatenate(document_starts)
 
     def _shard(self, shard: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         if shard not in self._open:
@@ -119,10 +142,15 @@ class TokenStream:
 
 
 def check(directory: Path, records: list[dict[str, Any]], *, contents: bool) -> None:
-    """Checks that every file is there and has its size and, with `contents`, its checksum.
+    """Check that every file of a stream is there and has its size.
+
+    Args:
+        directory: of the stream.
+        records: of its shards, as `ShardWriter.write` returned them.
+        contents: compare checksums too, which reads the files whole.
 
     Raises:
-        InputError: names the first file that is missing or damaged.
+        InputError: a file is missing or damaged; names the first one.
     """
     for record in records:
         for name, (size, expected) in record["files"].items():
@@ -142,5 +170,5 @@ def check(directory: Path, records: list[dict[str, Any]], *, contents: bool) -> 
 
 
 def checksum(content: Any) -> str:
-    """Checksum of bytes."""
+    """BLAKE2b of bytes, 32 hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()

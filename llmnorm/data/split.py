@@ -1,12 +1,11 @@
 """Which text of a source is held out for validation, and which trains the tokenizer.
 
-Documents are held out in the order of their texts' hashes until 2 % of the source's bytes, at least
-32 kB and at most `data.validation_bytes`; a source of fewer than 20 documents gives the end of
-each.
+Documents are held out in the order of their texts' hashes until they make 2 % of the source's
+bytes, but at least 32 kB and at most `data.validation_bytes`. Of a source with fewer than 20
+documents the end of each document is held out instead.
 
-What would surprise: the choice depends on the texts alone, not on the format or on where a dataset
-comes from (a streamed one is written down first, so its length is known), and equal documents go to
-the same side.
+What would surprise: the choice depends on the texts alone, so every file format gives the same
+validation text, and equal documents go to the same side.
 """
 
 import hashlib
@@ -19,45 +18,60 @@ from numpy.typing import NDArray
 from llmnorm.part import InputError
 
 SHARE = 0.02
-AT_LEAST = 32_768
-FEW = 20
+AT_LEAST = 32_768  # bytes
+FEW = 20  # documents
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A source's documents in reading order: hashes (documents,) uint64, sizes in bytes int64."""
+    """A source's documents in reading order.
+
+    Attributes:
+        hashes: (documents,) uint64, of the texts.
+        sizes: (documents,) int64, in UTF-8 bytes.
+    """
 
     hashes: NDArray[np.uint64]
     sizes: NDArray[np.int64]
 
     @property
     def bytes(self) -> int:
-        """Size of all texts."""
+        """UTF-8 bytes of all texts."""
         return int(self.sizes.sum())
 
 
 def survey(texts: Iterable[str]) -> Documents:
-    """Reads a source once and notes the hash and the size of every document."""
-    found = []
+    """Read a source once for the hash and the size of every document."""
+    hashes, sizes = [], []
     for text in texts:
         raw = text.encode()
         word = hashlib.blake2b(raw, digest_size=8).digest()
-        found.append((int.from_bytes(word, "little"), len(raw)))
-    hashes = np.array([word for word, _ in found], np.uint64)
-    return Documents(hashes, np.array([size for _, size in found], np.int64))
+        hashes.append(int.from_bytes(word, "little"))
+        sizes.append(len(raw))
+    return Documents(np.array(hashes, np.uint64), np.array(sizes, np.int64))
 
 
 def held_out(documents: Documents, limit: int, key: str) -> NDArray[np.int64]:
-    """How many bytes at the end of each document are validation text: 0, some or all, (documents,).
+    """How many bytes at the end of each document are validation text: 0, some or all.
+
+    Args:
+        documents: the source's documents.
+        limit: at most this many bytes are held out in all (`data.validation_bytes`).
+        key: what messages call the source.
+
+    Returns:
+        (documents,) int64.
 
     Raises:
-        InputError: nothing is left to train on, or no document fits below `limit`.
+        InputError: the source has no text, nothing would be left to train on, or no document is
+            small enough for `limit`.
     """
     sizes, total = documents.sizes, documents.bytes
     if not total:
         raise InputError(f"{key}: the source has no text")
     few = len(sizes) < FEW
-    # A cut inside a document moves up to 3 bytes forward, to where a character begins.
+    # Of few documents each is cut: 3 bytes more are held out than its share (rounded up), since a
+    # cut inside a character moves up to 3 bytes forward.
     target = min(max(int(SHARE * total), AT_LEAST), limit - 4 * len(sizes) * few)
     if target >= total:
         raise InputError(
@@ -81,49 +95,61 @@ def held_out(documents: Documents, limit: int, key: str) -> NDArray[np.int64]:
                 taken += int(size)
     if target < 1 or not 0 < held.sum() < total:
         raise InputError(
-            f"{key}: data.validation_bytes {limit} does not let a part of the documents be held "
-            "out; raise it, or give the source a validation file"
+            f"{key}: no document is small enough to be held out within data.validation_bytes "
+            f"{limit}; raise it, or give the source a validation file"
         )
     return held
 
 
 def cut(text: str, held: int) -> tuple[str, str]:
-    """A document's training and validation part, of which the last `held` bytes are made."""
+    """A document's training part and its validation part, the last `held` bytes.
+
+    A cut inside a character moves forward to the next one.
+    """
     if not held:
         return text, ""
     raw = text.encode()
-    place = len(raw) - held
-    while place < len(raw) and raw[place] & 0xC0 == 0x80:  # inside a character
-        place += 1
-    return raw[:place].decode(), raw[place:].decode()
+    border = len(raw) - held
+    while border < len(raw) and raw[border] & 0xC0 == 0x80:  # inside a character
+        border += 1
+    return raw[:border].decode(), raw[border:].decode()
 
 
 def sample(
     sources: list[Documents], held: list[NDArray[np.int64]], budget: int
 ) -> list[NDArray[np.int64]]:
-    """How many bytes at the start of each document train the tokenizer, (documents,) a source.
+    """How many bytes at the start of each document train the tokenizer.
 
-    Every source gives the same number of bytes, those that have fewer give all; within a source the
-    documents are taken in the order of their hashes, and no validation text is among them.
+    Every source gives the same number of bytes; a source that has fewer gives all. Within a source,
+    documents are taken in the order of their hashes. Validation text is not among them.
+
+    Args:
+        sources: the sources' documents.
+        held: what `held_out` returned for each source.
+        budget: bytes in all.
+
+    Returns:
+        For each source (documents,) int64.
     """
     available = [d.sizes - h for d, h in zip(sources, held, strict=True)]
-    shares = dict.fromkeys(range(len(sources)), 0)
-    waiting = sorted(shares, key=lambda one: int(available[one].sum()))
-    for place, one in enumerate(waiting):  # the smallest first: the rest share what it leaves
-        shares[one] = min(int(available[one].sum()), budget // (len(waiting) - place))
-        budget -= shares[one]
+    totals = [int(sizes.sum()) for sizes in available]
+    shares = [0] * len(sources)
+    smallest_first = sorted(range(len(sources)), key=totals.__getitem__)
+    for number, source in enumerate(smallest_first):  # the larger ones share what it leaves
+        shares[source] = min(totals[source], budget // (len(sources) - number))
+        budget -= shares[source]
     taken = []
-    for one, documents in enumerate(sources):
+    for documents, sizes, share in zip(sources, available, shares, strict=True):
         order = np.argsort(documents.hashes, kind="stable")
-        before = np.cumsum(available[one][order]) - available[one][order]
+        before = np.cumsum(sizes[order]) - sizes[order]
         part = np.zeros_like(documents.sizes)
-        part[order] = np.clip(shares[one] - before, 0, available[one][order])
+        part[order] = np.clip(share - before, 0, sizes[order])
         taken.append(part)
     return taken
 
 
 def sampled(texts: Iterable[str], taken: NDArray[np.int64]) -> Iterator[str]:
-    """The parts that `sample` chose."""
+    """The texts' parts that `sample` chose; texts of which it chose nothing are left out."""
     for text, size in zip(texts, taken.tolist(), strict=True):
         if size:
             yield text.encode()[:size].decode(errors="ignore")

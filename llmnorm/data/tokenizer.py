@@ -1,9 +1,13 @@
 """The tokenizer: a byte-level BPE trained on the sources, or a local Hugging Face tokenizer.
 
-What would surprise: the BPE has no normaliser and knows all 256 bytes, so decode(encode(x)) == x
-for any text; it begins every text with `<|bos|>`, as every document in training does; and text in
-which a special token is spelled out is encoded as ordinary text while preparing. Nothing here
-imports transformers, but the directories are Hugging Face's (`AutoTokenizer` reads them).
+A tokenizer directory is Hugging Face's (`AutoTokenizer` reads it), but transformers is not imported
+here.
+
+What would surprise:
+- The BPE has no normaliser and knows all 256 bytes, so decode(encode(x)) == x for any text
+  (tests/test_data/test_packing.py draws texts).
+- As a Hugging Face tokenizer it begins every text with `<|bos|>`, as documents in training begin.
+- When data is prepared, a text that spells out a special token is encoded as ordinary text.
 """
 
 import json
@@ -25,7 +29,7 @@ from llmnorm.data.corpus import write_file
 from llmnorm.data.settings import MASK_TOKEN, SPECIAL_TOKENS
 from llmnorm.part import InputError
 
-# What makes a tokenizer directory; weights and other files that lie beside them are not taken.
+# The files of a tokenizer; weights and other files beside them are not copied.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -33,10 +37,10 @@ FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-PIECE = 1 << 17  # characters; a longer document is encoded in pieces, side by side
+PIECE = 1 << 17  # characters; threads encode the pieces of a longer document in parallel
 BLOCK = 1 << 18  # characters that one thread encodes at a time
-# A word ends here: no byte-level pre-tokeniser joins a letter or digit to the space after it, so
-# encoding the pieces gives the tokens of the whole.
+# Documents are cut where a word ends. A byte-level pre-tokeniser does not join a letter or digit to
+# the space after it, so the tokens of the pieces are the tokens of the whole.
 WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")
 
 
@@ -45,9 +49,9 @@ class Block:
     """Consecutive tokens of a stream of documents.
 
     Attributes:
-        tokens: (tokens,) in the vocabulary's dtype, `bos` and `eos` around every document.
-        starts: (documents that begin here,) int64, the places of their `bos`.
-        ends: (documents that end here,) int64, the places after their `eos`.
+        tokens: (tokens,) uint16 or uint32, with `bos` and `eos` around every document.
+        starts: (documents that begin here,) int64, the offsets of their `bos`.
+        ends: (documents that end here,) int64, the offsets after their `eos`.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -60,12 +64,13 @@ class TextEncoder:
 
     Attributes:
         vocab_size: number of token ids.
-        bos, eos, pad: ids around a document and of what fills a row (`bos` and `eos` may be one);
-            BERT's [CLS] and [SEP] where a tokenizer has only these.
-        mask: id of what stands for a token to be guessed, None if there is none.
-        special: ids that stand for no text, those above included.
-        ordinary: all others.
-        dtype: what the tokens are stored in.
+        bos, eos: ids before and after a document; BERT's [CLS] and [SEP] where a tokenizer has only
+            these, and the same id twice where it names only one of the two.
+        pad: id that fills up a row.
+        mask: id of the mask token, None if there is none.
+        special: ids of special tokens, those above included.
+        ordinary: all other ids, ascending.
+        dtype: in which tokens are stored, uint16 or uint32.
 
     Raises:
         InputError: the directory holds no tokenizer that can be used.
@@ -90,23 +95,23 @@ class TextEncoder:
             ids.get(special.get(name, "")) for name in ("cls", "sep", "pad", "mask")
         )
         bos, eos = ids.get(special.get("bos", ""), cls), ids.get(special.get("eos", ""), sep)
-        either = bos if bos is not None else eos
-        if either is None:
+        bos_or_eos = bos if bos is not None else eos
+        if bos_or_eos is None:
             raise InputError(f"{key}: {directory} names neither bos_token nor eos_token; set one")
         self.vocab_size = max(ids.values()) + 1
-        self.bos = either
-        self.eos = either if eos is None else eos
+        self.bos = bos_or_eos
+        self.eos = bos_or_eos if eos is None else eos
         self.pad = self.eos if pad is None else pad
         added = self._tokenizer.get_added_tokens_decoder()
         named = {self.bos, self.eos, self.pad, cls, sep, self.mask} - {None}
-        self.special = named | {token for token, one in added.items() if one.special}
+        self.special = named | {number for number, token in added.items() if token.special}
         self.ordinary = sorted(set(ids.values()) - self.special)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def encode(self, texts: Iterable[str], threads: int) -> Iterator[Block]:
-        """Documents -> blocks of tokens, in order; `threads` blocks are encoded at once."""
-        # tokenizers releases the lock while it encodes. Its own pool is not used: it waits for the
-        # longest text of every batch, and its size is fixed once for the whole process.
+        """Documents -> blocks of tokens in the documents' order, encoded by `threads` threads."""
+        # `tokenizers` releases Python's lock while it encodes. Its own thread pool is not used: it
+        # waits for the longest text of every batch, and its size cannot be changed later.
         with _own_threads_only(), ThreadPoolExecutor(threads) as pool:
             waiting: deque[Future[Block]] = deque()
             for pieces in _blocks(texts):
@@ -117,12 +122,12 @@ class TextEncoder:
                 yield waiting.popleft().result()
 
     def encode_alone(self, texts: list[str]) -> list[list[int]]:
-        """Each text's tokens without special ones."""
+        """Each text's tokens, without bos and eos."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, tokens: NDArray[np.integer]) -> str:
-        """The text of tokens, special ones spelled out."""
+        """The text of tokens; special tokens are spelled out."""
         return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
     def _encode(self, pieces: list["_Piece"]) -> Block:
@@ -130,26 +135,30 @@ class TextEncoder:
             [piece.text for piece in pieces], add_special_tokens=False
         )
         parts: list[list[int]] = []
-        starts, ends, place = [], [], 0
+        starts, ends, size = [], [], 0
         for piece, encoding in zip(pieces, encodings, strict=True):
             ids = encoding.ids
             if piece.first:
-                starts.append(place)
+                starts.append(size)
                 ids.insert(0, self.bos)
             if piece.last:
                 ids.append(self.eos)
-            place += len(ids)
+            size += len(ids)
             if piece.last:
-                ends.append(place)
+                ends.append(size)
             parts.append(ids)
         tokens = np.concatenate([np.array(ids, self.dtype) for ids in parts])
         return Block(tokens, np.array(starts, np.int64), np.array(ends, np.int64))
 
 
 def train(texts: Iterable[str], vocab_size: int, directory: Path, *, mask: bool = False) -> None:
-    """Trains a byte-level BPE on `texts` and saves it as a Hugging Face tokenizer directory.
+    """Train a byte-level BPE on `texts` and save it as a Hugging Face tokenizer directory.
 
-    `mask`: with a token that stands for one to be guessed.
+    Args:
+        texts: what it is trained on.
+        vocab_size: its tokens, special ones included.
+        directory: where it is saved; made if it is not there.
+        mask: add a mask token.
     """
     bos, eos, pad = SPECIAL_TOKENS
     tokenizer = Tokenizer(models.BPE())
@@ -182,7 +191,7 @@ def train(texts: Iterable[str], vocab_size: int, directory: Path, *, mask: bool 
 
 
 def copy(source: Path, directory: Path) -> None:
-    """Copies a tokenizer's files; `tokenizer.json` last, so that it is there when all are."""
+    """Copy a tokenizer's files, `tokenizer.json` last: once it is there, all of them are."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in reversed(FILES):
         if (source / name).is_file():
@@ -195,6 +204,8 @@ def cores() -> int:
 
 
 class _Piece(NamedTuple):
+    """A piece of a document, and whether it is the document's first and its last one."""
+
     text: str
     first: bool
     last: bool
@@ -223,7 +234,7 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[_Piece]]:
 
 
 def _special_tokens(directory: Path, key: str) -> dict[str, str]:
-    """bos, eos, pad, cls, sep, mask -> spelling, from the directory's configuration."""
+    """The directory's special tokens: kind (bos, eos, pad, cls, sep, mask) -> spelling."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = directory / name
@@ -231,7 +242,7 @@ def _special_tokens(directory: Path, key: str) -> dict[str, str]:
             try:
                 config = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise InputError(f"{key}: {path} is no JSON ({error})") from None
+                raise InputError(f"{key}: {path} is not valid JSON ({error})") from None
             for kind in ("bos", "eos", "pad", "cls", "sep", "mask"):
                 token = config.get(f"{kind}_token")
                 token = token.get("content") if isinstance(token, dict) else token

@@ -108,11 +108,11 @@ def test_what_is_too_long_is_cut_at_the_end_of_the_longer(
         ([{"a": "x", "y": 1}], {}, "x.jsonl: record 1: has no field 'b'; valid: a, y"),
         ([{"a": 3, "b": "x", "y": 1}], {}, "record 1: the field 'a' holds no text"),
         (RECORDS[:1], {}, "has one class only, '2' in 'y'"),
-        (RECORDS, {"classes": ["2", "3"]}, "record 2: the label '10' is no class; valid: 2, 3"),
+        (RECORDS, {"classes": ["2", "3"]}, "record 2: the label '10' is not a class; valid: 2, 3"),
         (
             [RECORDS[0] | {"y": "much"}],
             {"regression": True},
-            r"the label 'much' is no number \(objective.regression\)",
+            r"the label 'much' is not a number \(objective.regression\)",
         ),
         ([], {}, "objective.train: .* holds no examples"),
     ],
@@ -132,9 +132,9 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(InputError, match="objective.validation: there is no file"):
         opened(good, tokenizer, tmp_path / "none.jsonl")
     for name, content, message in (
-        ("x.txt", b"", "of no kind that is read"),
-        ("x.jsonl", b'{"a": ', "no such record"),
-        ("y.jsonl", b"[1]\n", "no such record"),
+        ("x.txt", b"", "not of a kind that is read"),
+        ("x.jsonl", b'{"a": ', "cannot be read"),
+        ("y.jsonl", b"[1]\n", "cannot be read"),
         ("x.csv", b"a,b,y\n\xff\xfe,1,2\n", "not UTF-8 text"),
     ):
         (tmp_path / name).write_bytes(content)

@@ -1,8 +1,11 @@
 """The picture of a comparison, against its first baseline.
 
-Top: each learning rate's final loss; the final losses by length, from which gaps become factors.
-Bottom: the factors with their intervals; the training losses. Where no length is varied, the seeds
-and the gaps stand there instead. An arm has one colour throughout.
+    a  final loss by learning rate          b  final loss by length of the run
+    c  factors with their intervals         d  training losses
+
+Without tuning, a shows the final losses of the seeds. Without runs of other lengths, b shows the
+seeds and c the gaps in loss. An arm has the same colour in all four. `found` is everywhere what
+`results.results` returned.
 """
 
 import math
@@ -22,7 +25,12 @@ MARKERS = "osD^vP*X"  # beside the colours, for prints without them
 
 
 def draw(found: Tree, output: Path, title: str) -> None:
-    """Draw `results`.
+    """Draw the picture.
+
+    Args:
+        found: what `results` returned.
+        output: the picture to write (.png, .pdf, .svg).
+        title: its heading.
 
     Raises:
         InputError: the picture cannot be written.
@@ -73,7 +81,7 @@ def draw(found: Tree, output: Path, title: str) -> None:
 
 
 def _tuning(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
-    """Final loss by learning rate in units of the arm's own centre."""
+    """Final loss by learning rate."""
     settled: list[float] = []
     for name, arm in found["arms"].items():
         points = [(p["lr"], p["loss"]) for p in arm["tuning"]]
@@ -110,7 +118,7 @@ def _tuning(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
 
 
 def _seeds(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
-    """Final losses seed by seed, in the place of what was not run."""
+    """Final losses seed by seed."""
     for name, arm in found["arms"].items():
         axis.plot(
             range(len(found["seeds"])), arm["losses"], linewidth=1.2, markersize=5, **styles[name]
@@ -124,8 +132,8 @@ def _seeds(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
 
 def _lengths(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) -> None:
     """Final losses by length, and the line by which gaps are converted."""
-    for place, (name, arm) in enumerate(found["arms"].items()):
-        style, shift = styles[name], 1 + 0.006 * (place - (len(found["arms"]) - 1) / 2)
+    for number, (name, arm) in enumerate(found["arms"].items()):
+        style, shift = styles[name], 1 + 0.006 * (number - (len(found["arms"]) - 1) / 2)
         means = []
         for horizon, losses in arm["horizons"].items():
             finite = [loss for loss in losses if math.isfinite(loss)]
@@ -144,7 +152,8 @@ def _lengths(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
     base = found["arms"][baseline]
     if math.isfinite(base["loss"]):
         axis.axhline(base["loss"], color=GREYS[2], linewidth=0.8, linestyle=":")
-    varied = [one for one in found["against"][baseline].values() if one["converted_by"] == baseline]
+    pairs = found["against"][baseline].values()
+    varied = [pair for pair in pairs if pair["converted_by"] == baseline]
     if varied and varied[0]["nats_for_e_times_the_length"] > 0 and math.isfinite(base["loss"]):
         beta = varied[0]["nats_for_e_times_the_length"]
         x = np.geomspace(0.85, 1.6, 20)
@@ -180,12 +189,12 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
     others = found["against"][baseline]
     ends: list[float] = [0.95, 1.05]
     rows = []
-    for row, (name, one) in enumerate(others.items()):
+    for row, (name, pair) in enumerate(others.items()):
         rows.append(name)
         style = styles[name]
         for offset, tree, hollow in (
-            (-0.14, one["tokens"], False),
-            (0.14, one["timing"] and one["timing"]["seconds"], True),
+            (-0.14, pair["tokens"], False),
+            (0.14, pair["timing"] and pair["timing"]["seconds"], True),
         ):
             if not tree or not 0 < tree["value"] < 1e6:
                 continue
@@ -210,7 +219,7 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
                 color=GREYS[1],
                 bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
             )
-        if math.isinf(one["gap"]["value"]):
+        if math.isinf(pair["gap"]["value"]):
             axis.annotate(
                 "diverged",
                 (1, row),
@@ -220,7 +229,7 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
                 fontsize=8,
                 color=GREYS[1],
             )
-        resolvable = one["tokens"]["resolvable"]
+        resolvable = pair["tokens"]["resolvable"]
         if 1 < resolvable < 8:
             axis.fill_betweenx(
                 [row - 0.4, row + 0.4],
@@ -231,14 +240,14 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
                 linewidth=0,
             )
             ends += [resolvable, 1 / resolvable]
-    _a_row_an_arm(axis, rows, no_difference=1)
+    _one_row_per_arm(axis, rows, no_difference=1)
     axis.set_xscale("log")
     low, high = min(ends), max(ends)
     axis.set_xlim(low * (low / high) ** 0.05, high * (high / low) ** 0.45)
     ticks = _ticks(low, high)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel(f"{baseline} needs so many times the arm's for its loss  (→ the arm is ahead)")
+    axis.set_xlabel(f"what {baseline} needs over what the arm needs  (→ the arm is ahead)")
     axis.set_title("Factors with 95 % intervals (grey: not resolved by these seeds)")
     marks = [
         Line2D([], [], linestyle="none", marker="o", color=GREYS[1], label="tokens"),
@@ -258,8 +267,8 @@ def _factors(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) 
 def _gaps(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) -> None:
     """The gaps in loss with their intervals."""
     others = found["against"][baseline]
-    for row, (name, one) in enumerate(others.items()):
-        value, *ends = (one["gap"][key] for key in ("value", "low", "high"))
+    for row, (name, pair) in enumerate(others.items()):
+        value, *ends = (pair["gap"][key] for key in ("value", "low", "high"))
         if math.isinf(value):
             axis.annotate("diverged", (0, row), xytext=(8, 0), textcoords="offset points")
             continue
@@ -267,7 +276,7 @@ def _gaps(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) -> 
         axis.plot([low, high], [row] * 2, color=styles[name]["color"], linewidth=1.6)
         axis.plot([value], [row], markersize=7, **styles[name])
         axis.annotate(
-            interval(one["gap"], "+.4f"),
+            interval(pair["gap"], "+.4f"),
             (value, row),
             xytext=(0, 10),
             textcoords="offset points",
@@ -275,13 +284,13 @@ def _gaps(axis: Any, found: Tree, styles: Mapping[str, Tree], baseline: str) -> 
             fontsize=8,
             color=GREYS[1],
         )
-    _a_row_an_arm(axis, list(others), no_difference=0)
+    _one_row_per_arm(axis, list(others), no_difference=0)
     axis.margins(x=0.25)
     axis.set_xlabel(f"loss of {baseline} minus the arm's, nats a token  (→ the arm is ahead)")
     axis.set_title("Gaps with 95 % intervals")
 
 
-def _a_row_an_arm(axis: Any, arms: list[str], no_difference: float) -> None:
+def _one_row_per_arm(axis: Any, arms: list[str], no_difference: float) -> None:
     """Arms from top to bottom, and a line where an arm equals the baseline."""
     axis.axvline(no_difference, color=GREYS[1], linewidth=1)
     axis.set_yticks(range(len(arms)), arms)
@@ -325,7 +334,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _curves(axis: Any, found: Tree, styles: Mapping[str, Tree]) -> None:
-    """Training losses of the first seed; their middles say nothing about their ends."""
+    """Training losses of the first seed; who is ahead in the middle may be behind at the end."""
     late: list[float] = []
     for name, arm in found["arms"].items():
         curve = arm["curves"][0]

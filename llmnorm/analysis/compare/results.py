@@ -1,10 +1,11 @@
-"""What a comparison found: from the lines of its finished runs to numbers.
+"""From the records of a comparison's finished runs to its numbers.
 
     results(protocol, records)    a JSON tree: `arms` (what each reached), `against` (for each
-                                  baseline, every other arm), `notes` (what to beware of)
+                                  baseline, every other arm), `notes` (caveats)
 
-Everything that a clock has measured stands under a key `timing`; all else is the same whenever and
-wherever the runs are made (up to the rounding of other hardware).
+Whatever a clock has measured is under a key `timing`. The rest is the same when the runs are made
+again, up to the rounding of other hardware; tests/analysis/compare/test_command.py compares two
+such trees.
 """
 
 import math
@@ -37,8 +38,9 @@ def results(
     """The numbers of a finished comparison.
 
     Args:
-        records: of every run that the protocol needs.
-        validation_tokens: how long the validation text is, for a note where it is short.
+        protocol: what was compared.
+        records: the records of all runs that the protocol needs, by key.
+        validation_tokens: length of the validation text; a note is added where it is short.
     """
     losses = {key: record.final for key, record in records.items()}
     arms = {name: _arm(name, protocol, records, losses) for name in protocol.arms}
@@ -59,13 +61,14 @@ def results(
         "against": against,
     }
     used = [records[run.key] for run in protocol.needed(losses)]
-    made = {key: sorted({getattr(r, key) for r in used}) for key in ("place", "version")}
-    return found | {"notes": _notes(protocol, found, made), "timing": made}
+    origins = {key: sorted({getattr(r, key) for r in used}) for key in ("place", "version")}
+    return found | {"notes": _notes(protocol, found, origins), "timing": origins}
 
 
 def _arm(
     name: str, protocol: Protocol, records: Mapping[str, Record], losses: Mapping[str, float]
 ) -> dict[str, Any]:
+    """What one arm reached."""
     tuned = protocol.tuned(name)
     grid = protocol.grid(name, losses) if tuned else []
     lr = protocol.best_lr(name, losses) if tuned else None
@@ -110,6 +113,8 @@ def _against(
     records: Mapping[str, Record],
     losses: Mapping[str, float],
 ) -> dict[str, Any]:
+    """One arm against one baseline."""
+
     def runs(arm: str) -> list[Run]:
         lr = protocol.best_lr(arm, losses) if protocol.tuned(arm) else None
         return protocol.paired(arm, lr)
@@ -117,10 +122,10 @@ def _against(
     def at(arm: str, horizon: float) -> Array:
         return np.array([losses[run.key] for run in runs(arm) if run.horizon == horizon])
 
-    # Whose length is varied: the baseline's, or the arm's.
-    whose = name if protocol.horizons == "arms" and name != protocol.baselines[0] else baseline
-    horizons = protocol.horizons_of(whose)
-    curve = np.stack([at(whose, h) for h in horizons], axis=1)
+    # beta is taken from the one of the two that also ran at other lengths.
+    varied = name if protocol.horizons == "arms" and name != protocol.baselines[0] else baseline
+    horizons = protocol.horizons_of(varied)
+    curve = np.stack([at(varied, h) for h in horizons], axis=1)
     base, own = at(baseline, 1.0), at(name, 1.0)
     beta = float(slope(horizons, curve.mean(axis=0)))
     gap = gap_interval(base, own)
@@ -130,7 +135,7 @@ def _against(
     return {
         "gap": _interval(gap),
         "nats_for_e_times_the_length": beta,
-        "converted_by": whose,
+        "converted_by": varied,
         "tokens": {
             **_interval(factor),
             "resolvable": resolvable(base, own, beta),
@@ -151,16 +156,19 @@ def _timing(
     curve: Array,
     beta: float,
 ) -> dict[str, Any] | None:
-    """The same in seconds: each seed's two runs have been timed on the same machine."""
-    rates = [[records[r.key] for r in runs if r.horizon == 1] for runs in (baseline, arm)]
-    pairs = [
-        (one.tokens_per_second, other.tokens_per_second)
-        for one, other in zip(*rates, strict=True)
-        if one.tokens_per_second and other.tokens_per_second
+    """The comparison in seconds: the two runs of a seed were timed on the same machine.
+
+    None where a run has no speed because it diverged.
+    """
+    full = [[records[r.key] for r in runs if r.horizon == 1] for runs in (baseline, arm)]
+    speeds = [
+        (of_baseline.tokens_per_second, of_arm.tokens_per_second)
+        for of_baseline, of_arm in zip(*full, strict=True)
+        if of_baseline.tokens_per_second and of_arm.tokens_per_second
     ]
-    if len(pairs) < len(base):  # one has diverged
+    if len(speeds) < len(base):
         return None
-    log_ratio = np.log([other / one for one, other in pairs])
+    log_ratio = np.log([of_arm / of_baseline for of_baseline, of_arm in speeds])
     return {
         "relative_speed": float(np.exp(log_ratio.mean())),
         "seconds": _interval(speed_up_interval(base, own, horizons, curve, log_ratio)),
@@ -173,7 +181,10 @@ def _interval(found: Interval) -> dict[str, float]:
 
 
 def _verdict(gap: Interval, factor: Interval) -> str:
-    """`better`, `worse` or `not resolved`, by intervals that leave out no difference."""
+    """`better` or `worse` where the intervals exclude "no difference", else `not resolved`.
+
+    With one seed there is no interval, and the verdict is `one seed`.
+    """
     if math.isnan(gap.low):
         return "one seed"
     converted = not math.isnan(factor.value)
@@ -185,9 +196,9 @@ def _verdict(gap: Interval, factor: Interval) -> str:
 
 
 def _notes(
-    protocol: Protocol, found: Mapping[str, Any], made: Mapping[str, Sequence[str]]
+    protocol: Protocol, found: Mapping[str, Any], origins: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """What a reader should beware of, each a sentence."""
+    """What weakens the answer, in sentences without their full stop."""
     notes = []
     for name, arm in found["arms"].items():
         if arm["diverged"]:
@@ -197,36 +208,40 @@ def _notes(
         if arm["at_edge"]:
             notes.append(f"{name}: the best learning rate is the outermost that was tried")
     for baseline, arms in found["against"].items():
-        for name, one in arms.items():
-            if one["tokens"]["extrapolated"]:
+        for name, pair in arms.items():
+            if pair["tokens"]["extrapolated"]:
                 notes.append(
                     f"{name} against {baseline}: the factor lies beyond the lengths that were run"
                 )
-            if one["nats_for_e_times_the_length"] <= 0:
+            if pair["nats_for_e_times_the_length"] <= 0:
                 notes.append(
-                    f"{name} against {baseline}: {one['converted_by']} gains nothing from a longer "
-                    "run, so no length makes up for a gap in loss"
+                    f"{name} against {baseline}: longer runs of {pair['converted_by']} have no "
+                    "lower loss, so a gap in loss cannot be converted into a factor in length"
                 )
     if protocol.seeds == 1:
-        notes.append("one seed says nothing about chance: give --seeds 3 or more")
+        notes.append("one seed says nothing about chance; give --seeds 3 or more")
     if protocol.lr_points == 1:
-        notes.append("no learning rate was tuned: an arm may be behind for its learning rate alone")
+        notes.append(
+            "no learning rate was tuned, so an arm may be behind because of its learning rate alone"
+        )
     untuned = [name for name, arm in found["arms"].items() if not arm["tuned"]]
     if protocol.lr_points > 1 and untuned:
-        notes.append(f"as written, not tuned: {', '.join(untuned)}")
+        notes.append(f"not tuned, as written: {', '.join(untuned)}")
     tokens = found["validation_tokens"]
     if tokens is not None and tokens < ENOUGH_TOKENS:
         notes.append(
-            f"the validation text has {tokens:,} tokens; below {ENOUGH_TOKENS:,} its choice matters"
+            f"the validation text has only {tokens:,} tokens; with fewer than {ENOUGH_TOKENS:,}, "
+            "another text may give another answer"
         )
-    if len(made["place"]) > 1:
-        places = "; ".join(made["place"])
-        notes.append(f"timed in unequal places, seconds are not comparable: {places}")
-    if len(made["version"]) > 1:
+    if len(origins["place"]) > 1:
+        places = "; ".join(origins["place"])
+        notes.append(f"the runs were timed in different places, so seconds mislead: {places}")
+    if len(origins["version"]) > 1:
         notes.append("the runs were made by more than one version of the code")
     others = len(protocol.arms) - 1
     if others > 2:
         notes.append(
-            f"each interval holds 95 % by itself; one of {others} is wrong more often than that"
+            f"each of the {others} intervals is wrong in 5 % of comparisons, so one among "
+            f"{others} is wrong more often than that"
         )
     return notes

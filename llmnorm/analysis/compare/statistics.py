@@ -1,20 +1,23 @@
-"""What paired seeds say of two arms: speed-up, its interval, the smallest one that they resolve.
+"""Statistics of two arms over paired seeds: the speed-up, its interval, and what can be resolved.
 
 Symbols, over n seeds k that both arms share (equal initial weights and rows):
     h      length of a run in units of the comparison's length, its schedule complete
     L(h)   final loss of such a run, nats a token
-    beta   -dL / dln h, the nats that e times the length is worth (least squares over horizons)
+    beta   -dL / dln h: the fall in loss, in nats, for e times the length (least squares over h)
     d_k    loss of the baseline minus loss of the arm, seed k, both at h = 1
     F      exp(mean(d) / beta): the baseline needs F times the tokens of the arm for the same loss
 
-Source of the conversion: loss falls log-linearly in length over a factor of two, so a gap in loss
-is a factor in length. Source of the widening: Hesterberg, "What Teachers Should Know about the
-Bootstrap", arXiv 1411.5279, section 4: a percentile interval of n values is too narrow by
-sqrt((n - 1) / n) and by the normal quantile that stands in for Student's; with 3 seeds it covers
-75 % at best. Here its deviations are stretched by just these two factors.
+From a gap in loss to a factor in length: over a factor of two, loss falls linearly in the logarithm
+of the length, so a gap of beta nats is a factor e.
 
-What would surprise: a run that diverged has an infinite loss and so F = 0 for its arm; where every
-resample can be listed (n <= 5) all n^n are, so no random number enters.
+The intervals are percentiles of the bootstrap, widened. Source: Hesterberg, "What Teachers Should
+Know about the Bootstrap", arXiv 1411.5279, section 4: such an interval of n values is too narrow by
+sqrt((n - 1) / n), and because it uses the normal quantile in place of Student's; with 3 seeds it
+covers 75 % at best. Here the deviations from the estimate are multiplied by these two factors
+(simulated in tests/analysis/compare/test_statistics.py).
+
+What would surprise: the loss of a run that diverged is infinite, so F is 0 for its arm. Up to 5
+seeds all n^n resamples are listed, so no random number enters.
 """
 
 import itertools
@@ -41,14 +44,14 @@ class Interval(NamedTuple):
 
 
 def slope(horizons: Sequence[float], losses: Array) -> Array:
-    """beta: by least squares over ln h, in nats; nan where a loss is infinite.
+    """beta in nats, by least squares over ln h.
 
     Args:
-        horizons: (points,) lengths; of a single one there is no slope, nan.
+        horizons: (points,) lengths.
         losses: (..., points) final losses.
 
     Returns:
-        (...) slopes.
+        (...) slopes; nan where a loss is infinite or there is one length only.
     """
     x = np.log(np.asarray(horizons, dtype=float))
     x = x - x.mean()
@@ -60,7 +63,8 @@ def slope(horizons: Sequence[float], losses: Array) -> Array:
 def log_speed_up(gap: Array | float, beta: Array | float) -> Array:
     """ln F for a gap in loss (the baseline's minus the arm's).
 
-    Where longer runs gain nothing (beta <= 0) no length makes up for a gap: plus or minus infinity.
+    Where longer runs gain nothing (beta <= 0), no length makes up for a gap: the result is plus or
+    minus infinity by the gap's sign, and 0 for no gap.
     """
     gap, beta = np.broadcast_arrays(np.asarray(gap, dtype=float), np.asarray(beta, dtype=float))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -69,13 +73,13 @@ def log_speed_up(gap: Array | float, beta: Array | float) -> Array:
 
 
 def gaps(baseline: Array, arm: Array) -> Array:
-    """d_k; a seed in which both diverged is a tie."""
+    """d_k, (n,); 0 for a seed in which both runs diverged."""
     both = np.isinf(baseline) & np.isinf(arm)
     return np.where(both, 0.0, np.where(both, 0.0, baseline) - np.where(both, 0.0, arm))
 
 
 def gap_interval(baseline: Array, arm: Array) -> Interval:
-    """The mean of d, in nats.
+    """The mean of d in nats, and its interval.
 
     Args:
         baseline: (n,) final losses of the baseline, seed by seed.
@@ -92,13 +96,13 @@ def speed_up_interval(
     curve: Array,
     log_ratio: Array | None = None,
 ) -> Interval:
-    """F, or with `log_ratio` the same in another unit than tokens.
+    """F and its interval; with `log_ratio`, the factor in another cost than tokens (seconds).
 
     Args:
         baseline: (n,) final losses of the baseline at h = 1.
         arm: (n,) those of the arm.
-        horizons: (points,) lengths at which one of the two was run.
-        curve: (n, points) its final losses.
+        horizons: (points,) lengths of the runs of one of the two, from which beta is taken.
+        curve: (n, points) final losses of those runs.
         log_ratio: (n,) log of the baseline's cost of a token over the arm's; left out, zero.
     """
     d, n = gaps(baseline, arm), len(baseline)
@@ -114,7 +118,11 @@ def speed_up_interval(
 
 
 def resolvable(baseline: Array, arm: Array, beta: float) -> float:
-    """The smallest F above 1 whose paired t-interval (95 %) would leave 1 out; nan for one seed."""
+    """The smallest F above 1 that these seeds could have told from 1.
+
+    That is where the paired t-interval (95 %) around F ends at 1. nan for one seed, or where beta
+    is not positive or a run diverged.
+    """
     n = len(baseline)
     d = gaps(baseline, arm)
     if n < 2 or not beta > 0 or not np.isfinite(d).all():
@@ -124,7 +132,7 @@ def resolvable(baseline: Array, arm: Array, beta: float) -> float:
 
 
 def standard_error(losses: Array) -> float:
-    """Of the mean of (n,) losses; nan for one seed or where one diverged."""
+    """The standard error of the mean of (n,) losses; nan for one seed or where a run diverged."""
     finite = len(losses) > 1 and bool(np.isfinite(losses).all())
     return float(losses.std(ddof=1) / math.sqrt(len(losses))) if finite else math.nan
 
@@ -139,23 +147,23 @@ def resamples(n: int) -> NDArray[np.int64]:
 def _interval(value: float, draws: Array, n: int) -> Interval:
     if n < 2 or math.isnan(value):
         return Interval(value, math.nan, math.nan)
-    if math.isinf(value):  # a divergence: a sure verdict on these seeds, but nothing to stretch
+    if math.isinf(value):  # a run diverged: deviations from an infinite mean cannot be stretched
         stretched = draws
     else:
         widening = math.sqrt(n / (n - 1)) * t_quantile(n - 1) / NORMAL
         stretched = value + widening * (draws - value)
     stretched = stretched[~np.isnan(stretched)]
-    # The observations themselves, not a point between them: there may be infinities.
+    # Quantiles that are draws themselves: a point between a number and infinity has no value.
     low = np.quantile(stretched, (1 - LEVEL) / 2, method="lower")
     high = np.quantile(stretched, (1 + LEVEL) / 2, method="higher")
     return Interval(value, float(low), float(high))
 
 
 def t_quantile(dof: int) -> float:
-    """Student's quantile at 97.5 % for whole degrees of freedom.
+    """Student's quantile at 97.5 % for a whole number of degrees of freedom.
 
     Source: Abramowitz and Stegun, 26.7.3 and 26.7.4 (the distribution as a finite sum), inverted by
-    halving.
+    bisection.
     """
     low, high = 0.0, 1000.0
     for _ in range(100):
@@ -165,7 +173,7 @@ def t_quantile(dof: int) -> float:
 
 
 def _t_within(t: float, dof: int) -> float:
-    """P(|T| < t)."""
+    """P(|T| < t) for Student's T."""
     angle = math.atan(t / math.sqrt(dof))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = dof % 2
