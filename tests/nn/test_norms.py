@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -125,6 +126,79 @@ def test_long_inputs_are_the_definition_too(settings: Any) -> None:
     expected = torch.autograd.grad(plain(settings, norm, x), inputs, upstream)
     for one, other in zip(torch.autograd.grad(norm(x), inputs, upstream), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+
+
+DTYPES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+VARIANTS = [
+    *(part() for part in PARTS),
+    RMSNormSettings(bias=True),
+    RMSNormSettings(cast_mode="llama"),
+    LayerNormSettings(bias=False),
+    DyTSettings(bias=False),
+    PowerNormSettings(warmup=2),
+    UnifiedNormSettings(window=1, filter="official"),
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cast", [False, True], ids=["float32 gain", "cast gain"])
+@pytest.mark.parametrize("layer", [None, 2], ids=["", "scaled"])
+def test_the_output_has_the_inputs_dtype_and_wide_statistics(
+    settings: Any, dtype: torch.dtype, cast: bool, layer: int | None
+) -> None:
+    """Oracle: the definition in float64 of the same values, which float16 cannot square, rounded to
+    the dtype (`llama` twice); gradients have the dtypes of what they belong to."""
+    norm = build(settings, 48, layer).eval()
+    norm = norm.to(dtype) if cast else norm
+    x = torch.randn(5, 48).mul(3).to(dtype).requires_grad_()
+    if not isinstance(settings, DyTSettings):
+        x.data.mul_(300)  # squares are above float16's largest number
+    got = norm(x)
+    assert got.dtype == dtype
+    expected = plain(settings, copy.deepcopy(norm).double(), x.detach().double())
+    expected = expected / (1 if layer is None else (layer + 1) ** 0.5)
+    limit = DTYPES[dtype] * (2 if getattr(settings, "cast_mode", "") == "llama" else 1)
+    if layer is not None and norm.state_dict():  # some norms scale the gain in its own dtype
+        limit += DTYPES[norm.weight.dtype]
+    limit *= expected.abs().max()
+    assert (got.detach().double() - expected).abs().max() <= limit
+    norm.train()(x).sum().backward()
+    assert norm(x).dtype == dtype
+    assert x.grad is not None and x.grad.dtype == dtype
+    for parameter in norm.parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == parameter.dtype
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong"),
+    [
+        *((part, {"eps": -1e-6}) for part in PARTS if "eps" in part.model_fields),
+        (RMSNormSettings, {"bias": True, "cast_mode": "llama"}),
+        (RMSNormSettings, {"cast_mode": "gemma"}),
+        (DyTSettings, {"alpha": 0.0}),
+        (PowerNormSettings, {"groups": 3}),
+        (PowerNormSettings, {"forward_decay": 1.0}),
+        (PowerNormSettings, {"warmup": -1}),
+        (UnifiedNormSettings, {"window": 0}),
+        (UnifiedNormSettings, {"momentum": 1.0}),
+        (UnifiedNormSettings, {"filter": "both"}),
+    ],
+)
+def test_a_class_refuses_what_its_settings_refuse(
+    part: type[Settings], wrong: dict[str, Any]
+) -> None:
+    """Oracle: the settings, which refuse the same values (or the same width of 16)."""
+    keys = part().model_dump(exclude={"name", "allow_leak"})
+    build_class: Any = type(part().build(16))  # type: ignore[attr-defined]
+    build_class(16, **keys)
+    with pytest.raises(ValueError) as refused:
+        build_class(16, **(keys | wrong))
+    try:
+        why: str | None = part(**wrong).refusal(16, causal=False)  # type: ignore[attr-defined]
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+    assert why is not None and why.removeprefix("Value error, ") in str(refused.value)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -44,6 +44,7 @@ class Header(Mapping[str, Any]):
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = {key: _nested(value) for key, value in values.items()}
         self._read: set[str] = set()
+        self._ignored: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
@@ -59,6 +60,8 @@ class Header(Mapping[str, Any]):
     def unread(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
         """What nobody has read: names such as `cases.0.affine`, and values."""
         for key, value in self._values.items():
+            if key in self._ignored:
+                continue
             if key not in self._read:
                 yield prefix + key, value
                 continue
@@ -68,8 +71,8 @@ class Header(Mapping[str, Any]):
                     yield from item.unread(prefix + place)
 
     def ignore(self, *keys: str) -> None:
-        """Count `keys` as read: they say how the tensors were drawn or how large they are."""
-        self._read.update(keys)
+        """Leave `keys` out: they say how the tensors were drawn or how large they are."""
+        self._ignored.update(keys)
 
     def only(self, **served: Any) -> None:
         """Refuse other values of settings that our part has at one value (a tuple: at any of them).
@@ -170,9 +173,13 @@ def built(part: type[BaseModel], values: Mapping[str, Any], names: Mapping[str, 
         return part.model_validate({key: _bare(value) for key, value in values.items()})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field, *rest = (str(name) for name in first["loc"] or ("settings",))
-        value = first["input"] if first["loc"] else dict(values)
-        raise NotServed(".".join([names.get(field, field), *rest]), value, first["msg"]) from None
+        why, location = first["msg"].removeprefix("Value error, "), [str(x) for x in first["loc"]]
+        if not location:  # a pair of settings, of which the message names the one at fault first
+            words = [word for word in re.findall(r"\w+", why) if word in values]
+            location = words[:1] or [next(iter(values))]
+        field, *rest = location
+        value = first["input"] if first["loc"] else values[field]
+        raise NotServed(".".join([names.get(field, field), *rest]), value, why) from None
 
 
 Kind = Callable[[Vectors], Iterator[Result]]

@@ -1,7 +1,8 @@
-"""What every norm is, and what the norms that look beyond one token are told.
+"""What every norm is.
 
-Shapes: x and y (..., hidden); what is normalised is the last axis. Statistics are computed in
-float32 (float64 for float64 input), and the output has the input's dtype.
+Shapes: x and y (..., hidden); the last axis is normalised. Statistics are computed in float32
+(float64 for float64 input), and the output has the input's dtype, whatever the gain's is. Norms
+that look beyond one token are in running.py.
 """
 
 from torch import Tensor, nn
@@ -11,9 +12,9 @@ class Norm(nn.Module):
     """A norm over the last axis.
 
     Attributes:
-        scale: multiplies the output by way of the gain, so that it costs nothing per token
-            (depth_scaling.py). A Python float, never a buffer: what passes over the meta device
-            loses its buffers, and a checkpoint would store it.
+        scale: a factor on the output (depth_scaling.py). It multiplies the gain and the offset, so
+            that it costs nothing per token. It is a Python float and no buffer: a buffer would be
+            stored in checkpoints, and is lost when a module passes over the meta device.
     """
 
     scale: float = 1.0

@@ -1,12 +1,13 @@
-"""Compressed RMS norm: the RMS norm of a zero-mean vector of which one entry is not stored.
+"""Compressed RMS norm: the RMS norm of a vector of mean zero whose last entry is not stored.
 
 Source: Jiang et al. 2023, "Pre-RMSNorm and Pre-CRMSNorm Transformers" (arXiv 2305.14858), section
-3.3. Shapes: x and y (..., hidden); the vector meant is (x, -S) with S = sum(x), of
+3.3. Shapes: x and y (..., hidden). x stands for the vector (x, -S) with S = sum(x), which has
 d = hidden + 1 entries; r = ((sum(x^2) + S^2) / d + eps)^-1/2 (..., 1); g = dL/dy.
 
 y = r x. Backward: dx_i = r g_i - (r^3 / d) (x_i + S) sum_j g_j x_j.
-There is no gain: a diagonal one does not commute with leaving an entry out. A model with this norm
-is made from a Pre-LN one (`llmnorm convert`), whose gains stand in the matrices by then.
+There is no gain, because a diagonal gain does not commute with leaving out an entry. A model with
+this norm is made from a Pre-LN model by `llmnorm convert`, which multiplies the gains into the
+linear layers first.
 """
 
 from typing import Any
@@ -16,14 +17,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmnorm.nn.norms.contract import Norm
+from llmnorm.nn.norms.settings import CRMSNormSettings
 from llmnorm.nn.precision import wide_dtype
 
 
 class CRMSNorm(Norm):
-    """RMS norm of (x, -sum(x)) over hidden + 1 entries, without the last one."""
+    """RMS norm of (x, -sum(x)) over hidden + 1 entries; the output leaves out the last one.
+
+    Statistics are float32 (float64 for float64 input), the output has x's dtype.
+    """
 
     def __init__(self, hidden_size: int, *, eps: float) -> None:
         super().__init__()
+        CRMSNormSettings(eps=eps).check(hidden_size)
         self.hidden_size = hidden_size
         self.eps = eps
 
@@ -39,6 +45,8 @@ class CRMSNorm(Norm):
 
 
 class _CRMSNorm(torch.autograd.Function):
+    """y and its gradient (module docstring); keeps x, S and r."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, scale: float) -> Tensor:
         dtype = wide_dtype(x.dtype)

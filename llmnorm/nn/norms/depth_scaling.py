@@ -4,9 +4,9 @@ Source: Sun et al. 2025, "The Curse of Depth in Large Language Models" (arXiv 25
 equation 12. Both norms of a block have the same l; the final norm is not scaled.
 
 The factor multiplies the norm's gain (hidden numbers), not its output (tokens x hidden numbers).
-It is no parameter and is not folded into the gain for training: an optimizer's step on a folded
-gain would not be divided by sqrt(l). A norm keeps the factor of the layer that it was built for
-when blocks before it are removed.
+It is not a parameter. It is not folded into the gain for training either, because an optimizer's
+step on a folded gain would not be divided by sqrt(l). A norm keeps the factor of the layer that it
+was built for, also when blocks before it are removed.
 """
 
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ def depth_scale(layer: int) -> float:
 
 
 def scale_by_depth(norm: nn.Module, layer: int) -> nn.Module:
-    """`norm`, its output divided by sqrt(layer + 1) from now on.
+    """`norm`, whose output is divided by sqrt(layer + 1) from now on; layers count from 0.
 
-    A norm from outside the package knows no `scale`; its output is multiplied.
+    A norm from outside the package has no `scale`, so its output is multiplied instead.
     """
     if isinstance(norm, Norm):
         norm.scale = depth_scale(layer)
@@ -32,7 +32,7 @@ def scale_by_depth(norm: nn.Module, layer: int) -> nn.Module:
 
 
 class _Multiply:
-    """A forward hook that can be copied with its module."""
+    """A forward hook as an object, which `copy.deepcopy` copies with its module."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor

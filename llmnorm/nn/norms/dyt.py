@@ -1,16 +1,17 @@
-"""Dynamic tanh: y = gain * tanh(alpha x) + bias, an elementwise stand-in for a norm.
+"""Dynamic tanh: y = gain * tanh(alpha x) + bias, which takes the place of a norm.
 
 Source: Zhu et al. 2025, "Transformers without Normalization" (arXiv 2503.10622), algorithm 1.
 Shapes: x and y (..., hidden); alpha (1,), shared by all channels; t = tanh(alpha x), g = dL/dy.
 
 Backward: dx = gain g alpha (1 - t^2), dalpha = sum gain g x (1 - t^2), dgain = sum over tokens of
-g t, dbias = sum over tokens of g. It is not invariant to the scale of x.
+g t, dbias = sum over tokens of g. Unlike a norm it is not invariant to the scale of x.
 """
 
 import torch
 from torch import Tensor, nn
 
 from llmnorm.nn.norms.contract import Norm
+from llmnorm.nn.norms.settings import DyTSettings
 from llmnorm.nn.precision import wide_dtype
 
 
@@ -19,6 +20,7 @@ class DyT(Norm):
 
     def __init__(self, hidden_size: int, *, alpha: float, bias: bool) -> None:
         super().__init__()
+        DyTSettings(alpha=alpha, bias=bias).check(hidden_size)
         self.initial_alpha = alpha
         self.alpha = nn.Parameter(torch.full((1,), alpha))
         self.weight = nn.Parameter(torch.ones(hidden_size))
@@ -32,7 +34,7 @@ class DyT(Norm):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Squash x (..., hidden)."""
+        """gain * tanh(alpha x) + bias for x (..., hidden)."""
         dtype = wide_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             squashed = torch.tanh(x.to(dtype) * self.alpha.to(dtype))

@@ -1,4 +1,4 @@
-"""No norm: y = x, times the depth scaling where there is one."""
+"""No norm: y = x, times the factor of depth scaling if there is one."""
 
 from torch import Tensor
 
@@ -9,5 +9,5 @@ class Identity(Norm):
     """Returns its input (..., hidden)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale x (..., hidden)."""
+        """x (..., hidden), times `scale`."""
         return self.scaled(x)

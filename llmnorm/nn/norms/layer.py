@@ -1,8 +1,8 @@
 """Layer norm: y = gain * (x - mean) / sqrt(variance + eps) + bias.
 
 Source: Ba, Kiros, Hinton 2016 (arXiv 1607.06450), equation 3. Shapes: x and y (..., hidden). The
-variance is the biased one (divided by hidden, not hidden - 1). With hidden = 1 the output is the
-bias and the input's gradient is zero.
+variance is the biased one: divided by hidden, not by hidden - 1. With hidden = 1 the output is the
+bias and the gradient of the input is zero.
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.norms.contract import Norm
+from llmnorm.nn.norms.settings import LayerNormSettings
 from llmnorm.nn.precision import wide_dtype
 
 
@@ -18,6 +19,7 @@ class LayerNorm(Norm):
 
     def __init__(self, hidden_size: int, *, eps: float, bias: bool) -> None:
         super().__init__()
+        LayerNormSettings(eps=eps, bias=bias).check(hidden_size)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None

@@ -9,17 +9,20 @@ batch's mean square) (hidden,); t counts steps from 1.
     z    = x~ / sqrt(D + eps), D = phi of the former steps (s2 while t <= warmup)
     y    = gain z + bias
 
-The backward pass is not the gradient: s2 and phi count as constants, and what is lost by that is
-approximated by a running mean. With q = gain dL/dy:
+The backward pass is not the gradient. It takes s2 and phi for constants, and approximates the term
+that is lost by a running mean, nu. With q = gain dL/dy:
 
     u    = q - nu z
     dx~  = u / sqrt(s2 + eps);   dgain = sum dL/dy z;   dbias = sum dL/dy;   dx from dx~ exactly
     phi <- a phi + (1 - a) s2   (while t < warmup, phi <- phi (t - 1) / t + s2 / t before that)
     nu  <- nu + (1 - b) mean(u z)
 
-What would surprise: the paper divides by sqrt(phi + eps) in the backward pass too, the code by the
-current batch's (`backward`); the group scaling keeps its own eps; with `warmup` 0 no token's output
-depends on others of its batch, with a longer one it depends on later tokens.
+What would surprise:
+- In the backward pass the paper divides by sqrt(phi + eps), the authors' code by sqrt(s2 + eps) of
+  the current batch. The setting `backward` chooses.
+- The scaling of groups has an eps of its own, 1e-5, as in the authors' code.
+- During the warm-up a token's output depends on the whole batch, later tokens included. After it,
+  and with `warmup` 0, it depends on the token alone.
 """
 
 from typing import Any, Literal
@@ -31,13 +34,17 @@ from torch.autograd.function import once_differentiable
 from llmnorm.nn.norms.column_sums import column_sums
 from llmnorm.nn.norms.rms import rms_norm
 from llmnorm.nn.norms.running import RunningNorm, counted_sums
+from llmnorm.nn.norms.settings import PowerNormSettings
 from llmnorm.nn.precision import wide_dtype
 
-GROUP_EPS = 1e-5
+GROUP_EPS = 1e-5  # GroupScaling1D of the authors' code, which is not given the module's eps
 
 
 class PowerNorm(RunningNorm):
-    """PowerNorm with statistics in float32 (float64 for float64 input), output in x's dtype."""
+    """PowerNorm with statistics in float32 (float64 for float64 input), output in x's dtype.
+
+    In training the backward pass is not the gradient of the forward pass (module docstring).
+    """
 
     running_square: Tensor
     running_gradient: Tensor
@@ -55,6 +62,15 @@ class PowerNorm(RunningNorm):
         count_padding: bool,
     ) -> None:
         super().__init__()
+        PowerNormSettings(
+            eps=eps,
+            forward_decay=forward_decay,
+            backward_decay=backward_decay,
+            warmup=warmup,
+            groups=groups,
+            backward=backward,
+            count_padding=count_padding,
+        ).check(hidden_size)
         self.eps, self.warmup, self.groups = eps, warmup, groups
         self.forward_decay, self.backward_decay = forward_decay, backward_decay
         self.backward, self.count_padding = backward, count_padding
@@ -113,7 +129,7 @@ class PowerNorm(RunningNorm):
 
 
 class _PowerNorm(torch.autograd.Function):
-    """From x~ to y and, approximately, back; both passes read each tensor once or twice."""
+    """From x~ to y, and the approximate way back; every tensor is read once or twice."""
 
     @staticmethod
     def forward(

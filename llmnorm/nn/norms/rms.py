@@ -1,34 +1,31 @@
 """Root mean square norm: y = gain * x / sqrt(mean(x^2) + eps).
 
-Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4. Shapes: x and y (..., hidden),
-r = (mean(x^2) + eps)^-1/2 (..., 1), x^ = r x, q = gain * dL/dy.
-
-Backward: dx = r (q - x^ mean(q x^)), dgain = sum over tokens of dL/dy x^; only x and r are kept.
-On a CPU torch's own rms_norm is not fused, so this file has its own function there. Its backward
-borrows the fused kernel of layer norm: with mean 0 and 1/std = r that kernel gives
-r (q - mean(q) - x^ mean(q x^)), and the rank-one term r mean(q) is put back while a piece of the
-rows is in the cache.
+Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4. Shapes: x and y (..., hidden), gain
+and offset (hidden,). rms_cpu.py has the forward and backward pass on a CPU.
 """
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from llmnorm.nn.norms.contract import Norm
+from llmnorm.nn.norms.rms_cpu import CPURMSNorm
+from llmnorm.nn.norms.settings import RMSNormSettings
 from llmnorm.nn.precision import wide_dtype
-
-PIECE = 400_000  # numbers a thread at a time: the cache's size over a few tensors of float32
 
 
 class RMSNorm(Norm):
     """RMS norm with statistics in float32 (float64 for float64 input), output in x's dtype.
 
-    `cast_mode="llama"` rounds to x's dtype before the gain, as Hugging Face's LlamaRMSNorm, whose
-    outputs it reproduces bit for bit (below float32 the two modes differ by up to one ulp).
+    `cast_mode="llama"` rounds to x's dtype before the gain, as Hugging Face's LlamaRMSNorm does; in
+    a model of one dtype the two are equal to the bit. Below float32 the two modes differ by up to
+    one unit in the last place. A float32 gain makes LlamaRMSNorm's output float32; here it is x's
+    dtype all the same.
+
+    Raises:
+        ValueError: what RMSNormSettings refuses too, e.g. an offset with `cast_mode="llama"`.
     """
 
     def __init__(
@@ -40,6 +37,7 @@ class RMSNorm(Norm):
         bias: bool = False,
     ) -> None:
         super().__init__()
+        RMSNormSettings(eps=eps, cast_mode=cast_mode, bias=bias).check(hidden_size)
         self.eps = eps
         self.cast_mode = cast_mode
         self.weight = nn.Parameter(torch.ones(hidden_size))
@@ -65,7 +63,7 @@ class RMSNorm(Norm):
     def _llama(self, x: Tensor, gain: Tensor) -> Tensor:
         values = x.to(wide_dtype(x.dtype))
         r = torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.eps)
-        return gain * (values * r).to(x.dtype)
+        return (gain * (values * r).to(x.dtype)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -76,53 +74,9 @@ class RMSNorm(Norm):
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """gain * x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype; gain (hidden,)."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses by itself
-        y: Tensor = _RMSNorm.apply(x, gain, eps)
+        y: Tensor = CPURMSNorm.apply(x, gain, eps)
         return y
     if x.dtype == gain.dtype:
         return F.rms_norm(x, gain.shape, gain, eps)
     dtype = torch.promote_types(torch.promote_types(x.dtype, gain.dtype), torch.float32)
     return F.rms_norm(x.to(dtype), gain.shape, gain.to(dtype), eps).to(x.dtype)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """y and its gradients (module docstring), both in pieces that fit the cache."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        y = torch.empty(x.shape, dtype=x.dtype)
-        r = torch.empty((*x.shape[:-1], 1), dtype=wide_dtype(x.dtype))
-        epsilon = torch.tensor(eps, dtype=r.dtype)
-        for one_x, one_r, into in _pieces(x, r, y):
-            torch.linalg.vector_norm(one_x, dim=-1, keepdim=True, dtype=r.dtype, out=one_r)
-            torch.addcmul(epsilon, one_r, one_r, value=1 / x.shape[-1], out=one_r).rsqrt_()
-            normed = torch.mul(one_x, one_r, out=into if into.dtype == r.dtype else None)
-            torch.mul(normed, gain, out=into)
-        ctx.save_for_backward(x, gain, r)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, gain, r = ctx.saved_tensors
-        hidden = x.shape[-1]
-        wants_x, wants_gain, _ = ctx.needs_input_grad
-        wide_gain = gain.to(r.dtype)
-        mean_of_q = wide_gain / hidden
-        dx, dgain = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(wide_gain)
-        for one_grad, one_x, one_r, zero, into in _pieces(grads[0], x, r, torch.zeros_like(r), dx):
-            grad = one_grad.to(r.dtype)
-            centred, summed, _ = torch.ops.aten.native_layer_norm_backward(
-                *(grad, one_x.to(r.dtype), [hidden], zero, one_r, wide_gain, None),
-                [wants_x, wants_gain, False],
-            )
-            if wants_x:
-                torch.add(centred, torch.mv(grad, mean_of_q).unsqueeze(1).mul_(one_r), out=into)
-            if wants_gain:
-                dgain += summed
-        return dx if wants_x else None, dgain.to(gain.dtype) if wants_gain else None, None
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of all (..., hidden or 1), as many at a time as the first has in PIECE numbers."""
-    rows = max(1, PIECE * torch.get_num_threads() // tensors[0].shape[-1])
-    return zip(*(t.reshape(-1, t.shape[-1]).split(rows) for t in tensors), strict=True)

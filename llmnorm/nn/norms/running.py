@@ -1,17 +1,21 @@
-"""Norms with running statistics: what they share, whatever the statistic is.
+"""Norms with running statistics: what PowerNorm and Unified Normalization share.
 
 Shapes: x (..., hidden); real (tokens,) bool, True where a token counts; sums (hidden + 1,): a sum
-over tokens for every channel, and the number of tokens behind it.
+over tokens for every channel, and the number of tokens in it.
 
-Life of a step, for every micro-batch: `begin(real)`, forward, backward; then once `commit()`, or
-`discard()` if the update was skipped. Statistics of a step are taken over the real tokens of all
-its micro-batches and of all processes; `reduce` sums over these.
+The order of calls in a step: for every micro-batch `begin(real)` (the model's forward pass calls
+it), forward, backward; then `commit()` once after the optimizer's step, or `discard()` if the
+update was skipped (the training loop calls them, by `RunningStatistics`). The statistics of a step
+are means over the real tokens of all its micro-batches and of all processes; `reduce` sums a tensor
+over the processes.
 
-What would surprise: the sums of a micro-batch are made by its first forward pass and found again by
-every later one until `begin`, so that a recomputation (activation checkpointing) counts nothing;
-without `RunningStatistics`, which is how the training loop takes over, each micro-batch counts as a
-step, at the `begin` of the next; without gradients, as in evaluation, nothing is counted; the
-statistics stay float32 when the model is cast.
+What would surprise:
+- The first forward pass of a micro-batch makes its sums; later ones, until the next `begin`, use
+  them again. So a recomputation (activation checkpointing) is not counted twice.
+- Without `RunningStatistics` nobody calls `commit`. Every micro-batch then counts as a step, which
+  the `begin` of the next one commits.
+- A forward pass without gradients, as in evaluation, counts nothing.
+- The statistics stay float32 when the model is cast to bf16 or fp16.
 """
 
 from collections.abc import Callable
@@ -30,9 +34,9 @@ class RunningNorm(Norm):
     """A norm that keeps statistics of former steps in its buffers.
 
     Attributes:
-        reduce: the sum of a tensor over all processes.
-        stepwise: whether someone calls `commit`.
-        steps: () int64, how many steps the statistics hold.
+        reduce: gives the sum of a tensor over all processes.
+        stepwise: True if `commit` is called from outside, by `RunningStatistics`.
+        steps: () int64, how many steps the statistics were moved by.
     """
 
     steps: Tensor
@@ -41,7 +45,7 @@ class RunningNorm(Norm):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.reduce = _alone
+        self.reduce = _one_process
         self.stepwise = False
         self._real: Tensor | None = None
         self._batch: Tensor | None = None
@@ -49,24 +53,27 @@ class RunningNorm(Norm):
         self._gradients: Tensor | None = None
 
     def begin(self, real: Tensor | None) -> None:
-        """A micro-batch begins; `real` (batch, length) is True where a token counts (None: all)."""
+        """Start a micro-batch; `real` (batch, length) is True where a token counts (None: all).
+
+        Commits the micro-batch before as a step of its own unless `stepwise`.
+        """
         if not self.stepwise:
             self.commit()
         self._real = None if real is None else real.flatten()
         self._batch = None
 
     def commit(self) -> None:
-        """Take the step's sums into the statistics."""
+        """Move the statistics by the step's sums, if there are any, and forget the sums."""
         if self._squares is not None:
             squares, gradients = self._squares, self._gradients
-            if gradients is None:  # a forward pass alone
+            if gradients is None:  # a forward pass without a backward pass
                 gradients = torch.zeros_like(squares)
             with torch.no_grad():
                 self.update(_mean(squares), _mean(self.total(gradients)), squares[-1] > 0)
         self.discard()
 
     def discard(self) -> None:
-        """Forget the step's sums."""
+        """Forget the step's sums; the statistics stay as they are."""
         self._real = self._batch = self._squares = self._gradients = None
 
     def update(self, square: Tensor, gradient: Tensor, counts: Tensor) -> None:
@@ -74,18 +81,18 @@ class RunningNorm(Norm):
 
         Args:
             square: (hidden,), mean square of the step's inputs.
-            gradient: (hidden,), mean over the step of what `add_gradients` was given.
-            counts: () bool, False if the step had no real token; nothing moves then.
+            gradient: (hidden,), mean over the step's tokens of what `add_gradients` was given.
+            counts: () bool, False if the step had no real token; nothing may move then.
         """
         raise NotImplementedError
 
     def total(self, gradients: Tensor) -> Tensor:
-        """The step's gradient sums over all processes; the norm's own affair."""
+        """The step's gradient sums over all processes, from this process's or from all's."""
         raise NotImplementedError
 
     @property
     def counting(self) -> bool:
-        """Whether a forward pass now uses, and counts in, the statistics of its own batch."""
+        """Whether a forward pass now uses its own batch's statistics and adds to the step's."""
         return self.training and torch.is_grad_enabled()
 
     def batch_square(self, x: Tensor) -> Tensor:
@@ -97,11 +104,11 @@ class RunningNorm(Norm):
         return _mean(self._batch)
 
     def add_gradients(self, sums: Tensor) -> None:
-        """Count the sums (hidden + 1,) of a backward pass."""
+        """Add the sums (hidden + 1,) of a backward pass to the step's."""
         self._gradients = _plus(self._gradients, sums)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Buffers follow the model's device, not its dtype (float64 excepted)."""
+        """Buffers follow the model's device, but its dtype only to float32 and float64."""
         before = dict(self._buffers)
         result = super()._apply(fn, recurse)
         for name, old in before.items():
@@ -114,11 +121,11 @@ class RunningNorm(Norm):
 
 
 class RunningStatistics:
-    """The norms of a model that keep statistics, counted by optimizer steps from now on.
+    """Makes the norms of a model that keep statistics count optimizer steps from now on.
 
     Args:
-        model: whose norms; none of them need be of this kind.
-        reduce: the sum of a tensor over all processes, which all call it in the same order.
+        model: it need not have such norms.
+        reduce: gives the sum of a tensor over all processes, which call it in the same order.
     """
 
     def __init__(self, model: nn.Module, reduce: Reduce) -> None:
@@ -128,22 +135,25 @@ class RunningStatistics:
             norm.discard()
 
     def commit(self) -> None:
-        """After an optimizer step."""
+        """Move every norm's statistics; to be called after an optimizer step."""
         for norm in self.norms:
             norm.commit()
 
     def discard(self) -> None:
-        """After a step whose update was skipped."""
+        """Forget the step's sums; to be called after a step whose update was skipped."""
         for norm in self.norms:
             norm.discard()
 
 
-def counted_sums(one: Tensor, other: Tensor, real: Tensor | None) -> Tensor:
-    """(hidden + 1,): the sum of one * other (tokens, hidden) over real tokens, and their number."""
+def counted_sums(first: Tensor, second: Tensor, real: Tensor | None) -> Tensor:
+    """(hidden + 1,): the sum of first * second over real tokens, and the number of these.
+
+    first and second (tokens, hidden); real (tokens,), None if all are.
+    """
     if real is None:
-        return torch.cat((column_sums(one, other), one.new_full((1,), len(one))))
-    weights = real.to(one.dtype).unsqueeze(1)
-    return torch.cat((column_sums(one, other, weights), weights.sum().unsqueeze(0)))
+        return torch.cat((column_sums(first, second), first.new_full((1,), len(first))))
+    weights = real.to(first.dtype).unsqueeze(1)
+    return torch.cat((column_sums(first, second, weights), weights.sum().unsqueeze(0)))
 
 
 def _mean(sums: Tensor) -> Tensor:
@@ -154,5 +164,5 @@ def _plus(total: Tensor | None, sums: Tensor) -> Tensor:
     return sums.clone() if total is None else total + sums
 
 
-def _alone(values: Tensor) -> Tensor:
+def _one_process(values: Tensor) -> Tensor:
     return values

@@ -1,15 +1,15 @@
-"""Settings of the norms and of their place in the block: `model.norm` and `model.placement`.
+"""Settings of the norms and of where they stand in the block: `model.norm`, `model.placement`.
 
-A norm acts on the last axis of (..., hidden) and keeps the shape and the dtype; where it stands in
-the block is the placement's business. `build(hidden_size)` gives the norm, `build(model, layer)` of
-a placement the block.
+A norm acts on the last axis of (..., hidden) and keeps shape and dtype; its `build(hidden_size)`
+gives the module. A placement says where the norms of a block stand; its `build(model, layer)` gives
+the block.
 """
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmnorm.part import Part, Settings
+from llmnorm.part import InputError, Part, Settings
 
 if TYPE_CHECKING:
     from llmnorm.nn.block import Block
@@ -30,6 +30,15 @@ class NormSettings(Settings):
         """Why a model of this width, which looks back only if `causal`, cannot have it, or None."""
         return None
 
+    def check(self, hidden_size: int) -> None:
+        """What a norm's class calls, so that it refuses what its settings refuse.
+
+        Raises:
+            InputError: the norm cannot have this width.
+        """
+        if why := self.refusal(hidden_size, causal=False):
+            raise InputError(why)
+
 
 class RMSNormSettings(NormSettings):
     """Root mean square norm without centring (Zhang & Sennrich 2019, arXiv 1910.07467)."""
@@ -38,9 +47,9 @@ class RMSNormSettings(NormSettings):
     eps: float = Field(1e-6, ge=0)
     """Added to the mean square, inside the root."""
     cast_mode: Literal["fp32_affine", "llama"] = "fp32_affine"
-    """Where bf16 is rounded: `fp32_affine` once, after the gain (as torch's rms_norm); `llama`
-    before the gain, as Hugging Face's Llama does (bit-equal to it, for comparing exported
-    models)."""
+    """Where bf16 and fp16 are rounded: `fp32_affine` once, after the gain, as torch's rms_norm;
+    `llama` before the gain, as Hugging Face's Llama, to which it is equal to the bit (for comparing
+    exported models)."""
     bias: bool = False
     """Learn an offset beside the gain; a converted layer norm has one."""
 
@@ -74,8 +83,8 @@ class LayerNormSettings(NormSettings):
 
 
 class CRMSNormSettings(NormSettings):
-    """Compressed RMS norm: that of a zero-mean vector, one entry of which is not stored (Jiang et
-    al. 2023, arXiv 2305.14858). It has no gain."""
+    """Compressed RMS norm: the RMS norm of a vector of mean zero whose last entry is not stored
+    (Jiang et al. 2023, arXiv 2305.14858). It has no gain."""
 
     name: Literal["crms"] = "crms"
     eps: float = Field(1e-6, ge=0)
@@ -130,7 +139,7 @@ class PowerNormSettings(NormSettings):
     """Train a causal model although the warm-up shows it later tokens."""
 
     def refusal(self, hidden_size: int, *, causal: bool = True) -> str | None:
-        """Groups that do not divide the width; a warm-up without leave."""
+        """Groups that do not divide the width; a causal model's warm-up without `allow_leak`."""
         if hidden_size % self.groups:
             return f"norm.groups {self.groups} does not divide hidden_size {hidden_size}"
         if self.warmup and causal and not self.allow_leak:
@@ -155,7 +164,8 @@ class UnifiedNormSettings(NormSettings):
     eps: float = Field(1e-5, ge=0)
     """Added to the mean square, inside the root."""
     window: int = Field(4, ge=1)
-    """Steps over which the statistics are averaged."""
+    """Steps over which the statistics are averaged. With 1 every step divides by its own batch's mean
+    square and subtracts its own gradient mean, as the authors' code does."""
     warmup: int = Field(4000, ge=0)
     """Steps that divide by their own batch's mean square."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -169,7 +179,7 @@ class UnifiedNormSettings(NormSettings):
     """Train a causal model although this norm shows it later tokens."""
 
     def refusal(self, hidden_size: int, *, causal: bool = True) -> str | None:
-        """It looks at the whole batch."""
+        """A causal model without `allow_leak`: the norm looks at the whole batch."""
         if self.allow_leak or not causal:
             return None
         return (

@@ -4,16 +4,17 @@ Source: Yang et al. 2022, "Unified Normalization for Accelerating and Stabilizin
 (arXiv 2208.01313), section 3, as the authors' code has it. Shapes: x and y (..., hidden), flattened
 to (tokens, hidden); X and G (window, hidden), the last steps' mean squares and gradient means; rv
 (running mean square), psi (running gradient mean), s2 (this batch's mean square) (hidden,); t
-counts steps from 1, M = window.
+counts steps from 1, M = window. A "skip" is a step whose batch is an outlier; with M = 1 every step
+is one, though nothing is left out of X then.
 
-    X[t mod M] <- s2, or rv where the batch is an outlier ("skip")
+    X[t mod M] <- s2, or rv on a skip
     D     = geometric mean of X; s2 while t <= M or t < warmup, and on a skip
     z     = x / sqrt(D + eps),  y = gain z + bias;  evaluation: D = rv
     kappa = sqrt(D + eps) / sqrt(rv + eps) in [1/5, 5]; 1 while t <= max(1000, warmup), on a skip
     rv   <- m rv + (1 - m) D
 
-The backward pass is not the gradient: D counts as a constant, and what is lost by that is
-approximated. With q = gain kappa dL/dy and p = mean(q z):
+The backward pass is not the gradient. It takes D for a constant, and approximates the term that is
+lost by running means. With q = gain kappa dL/dy and p = mean(q z):
 
     G[t mod M] <- p, or psi on a skip
     p-    = mean of G; p while t <= M or t < warmup, and on a skip
@@ -21,14 +22,16 @@ approximated. With q = gain kappa dL/dy and p = mean(q z):
     dx    = (q - psi z) / sqrt(D + eps), with p- for psi on a skip
     dgain = sum dL/dy kappa z,  dbias = sum dL/dy
 
-An outlier (`filter`), from step `warmup` on: arithmetic minus geometric mean of the window exceeds
-M times the variance of sqrt(X). The code pools that variance over all channels, takes it before the
-insertion and skips the whole layer where one channel exceeds it; the paper does all of it by
-channel and with the current value.
+Outliers are looked for from step `warmup` on, unless `filter` is "off". A channel has one where the
+arithmetic minus the geometric mean of its window exceeds M times the variance of sqrt(X).
+- `filter: paper` takes each channel's variance, the current step included, and skips channels.
+- `filter: official` takes one variance over all channels, without the current step, and skips the
+  whole layer if one channel has an outlier, as the authors' code does.
 
-What would surprise: D depends on later tokens of the batch, so that this norm leaks the future into
-a causal model's training; without gradients and in evaluation the norm is one factor and one offset
-a channel, which fold into the next linear layer (models/equivalence.py).
+What would surprise:
+- D depends on later tokens of the batch, so a causal model sees them in training (`allow_leak`).
+- In evaluation, and without gradients, the norm is one factor and one offset a channel. They fold
+  into the next linear layer (models/equivalence.py).
 """
 
 from typing import Any, Literal, NamedTuple
@@ -39,22 +42,26 @@ from torch.autograd.function import once_differentiable
 
 from llmnorm.nn.norms.column_sums import column_sums
 from llmnorm.nn.norms.running import RunningNorm, counted_sums
+from llmnorm.nn.norms.settings import UnifiedNormSettings
 from llmnorm.nn.precision import wide_dtype
 
 
 class _Step(NamedTuple):
-    """What a mean square makes of the statistics; rows of the windows are meant by `row`."""
+    """What the forward pass of a step uses; letters as in the module docstring."""
 
-    row: Tensor  # (1,) t mod M
+    row: Tensor  # (1,) t mod M, the row of X and G that this step writes
     skip: Tensor  # () or (hidden,) bool
-    early: Tensor  # the same: the window is not used
+    early: Tensor  # () or (hidden,) bool: D is s2, the window is not used
     window: Tensor  # X after the insertion
     divisor: Tensor  # D
     kappa: Tensor
 
 
 class UnifiedNorm(RunningNorm):
-    """Unified Normalization, statistics in float32 (float64 for float64 input)."""
+    """Unified Normalization with statistics in float32 (float64 for float64), output in x's dtype.
+
+    In training the backward pass is not the gradient of the forward pass (module docstring).
+    """
 
     running_square: Tensor
     running_gradient: Tensor
@@ -73,6 +80,14 @@ class UnifiedNorm(RunningNorm):
         count_padding: bool,
     ) -> None:
         super().__init__()
+        UnifiedNormSettings(
+            eps=eps,
+            window=window,
+            warmup=warmup,
+            momentum=momentum,
+            filter=filter,
+            count_padding=count_padding,
+        ).check(hidden_size)
         self.eps, self.window, self.warmup = eps, window, warmup
         self.momentum, self.filter, self.count_padding = momentum, filter, count_padding
         self.weight = nn.Parameter(torch.ones(hidden_size))
@@ -113,7 +128,7 @@ class UnifiedNorm(RunningNorm):
         return self.scaled(self.weight * inverse), self.scaled(self.bias)
 
     def _step(self, square: Tensor) -> _Step:
-        """The equations of the forward pass for a mean square (hidden,); nothing is changed."""
+        """The equations of the forward pass for s2 = `square` (hidden,); no buffer is changed."""
         rv, before, m = self.running_square.to(square.dtype), self.window_square, self.window
         t = self.steps + 1
         row = (t % m).view(1)
@@ -136,7 +151,7 @@ class UnifiedNorm(RunningNorm):
         return _Step(row, skip, early, window, divisor, kappa)
 
     def gradient_step(self, step: _Step, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """G and psi after a step with gradient mean p (hidden,), and what multiplies z in dx."""
+        """G and psi after a step with p = `mean` (hidden,), and the factor of z in dx."""
         psi, m = self.running_gradient.to(mean.dtype), self.momentum
         inserted = torch.where(step.skip, psi, mean).unsqueeze(0)
         window = self.window_gradient.to(mean.dtype).index_copy(0, step.row, inserted)
@@ -145,11 +160,11 @@ class UnifiedNorm(RunningNorm):
         return window, moved, torch.where(step.skip, smooth, moved)
 
     def total(self, gradients: Tensor) -> Tensor:
-        """The sums are over all processes already: each backward pass needs that."""
+        """`gradients` as they are: the backward pass has summed them over all processes."""
         return gradients
 
     def update(self, square: Tensor, gradient: Tensor, counts: Tensor) -> None:
-        """Windows and running means of the next step."""
+        """Move windows and running means by one step."""
         step, m = self._step(square), self.momentum
         window, psi, _ = self.gradient_step(step, gradient)
         rv = m * self.running_square + (1 - m) * step.divisor
@@ -169,7 +184,7 @@ class UnifiedNorm(RunningNorm):
 
 
 class _UnifiedNorm(torch.autograd.Function):
-    """Forward as stated; backward as stated, which is not its gradient."""
+    """Forward and backward of the module docstring; the backward is not the gradient."""
 
     @staticmethod
     def forward(
