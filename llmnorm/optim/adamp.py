@@ -52,7 +52,7 @@ class AdamP:
     ) -> Tensor:
         """What is subtracted from the weights, (n, rows, columns)."""
         assert weight is not None
-        lr, weight_decay, _ = hyperparameters
+        lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
         (beta1, beta2), t = self.betas, int(state["step"]) + 1
         momentum = state["momentum"].lerp_(grad, 1 - beta1)
         second_moment = state["second_moment"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -66,9 +66,9 @@ class NorMuon:
         weight: Tensor | None = None,
     ) -> Tensor:
         """What is subtracted from the weights, (n, rows, columns)."""
-        lr, weight_decay, mu = hyperparameters
+        lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
         rows, columns = grad.shape[-2:]
-        o = self.muon.orthogonalized_momentum(grad, state, mu)
+        o = self.muon.orthogonalized_momentum(grad, state, hyperparameters.momentum)
         v = state["second_moment"]
         v.lerp_(o.square().mean(-1 if v.shape[-1] == 1 else -2, keepdim=True), 1 - self.beta2)
         if self.muon.update_rms == "original":

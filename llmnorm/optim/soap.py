@@ -71,7 +71,7 @@ class SOAP:
     ) -> Tensor:
         """What is subtracted from the weights, (n, rows, columns)."""
         assert weight is not None
-        lr, weight_decay, _ = hyperparameters
+        lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
         (beta1, beta2), t = self.betas, int(state["step"])
         sides = [side for side in ("left", "right") if f"basis_{side}" in state]
         if t == 0:

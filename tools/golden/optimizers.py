@@ -126,7 +126,9 @@ def _optimizer(vectors: Vectors, settings: Any, vector: Any | None = None) -> It
             "trajectory": [frobenius(c.ours, c.recorded) for step in steps for c in step],
         }
         for what, found in errors.items():
-            tolerance = vectors.tolerance[f"{what}_rel_frobenius"]
+            tolerance = vectors.tolerance.get(f"{what}_rel_frobenius")
+            if tolerance is None:
+                continue
             yield Result(
                 f"{products['precision']} {what}, {len(steps)} steps", max(found), tolerance
             )
