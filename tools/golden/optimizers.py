@@ -62,8 +62,9 @@ def trajectory(
         if (members := [name for name in starts if starts[name].ndim == ndim])
     ]
     recorded_before = {name: _matrix(start).double() for name, start in starts.items()}
-    steps = []
-    for step in sorted({key.split("/")[0] for key in vectors.tensors if key.startswith("grad_")}):
+    steps: list[list[Compared]] = []
+    names = {key.split("/")[0] for key in vectors.tensors if key.startswith("grad_")}
+    for step in sorted(names, key=lambda name: int(name.removeprefix("grad_"))):
         before = {name: _now(p) for name, p in parameters.items()}
         for name, parameter in parameters.items():
             parameter.grad = _matrix(vectors[f"{step}/{name}"]).to(dtype)
@@ -208,7 +209,7 @@ def normuon(vectors: Vectors) -> Iterator[Result]:
     from llmnorm.optim.settings import NorMuonSettings
 
     p = _arguments(vectors, lr=0.02, weight_decay=0.0, momentum=0.95, nesterov=True, beta2=0.95)
-    p["coefficients"] = _coefficients(vectors.hyperparameters, JORDAN, 1e-7)
+    p["coefficients"] = _coefficients(vectors.hyperparameters)
     return _optimizer(vectors, built(NorMuonSettings, {"preset": "official", **p}))
 
 
@@ -242,35 +243,35 @@ def muon_moonlight(vectors: Vectors) -> Iterator[Result]:
 def _muon(vectors: Vectors, values: dict[str, Any]) -> Iterator[Result]:
     from llmnorm.optim.settings import MuonSettings
 
-    coefficients = _coefficients(vectors.hyperparameters, JORDAN, 1e-7)
+    coefficients = _coefficients(vectors.hyperparameters)
     return _optimizer(vectors, built(MuonSettings, values | {"coefficients": coefficients}))
 
 
-def _coefficients(header: Mapping[str, Any], default: list[Any], guard: float) -> str:
-    """The name of our polynomials that a header's iteration has.
+def _coefficients(header: Mapping[str, Any]) -> str:
+    """Our name for the polynomials of a header's iteration; left-out figures are Jordan's.
 
     Its keys are `coefficients`, `steps`, `eps` and `norm_factor`, some of them behind `ns_`.
 
     Raises:
         NotServed: we have no such iteration.
     """
-    from llmnorm.optim.orthogonalize import ITERATIONS
+    from llmnorm.optim.orthogonalize import ITERATIONS, Iteration
 
     def read(key: str, value: Any) -> tuple[str, Any]:
         found = f"ns_{key}" if f"ns_{key}" in header else key
         return found, header.get(found, value)
 
-    coefficients = read("coefficients", default)
+    coefficients = read("coefficients", JORDAN)
     one = not isinstance(coefficients[1][0], list)  # the same polynomial at every step
     steps = read("steps", 5 if one else len(coefficients[1]))
     wanted = [coefficients[1]] * steps[1] if one else coefficients[1][: steps[1]]
-    figures = (
+    factor, eps = read("norm_factor", 1.0), read("eps", 1e-7)
+    figures: list[tuple[tuple[str, Any], Callable[[Iteration], bool]]] = [
         (coefficients, lambda it: [list(it.steps[0])] == wanted[:1]),
         (steps, lambda it: [list(polynomial) for polynomial in it.steps] == wanted),
-        (read("norm_factor", 1.0), lambda it: it.margin == factor[1]),
-        (read("eps", guard), lambda it: it.guard == eps[1]),
-    )
-    factor, eps = figures[2][0], figures[3][0]
+        (factor, lambda it: it.margin == factor[1]),
+        (eps, lambda it: it.guard == eps[1]),
+    ]
     served = dict(ITERATIONS)
     for (key, value), fits in figures:
         served = {name: iteration for name, iteration in served.items() if fits(iteration)}
@@ -286,7 +287,7 @@ def orthogonalized(vectors: Vectors) -> Iterator[Result]:
 
     header = vectors.hyperparameters
     iterations = {key: header[key] for key in header if isinstance(header[key], Header)}
-    ours = {key: _coefficients(p, JORDAN, 1e-7) for key, p in iterations.items()}
+    ours = {key: _coefficients(p) for key, p in iterations.items()}
     for key, value in header.unread():
         raise NotServed(key, value)
     inputs = {key: x if x.ndim == 3 else x.unsqueeze(0) for key, x in vectors.below("x").items()}
