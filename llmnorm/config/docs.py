@@ -92,9 +92,12 @@ def describe_parts(name: str | None = None) -> str:
                     default = field.get_default(call_default_factory=False)
                     if isinstance(default, Settings):
                         default = default.model_dump(mode="json")
-                    lines.append(
-                        f"    {field_name} = {default!r}  {docs.get(field_name, '')}".rstrip()
-                    )
+                    shown = repr(default)
+                    if field.default_factory is not None:
+                        shown = "(depends on other settings)"
+                    elif field.is_required():
+                        shown = "(required)"
+                    lines.append(f"    {field_name} = {shown}  {docs.get(field_name, '')}".rstrip())
         lines.append("")
     if not lines:
         names = [n for _, classes in everything.values() for n in classes]

@@ -3,9 +3,9 @@
 t <- t + 1;  W <- W (1 - lr wd);  M <- b1 M + (1 - b1) G;  V <- b2 V + (1 - b2) G^2
 W <- W - lr / (1 - b1^t) * M / (sqrt(V) / sqrt(1 - b2^t) + eps)
 
-The arithmetic is torch's own, always its fused kernel (it exists for CPUs too, where the default
-one takes three times as long). What is added: the state is allocated before the first step, so that
-a checkpoint is copied into it in place and one taken before the first step is complete.
+The arithmetic is torch's, by its fused kernel, which exists for CPUs too and takes a third of the
+time of the default one there. One thing is added: the state is allocated before the first step. So
+a checkpoint can be copied into it, and a checkpoint of step 0 is complete.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW with its state allocated at once.
 
     Args:
-        param_groups: torch's, each with `params`, `lr` and `weight_decay`.
+        param_groups: as torch takes them, each with `params`, `lr` and `weight_decay`.
     """
 
     def __init__(
@@ -36,5 +36,5 @@ class AdamW(torch.optim.AdamW):
             }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a saved state into the tensors that there are."""
+        """Copy a saved state into the optimizer's own tensors (state.py says why)."""
         load_in_place(self, state_dict)

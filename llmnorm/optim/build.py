@@ -1,4 +1,4 @@
-"""From settings and groups to an optimizer, and the table of who gets what."""
+"""From settings and groups to an optimizer, and the table that `--print-groups` prints."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ def with_rule(
 
 
 def describe(settings: OptimizerSettings, groups: Groups) -> str:
-    """A line a parameter, fused ones a line a piece: name, shape, rule, lr, weight decay."""
+    """A line for every matrix and auxiliary parameter: name, shape, rule, lr, weight decay."""
     rates = _rates(settings, groups)
     sizes = getattr(settings, "split_sizes", {})
     rows: list[tuple[str, ...]] = [("parameter", "shape", "rule", "lr", "weight decay")]
@@ -89,7 +89,7 @@ def describe(settings: OptimizerSettings, groups: Groups) -> str:
 
 
 def _rates(settings: OptimizerSettings, groups: Groups) -> dict[str, tuple[float, float]]:
-    """Peak learning rate and weight decay of every kind."""
+    """Peak learning rate and weight decay of every kind of param group."""
     assert settings.lr != "auto", "resolved before a run begins"
     auxiliary_lr = settings.auxiliary_lr(width(groups)) if groups.matrices else settings.lr
     return {

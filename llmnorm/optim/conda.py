@@ -13,12 +13,14 @@ right where rows >= columns, else its transpose from the left: "rotated" means G
     W <- W (1 - lr wd)
 
 What would surprise:
-- The state holds rotated(M): between refreshes rotated(M) <- b1 rotated(M) + (1 - b1) rotated(G) is
-  the same number without a third product. At a refresh M is rotated back first.
-- V is neither rotated nor reset when the basis changes (the official code; `on_refresh`), so the
-  order of Q's columns must be the same at every refresh: descending. Their signs do not matter.
-- eps is not bias-corrected: its effective size is eps / sqrt(1 - b2^t). Q = 1 gives Adam.
-- The first basis comes from one gradient, and is kept for `refresh_every` steps.
+- The state holds rotated(M). Between refreshes rotated(M) <- b1 rotated(M) + (1 - b1) rotated(G)
+  gives the same numbers as rotating M and saves a third matrix product. A refresh rotates M back
+  first.
+- V is neither rotated nor reset when the basis changes (as in the official code; `on_refresh`). So
+  the columns of Q must have the same order at every refresh: by falling singular value. Their signs
+  do not matter.
+- eps is not bias-corrected: it acts like eps / sqrt(1 - b2^t) in AdamW. With Q = 1 this is Adam.
+- The first basis comes from a single gradient and stays for `refresh_every` steps.
 """
 
 from dataclasses import dataclass
@@ -73,41 +75,43 @@ class Conda:
         rate = hyperparameters.lr * self.scale
         if self.correct_bias:
             rate = rate * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
-        # The rotated gradient's memory is free now.
+        # The rotated gradient is not needed any more: its memory takes the result.
         normalized = torch.sqrt(second_moment, out=rotated).add_(self.eps)
         torch.div(momentum, normalized, out=normalized)
         return _rotate_back(normalized.mul_(rate), basis)
 
     def _due(self, step: int, phases: Tensor) -> list[int]:
-        """Which members of the stack get a new basis in this step (from 0): all in the first.
+        """Which members of the stack get a new basis in this step (from 0); in step 0 all do.
 
-        A phase is a number in [0, 1), different for every matrix; staggered refreshes are spread
-        over the interval by it.
+        Args:
+            phases: (n,), a different number in [0, 1) for every matrix. Staggered refreshes are
+                spread over the interval by it.
         """
         period = self.refresh_every
         if step == 0 or self.refresh == "together":
             return list(range(len(phases))) if step % period == 0 else []
-        # A float32 phase may lie a little below the fraction that it stands for.
+        # A fraction such as 1/3 may be a little too small in float32, hence the 1e-3.
         offsets = [int(phase * period + 1e-3) for phase in phases.tolist()]
         return [i for i, offset in enumerate(offsets) if (step + offset) % period == 0]
 
     def _refresh(self, due: list[int], grad: Tensor, state: State, *, first: bool) -> None:
         """New bases from the momentum with this gradient; the momentum moves into them."""
-        for i in due:  # one by one: a decomposition is serial anyway, and its workspace is large
-            one = slice(i, i + 1)
-            old, momentum = state["basis"][one], state["momentum"][one]
+        for i in due:  # singly: decompositions run one after the other anyway, in much memory
+            member = slice(i, i + 1)
+            old, momentum = state["basis"][member], state["momentum"][member]
             plain = torch.zeros_like(momentum) if first else _rotate_back(momentum, old)
-            new = _basis(torch.lerp(plain, grad[one], 1 - self.betas[0]), self.basis)
-            if new is None:  # zeros have no directions: keep what there is
+            new = _basis(torch.lerp(plain, grad[member], 1 - self.betas[0]), self.basis)
+            if new is None:  # a momentum of zeros: the old basis stays, at first the identity
                 if first:
                     old.diagonal(dim1=-2, dim2=-1).fill_(1)
                 continue
             if self.on_refresh == "reset":
-                state["second_moment"][one].zero_()
+                state["second_moment"][member].zero_()
             elif self.on_refresh == "rotate" and not first:
-                # The expected squares in the new basis, if the old basis has no correlations.
+                # The expected squares in the new basis, if coordinates in the old one are
+                # uncorrelated.
                 change = products(old.mT, new.mT).square()
-                state["second_moment"][one] = _rotate(state["second_moment"][one], change)
+                state["second_moment"][member] = _rotate(state["second_moment"][member], change)
             momentum.copy_(_rotate(plain, new))
             old.copy_(new)
 
@@ -127,8 +131,9 @@ def _rotate_back(matrices: Tensor, basis: Tensor) -> Tensor:
 def _basis(momentum: Tensor, how: str) -> Tensor | None:
     """Singular vectors (1, k, k) on the shorter side, largest value first; None for zeros.
 
-    `eigh` decomposes the Gram matrix, which squares the condition number: in float32 the basis
-    would be wrong by 6 to 36 % at conditions of 1e3 to 1e5, hence float64.
+    `eigh` decomposes the Gram matrix, whose condition number is the square of the momentum's. In
+    float32 weights were wrong by 6 to 36 % after 30 steps at conditions of 1e3 to 1e5, so the Gram
+    matrix is float64.
     """
     if not momentum.any():
         return None

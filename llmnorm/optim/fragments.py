@@ -1,12 +1,12 @@
-"""Weights as their optimizer sees them, wherever they lie.
+"""The tensors that an optimizer changes: parameters, or fragments of their master weights.
 
-Usually that is the parameter itself: whole, or under FSDP2 a DTensor with some of its rows. ZeRO
-(parallel/zero.py) leaves each process a `Fragment` of every parameter's float32 master weights,
-and hangs it on the parameter as its `master`: groups, optimizers, their state, moving averages and
-checkpoints are made of masters, the model alone of parameters.
+Without ZeRO an optimizer changes the parameter itself: a whole one, or under FSDP2 a DTensor with
+some of its rows. Under ZeRO (parallel/zero.py) each process has a `Fragment` of the float32 master
+weights of every parameter, stored on the parameter as its attribute `master`. Groups, optimizers,
+their state, moving averages and checkpoints use masters; only the model uses parameters.
 
-Elements are counted row by row. What would surprise: a fragment is one-dimensional and may be
-empty; under ZeRO-3 the parameter is empty itself between its uses, so shapes are asked of masters.
+What would surprise: elements are counted row by row, a fragment is one-dimensional, and it may be
+empty. Under ZeRO-3 the parameter too is empty between its uses, so shapes are those of masters.
 """
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 class Fragment(nn.Parameter):
-    """Consecutive elements of a tensor, (n,), whose others other processes hold.
+    """Consecutive elements of a tensor, (n,); other processes hold the other elements.
 
     Attributes:
-        whole: the tensor's shape.
+        whole: the shape of the tensor.
         cuts: process r holds the elements [cuts[r], cuts[r + 1]).
         rank: this process.
     """
@@ -28,28 +28,28 @@ class Fragment(nn.Parameter):
 
     @classmethod
     def of(cls, data: Tensor, whole: torch.Size, cuts: tuple[int, ...], rank: int) -> "Fragment":
-        """The elements `data`, in whose memory the fragment lives."""
+        """A fragment of the elements `data`, which it shares memory with."""
         assert data.shape == (cuts[rank + 1] - cuts[rank],)
         fragment = cls(data, requires_grad=False)
         fragment.whole, fragment.cuts, fragment.rank = whole, cuts, rank
         return fragment
 
     def like(self, data: Tensor) -> "Fragment":
-        """Other numbers of the same elements."""
+        """A fragment of the same elements with the numbers `data`."""
         return Fragment.of(data, self.whole, self.cuts, self.rank)
 
 
 def master(parameter: nn.Parameter) -> nn.Parameter:
-    """What an optimizer changes in the place of `parameter`: itself, or its fragment."""
+    """What an optimizer changes for `parameter`: the parameter itself, or its fragment."""
     return getattr(parameter, "master", parameter)
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of all that the processes hold of a tensor together."""
+    """The shape of a tensor with the parts of all processes put together."""
     return tensor.whole if isinstance(tensor, Fragment) else tensor.shape
 
 
 def zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros in the place of this process's part of a tensor."""
+    """Zeros of the shape and kind of this process's part of a tensor."""
     zeros = torch.zeros_like(tensor, memory_format=torch.preserve_format)
     return tensor.like(zeros) if isinstance(tensor, Fragment) else zeros

@@ -1,12 +1,13 @@
-"""Which parameter gets which rule: the only place that decides it.
+"""Which parameter gets which rule. No other file decides it.
 
-Hidden matrices (weights of linear layers inside the blocks) go to the matrix rule; embeddings,
-heads (all of them, of an encoder too), norms, biases, scalars, convolutions and any other parameter
-are auxiliary: they go to AdamW, with a learning rate of their own. A tied head is the embedding.
-Frozen parameters belong to nobody.
+Hidden matrices (weights of linear layers inside the blocks) go to the matrix rule. Embeddings, all
+heads (an encoder's too), norms, biases, scalars, convolutions and any other parameter are
+auxiliary: they go to AdamW, with a learning rate of their own. A tied head counts as the embedding.
+Frozen parameters are in no group.
 
-What would surprise: having two axes does not make a matrix. A gain of (heads, head_dim) or a table
-is no linear map, and orthogonalising it would be wrong; so the module decides, not the shape.
+What would surprise: two axes do not make a parameter a matrix. A gain of (heads, head_dim) or a
+table is not a linear map, and orthogonalising it would be wrong. So the kind of module decides, not
+the shape.
 """
 
 import fnmatch
@@ -33,9 +34,10 @@ class Matrix:
     """One matrix of a rule: a parameter, or some of its rows where projections are fused.
 
     Attributes:
-        name: the parameter's.
-        suffix: what distinguishes its state among those of one parameter: "", or ".0", ".1", ...
-        start, stop: its rows.
+        name: name of the parameter.
+        suffix: "", or ".0", ".1", ... for the pieces of a fused parameter; ends the names of the
+            piece's state.
+        start, stop: the rows [start, stop) of the parameter.
     """
 
     name: str
@@ -46,20 +48,20 @@ class Matrix:
 
     @property
     def rows(self) -> int:
-        """Of this matrix."""
+        """Number of rows of this matrix."""
         return self.stop - self.start
 
     @property
     def columns(self) -> int:
-        """Of this matrix."""
+        """Number of columns of this matrix."""
         return whole_shape(self.parameter)[1]
 
     def weight(self) -> Tensor:
-        """The rows themselves, (rows, columns)."""
+        """The weights, (rows, columns), in the parameter's memory."""
         return self.parameter.detach()[self.start : self.stop]
 
     def grad(self) -> Tensor:
-        """Their gradient, (rows, columns)."""
+        """The gradient, (rows, columns)."""
         assert self.parameter.grad is not None
         return self.parameter.grad[self.start : self.stop]
 
@@ -72,7 +74,7 @@ def split(model: nn.Module) -> Groups:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         outside |= {id(p) for p in head.parameters()}
-    base = getattr(model, "base_model", model)  # what Hugging Face calls the model without a head
+    base = getattr(model, "base_model", model)  # Hugging Face's name for the model without a head
     if isinstance(base, nn.Module):
         outside |= {id(p) for p in model.parameters()} - {id(p) for p in base.parameters()}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - outside
@@ -86,23 +88,23 @@ def split(model: nn.Module) -> Groups:
 
 
 def check(groups: Groups, model: nn.Module) -> None:
-    """Refuse groups in which a trainable parameter stands twice or never.
+    """Refuse groups unless every trainable parameter, and no other, is in exactly one of them.
 
     Raises:
-        ValueError: it names the parameter.
+        ValueError: a parameter is in no group or in several, or does not belong there; names it.
     """
     claims = Counter(id(p) for members in groups for p in members.values())
     for name, parameter in model.named_parameters():
         count = claims.pop(id(master(parameter)), 0)
         if count != int(parameter.requires_grad):
             trained = "trainable" if parameter.requires_grad else "frozen"
-            raise ValueError(f"{name}: {trained}, but claimed by {count} optimizer groups")
+            raise ValueError(f"{name}: {trained}, but in {count} optimizer groups")
     if claims:
-        raise ValueError("an optimizer group holds a parameter that the model does not")
+        raise ValueError("an optimizer group has a parameter that the model does not have")
 
 
 def matrices(groups: Groups, split_sizes: Mapping[str, list[int]]) -> list[Matrix]:
-    """The matrices in the order of their names, fused projections cut into theirs.
+    """The matrices in the order of the model's parameters, fused projections cut into pieces.
 
     Args:
         split_sizes: pattern of parameter names (`*.qkv.weight`) -> rows of each piece.
@@ -131,16 +133,16 @@ def matrices(groups: Groups, split_sizes: Mapping[str, list[int]]) -> list[Matri
             start += size
     for pattern in split_sizes:
         if pattern not in used:
-            hint = nearest(pattern, list(groups.matrices)[:100])
+            hint = nearest(pattern, list(groups.matrices)[:100])  # a model may have thousands
             raise InputError(f"optimizer.split_sizes: {pattern} matches no hidden matrix; {hint}")
     return found
 
 
 def check_gradients(matrices: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a matrix without a gradient, which momentum would move all the same.
+    """Refuse a matrix without a gradient: the optimizer's momentum would move it all the same.
 
     Raises:
-        ValueError: it names the parameter.
+        ValueError: names the parameter.
     """
     for name, parameter in matrices.items():
         if parameter.grad is None:
@@ -148,5 +150,5 @@ def check_gradients(matrices: Mapping[str, nn.Parameter]) -> None:
 
 
 def width(groups: Groups) -> int:
-    """The model's: the most frequent number of inputs of its hidden matrices."""
+    """The width of the model: the most frequent number of columns of its hidden matrices."""
     return Counter(whole_shape(p)[-1] for p in groups.matrices.values()).most_common(1)[0][0]

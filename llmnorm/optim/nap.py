@@ -2,13 +2,14 @@
 
     after every step of any rule:  W <- W |W_0|_F / |W|_F     for every hidden matrix
 
-Where a norm follows the matrix, its scale does not matter, and a constant norm keeps the effective
-learning rate (lr / |W| for Adam, lr / |W|^2 for SGD) at what the schedule says. Elsewhere (a plain
-pre-norm Llama, but for q and k with qk_norm) it is a constraint of its own.
+Where a norm follows the matrix, the scale of W does not matter, and a constant |W| keeps the
+effective learning rate (lr / |W| for Adam, lr / |W|^2 for SGD) at what the schedule says. Where no
+norm follows (most matrices of a pre-norm Llama), the projection is a constraint of its own.
 
-What would surprise: the norm is that of the weights the optimizer was made over; it is part of the
-state (`initial_norm`), so that a run that goes on keeps its first one. Fused projections count as
-one matrix.
+What would surprise:
+- |W_0| is taken when the optimizer is built, and is saved with its state as `initial_norm`, so that
+  a resumed run projects to the norm from before its first step.
+- A fused projection counts as one matrix, even where `split_sizes` cuts it for the rule.
 """
 
 from collections.abc import Mapping
@@ -29,10 +30,10 @@ def attach(
     matrices: Mapping[str, nn.Parameter],
     exchange: "Exchange | None" = None,
 ) -> None:
-    """Project `matrices` after every step of `optimizer`, whose state takes their norms in.
+    """Project `matrices` after every step of `optimizer`; their norms become part of its state.
 
     Args:
-        exchange: where they are spread over processes, what sums one number a matrix over them.
+        exchange: the processes that the matrices are spread over; it sums one number a matrix.
     """
     parameters = list(matrices.values())
     for parameter, norm in zip(parameters, _norms(parameters, exchange), strict=True):
@@ -42,16 +43,16 @@ def attach(
     def project(*_: object) -> None:
         for parameter, norm in zip(parameters, _norms(parameters, exchange), strict=True):
             initial = optimizer.state[parameter]["initial_norm"]
-            held = exchange.held(parameter) if exchange else parameter
-            held.mul_(initial / norm.clamp(min=1e-30))
+            part = exchange.local(parameter) if exchange else parameter
+            part.mul_(initial / norm.clamp(min=1e-30))
 
     optimizer.register_step_post_hook(project)
 
 
 def _norms(parameters: list[nn.Parameter], exchange: "Exchange | None") -> list[Tensor]:
     """Frobenius norms of the whole matrices, float64."""
-    held: list[Tensor] = [exchange.held(p) if exchange else p for p in parameters]
-    norms = torch._foreach_norm(held, dtype=torch.float64)
+    parts: list[Tensor] = [exchange.local(p) if exchange else p for p in parameters]
+    norms = torch._foreach_norm(parts, dtype=torch.float64)
     if exchange is None or not exchange.spread:
         return list(norms)
     return list(exchange.sum(torch.stack(norms).square_()).sqrt_())

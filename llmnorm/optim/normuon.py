@@ -9,12 +9,13 @@ Shapes: grad, momentum, O and the result (n, rows, columns); v (n, rows, 1), or 
     match_adamw:  W <- W (1 - lr wd) - .2 lr sqrt(rows columns) N / (|N|_F + 1e-10)
 
 Paper, official code and speedrun differ in more than the scale (`NorMuonSettings.preset`): the
-paper has no Nesterov, the speedrun keeps v along the longer side and decays cautiously, i.e. only
+paper has no Nesterov; the speedrun keeps v along the longer side and decays cautiously, i.e. only
 entries that the step moves towards zero (arXiv 2510.12402).
 
-What would surprise: v starts at 0 without bias correction, because the global rescaling cancels any
-common factor; with rows <= columns rows of an exact O have norm 1 already, so what is evened out
-there is the error of the Newton-Schulz iteration.
+What would surprise:
+- v starts at 0 without bias correction: the rescaling to a fixed norm cancels any common factor.
+- With rows <= columns the rows of an exact O would all have norm 1. What is evened out there is the
+  error of the Newton-Schulz iteration.
 """
 
 from dataclasses import dataclass
@@ -33,10 +34,10 @@ class NorMuon:
     """The rule.
 
     Attributes:
-        muon: the orthogonalised momentum, and which size the steps have.
+        muon: makes the orthogonalised momentum; its `update_rms` is the size of the steps.
         beta2: decay rate of v.
         axis: v has a number for every row, or for every index along the longer side.
-        cautious_decay: decay only what the step shrinks anyway.
+        cautious_decay: decay only entries that the step moves towards zero.
     """
 
     muon: Muon
@@ -48,7 +49,7 @@ class NorMuon:
 
     @property
     def decay(self) -> Decay:
-        """A cautious decay needs to see weight and step together."""
+        """`inside` for a cautious decay, which compares weight and step."""
         return "inside" if self.cautious_decay else "before"
 
     def fields(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -65,9 +66,9 @@ class NorMuon:
         weight: Tensor | None = None,
     ) -> Tensor:
         """What is subtracted from the weights, (n, rows, columns)."""
-        lr, weight_decay, mu = hyperparameters
+        lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
         rows, columns = grad.shape[-2:]
-        o = self.muon.orthogonalized_momentum(grad, state, mu)
+        o = self.muon.orthogonalized_momentum(grad, state, hyperparameters.momentum)
         v = state["second_moment"]
         v.lerp_(o.square().mean(-1 if v.shape[-1] == 1 else -2, keepdim=True), 1 - self.beta2)
         if self.muon.update_rms == "original":

@@ -101,17 +101,17 @@ class WarmupSettings(Settings):
     """Steps until the peak is reached; below 1 it is a share of all steps."""
 
     def build(self, steps: int) -> Multiplier:
-        """Step (from 0) -> factor on the peak learning rate."""
+        """The schedule of a run of `steps` steps: step (from 0) -> factor on the peak rate."""
         warmup = self.warmup_steps(steps)
         after = self.after(warmup, steps)
         return lambda s: (s + 1) / warmup if s < warmup else after(s)
 
     def warmup_steps(self, steps: int) -> int:
-        """The warm-up of a run of `steps` steps, in steps."""
+        """Length of the warm-up in a run of `steps` steps, in steps."""
         return self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps)
 
     def after(self, warmup: int, steps: int) -> Multiplier:
-        """The same for the steps after a warm-up of `warmup` steps."""
+        """The schedule after a warm-up of `warmup` steps; called for later steps only."""
         raise NotImplementedError
 
 
@@ -182,7 +182,7 @@ class WSDSettings(WarmupSettings):
 
 
 class SameSettings(Settings):
-    """The course of the hidden matrices: the run's `schedule`."""
+    """As the learning rate of the hidden matrices: by the run's `schedule`."""
 
     name: Literal["same"] = "same"
 

@@ -29,16 +29,16 @@ class AuxiliarySettings(Settings):
     """The parameters that are not hidden matrices: embeddings, head, norms, biases, scalars."""
 
     lr: Annotated[float, Field(ge=0)] | None = None
-    """Their peak learning rate; left out, that of AdamW whose steps are as large as those of the
-    hidden matrices (AdamW itself: `optimizer.lr`)."""
+    """Their peak learning rate; left out, the rate at which AdamW's steps are as large as those of
+    the hidden matrices (for `adamw` itself `optimizer.lr`)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Their decay, times their learning rate."""
     schedule: AuxiliarySchedule = SameSettings()
-    """The course of their learning rate; left out, the run's `schedule`."""
+    """How their learning rate moves over the run; left out, as the run's `schedule` says."""
 
 
 class AuxiliaryAdamWSettings(AuxiliarySettings):
-    """The same beside a matrix rule, which leaves them to AdamW."""
+    """The auxiliary parameters of an optimizer with a matrix rule: AdamW updates them."""
 
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's decay rates of the first and the second moment."""
@@ -47,7 +47,7 @@ class AuxiliaryAdamWSettings(AuxiliarySettings):
 
 
 class OptimizerSettings(Settings):
-    """What every optimizer has; a part of one's own builds on it."""
+    """What the settings of every optimizer have; base class of an optimizer of your own."""
 
     auxiliary: AuxiliarySettings = AuxiliarySettings()
     """Embeddings, head, norms, biases and scalars."""
@@ -61,12 +61,12 @@ class OptimizerSettings(Settings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return str(getattr(self, "name", type(self).__name__))
 
     @property
     def over_adamw(self) -> float:
-        """The best learning rate over AdamW's, both in AdamW's unit."""
+        """The best learning rate divided by AdamW's best, both in AdamW's unit (`adamw_lr`)."""
         return 1.0
 
     @model_validator(mode="after")
@@ -79,10 +79,10 @@ class OptimizerSettings(Settings):
         return self
 
     def adamw_lr(self, lr: float, width: int) -> float:
-        """The learning rate at which AdamW's steps have the size that `lr` gives this rule's.
+        """The learning rate at which AdamW's steps are as large as this rule's at `lr`.
 
         Args:
-            width: of the model, the columns of most hidden matrices.
+            width: the number of columns that most hidden matrices of the model have.
         """
         return lr
 
@@ -111,10 +111,11 @@ class OptimizerSettings(Settings):
     ) -> "AdamW | RuleOptimizer":
         """The optimizer over `groups`, its state allocated.
 
-        `exchange`: the processes that share the matrices, where there are several.
+        Each of its param groups has a `kind` ("matrices" or "auxiliary") and its peak learning rate
+        as `peak_lr`; `hyperparameters` sets the rate of a step.
 
-        Its param groups have a `kind` ("matrices" or "auxiliary") and keep their peak learning rate
-        as `peak_lr`.
+        Args:
+            exchange: the processes that share the matrices; None for a single process.
         """
         raise NotImplementedError
 
@@ -168,7 +169,7 @@ class MatrixSettings(OptimizerSettings):
 
 
 class OrthogonalizedSettings(MatrixSettings):
-    """What Muon and its kin have."""
+    """What the settings of Muon and NorMuon share."""
 
     momentum: Momentum = 0.95
     """Decay rate of the momentum, at least 0 and less than 1; `{from: 0.85, to: 0.95, steps: 300}`:
@@ -177,7 +178,8 @@ class OrthogonalizedSettings(MatrixSettings):
     """Form of the Newton-Schulz iteration; `gram`: long matrices by their Gram matrix, half the
     work, with errors of up to 2e-4."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the iteration's products; `auto`: bf16 where the hardware has it."""
+    """Dtype of the iteration's matrix products; `auto`: bf16 where the hardware multiplies in it,
+    float32 elsewhere and for `orthogonalize: gram`."""
 
     if TYPE_CHECKING:
         update_rms: Literal["match_adamw", "original"]
@@ -199,7 +201,7 @@ class OrthogonalizedSettings(MatrixSettings):
         return 1.5
 
     def adamw_lr(self, lr: float, width: int) -> float:
-        """`original`: lr / (.2 sqrt(width)); exact for matrices with `width` columns."""
+        """For `original` lr / (.2 sqrt(width)), exact for matrices of `width` columns; else lr."""
         return lr if self.update_rms == "match_adamw" else lr / (0.2 * width**0.5)
 
     def momentum_at(self, step: int) -> float:
@@ -289,19 +291,19 @@ class NorMuonSettings(OrthogonalizedSettings):
 
     name: Literal["normuon"] = "normuon"
     preset: Literal["official", "paper", "speedrun"] = "official"
-    """Whose variant: what is not given below is taken from it."""
+    """Whose values the settings below have that are not given."""
     update_rms: Literal["match_adamw", "original"] = Field(
         default_factory=lambda data: _NORMUON[data["preset"]]["update_rms"]
     )
-    """Size of a step: `match_adamw`, exactly .2 lr (paper); `original`, that of Muon's (official,
-    speedrun)."""
+    """Size of a step: `match_adamw`, a root mean square of exactly .2 lr (paper); `original`, as
+    Muon's (official, speedrun)."""
     lr: Rate = Field(default_factory=lambda data: _muon_lr(data["update_rms"]))
     """Peak learning rate of the hidden matrices; 2e-3 (match_adamw) or 0.02 (original) if not
     given, `auto`: the Step Law's."""
     weight_decay: float = Field(default_factory=lambda data: _muon_wd(data["update_rms"]), ge=0)
     """Decay of the hidden matrices, times the learning rate; 0.1 or 0.02 if not given."""
     nesterov: bool = Field(default_factory=lambda data: _NORMUON[data["preset"]]["nesterov"])
-    """Look one step ahead (official, speedrun)."""
+    """Look one step ahead: orthogonalise (1 - mu) G + mu M instead of M (official, speedrun)."""
     axis: Literal["rows", "longer"] = Field(
         default_factory=lambda data: _NORMUON[data["preset"]]["axis"]
     )
@@ -343,14 +345,16 @@ class CondaSettings(MatrixSettings):
     scale: float = Field(default=0.25, gt=0)
     """Factor on the matrices' steps."""
     refresh_every: int = Field(default=2000, ge=1)
-    """Steps between two bases; the paper's runs have 10k to 100k steps, a short one wants about
-    a fiftieth of its length."""
+    """Steps between two bases. 2000 is for the paper's runs of 10k to 100k steps; a short run needs
+    about a fiftieth of its length."""
     refresh: Literal["together", "staggered"] = "together"
-    """`staggered`: every matrix renews its basis at a step of its own, so that none stalls."""
+    """`together`: all matrices get new bases in the same step; `staggered`: each at a step of its
+    own, so that no step takes much longer than the others."""
     basis: Literal["svd", "eigh"] = "svd"
     """How the basis is found; `eigh`: from the Gram matrix in float64, faster and as exact."""
     on_refresh: Literal["keep", "rotate", "reset"] = "keep"
-    """What becomes of the second moment when the basis changes; `keep` is the official code's."""
+    """What a change of basis does to the second moment: `keep` leaves it as it is (official code),
+    `rotate` turns it into the new basis, `reset` sets it to 0."""
     correct_bias: bool = True
     """Multiply the step by sqrt(1 - beta2^t) / (1 - beta1^t), since both moments start at 0."""
 
@@ -392,9 +396,9 @@ class AdamPSettings(MatrixSettings):
     delta: float = Field(default=0.1, ge=0)
     """Project where |cos(gradient, weight)| < delta / sqrt(numbers compared)."""
     wd_ratio: float = Field(default=0.1, ge=0)
-    """Factor on the decay where it was projected."""
+    """Factor on the decay of a matrix whose step is projected."""
     nesterov: bool = False
-    """Look one step ahead."""
+    """Look one step ahead: (1 - beta1) G + beta1 M in the place of M."""
 
     def rule(self) -> "Rule":
         """The update of one matrix."""
@@ -432,7 +436,7 @@ class SOAPSettings(MatrixSettings):
 
     @property
     def over_adamw(self) -> float:
-        """The recipes' rates beside AdamW's."""
+        """Public recipes give SOAP about 0.7 of AdamW's rate."""
         return 0.7
 
     def rule(self) -> "Rule":

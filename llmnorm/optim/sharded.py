@@ -1,25 +1,28 @@
-"""Owner-computes: any rule on matrices that are spread over processes, exactly.
+"""Any rule on matrices that are spread over processes, with the result of a single process.
 
-A rule sees whole matrices, so every hidden matrix has one owner, which holds its state and computes
-its update; the rule and its arithmetic are those of one process (stacks.py). A step is, per bucket:
+A rule needs whole matrices. So every hidden matrix has an owner: the process that has its state and
+computes its update, with the rule and the arithmetic of a single process (stacks.py). A step does
+for every bucket of matrices:
 
-    weights spread           all-to-all of the gradient's parts to the owners (rules that read
-                             weights: one more, of weights), the rule, all-to-all of deltas back
+    weights spread           all-to-all of the gradient's parts to the owners (for rules that read
+                             weights a second one, of weights), the rule, all-to-all of deltas back
     weights whole (ddp)      the rule on the owners' gradients, one all-gather of deltas
 
-Sources: the owner as in Essential AI's and torchtitan's distributed Muon; longest processing time
-first: Graham 1969. Bytes a process sends, H those of all matrices, W processes: 2 H (W - 1) / W^2
-for spread weights (3 for rules that read them), H (W - 1) / W for whole ones.
+Sources: owners as in Essential AI's and torchtitan's distributed Muon; longest processing time
+first: Graham 1969. With H bytes in all matrices and W processes, a process sends
+2 H (W - 1) / W^2 bytes for spread weights (3 in the place of 2 for rules that read them) and
+H (W - 1) / W for whole ones.
 
 What would surprise:
-- Who owns what is computed from names, shapes and the number of processes on every process alike;
-  nothing of it is saved, and a checkpoint is the same as one process's.
-- Processes wait for each other bucket by bucket, so owners are balanced within each bucket, and
-  over buckets by giving its heaviest part to the process that has least so far. The next bucket's
-  gradients travel while this one's rule runs.
-- A part is a range of elements, counted row by row: FSDP2 gives a process ceil(rows / W) rows, the
-  last ones fewer or none; what ZeRO gives may end inside a row (fragments.py).
-- In replicas of spread weights (HSDP) every replica repeats the work inside its own group.
+- Every process computes all owners from names, shapes and the number of processes. Nothing about
+  owners is saved, and a checkpoint is the same as that of a single process.
+- Processes wait for each other at every bucket. So owners have about equal work within each bucket,
+  and the heaviest part of a bucket goes to the process that has the least work so far. The next
+  bucket's gradients travel while the rule runs on this one.
+- A part of a matrix is a range of elements, counted row by row. FSDP2 gives each process
+  ceil(rows / W) rows, the last processes fewer or none; a part of ZeRO's may end inside a row
+  (fragments.py).
+- In replicas of spread weights (HSDP) every replica does all of the work inside its own group.
 """
 
 from collections.abc import Callable
@@ -45,7 +48,7 @@ from llmnorm.optim.stacks import (
     deltas,
 )
 
-# Gradients that travel at once, in bytes; a bucket has two matrices a process at least.
+# Bytes of gradients that travel at once. A bucket has at least two matrices for every process.
 BUCKET_BYTES = 2**26
 
 
@@ -54,21 +57,23 @@ class Exchange:
     """The processes that share the matrices.
 
     Attributes:
-        group: of them; with `spread`, those over which a matrix is cut.
-        spread: each holds a part of every parameter (a DTensor or a Fragment); else all of it.
-        payload: what travels is rounded to this; None: not rounded.
+        group: their process group; with `spread`, the processes that a matrix is spread over.
+        spread: whether each process has a part of every parameter (a DTensor or a Fragment); else
+            it has all of it.
+        payload: dtype that gradients and deltas are rounded to before they travel; None: they are
+            not rounded.
     """
 
     group: dist.ProcessGroup
     spread: bool
     payload: torch.dtype | None = None
 
-    def held(self, parameter: Tensor) -> Tensor:
+    def local(self, parameter: Tensor) -> Tensor:
         """This process's part of a parameter, or of a gradient."""
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def cut(self, parameter: Tensor, rank: int) -> tuple[int, int]:
-        """The elements that a process holds of a parameter that is spread."""
+        """The elements [first, last) that process `rank` has of a parameter that is spread."""
         if isinstance(parameter, Fragment):
             return parameter.cuts[rank], parameter.cuts[rank + 1]
         rows, columns = parameter.shape
@@ -76,24 +81,29 @@ class Exchange:
         return min(block * rank, rows) * columns, min(block * (rank + 1), rows) * columns
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over the parts of a tensor, in place."""
+        """Sum over the processes that have parts of the same tensor, in place."""
         if self.spread:
             dist.all_reduce(values, group=self.group)
         return values
 
 
 class Bucket(NamedTuple):
-    """Matrices whose updates travel together: by owner, and the stacks that are this process's."""
+    """Matrices whose updates travel together.
+
+    Attributes:
+        owned: by process, the matrices that it owns.
+        stacks: those of this process.
+    """
 
     owned: list[list[Matrix]]
     stacks: list[Stack]
 
 
 class ShardedRuleOptimizer(RuleOptimizer):
-    """A `RuleOptimizer` of several processes, which all make every call.
+    """A `RuleOptimizer` of several processes, all of which must make every call.
 
     Attributes:
-        balance: work of the busiest owner over the mean.
+        balance: work of the busiest owner divided by the mean work of an owner.
     """
 
     def __init__(
@@ -125,7 +135,7 @@ class ShardedRuleOptimizer(RuleOptimizer):
             grads, weights = arriving()
             if number + 1 < len(self.buckets):
                 arriving = self._to_owners(self.buckets[number + 1])
-            found = {
+            updates = {
                 id(matrix): delta
                 for stack in bucket.stacks
                 for matrix, delta in deltas(
@@ -139,16 +149,18 @@ class ShardedRuleOptimizer(RuleOptimizer):
             del grads, weights
             if finish is not None:
                 finish()
-            finish = self._from_owners(bucket, found, hyperparameters)
+            finish = self._from_owners(bucket, updates, hyperparameters)
         assert finish is not None
         finish()
 
     def _to_owners(
         self, bucket: Bucket
     ) -> Callable[[], tuple[dict[int, Tensor], dict[int, Tensor]]]:
-        """Send gradients (and weights) off; the call waits: whole ones of this process's matrices.
+        """Send gradients off to the owners, and weights if the rule reads them.
 
-        They are found by the matrix's id.
+        Returns:
+            A function that waits and returns whole gradients and whole weights of this process's
+            own matrices, by the id of the `Matrix`.
         """
         mine, reads = bucket.owned[self.rank], self.rule.decay == "inside"
         if not self.exchange.spread:
@@ -167,7 +179,7 @@ class ShardedRuleOptimizer(RuleOptimizer):
 
     def _gather(self, bucket: Bucket, *, gradient: bool) -> Callable[[], dict[int, Tensor]]:
         mine = bucket.owned[self.rank]
-        send = [self._held(m, gradient) for part in bucket.owned for m in part]
+        send = [self._local(m, gradient) for part in bucket.owned for m in part]
         pieces = [(m, self._numel(m, rank)) for rank in range(self.world) for m in mine]
         wait = self._all_to_all(
             # Weights are never rounded on their way: the rule reads what the weights are.
@@ -186,21 +198,25 @@ class ShardedRuleOptimizer(RuleOptimizer):
         return unpack
 
     def _from_owners(
-        self, bucket: Bucket, found: dict[int, Tensor], hyperparameters: Hyperparameters
+        self, bucket: Bucket, updates: dict[int, Tensor], hyperparameters: Hyperparameters
     ) -> Callable[[], None]:
-        """Send deltas off; the call waits for them and applies them."""
+        """Send deltas off; the returned function waits for them and applies them to the weights.
+
+        Args:
+            updates: the deltas of this process's own matrices, by the id of the `Matrix`.
+        """
         mine, payload = bucket.owned[self.rank], self.exchange.payload
         sizes = [sum(self._numel(m, self.rank) for m in part) for part in bucket.owned]
         if self.exchange.spread:
             send = [
-                found[id(m)].reshape(-1)[slice(*self._cut(m, rank))]
+                updates[id(m)].reshape(-1)[slice(*self._cut(m, rank))]
                 for rank in range(self.world)
                 for m in mine
             ]
             counts = [sum(self._numel(m, rank) for m in mine) for rank in range(self.world)]
             wait = self._all_to_all(self._packed(send, payload), counts, sizes)
         else:
-            wait = self._all_gather(self._packed([found[id(m)] for m in mine], payload), sizes)
+            wait = self._all_gather(self._packed([updates[id(m)] for m in mine], payload), sizes)
 
         def finish() -> None:
             matrices = [m for part in bucket.owned for m in part]
@@ -209,13 +225,13 @@ class ShardedRuleOptimizer(RuleOptimizer):
                 wait().split([self._numel(m, self.rank) for m in matrices]),
                 strict=True,
             ):
-                weight = self._held(matrix, gradient=False)
+                weight = self._local(matrix, gradient=False)
                 apply(self.rule, weight, delta.to(wide_dtype(weight.dtype)), hyperparameters)
 
         return finish
 
     def _cut(self, matrix: Matrix, rank: int) -> tuple[int, int]:
-        """The elements of a matrix that a process holds."""
+        """The elements [first, last) of a matrix that process `rank` has."""
         start, stop = matrix.start * matrix.columns, matrix.stop * matrix.columns
         if not self.exchange.spread:
             return 0, stop - start
@@ -227,24 +243,24 @@ class ShardedRuleOptimizer(RuleOptimizer):
         first, last = self._cut(matrix, rank)
         return last - first
 
-    def _held(self, matrix: Matrix, gradient: bool) -> Tensor:
-        """What this process holds of a matrix or of its gradient, (elements,)."""
+    def _local(self, matrix: Matrix, gradient: bool) -> Tensor:
+        """This process's elements of a matrix or of its gradient, (elements,)."""
         whole = matrix.parameter.grad if gradient else matrix.parameter.detach()
         assert whole is not None
-        held = self.exchange.held(whole)
-        held = held.reshape(-1) if gradient else held.view(-1)  # weights are changed in place
+        part = self.exchange.local(whole)
+        part = part.reshape(-1) if gradient else part.view(-1)  # weights are changed in place
         first, last = self._cut(matrix, self.rank)
         begin = matrix.start * matrix.columns + first
         if self.exchange.spread:
             begin -= self.exchange.cut(matrix.parameter, self.rank)[0]
-        return held[begin : begin + last - first] if last > first else held[:0]
+        return part[begin : begin + last - first] if last > first else part[:0]
 
     def _packed(self, tensors: list[Tensor], payload: torch.dtype | None) -> Tensor:
-        """One flat tensor, in what travels."""
-        any_ = self.param_groups[0]["params"][0]
-        dtype = payload or wide_dtype(any_.dtype)
+        """All tensors as one flat tensor in the dtype that travels."""
+        first = self.param_groups[0]["params"][0]
+        dtype = payload or wide_dtype(first.dtype)
         flat = [tensor.reshape(-1).to(dtype) for tensor in tensors]
-        return torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=any_.device)
+        return torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=first.device)
 
     def _all_to_all(
         self, send: Tensor, counts: list[int], expected: list[int]
@@ -278,7 +294,8 @@ def owners(matrices: list[Matrix], world: int) -> tuple[list[list[list[int]]], l
     """Who owns which matrix.
 
     Returns:
-        By bucket and process the numbers of matrices, ascending, and every process's work in all.
+        By bucket and process the indices of the matrices that it owns, ascending; and the work of
+        every process over all buckets, as a sum of shorter side^2 * longer side.
     """
     work = [min(m.rows, m.columns) * m.rows * m.columns for m in matrices]
     load, found = [0] * world, []
@@ -301,7 +318,7 @@ def owners(matrices: list[Matrix], world: int) -> tuple[list[list[list[int]]], l
 
 
 def _buckets(matrices: list[Matrix], world: int) -> list[list[int]]:
-    """Consecutive matrices of about the same bytes a bucket."""
+    """Indices of consecutive matrices, cut into buckets of about the same size."""
     sizes = [4 * m.rows * m.columns for m in matrices]
     count = max(1, min(sum(sizes) // BUCKET_BYTES, len(matrices) // (2 * world)))
     buckets: list[list[int]] = [[] for _ in range(count)]

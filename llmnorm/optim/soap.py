@@ -13,14 +13,17 @@ columns). A side longer than `max_precond_dim` has neither Gram matrix nor basis
     L <- b L + (1 - b) G G^T, R alike; every `precondition_frequency` steps a power iteration:
     columns of Q and V sorted by diag(Q^T L Q), Q <- QR(L Q), M rotated into the new bases
 
-What would surprise: the first gradient changes no weight, not even by decay (hence `inside`), so
-comparisons step by step are shifted by one; the bases are renewed after the step, so that they
-never hold the gradient that they rotate; M stays rotated between refreshes (the official code
-rotates it back and forth at every step: the same numbers, 8 products more). The first bases come
-from Gram matrices in float64 (the official code's are float32): one gradient's reach conditions of
-2e9 in the tests' model, where float32's last eigenvectors were off by 5e-3, and 20 steps took runs
-that differ by rounding 2e-4 apart, now 2e-7. Averages are better conditioned: float64 in the
-refreshes gained nothing.
+What would surprise:
+- The first gradient changes no weight, not even by decay (hence `inside`). So a comparison with
+  another optimizer step by step is shifted by one.
+- The bases are renewed after the step, so that no basis contains the gradient that it rotates.
+- M stays rotated between refreshes. The official code rotates it back and forth at every step:
+  the same numbers with 8 matrix products more.
+- The first bases come from Gram matrices in float64 (in the official code float32). The Gram matrix
+  of one gradient had condition 2e9 in the tests' model. There the last eigenvectors in float32 were
+  wrong by 5e-3, and after 20 steps two runs that differed by rounding alone were 2e-4 apart; with
+  float64 they are 2e-7 apart. The Gram matrices of later steps are averages and better
+  conditioned: float64 gained nothing in the refreshes.
 """
 
 from dataclasses import dataclass
@@ -68,7 +71,7 @@ class SOAP:
     ) -> Tensor:
         """What is subtracted from the weights, (n, rows, columns)."""
         assert weight is not None
-        lr, weight_decay, _ = hyperparameters
+        lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
         (beta1, beta2), t = self.betas, int(state["step"])
         sides = [side for side in ("left", "right") if f"basis_{side}" in state]
         if t == 0:
@@ -101,7 +104,7 @@ class SOAP:
             state[f"gram_{side}"].lerp_(outer, 1 - beta)
 
     def _refresh(self, state: State, sides: list[str]) -> None:
-        """One power iteration on every side; V's columns follow the order of the eigenvalues."""
+        """One power iteration on every side; V is sorted as the eigenvalues are."""
         plain = _rotate_back(state["momentum"], state, sides)
         for side in sides:
             gram, basis, second_moment = (

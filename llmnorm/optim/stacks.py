@@ -1,22 +1,25 @@
 """Any rule on all hidden matrices of a model, AdamW on the rest: one torch optimizer.
 
-A rule (muon.py, conda.py, ...) sees nothing but stacks: (n, rows, columns) of same-shaped matrices,
-gradients in float32, and the state of those n. Here matrices become stacks, and the rule's result
-becomes new weights:
+A rule (muon.py, conda.py, ...) gets stacks (n, rows, columns) of matrices of one shape: gradients
+in float32 and the state of the n matrices. This file makes stacks of matrices, and new weights of
+what the rule returns:
 
     decay "before"  W <- W (1 - lr wd) - delta
     decay "after"   W <- (W - delta) (1 - lr wd)
-    decay "inside"  W <- W - delta, where the rule has read W and put its decay into delta
+    decay "inside"  W <- W - delta; the rule reads W and has put the decay into delta
 
 What would surprise:
-- State is allocated once, before the first step, as one tensor per shape and field; a parameter's
-  state are views into it. So a state saved before the first step is complete, and loading copies.
-- State is float32 whatever the weight's dtype is (float64 for float64 weights).
-- A rule gets a stack in pieces of a few matrices, which bounds the memory of its temporaries; its
-  result does not depend on how many it gets.
-- `step` (updates before this one) lives on the CPU and is one number for a whole stack, counted
-  here; `phase` is a matrix's place among all, in [0, 1), for what is to be spread over steps.
-- A parameter of several fused projections is several matrices: its fields are numbered.
+- State is allocated once, before the first step, as one tensor per shape and field; the state of a
+  parameter is a view into it. So a state saved before the first step is complete, and loading
+  copies into these tensors.
+- State is float32 whatever dtype the weights have (float64 for float64 weights).
+- A rule gets a stack in chunks of a few matrices, which bounds the memory of its temporaries. Its
+  result must not depend on the number of matrices (tests/optim/test_rules.py).
+- `step`, the number of updates so far, is on the CPU and a single number for a whole stack. `phase`
+  is the index of a matrix divided by the number of all matrices, in [0, 1); a rule spreads work
+  over steps by it.
+- A parameter of several fused projections is several matrices: the names of its state end in .0,
+  .1, ...
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -34,8 +37,8 @@ from llmnorm.optim.state import load_in_place
 Decay = Literal["before", "after", "inside"]
 State = dict[str, Tensor]
 
-# Bytes of the matrices that a rule gets at once. More gains nothing on a CPU, whose caches are
-# small; a GPU wants to be full.
+# Bytes of matrices that a rule gets at once. More gains nothing on a CPU, whose caches are small; a
+# GPU needs more to be busy.
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**26}
 
 
@@ -59,11 +62,11 @@ class Rule(Protocol):
 
     @property
     def scalars(self) -> tuple[str, ...]:
-        """Which of `step` and `phase` (0-dim and (n,), on the CPU) the state holds too."""
+        """Which of `step` (0-dim) and `phase` (n,), both on the CPU, the state has too."""
 
     @property
     def decay(self) -> Decay:
-        """How the caller decays weights; `inside` is a rule that is given them."""
+        """When the caller decays weights; `inside`: the rule does, and is given the weights."""
 
     def fields(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """The state of one matrix: name -> shape."""
@@ -75,7 +78,13 @@ class Rule(Protocol):
         hyperparameters: Hyperparameters,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """What is subtracted from the weights; grad stays as it is, state changes in place."""
+        """What is subtracted from the weights, (n, rows, columns), learning rate included.
+
+        Args:
+            grad: (n, rows, columns); must stay as it is.
+            state: the fields of the n matrices; change in place.
+            weight: (n, rows, columns) for `decay` "inside"; else None.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Stack:
     state: State
 
     def chunks(self) -> Iterator[slice]:
-        """Members that are worked on together."""
+        """The members, cut into chunks of at most `CHUNK_BYTES`."""
         first = self.matrices[0]
         size = 4 * first.rows * first.columns
         count = max(1, CHUNK_BYTES.get(first.parameter.device.type, CHUNK_BYTES["cuda"]) // size)
@@ -128,7 +137,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                     self.state[matrix.parameter][field + matrix.suffix] = part
         self._auxiliary = auxiliary
         if auxiliary is not None:
-            self.param_groups += auxiliary.param_groups  # the same objects: one learning rate
+            self.param_groups += auxiliary.param_groups  # the same dicts, so both see a new lr
             self.state.update(auxiliary.state)
 
     @torch.no_grad()
@@ -156,7 +165,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         load_in_place(self, state_dict)
 
     def _allocate(self, matrices: list[Matrix]) -> list[Stack]:
-        """The stacks that this process has the state of."""
+        """The stacks whose state this process has."""
         return allocate(dict(enumerate(matrices)), len(matrices), self.rule)
 
     def _update(self, hyperparameters: Hyperparameters) -> None:
@@ -174,7 +183,7 @@ def deltas(
     grad: Callable[[Matrix], Tensor],
     weight: Callable[[Matrix], Tensor],
 ) -> Iterator[tuple[Matrix, Tensor]]:
-    """What the rule wants subtracted from each matrix of a stack, whose state moves on.
+    """Each matrix of a stack with its delta; updates the stack's state.
 
     Args:
         grad, weight: gradient and weights of a matrix, (rows, columns).
@@ -196,7 +205,7 @@ def deltas(
 
 
 def apply(rule: Rule, weight: Tensor, delta: Tensor, hyperparameters: Hyperparameters) -> None:
-    """Give some rows of a matrix, (rows, columns), their new weights."""
+    """Change weights in place by their delta and by decay, both of any one shape."""
     kept = 1 - hyperparameters.lr * hyperparameters.weight_decay
     if rule.decay == "before" and kept != 1:
         weight.mul_(kept)  # torch._foreach_mul_ would round `kept` to bf16
@@ -206,10 +215,10 @@ def apply(rule: Rule, weight: Tensor, delta: Tensor, hyperparameters: Hyperparam
 
 
 def allocate(matrices: Mapping[int, Matrix], count: int, rule: Rule) -> list[Stack]:
-    """The matrices sorted into stacks, each with its state as it is before the first step.
+    """Stacks of matrices of one shape, dtype and device, their state as before the first step.
 
     Args:
-        matrices: by their numbers among all `count`.
+        matrices: index among all `count` matrices of the model -> matrix.
     """
     members: dict[Any, list[int]] = {}
     for number, matrix in matrices.items():
@@ -225,14 +234,14 @@ def allocate(matrices: Mapping[int, Matrix], count: int, rule: Rule) -> list[Sta
         if "step" in rule.scalars:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         if "phase" in rule.scalars:
-            places = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-            state["phase"] = places / count
+            indices = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+            state["phase"] = indices / count
         stacks.append(Stack([matrices[number] for number in numbers], state))
     return stacks
 
 
 def _stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """(n, rows, columns) in `dtype`; of one tensor it may be a view."""
+    """The tensors as (n, rows, columns) in `dtype`; of a single tensor it may be a view."""
     if len(tensors) == 1:
         return tensors[0].to(dtype).unsqueeze(0)
     return torch.stack(tensors).to(dtype)

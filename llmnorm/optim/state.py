@@ -1,7 +1,7 @@
-"""An optimizer's state by name, and how a saved one comes back.
+"""The state of an optimizer by name, and how a saved state is loaded.
 
-What would surprise: torch's own `load_state_dict` puts new tensors in the place of the old ones.
-Here states are views into stacks and are saved by reference, so loading copies.
+What would surprise: torch's `load_state_dict` puts new tensors in the place of the old ones. Here a
+state is a view into a stack, and checkpoints refer to these tensors, so loading copies into them.
 """
 
 from typing import Any
@@ -23,10 +23,10 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
 
 @torch.no_grad()
 def load_in_place(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Copy what `optimizer.state_dict()` gave into the tensors that there are.
+    """Copy what `optimizer.state_dict()` returned into the optimizer's own tensors.
 
     Raises:
-        ValueError: it is the state of other parameters or of another rule; nothing was copied then.
+        ValueError: it is the state of other parameters or of another rule; nothing has been copied.
     """
     own = optimizer.state_dict()
     for mine, other in zip(own["param_groups"], saved["param_groups"], strict=True):

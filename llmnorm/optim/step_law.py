@@ -5,14 +5,18 @@ embedding and head), 4 to 100 billion tokens, beta2 .95, weight decay .1 and cos
 
     lr = 1.79 N^-0.713 D^0.307        batch in tokens = 0.58 D^0.571
 
-What would surprise: on its own data the best grid point is .78 to 1.71 times the law, and a rate
-that is twice too high costs more than one twice too low; other rules' rates are multiples of
-AdamW's at equal step size (`OptimizerSettings.adamw_lr`); below the law's batch B* the rate goes
-with sqrt(B / B*), above it stays.
+with N parameters outside embedding and head, and D training tokens.
+
+What would surprise:
+- On the law's own data the best rate of a grid is .78 to 1.71 times the law's. A rate that is twice
+  too high costs more than one that is twice too low.
+- The rates of other rules are multiples of AdamW's at equal step size (`OptimizerSettings.adamw_lr`
+  and `over_adamw`).
+- Below the law's batch B* the rate is multiplied by sqrt(B / B*); above it the rate stays.
 """
 
-FITTED = (0.2e9, 1.1e9)  # parameters
-SMALLEST = 10_000_000
+FITTED = (0.2e9, 1.1e9)  # parameters of the models that the law was fitted to
+SMALLEST = 10_000_000  # parameters; below this the law is not used at all
 
 
 def learning_rate(parameters: float, tokens: float) -> float:

@@ -223,6 +223,8 @@ def test_every_shipped_configuration_validates_and_names_the_schema(path: Path) 
         {"model": {"norm": "foo"}},
         {"optimizer": {"lrr": 1}},
         {"seed": "x"},
+        {"optimizer": {"name": "muon", "momentum": 1}},
+        {"optimizer": {"name": "muon", "momentum": {"from": 0.9, "to": 0.95, "steps": 0}}},
     ],
 )
 def test_the_schema_refuses(wrong: dict) -> None:
@@ -233,6 +235,7 @@ def test_the_schema_refuses(wrong: dict) -> None:
     "right",
     [
         {"model": {"norm": "a.b:Norm", "mixer": ["softmax"], "vocab_size": "auto"}},
+        {"optimizer": {"name": "muon", "momentum": {"from": 0.85, "to": 0.95, "steps": 300}}},
         {"seed": "${SEED}", "base": ["a.yaml"], "optimizer": {"weight_decay": 0.1}},
     ],
 )
@@ -257,6 +260,10 @@ def test_parts_lists_every_part_and_refuses_an_unknown_one() -> None:
         *("model.mixer.family:", "toeplitz:", "quasiseparable:"),
     ):
         assert name in text
+    muon = describe_parts("muon")
+    for line in ("momentum = 0.95", "{from: 0.85, to: 0.95, steps: 300}", "variant = 'jordan'"):
+        assert line in muon
+    assert "lr = (depends on other settings)" in muon and "Undefined" not in text
     with pytest.raises(InputError, match="did you mean 'adamw'"):
         describe_parts("adam")
 
@@ -265,6 +272,7 @@ def test_key_paths_cover_the_parts() -> None:
     assert {
         *("model.norm", "model.norm.eps", "model.mixer.family.qk_dim"),
         *("optimizer.auxiliary.lr", "training.steps"),
+        *("optimizer.momentum", "optimizer.momentum.from", "optimizer.momentum.steps"),
     } <= set(key_paths())
 
 

@@ -51,12 +51,12 @@ def test_a_parameter_claimed_twice_or_never_is_named() -> None:
     model = Odd()
     matrices_, auxiliary = split(model)
     weight = matrices_["hidden.weight"]
-    with pytest.raises(ValueError, match="hidden.weight: trainable, but claimed by 2"):
+    with pytest.raises(ValueError, match="hidden.weight: trainable, but in 2"):
         check(Groups(matrices_, {**auxiliary, "again": weight}), model)
-    with pytest.raises(ValueError, match="hidden.weight: trainable, but claimed by 0"):
+    with pytest.raises(ValueError, match="hidden.weight: trainable, but in 0"):
         check(Groups({}, auxiliary), model)
     model.gain.requires_grad_(False)
-    with pytest.raises(ValueError, match="gain: frozen, but claimed by 1"):
+    with pytest.raises(ValueError, match="gain: frozen, but in 1"):
         check(Groups(matrices_, auxiliary), model)
     del auxiliary["gain"]
     check(Groups(matrices_, auxiliary), model)

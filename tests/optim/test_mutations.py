@@ -33,8 +33,8 @@ MUTATIONS = {
     "basis of the gradient": (
         "conda_wd_f64",
         "conda",
-        "torch.lerp(plain, grad[one], 1 - self.betas[0])",
-        "grad[one]",
+        "torch.lerp(plain, grad[member], 1 - self.betas[0])",
+        "grad[member]",
     ),
     "second moment rotated": (
         "conda_wd_f64",
