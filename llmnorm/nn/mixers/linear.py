@@ -106,7 +106,9 @@ class LinearAttention(Mixer[LinearParameters, RecurrentCache]):
         return self.v_proj
 
     def new_cache(self) -> RecurrentCache:
-        """Sums S and Z, and the convolution's last inputs."""
+        """Sums S and Z, and the convolution's last inputs; refused where it looks at later tokens."""
+        if not self.causal:
+            return super().new_cache()
         return RecurrentCache(self.advance)
 
     def prepare(
