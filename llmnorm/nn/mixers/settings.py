@@ -4,19 +4,19 @@ A mixer gets its shape (hidden_size, num_attention_heads, num_key_value_heads, h
 model's settings; only what belongs to its own kind stands here.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict
 
 from pydantic import AfterValidator, Field, model_validator
 
 from llmnorm.nn.mixers.matrix.settings import Family, FamilySettings, QuasiseparableSettings
-from llmnorm.part import Part, Settings
+from llmnorm.part import Part, Settings, part_name
 
 if TYPE_CHECKING:
     from llmnorm.nn.mixers.contract import Mixer as MixerModule
     from llmnorm.nn.mixers.gated_delta import GatedDeltaNet
     from llmnorm.nn.mixers.gla import GatedLinearAttention
     from llmnorm.nn.mixers.hydra import Hydra
-    from llmnorm.nn.mixers.linear import LinearAttention
+    from llmnorm.nn.mixers.linear import LinearAttention, LinearBlock
     from llmnorm.nn.mixers.matrix.mixer import MatrixMixer
     from llmnorm.nn.mixers.nala import NaLa
     from llmnorm.nn.mixers.softmax import SoftmaxAttention
@@ -151,14 +151,19 @@ class LinearSettings(MixerSettings):
 
         return LinearAttention(model.hidden_size, **self._block(model))
 
-    def _block(self, model: "ModelSettings") -> dict[str, Any]:
-        keys = ("bias", "rotary", "gate", "conv_kernel", "norm", "norm_eps", "eps")
+    def _block(self, model: "ModelSettings") -> "LinearBlock":
         return {
             "num_attention_heads": model.num_attention_heads,
             "num_key_value_heads": model.num_key_value_heads,
             "head_dim": model.head_dim,
             "causal": self.causal,
-            **{key: getattr(self, key) for key in keys},
+            "bias": self.bias,
+            "rotary": self.rotary,
+            "gate": self.gate,
+            "conv_kernel": self.conv_kernel,
+            "norm": self.norm,
+            "norm_eps": self.norm_eps,
+            "eps": self.eps,
         }
 
 
@@ -201,9 +206,27 @@ class NaLaSettings(LinearSettings):
         """The mixer of one layer (counted from 0) of `model`."""
         from llmnorm.nn.mixers.nala import NaLa
 
-        keys = ("lam", "tau", "norm_scale", "direction", "alpha", "query_eps")
-        own = {key: getattr(self, key) for key in keys}
-        return NaLa(model.hidden_size, **own, **self._block(model))
+        return NaLa(
+            model.hidden_size,
+            lam=self.lam,
+            tau=self.tau,
+            norm_scale=self.norm_scale,
+            direction=self.direction,
+            alpha=self.alpha,
+            query_eps=self.query_eps,
+            **self._block(model),
+        )
+
+
+class _StateSpaceShape(TypedDict):
+    expand: int
+    head_dim: int
+    n_groups: int
+    use_bias: bool
+    norm_eps: float
+    dt_limit: tuple[float, float] | None
+    dt_range: tuple[float, float]
+    dt_floor: float
 
 
 class _StateSpaceSettings(MixerSettings):
@@ -237,22 +260,24 @@ class _StateSpaceSettings(MixerSettings):
     def check(self, model: "ModelSettings") -> None:
         """Whole heads, whole groups."""
         inner = self.expand * model.hidden_size
-        name = getattr(self, "name", "")
         if inner % self.head_dim:
             raise ValueError(
-                f"mixer '{name}': head_dim {self.head_dim} does not divide expand * hidden_size = "
-                f"{inner}"
+                f"mixer '{part_name(type(self))}': head_dim {self.head_dim} does not divide "
+                f"expand * hidden_size = {inner}"
             )
         if inner // self.head_dim % self.n_groups:
             raise ValueError(
-                f"mixer '{name}': n_groups {self.n_groups} does not divide the "
+                f"mixer '{part_name(type(self))}': n_groups {self.n_groups} does not divide the "
                 f"{inner // self.head_dim} heads"
             )
 
-    def _shape(self) -> dict[str, Any]:
-        keys = ("expand", "head_dim", "n_groups", "use_bias", "norm_eps")
+    def _shape(self) -> _StateSpaceShape:
         return {
-            **{key: getattr(self, key) for key in keys},
+            "expand": self.expand,
+            "head_dim": self.head_dim,
+            "n_groups": self.n_groups,
+            "use_bias": self.use_bias,
+            "norm_eps": self.norm_eps,
             "dt_limit": self.time_step_limit,
             "dt_range": (self.time_step_min, self.time_step_max),
             "dt_floor": self.time_step_floor,
@@ -275,9 +300,13 @@ class SSDSettings(_StateSpaceSettings):
         """The mixer of one layer (counted from 0) of `model`."""
         from llmnorm.nn.mixers.ssd import SSD
 
-        keys = ("state_size", "conv_kernel", "use_conv_bias")
-        own = {key: getattr(self, key) for key in keys}
-        return SSD(model.hidden_size, **own, **self._shape())
+        return SSD(
+            model.hidden_size,
+            state_size=self.state_size,
+            conv_kernel=self.conv_kernel,
+            use_conv_bias=self.use_conv_bias,
+            **self._shape(),
+        )
 
 
 class HydraSettings(_StateSpaceSettings):
@@ -302,9 +331,13 @@ class HydraSettings(_StateSpaceSettings):
         """The mixer of one layer (counted from 0) of `model`."""
         from llmnorm.nn.mixers.hydra import Hydra
 
-        keys = ("state_size", "conv_kernel", "combination")
-        own = {key: getattr(self, key) for key in keys}
-        return Hydra(model.hidden_size, **own, **self._shape())
+        return Hydra(
+            model.hidden_size,
+            state_size=self.state_size,
+            conv_kernel=self.conv_kernel,
+            combination=self.combination,
+            **self._shape(),
+        )
 
 
 class MatrixSettings(MixerSettings):
@@ -380,8 +413,8 @@ class GLASettings(MixerSettings):
 
     def check(self, model: "ModelSettings") -> None:
         """Whole heads."""
-        for key in ("expand_k", "expand_v"):
-            width = getattr(self, key) * model.hidden_size
+        for key, expand in (("expand_k", self.expand_k), ("expand_v", self.expand_v)):
+            width = expand * model.hidden_size
             if width % self.num_heads:
                 raise ValueError(
                     f"mixer 'gla': {key} * hidden_size = {width:g} is not a multiple of num_heads "
