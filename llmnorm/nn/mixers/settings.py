@@ -4,11 +4,16 @@ A mixer gets its shape (hidden_size, num_attention_heads, num_key_value_heads, h
 model's settings; only what belongs to its own kind stands here.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from llmnorm.nn.mixers.matrix.settings import Family, FamilySettings, QuasiseparableSettings
+from llmnorm.nn.mixers.matrix.settings import (
+    Family,
+    FamilySettings,
+    OddKernel,
+    QuasiseparableSettings,
+)
 from llmnorm.part import Part, Settings, part_name
 
 if TYPE_CHECKING:
@@ -20,17 +25,8 @@ if TYPE_CHECKING:
     from llmnorm.nn.mixers.matrix.mixer import MatrixMixer
     from llmnorm.nn.mixers.nala import NaLa
     from llmnorm.nn.mixers.softmax import SoftmaxAttention
-    from llmnorm.nn.mixers.ssd import SSD
+    from llmnorm.nn.mixers.ssd import SSD, StateSpaceBlock
     from llmnorm.nn.settings import ModelSettings
-
-
-def _with_a_middle(kernel: int) -> int:
-    if not kernel % 2:
-        raise ValueError(f"must be odd, got {kernel}; e.g. {kernel + 1}")
-    return kernel
-
-
-OddKernel = Annotated[int, Field(ge=1), AfterValidator(_with_a_middle)]
 
 
 class MixerSettings(Settings):
@@ -52,6 +48,24 @@ class MixerSettings(Settings):
     def build(self, model: "ModelSettings", layer: int) -> "MixerModule":
         """The mixer of one layer (counted from 0) of `model`."""
         raise NotImplementedError
+
+
+class RecurrentSettings(MixerSettings):
+    """Settings of the mixers whose cache holds a state of constant size."""
+
+    @property
+    def layer_type(self) -> str:
+        """Hugging Face's name for what its cache holds."""
+        return "linear_attention"
+
+
+def _whole_heads(mixer: MixerSettings, head_dim: int, inner: int) -> int:
+    if inner % head_dim:
+        raise ValueError(
+            f"mixer '{part_name(type(mixer))}': head_dim {head_dim} does not divide expand * "
+            f"hidden_size = {inner}"
+        )
+    return inner // head_dim
 
 
 class SoftmaxSettings(MixerSettings):
@@ -103,7 +117,7 @@ class SoftmaxSettings(MixerSettings):
         )
 
 
-class LinearSettings(MixerSettings):
+class LinearSettings(RecurrentSettings):
     """Linear attention, phi(x) = elu(x) + 1, with its normaliser and rotary positions in the
     numerator (Katharopoulos et al. 2020, arXiv 2006.16236): the plain baseline of `nala`, whose
     block it can take on."""
@@ -130,11 +144,6 @@ class LinearSettings(MixerSettings):
     def causal(self) -> bool:
         """Whether it can serve a causal language model."""
         return not self.bidirectional
-
-    @property
-    def layer_type(self) -> str:
-        """Hugging Face's name for what its cache holds."""
-        return "linear_attention"
 
     @model_validator(mode="after")
     def _has_a_middle(self) -> Self:
@@ -218,20 +227,8 @@ class NaLaSettings(LinearSettings):
         )
 
 
-class _StateSpaceShape(TypedDict):
-    expand: int
-    head_dim: int
-    n_groups: int
-    use_bias: bool
-    norm_eps: float
-    dt_limit: tuple[float, float] | None
-    dt_range: tuple[float, float]
-    dt_floor: float
-
-
-class _StateSpaceSettings(MixerSettings):
-    """What the two state-space mixers share. They have heads of their own, expand * hidden_size /
-    head_dim of them."""
+class _StateSpaceSettings(RecurrentSettings):
+    """What the two state-space mixers share: expand * hidden_size / head_dim heads."""
 
     expand: int = Field(2, ge=1)
     """Inner width over hidden_size."""
@@ -252,26 +249,16 @@ class _StateSpaceSettings(MixerSettings):
     time_step_floor: float = Field(1e-4, gt=0)
     """Initial time steps are clamped at it."""
 
-    @property
-    def layer_type(self) -> str:
-        """Hugging Face's name for what its cache holds."""
-        return "linear_attention"
-
     def check(self, model: "ModelSettings") -> None:
         """Whole heads, whole groups."""
-        inner = self.expand * model.hidden_size
-        if inner % self.head_dim:
-            raise ValueError(
-                f"mixer '{part_name(type(self))}': head_dim {self.head_dim} does not divide "
-                f"expand * hidden_size = {inner}"
-            )
-        if inner // self.head_dim % self.n_groups:
+        heads = _whole_heads(self, self.head_dim, self.expand * model.hidden_size)
+        if heads % self.n_groups:
             raise ValueError(
                 f"mixer '{part_name(type(self))}': n_groups {self.n_groups} does not divide the "
-                f"{inner // self.head_dim} heads"
+                f"{heads} heads"
             )
 
-    def _shape(self) -> _StateSpaceShape:
+    def _shape(self) -> "StateSpaceBlock":
         return {
             "expand": self.expand,
             "head_dim": self.head_dim,
@@ -364,12 +351,7 @@ class MatrixSettings(MixerSettings):
 
     def check(self, model: "ModelSettings") -> None:
         """Whole heads."""
-        inner = self.expand * model.hidden_size
-        if inner % self.head_dim:
-            raise ValueError(
-                f"mixer 'matrix': head_dim {self.head_dim} does not divide expand * hidden_size = "
-                f"{inner}"
-            )
+        _whole_heads(self, self.head_dim, self.expand * model.hidden_size)
 
     def build(self, model: "ModelSettings", layer: int) -> "MatrixMixer":
         """The mixer of one layer (counted from 0) of `model`."""
@@ -388,7 +370,7 @@ class MatrixSettings(MixerSettings):
         )
 
 
-class GLASettings(MixerSettings):
+class GLASettings(RecurrentSettings):
     """Gated linear attention: a decay for each channel of the key (Yang et al. 2023, arXiv
     2312.06635). It has heads of its own."""
 
@@ -405,11 +387,6 @@ class GLASettings(MixerSettings):
     """Log decays are logsigmoid of the map's output, divided by this."""
     norm_eps: float = Field(1e-5, ge=0)
     """Added inside the norm after mixing."""
-
-    @property
-    def layer_type(self) -> str:
-        """Hugging Face's name for what its cache holds."""
-        return "linear_attention"
 
     def check(self, model: "ModelSettings") -> None:
         """Whole heads."""
@@ -436,7 +413,7 @@ class GLASettings(MixerSettings):
         )
 
 
-class GatedDeltaSettings(MixerSettings):
+class GatedDeltaSettings(RecurrentSettings):
     """The gated delta rule: what is stored under a key is replaced, not added to (Yang et al. 2024,
     arXiv 2412.06464), as the layer of Qwen3-Next."""
 
@@ -453,11 +430,6 @@ class GatedDeltaSettings(MixerSettings):
     """Width of the causal convolution of queries, keys and values."""
     norm_eps: float = Field(1e-6, ge=0)
     """Added inside the norm after mixing."""
-
-    @property
-    def layer_type(self) -> str:
-        """Hugging Face's name for what its cache holds."""
-        return "linear_attention"
 
     def check(self, model: "ModelSettings") -> None:
         """Whole groups."""
