@@ -34,7 +34,7 @@ from llmnorm.nn.norms.settings import (
     UnifiedNormSettings,
 )
 from llmnorm.nn.settings import GELUSettings, ModelSettings, SwiGLUSettings
-from llmnorm.part import InputError
+from llmnorm.part import InputError, part_name
 
 EMBEDDING, HEAD, FINAL = "model.embed_tokens.weight", "lm_head.weight", "model.norm"
 CENTRED = 1e-5  # of the weights' size: what float32 leaves of an exact zero mean
@@ -352,7 +352,7 @@ def _with(settings: ModelSettings, **changed: Any) -> ModelSettings:
 
 
 def _name(settings: ModelSettings) -> str:
-    return str(getattr(settings.norm, "name", type(settings.norm).__name__))
+    return part_name(type(settings.norm))
 
 
 def _refuse(target: str, why: str) -> NoReturn:

@@ -8,6 +8,7 @@ up); recomputation under activation checkpointing is not counted.
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import class_of
@@ -25,7 +26,7 @@ def flops_per_token(
         with torch.device("meta"):
             model = class_of(model)(model)
     modules = list(model.modules())
-    base = set(getattr(model, "base_model", model).modules())
+    base = set((model.base_model if isinstance(model, PreTrainedModel) else model).modules())
     weights = sum(
         m.in_features * m.out_features * (1.0 if m in base else head_share)
         for m in modules

@@ -11,13 +11,23 @@ the dtype, the order of modules or the number of processes.
 
 import hashlib
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.nn.linear import Linear
 from llmnorm.part import InputError
+
+
+@runtime_checkable
+class HasReset(Protocol):
+    """A module that says itself how its parameters begin."""
+
+    def reset_parameters(self) -> None:
+        """Set them, drawing from torch's default generators."""
 
 
 @torch.no_grad()
@@ -42,7 +52,7 @@ def initialize(
 def initialize_module(module: nn.Module, config: LlmNormConfig, seed: int) -> None:
     """Set the parameters that belong to `module` itself."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        std = getattr(module, "initial_std", None)  # Linear's, which the block sets
+        std = module.initial_std if isinstance(module, Linear) else None  # the block sets it
         if std is None:
             embedding = isinstance(module, nn.Embedding)
             std = config.embedding_std if embedding else config.initializer_range
@@ -54,8 +64,7 @@ def initialize_module(module: nn.Module, config: LlmNormConfig, seed: int) -> No
         return
     # A part's own parameters: its reset_parameters() draws from torch's default generators, which
     # give other numbers on a GPU.
-    reset = getattr(module, "reset_parameters", None)
-    if reset is None:
+    if not isinstance(module, HasReset):
         raise InputError(
             f"{type(module).__name__} has parameters but no reset_parameters() to initialise them"
         )
@@ -65,6 +74,6 @@ def initialize_module(module: nn.Module, config: LlmNormConfig, seed: int) -> No
         parameter.data = torch.empty_like(parameter, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        reset()
+        module.reset_parameters()
     for parameter, place in zip(own, places, strict=True):
         parameter.data = place.copy_(parameter)

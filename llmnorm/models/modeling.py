@@ -40,19 +40,24 @@ from llmnorm.nn.visibility import Visibility
 from llmnorm.part import InputError, nearest
 
 
-def class_of(config: LlmNormConfig) -> Any:
+def class_of(config: LlmNormConfig) -> "type[LlmNormPreTrainedModel]":
     """The model class that `config.architectures` names; the causal language model's if none.
 
     Raises:
         InputError: it names another one.
     """
-    from llmnorm import models  # the package imports this file
+    from llmnorm.models import encoders  # which imports this file
 
-    known = ("LlmNormForCausalLM", "LlmNormForMaskedLM", "LlmNormForSequenceClassification")
-    name = (config.architectures or known)[0]
+    classes: tuple[type[LlmNormPreTrainedModel], ...] = (
+        LlmNormForCausalLM,
+        encoders.LlmNormForMaskedLM,
+        encoders.LlmNormForSequenceClassification,
+    )
+    known = {cls.__name__: cls for cls in classes}
+    name = (config.architectures or [*known])[0]
     if name not in known:
         raise InputError(f"model configuration: architectures: '{name}'; {nearest(name, [*known])}")
-    return getattr(models, name)
+    return known[name]
 
 
 def build_model(

@@ -229,8 +229,11 @@ class ModelSettings(Settings):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
-        for key in ("short_factor", "long_factor"):
-            factors = getattr(self.rope_parameters, key)
+        rope = self.rope_parameters
+        for key, factors in (
+            ("short_factor", rope.short_factor),
+            ("long_factor", rope.long_factor),
+        ):
             if factors is not None and len(factors) != self.head_dim // 2:
                 raise ValueError(
                     f"rope_parameters.{key} has {len(factors)} numbers, "

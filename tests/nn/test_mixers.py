@@ -19,8 +19,9 @@ from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.mixers.settings import HydraSettings
 from llmnorm.nn.mixers.settings import Mixer as MixerPart
 from llmnorm.nn.settings import ModelSettings
-from llmnorm.nn.visibility import Cached, Masked, Packed, visible_tokens
+from llmnorm.nn.visibility import Cached, Masked, Packed
 from llmnorm.nn.visibility import packed as packed_rows
+from llmnorm.part import InputError
 from tests.nn.recurrences import mixed_token_by_token
 
 BATCH, LENGTH = 3, 11
@@ -293,6 +294,43 @@ def test_any_cut_through_the_cache_is_one_pass(mixer: dict[str, Any], cuts: list
 
 
 @every(CAUSAL)
+@pytest.mark.parametrize("cuts", [[150, 31], [1, 180], [90, 1, 90]])
+def test_a_long_prefill_into_a_filled_cache_goes_on(mixer: dict[str, Any], cuts: list[int]) -> None:
+    """Oracle: the explicit matrix of the whole row, float64; pieces of several chunks, of which a
+    window drops what it does not see."""
+    built, x = build(mixer, std=0.3), inputs(181)
+    cache = RaggedCache([built.new_cache()])
+    got = torch.cat([through_the_cache(built, cache, part) for part in x.split(cuts, 1)], 1)
+    p = built.prepare(x, plain(181))
+    expected = built.finish(mixed_by_matrix(built, p, plain(181)), x, p)
+    largest = max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10 * largest)
+
+
+@every(CAUSAL)
+def test_places_of_an_empty_cache_are_refused_by_a_filled_one(mixer: dict[str, Any]) -> None:
+    """Oracle: the message; the tokens would overwrite, or not see, those that are there."""
+    built, x = build(mixer), inputs(7)
+    cache, empty = RaggedCache([built.new_cache()]), RaggedCache([built.new_cache()])
+    through_the_cache(built, cache, x[:, :4])
+    places = empty.places(BATCH, 3, x.device)
+    context = Context(*tables(places.index), Cached(places, places.mask()))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"rows of \[4, 4, 4\] tokens"):
+        built(x[:, 4:], context, cache.layers[0])
+    whole = built(x, plain(7))[:, 4:]
+    got = through_the_cache(built, cache, x[:, 4:])
+    torch.testing.assert_close(got, whole, rtol=0, atol=1e-11)
+
+
+@every({k: v for k, v in MIXERS.items() if k not in CAUSAL})
+def test_a_mixer_that_looks_both_ways_has_no_cache(mixer: dict[str, Any]) -> None:
+    """Oracle: the message."""
+    built = build(mixer)
+    with pytest.raises(InputError, match="looks at later tokens and has no cache"):
+        built.new_cache()
+
+
+@every(CAUSAL)
 def test_the_cache_goes_back_and_takes_in(mixer: dict[str, Any]) -> None:
     """Oracle: rows as Python lists, each in a pass of its own, after every verb of the cache."""
     built, x = build(mixer), inputs(40)
@@ -535,36 +573,3 @@ def test_every_recurrence_in_any_chunks(chunk: int) -> None:
     ):
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
-
-
-def test_document_lengths() -> None:
-    """Oracle: by hand; a row without a restart is one document, whatever it starts at."""
-    assert document_lengths(torch.tensor([[0, 1, 0], [5, 6, 7]])) == (2, 1, 3)
-    assert document_lengths(torch.tensor([[0, 1, 2], [5, 6, 7]])) is None
-    assert document_lengths(torch.tensor([[0, 0, 0]])) == (1, 1, 1)
-    positions = torch.tensor([[3, 4, 0]])
-    assert document_lengths(positions) == (2, 1)
-    assert positions.tolist() == [[3, 4, 0]]
-
-
-def test_visible_tokens() -> None:
-    """Oracle: by hand, with padding, and with two documents in a row."""
-    real = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]]).bool()
-    like, masked = torch.empty(2, 5), Masked(real, None)
-    assert visible_tokens(like, masked, causal=True).tolist() == [[1, 2, 2, 3, 4], [1, 1, 2, 3, 3]]
-    assert visible_tokens(like, masked, causal=False).tolist() == [[4] * 5, [3] * 5]
-    two = packed_rows((2, 3, 5), 2, torch.device("cpu"))
-    assert visible_tokens(like, two, causal=True).tolist() == [[1, 2, 1, 2, 3], [1, 2, 3, 4, 5]]
-    assert visible_tokens(like, two, causal=False).tolist() == [[2, 2, 3, 3, 3], [5] * 5]
-
-
-def test_padding_on_the_right_needs_no_mask() -> None:
-    """Oracle: by hand."""
-    assert padding_mask(torch.tensor([[True, True, False], [True, True, True]])) is None
-    right = torch.tensor([[True, True, False]])
-    seen = padding_mask(right, causal=False)
-    assert seen is not None and seen[0, 0].tolist() == [[True, True, False]] * 2 + [[True] * 3]
-    assert padding_mask(right | True, causal=False) is None
-    mask = padding_mask(torch.tensor([[False, True, True]]))
-    assert mask is not None
-    assert mask[0, 0].tolist() == [[True, False, False], [False, True, False], [False, True, True]]

@@ -60,7 +60,7 @@ def predicted_variance(
             raise InputError(f"{type(mixer.module).__name__} is not softmax attention")
         values = hidden_size * _gain(mixer, hidden_size) ** 2
         spread = rho + (1 - rho) * harmonic
-        v, o = _weight(mixer.module, "v_proj"), _weight(mixer.module, "o_proj")
+        v, o = _values_and_output(mixer.module)
         added = o.shape[-1] * _mean_square(o) * values * _mean_square(v) * spread
         inputs = hidden_size * _gain(mlp, hidden_size) ** 2
         variances.append(variances[-1] + added + _mlp(mlp.module, inputs))
@@ -103,6 +103,12 @@ def _activation(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
     if activation is None:
         raise InputError(f"{type(mlp).__name__} has no act_fn")
     return activation
+
+
+def _values_and_output(mixer: nn.Module) -> tuple[Tensor, Tensor]:
+    if isinstance(mixer, Mixer):
+        return mixer.values.weight, mixer.output.weight
+    return _weight(mixer, "v_proj"), _weight(mixer, "o_proj")  # Hugging Face's names
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:

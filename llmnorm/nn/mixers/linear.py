@@ -16,7 +16,7 @@ normaliser with v = 1. The optional local term (a convolution of v), norm and ga
 mixing: (norm(y + conv(v)) * silu(g)) W_o.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Required, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,22 @@ class LinearParameters(NamedTuple):
     v: Tensor
     local: Tensor | None
     gate: Tensor | None
+
+
+class LinearBlock(TypedDict, total=False):
+    """The keyword arguments of `LinearAttention`, which its subclasses take too."""
+
+    num_attention_heads: Required[int]
+    num_key_value_heads: Required[int]
+    head_dim: Required[int]
+    causal: bool
+    bias: bool
+    rotary: bool
+    gate: bool
+    conv_kernel: int
+    norm: Literal["none", "rms", "layer"]
+    norm_eps: float
+    eps: float
 
 
 class LinearAttention(Mixer[LinearParameters, RecurrentCache]):
@@ -106,7 +122,9 @@ class LinearAttention(Mixer[LinearParameters, RecurrentCache]):
         return self.v_proj
 
     def new_cache(self) -> RecurrentCache:
-        """Sums S and Z, and the convolution's last inputs."""
+        """S, Z and the convolution's last inputs; refused where it looks at later tokens."""
+        if not self.causal:
+            return super().new_cache()
         return RecurrentCache(self.advance)
 
     def prepare(
@@ -168,18 +186,15 @@ class LinearAttention(Mixer[LinearParameters, RecurrentCache]):
         self, q: Tensor, k: Tensor, v: Tensor, states: State, context: Context, by_kernel: bool
     ) -> tuple[Tensor, ...]:
         """Numerator, normaliser, and both states behind the last token."""
-
-        def sums(boundaries: Tensor | None, row: tuple[Any, ...]) -> tuple[Tensor, ...]:
-            if by_kernel:
-                return sums_by_kernel(self.both_features, states, *row, boundaries=boundaries)
-            return normalised_sums(self.both_features, states, *row)
-
-        row: tuple[Any, ...] = (q, k, v, context.cos, context.sin, context.real, context.segments)
-        before = sums(context.boundaries, row)
+        real, segments, boundaries = context.real, context.segments, context.boundaries
+        row = (q, k, v, context.cos, context.sin)
+        before = self._one_way(states, row, real, segments, boundaries, by_kernel)
         if self.causal:
             return before
-        row = tuple(None if t is None else t.flip(1) for t in row)
-        behind = sums(fla.flipped(context.boundaries, q.shape[1]), row)
+        turned = (q.flip(1), k.flip(1), v.flip(1), context.cos.flip(1), context.sin.flip(1))
+        real, segments = (None if t is None else t.flip(1) for t in (real, segments))
+        boundaries = fla.flipped(boundaries, q.shape[1])
+        behind = self._one_way(states, turned, real, segments, boundaries, by_kernel)
         after = (t.flip(1) for t in behind[:2])
         # Both directions count the token itself.
         repeats = self.heads // self.kv_heads
@@ -187,6 +202,22 @@ class LinearAttention(Mixer[LinearParameters, RecurrentCache]):
         k, turned_k, v = (t.repeat_interleave(repeats, 2) for t in (k, turned_k, v))
         itself = (turned_q * turned_k).sum(-1, keepdim=True) * v, (q * k).sum(-1, keepdim=True)
         return tuple(a + b - c for a, b, c in zip(before, after, itself, strict=False))
+
+    def _one_way(
+        self,
+        states: State,
+        row: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        real: Tensor | None,
+        segments: Tensor | None,
+        boundaries: Tensor | None,
+        by_kernel: bool,
+    ) -> tuple[Tensor, ...]:
+        """The sums over the tokens before; row: q, k, v, cos and sin."""
+        if not by_kernel:
+            return normalised_sums(self.both_features, states, *row, real, segments)
+        return sums_by_kernel(
+            self.both_features, states, *row, real, segments, boundaries=boundaries
+        )
 
     def _denominator(self, total: Tensor, p: LinearParameters, context: Context) -> Tensor:
         """(batch, length, heads, 1): the sum of the unrotated weights, plus eps a token."""

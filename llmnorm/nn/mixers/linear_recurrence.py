@@ -107,7 +107,7 @@ class _Recurrence(torch.autograd.Function):
             for place in places(q, chunk):
                 states.append(state)
                 documents = documents_at(place, segments, chunk)
-                block = Block(documents, chunk, *_parts((q, k, v, decay), place))
+                block = Block(documents, chunk, *parts((q, k, v, decay), place))
                 state = block.forward(state, y[:, place])
         ctx.save_for_backward(q, k, v, decay, segments, *states)
         ctx.chunk = chunk
@@ -122,8 +122,8 @@ class _Recurrence(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for place in reversed(places(q, ctx.chunk)):
                 documents = documents_at(place, segments, ctx.chunk)
-                block = Block(documents, ctx.chunk, *_parts((q, k, v, decay), place))
-                into = _parts(found, place)
+                block = Block(documents, ctx.chunk, *parts((q, k, v, decay), place))
+                into = parts(found, place)
                 d_state = block.backward(states.pop(), dy[:, place], d_state, *into)
         return (*found, state_by_head(d_state, v), None, None)
 
@@ -143,7 +143,8 @@ def documents_at(place: slice, segments: Tensor | None, chunk: int) -> Documents
     return Documents(segments[:, place], last, chunk)
 
 
-def _parts(tensors: Sequence[Tensor | None], place: slice) -> list[Any]:
+def parts(tensors: Sequence[Tensor | None], place: slice) -> list[Any]:
+    """The tokens of one block, of each tensor (batch, length, ...)."""
     return [None if t is None else t[:, place] for t in tensors]
 
 

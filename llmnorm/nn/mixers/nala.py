@@ -21,7 +21,7 @@ is divided by sqrt(|q|^2 + query_eps^2), since a query of zero would be nan (off
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.health import mean_over_tokens
-from llmnorm.nn.mixers.linear import LinearAttention, LinearParameters
+from llmnorm.nn.mixers.linear import LinearAttention, LinearBlock, LinearParameters
 from llmnorm.nn.precision import wide_dtype
 
 
@@ -46,7 +46,7 @@ class NaLa(LinearAttention):
         direction: Literal["sign", "cosine"] = "sign",
         alpha: float = 20.0,
         query_eps: float = 1e-3,
-        **block: Any,
+        **block: Unpack[LinearBlock],
     ) -> None:
         super().__init__(hidden_size, **block)
         self.lam, self.tau, self.norm_scale, self.query_eps = lam, tau, norm_scale, query_eps

@@ -14,7 +14,7 @@ times as wide as q and k, and are never held for a whole row. `sums_by_kernel` d
 fla's kernel on a GPU, whole rows at once; it too makes features again in the backward pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from llmnorm.nn.mixers.linear_recurrence import (
     Block,
     documents_at,
     merged_state,
+    parts,
     places,
     state_by_head,
 )
@@ -150,7 +151,7 @@ class _Sums(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for place in places(q, chunk):
                 kept += [state, keys]
-                row = _parts((q, k, v, cos, sin, real), place)
+                row = parts((q, k, v, cos, sin, real), place)
                 piece = _Piece(features, documents_at(place, segments, chunk), chunk, *row)
                 state = piece.block.forward(state, numerator[:, place])
                 keys = piece.normaliser(keys, normaliser[:, place])
@@ -170,7 +171,7 @@ class _Sums(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for place in reversed(places(q, chunk)):
                 keys, state = kept.pop(), kept.pop()
-                row = _parts((q, k, v, cos, sin, real), place)
+                row = parts((q, k, v, cos, sin, real), place)
                 leaves = [t.detach().requires_grad_() for t in row[:2]]
                 with torch.enable_grad():
                     documents = documents_at(place, segments, chunk)
@@ -188,10 +189,6 @@ class _Sums(torch.autograd.Function):
                     whole[:, place] = part[:, :length]
         after = state_by_head(d_state, v), d_keys.view(len(k), k.shape[2], -1, 1)
         return None, None, *found, *(None,) * 4, *after
-
-
-def _parts(tensors: Sequence[Tensor | None], place: slice) -> list[Any]:
-    return [None if t is None else t[:, place] for t in tensors]
 
 
 class _Piece:

@@ -4,33 +4,29 @@ A mixer gets its shape (hidden_size, num_attention_heads, num_key_value_heads, h
 model's settings; only what belongs to its own kind stands here.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from llmnorm.nn.mixers.matrix.settings import Family, FamilySettings, QuasiseparableSettings
-from llmnorm.part import Part, Settings
+from llmnorm.nn.mixers.matrix.settings import (
+    Family,
+    FamilySettings,
+    OddKernel,
+    QuasiseparableSettings,
+)
+from llmnorm.part import Part, Settings, part_name
 
 if TYPE_CHECKING:
     from llmnorm.nn.mixers.contract import Mixer as MixerModule
     from llmnorm.nn.mixers.gated_delta import GatedDeltaNet
     from llmnorm.nn.mixers.gla import GatedLinearAttention
     from llmnorm.nn.mixers.hydra import Hydra
-    from llmnorm.nn.mixers.linear import LinearAttention
+    from llmnorm.nn.mixers.linear import LinearAttention, LinearBlock
     from llmnorm.nn.mixers.matrix.mixer import MatrixMixer
     from llmnorm.nn.mixers.nala import NaLa
     from llmnorm.nn.mixers.softmax import SoftmaxAttention
-    from llmnorm.nn.mixers.ssd import SSD
+    from llmnorm.nn.mixers.ssd import SSD, StateSpaceBlock
     from llmnorm.nn.settings import ModelSettings
-
-
-def _with_a_middle(kernel: int) -> int:
-    if not kernel % 2:
-        raise ValueError(f"must be odd, got {kernel}; e.g. {kernel + 1}")
-    return kernel
-
-
-OddKernel = Annotated[int, Field(ge=1), AfterValidator(_with_a_middle)]
 
 
 class MixerSettings(Settings):
@@ -52,6 +48,24 @@ class MixerSettings(Settings):
     def build(self, model: "ModelSettings", layer: int) -> "MixerModule":
         """The mixer of one layer (counted from 0) of `model`."""
         raise NotImplementedError
+
+
+class RecurrentSettings(MixerSettings):
+    """Settings of the mixers whose cache holds a state of constant size."""
+
+    @property
+    def layer_type(self) -> str:
+        """Hugging Face's name for what its cache holds."""
+        return "linear_attention"
+
+
+def _whole_heads(mixer: MixerSettings, head_dim: int, inner: int) -> int:
+    if inner % head_dim:
+        raise ValueError(
+            f"mixer '{part_name(type(mixer))}': head_dim {head_dim} does not divide expand * "
+            f"hidden_size = {inner}"
+        )
+    return inner // head_dim
 
 
 class SoftmaxSettings(MixerSettings):
@@ -103,7 +117,7 @@ class SoftmaxSettings(MixerSettings):
         )
 
 
-class LinearSettings(MixerSettings):
+class LinearSettings(RecurrentSettings):
     """Linear attention, phi(x) = elu(x) + 1, with its normaliser and rotary positions in the
     numerator (Katharopoulos et al. 2020, arXiv 2006.16236): the plain baseline of `nala`, whose
     block it can take on."""
@@ -131,11 +145,6 @@ class LinearSettings(MixerSettings):
         """Whether it can serve a causal language model."""
         return not self.bidirectional
 
-    @property
-    def layer_type(self) -> str:
-        """Hugging Face's name for what its cache holds."""
-        return "linear_attention"
-
     @model_validator(mode="after")
     def _has_a_middle(self) -> Self:
         if self.bidirectional and self.conv_kernel and not self.conv_kernel % 2:
@@ -151,14 +160,19 @@ class LinearSettings(MixerSettings):
 
         return LinearAttention(model.hidden_size, **self._block(model))
 
-    def _block(self, model: "ModelSettings") -> dict[str, Any]:
-        keys = ("bias", "rotary", "gate", "conv_kernel", "norm", "norm_eps", "eps")
+    def _block(self, model: "ModelSettings") -> "LinearBlock":
         return {
             "num_attention_heads": model.num_attention_heads,
             "num_key_value_heads": model.num_key_value_heads,
             "head_dim": model.head_dim,
             "causal": self.causal,
-            **{key: getattr(self, key) for key in keys},
+            "bias": self.bias,
+            "rotary": self.rotary,
+            "gate": self.gate,
+            "conv_kernel": self.conv_kernel,
+            "norm": self.norm,
+            "norm_eps": self.norm_eps,
+            "eps": self.eps,
         }
 
 
@@ -201,14 +215,20 @@ class NaLaSettings(LinearSettings):
         """The mixer of one layer (counted from 0) of `model`."""
         from llmnorm.nn.mixers.nala import NaLa
 
-        keys = ("lam", "tau", "norm_scale", "direction", "alpha", "query_eps")
-        own = {key: getattr(self, key) for key in keys}
-        return NaLa(model.hidden_size, **own, **self._block(model))
+        return NaLa(
+            model.hidden_size,
+            lam=self.lam,
+            tau=self.tau,
+            norm_scale=self.norm_scale,
+            direction=self.direction,
+            alpha=self.alpha,
+            query_eps=self.query_eps,
+            **self._block(model),
+        )
 
 
-class _StateSpaceSettings(MixerSettings):
-    """What the two state-space mixers share. They have heads of their own, expand * hidden_size /
-    head_dim of them."""
+class _StateSpaceSettings(RecurrentSettings):
+    """What the two state-space mixers share: expand * hidden_size / head_dim heads."""
 
     expand: int = Field(2, ge=1)
     """Inner width over hidden_size."""
@@ -229,30 +249,22 @@ class _StateSpaceSettings(MixerSettings):
     time_step_floor: float = Field(1e-4, gt=0)
     """Initial time steps are clamped at it."""
 
-    @property
-    def layer_type(self) -> str:
-        """Hugging Face's name for what its cache holds."""
-        return "linear_attention"
-
     def check(self, model: "ModelSettings") -> None:
         """Whole heads, whole groups."""
-        inner = self.expand * model.hidden_size
-        name = getattr(self, "name", "")
-        if inner % self.head_dim:
+        heads = _whole_heads(self, self.head_dim, self.expand * model.hidden_size)
+        if heads % self.n_groups:
             raise ValueError(
-                f"mixer '{name}': head_dim {self.head_dim} does not divide expand * hidden_size = "
-                f"{inner}"
-            )
-        if inner // self.head_dim % self.n_groups:
-            raise ValueError(
-                f"mixer '{name}': n_groups {self.n_groups} does not divide the "
-                f"{inner // self.head_dim} heads"
+                f"mixer '{part_name(type(self))}': n_groups {self.n_groups} does not divide the "
+                f"{heads} heads"
             )
 
-    def _shape(self) -> dict[str, Any]:
-        keys = ("expand", "head_dim", "n_groups", "use_bias", "norm_eps")
+    def _shape(self) -> "StateSpaceBlock":
         return {
-            **{key: getattr(self, key) for key in keys},
+            "expand": self.expand,
+            "head_dim": self.head_dim,
+            "n_groups": self.n_groups,
+            "use_bias": self.use_bias,
+            "norm_eps": self.norm_eps,
             "dt_limit": self.time_step_limit,
             "dt_range": (self.time_step_min, self.time_step_max),
             "dt_floor": self.time_step_floor,
@@ -275,9 +287,13 @@ class SSDSettings(_StateSpaceSettings):
         """The mixer of one layer (counted from 0) of `model`."""
         from llmnorm.nn.mixers.ssd import SSD
 
-        keys = ("state_size", "conv_kernel", "use_conv_bias")
-        own = {key: getattr(self, key) for key in keys}
-        return SSD(model.hidden_size, **own, **self._shape())
+        return SSD(
+            model.hidden_size,
+            state_size=self.state_size,
+            conv_kernel=self.conv_kernel,
+            use_conv_bias=self.use_conv_bias,
+            **self._shape(),
+        )
 
 
 class HydraSettings(_StateSpaceSettings):
@@ -304,9 +320,14 @@ class HydraSettings(_StateSpaceSettings):
         """The mixer of one layer (counted from 0) of `model`."""
         from llmnorm.nn.mixers.hydra import Hydra
 
-        keys = ("state_size", "conv_kernel", "use_conv_bias", "combination")
-        own = {key: getattr(self, key) for key in keys}
-        return Hydra(model.hidden_size, **own, **self._shape())
+        return Hydra(
+            model.hidden_size,
+            state_size=self.state_size,
+            conv_kernel=self.conv_kernel,
+            use_conv_bias=self.use_conv_bias,
+            combination=self.combination,
+            **self._shape(),
+        )
 
 
 class MatrixSettings(MixerSettings):
@@ -335,12 +356,7 @@ class MatrixSettings(MixerSettings):
 
     def check(self, model: "ModelSettings") -> None:
         """Whole heads."""
-        inner = self.expand * model.hidden_size
-        if inner % self.head_dim:
-            raise ValueError(
-                f"mixer 'matrix': head_dim {self.head_dim} does not divide expand * hidden_size = "
-                f"{inner}"
-            )
+        _whole_heads(self, self.head_dim, self.expand * model.hidden_size)
 
     def build(self, model: "ModelSettings", layer: int) -> "MatrixMixer":
         """The mixer of one layer (counted from 0) of `model`."""
@@ -360,7 +376,7 @@ class MatrixSettings(MixerSettings):
         )
 
 
-class GLASettings(MixerSettings):
+class GLASettings(RecurrentSettings):
     """Gated linear attention: a decay for each channel of the key (Yang et al. 2023, arXiv
     2312.06635). It has heads of its own."""
 
@@ -378,15 +394,10 @@ class GLASettings(MixerSettings):
     norm_eps: float = Field(1e-5, ge=0)
     """Added inside the norm after mixing."""
 
-    @property
-    def layer_type(self) -> str:
-        """Hugging Face's name for what its cache holds."""
-        return "linear_attention"
-
     def check(self, model: "ModelSettings") -> None:
         """Whole heads."""
-        for key in ("expand_k", "expand_v"):
-            width = getattr(self, key) * model.hidden_size
+        for key, expand in (("expand_k", self.expand_k), ("expand_v", self.expand_v)):
+            width = expand * model.hidden_size
             if width % self.num_heads:
                 raise ValueError(
                     f"mixer 'gla': {key} * hidden_size = {width:g} is not a multiple of num_heads "
@@ -408,7 +419,7 @@ class GLASettings(MixerSettings):
         )
 
 
-class GatedDeltaSettings(MixerSettings):
+class GatedDeltaSettings(RecurrentSettings):
     """The gated delta rule: what is stored under a key is replaced, not added to (Yang et al. 2024,
     arXiv 2412.06464), as the layer of Qwen3-Next."""
 
@@ -425,11 +436,6 @@ class GatedDeltaSettings(MixerSettings):
     """Width of the causal convolution of queries, keys and values."""
     norm_eps: float = Field(1e-6, ge=0)
     """Added inside the norm after mixing."""
-
-    @property
-    def layer_type(self) -> str:
-        """Hugging Face's name for what its cache holds."""
-        return "linear_attention"
 
     def check(self, model: "ModelSettings") -> None:
         """Whole groups."""

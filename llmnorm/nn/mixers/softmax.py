@@ -89,7 +89,9 @@ class SoftmaxAttention(Mixer[SoftmaxParameters, KeyValues]):
         return self.v_proj
 
     def new_cache(self) -> KeyValues:
-        """Keys and values."""
+        """Keys and values; refused where it looks at later tokens."""
+        if not self.causal:
+            return super().new_cache()
         return KeyValues(self.sliding_window)
 
     def prepare(

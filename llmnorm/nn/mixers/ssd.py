@@ -12,7 +12,7 @@ channels. Padding gets dt = 0: it writes nothing and nothing decays.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,19 @@ class SSDParameters(NamedTuple):
     log_decay: Tensor
     z: Tensor
     convolved: Tensor
+
+
+class StateSpaceBlock(TypedDict):
+    """The keyword arguments that `SSD` and `Hydra` share."""
+
+    expand: int
+    head_dim: int
+    n_groups: int
+    use_bias: bool
+    norm_eps: float
+    dt_limit: tuple[float, float] | None
+    dt_range: tuple[float, float]
+    dt_floor: float
 
 
 class SSD(Mixer[SSDParameters, RecurrentCache]):

@@ -6,12 +6,22 @@ tables serve is the model's max_position_embeddings.
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
     from llmnorm.nn.mixers.matrix.family import Family as FamilyModule
+
+
+def _with_a_middle(kernel: int) -> int:
+    if not kernel % 2:
+        raise ValueError(f"must be odd, got {kernel}; e.g. {kernel + 1}")
+    return kernel
+
+
+OddKernel = Annotated[int, Field(ge=1), AfterValidator(_with_a_middle)]
+"""Width of a symmetric convolution, here and in Hydra."""
 
 
 class FamilySettings(Settings):
