@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the children are bit-equal only
 
 import torch
 
-from llmnorm.checkpoints.format import copy_into, read_manifest
+from llmnorm.checkpoints.format import copy_into, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -76,13 +76,12 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def state_of(run: Path, step: int) -> dict[str, Any]:
     """Every tensor of a checkpoint by name."""
-    path = run / "checkpoints" / f"step_{step:08d}"
-    manifest = read_manifest(path)
+    checkpoint = read_checkpoint(run / "checkpoints" / f"step_{step:08d}")
     state = {
         name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        for name, entry in manifest["tensors"].items()
+        for name, entry in checkpoint.manifest["tensors"].items()
     }
-    copy_into(path, manifest, state)
+    copy_into(checkpoint, state)
     return state
 
 

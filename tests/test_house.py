@@ -40,7 +40,13 @@ FLOORS = {
 # Files beside the rooms; any other stands on the ground.
 TOP = {"cli": 11, "__main__": 11}
 LIGHT = {"optim/schedule"}  # settings and all that is built from them
-DISTRIBUTED = ("optim/sharded.py", "parallel/", "checkpoints/checkpoints.py", "machine/doctor.py")
+DISTRIBUTED = (
+    "optim/sharded.py",
+    "parallel/",
+    "checkpoints/agreement.py",
+    "checkpoints/checkpoints.py",
+    "machine/doctor.py",
+)
 # On the ground, since setup and every room use them; they ask torch, but only inside functions.
 ASK_TORCH = {
     "machine/gpus.py": {"part"},

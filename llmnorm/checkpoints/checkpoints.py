@@ -1,52 +1,55 @@
-"""Checkpoints of a run: whole or absent, verified on load, written and read by any processes.
+"""The checkpoints of a run: whole or absent, verified, written and read by any number of processes.
 
-A save, on every process: (1) process 0 makes a directory under a temporary name, (2) each process
-writes its own file there and brings it to the disk, (3) process 0 checks that the intervals tile
-every tensor, writes the manifest, syncs, renames the directory, syncs its parent, moves `latest`,
-(4) and only then removes what need not be kept. Killed before the rename the checkpoint is absent,
-after it whole; the one before it stays in either case. An error anywhere is raised everywhere.
+What a save does, over all processes:
+1. Process 0 makes a directory under a temporary name.
+2. Each process writes its own file there and fsyncs it.
+3. Process 0 checks that the intervals tile every tensor, writes the manifest, renames the
+   directory and moves `latest`, with an fsync after each.
+4. Process 0 removes the checkpoints that need not be kept.
+Before the rename the new checkpoint is absent, after it whole. The previous one is kept either way.
 
-`format.py` is what one checkpoint holds, `store.py` the directory of them;
-here is what several processes and the background thread make of it.
+`format.py` holds the files of one checkpoint, `store.py` the directory of them, `fragments.py`
+ZeRO's pieces, `agreement.py` the talk between processes. This file puts them together and adds the
+background thread.
 
-What would surprise: where there are several processes, all of them make every call (but `steps` and
-`wait`), the constructor's too: it makes a gloo group of its own, which the thread can use while
-training goes on. `find("latest")` takes the newest whole one, whatever the file `latest` says.
+What would surprise: with several processes all of them must make every call together, the
+constructor's too, which makes a gloo group; only `steps` and `wait` are calls of one process. The
+background thread uses this group while training goes on. Whatever fails in one process is raised in
+all of them, so that none waits for one that has given up.
 """
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from llmnorm.checkpoints.agreement import Processes
 from llmnorm.checkpoints.format import (
+    Checkpoint,
     Damaged,
     Interval,
     as_interval,
+    check_files,
     check_names,
     copy_into,
-    find_fault,
     make_manifest,
-    read_manifest,
     write_file,
 )
-from llmnorm.checkpoints.fragments import begun_rows, fill, touched_rows
+from llmnorm.checkpoints.fragments import Ends, begun_rows, fill, touched_rows
 from llmnorm.checkpoints.store import LATEST, Keep, Store
 from llmnorm.optim.fragments import Fragment
 from llmnorm.part import InputError
 
-__all__ = ["Checkpoints", "Interval", "State", "held", "read_meta"]
+__all__ = ["Checkpoint", "Checkpoints", "Interval", "State", "own_rows"]
 
-T = TypeVar("T")
 State = Mapping[str, Tensor | Interval]
 log = logging.getLogger(__name__)
 
@@ -55,10 +58,10 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        directory: `<run_dir>/checkpoints`; made by the first save.
-        keep: how many of the newest whole ones stay (at least 2).
-        keep_every: steps that this divides stay for ever.
-        keep_best: the one with the lowest validation loss stays too.
+        directory: `<run_dir>/checkpoints`; the first save makes it.
+        keep: how many of the newest whole ones are kept (at least 2).
+        keep_every: checkpoints of steps that this divides are kept for good.
+        keep_best: the checkpoint with the lowest validation loss is kept too.
         asynchronous: `save` copies the state and returns; a thread writes.
         rank, world: this process and how many there are.
     """
@@ -77,9 +80,7 @@ class Checkpoints:
         assert keep >= 2, "one checkpoint alone is lost when it turns out to be damaged"
         self._store = Store(directory)
         self._keep = Keep(keep, keep_every, keep_best)
-        self._rank, self._world, self._group = rank, world, None
-        if world > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        self._processes = Processes(rank, world)
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._saving: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -94,43 +95,40 @@ class Checkpoints:
     ) -> None:
         """Write the state after `step`; with `asynchronous`, return when it has been copied.
 
+        A checkpoint of this step that is already there and whole is not written again. It takes
+        over the validation loss, if one is given; tensors and meta stay as they are.
+
         Args:
             state: what this process writes, by name: whole tensors and intervals of dim 0. Over all
                 processes they must tile every tensor once, so of copies one process passes its own.
-            meta: anything JSON can say; that of process 0 is kept.
-            validation_loss: what `keep_best` and `find("best")` go by.
+            meta: values that JSON can express; those of process 0 are kept.
+            validation_loss: of this state; `keep_best` and `find("best")` compare it.
 
         Raises:
             InputError: the disk is full, the directory cannot be written, ...; nothing has changed.
             ValueError: the intervals do not tile a tensor.
+
+        Where there is a background thread, its errors are raised by the next call of any method
+        that waits for it (`save`, `wait`, `newest`, `find`, `load`, `clean`).
         """
         self.wait()
-        snapshot = json.loads(json.dumps(dict(meta)))  # what JSON cannot say fails here
-        fragments = {n: v for n, v in state.items() if isinstance(v, Fragment)}
-        parts = {n: as_interval(v) for n, v in state.items() if n not in fragments}
+        parts, ends, snapshot = self._processes.every(lambda: self._prepare(state, meta))
+        self._processes.exchange(ends)
         if self._thread is None:
-            parts |= begun_rows(fragments, self._new_buffer, self._exchange)
             self._write(step, parts, snapshot, validation_loss)
         else:
-            parts = self._copy_to_buffers(parts)
-            parts |= begun_rows(fragments, self._buffer, self._exchange)
-            if any(value.is_cuda for value in fragments.values()):
-                torch.cuda.synchronize()
             self._saving = self._thread.submit(self._write, step, parts, snapshot, validation_loss)
 
     def without_copies(self, state: State) -> dict[str, Tensor | Interval]:
-        """What this process passes to `save` of a state of which others hold parts too.
+        """The part of `state` that this process passes to `save`.
 
-        Of copies the process of the lowest rank writes its own.
+        Rows that several processes hold are written by the one of the lowest rank.
         """
         fragments = {n: v for n, v in state.items() if isinstance(v, Fragment)}
         intervals = {n: as_interval(v) for n, v in state.items() if n not in fragments}
         mine = {(name, part.start): part for name, part in intervals.items()}
-        everyone: list[Any] = [list(mine)]
-        if self._world > 1:
-            everyone *= self._world
-            dist.all_gather_object(everyone, list(mine), group=self._group)
-        lower = {key for keys in everyone[: self._rank] for key in keys}
+        everyone = self._processes.gather(list(mine))
+        lower = {key for keys in everyone[: self._processes.rank] for key in keys}
         return {**fragments, **{key[0]: part for key, part in mine.items() if key not in lower}}
 
     def wait(self) -> None:
@@ -143,91 +141,145 @@ class Checkpoints:
         """The steps that have a checkpoint, ascending; looks at names only."""
         return self._store.steps()
 
-    def find(self, which: str | int = LATEST, *, verify: bool = True) -> Path:
-        """The directory of a whole checkpoint.
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint, None where there is none yet.
 
-        Args:
-            which: "latest" (the newest whole one; what is wrong with newer ones is logged), "best"
-                (lowest validation loss) or a step.
-            verify: compare every byte with its checksum, each file on one process; else sizes only.
+        Each file is read by one process, and its checksum compared. Newer checkpoints that are
+        damaged are passed over, and logged.
 
         Raises:
-            InputError: there is none, or the one that was asked for is not whole.
+            InputError: there are checkpoints, but none is whole.
         """
-        self.wait()
-        candidates = self._on_rank_0(lambda: self._store.candidates(which))
-        faults: list[str] = []
-        for step in candidates:
-            fault = self._fault(step, verify)
-            if fault is None:
-                if self._rank == 0:
-                    for found in faults:
-                        log.warning("%s; going back to step %d", found, step)
-                return self._store.path(step)
-            faults.append(fault)
-        others = [s for s in self._on_rank_0(self.steps) if s not in candidates]
-        for step in sorted(others, key=lambda s: abs(s - candidates[0])):
-            if self._fault(step, verify) is None:
-                raise InputError(f"{faults[0]}; the nearest whole checkpoint is of step {step}")
-        raise InputError(f"{'; '.join(faults)}; no checkpoint is whole")
+        return self._find(LATEST)
 
-    def load(self, path: Path, into: State, *, strict: bool = True) -> dict[str, Any]:
-        """Copy a checkpoint into the given tensors, in place; returns `read_meta(path)`.
+    def find(self, name: str | int) -> Checkpoint:
+        """As `newest`, or the best or that of a step.
 
         Args:
-            path: what `find` returned (that is where checksums are compared).
-            into: tensors and intervals of any cut, on any device; each process names its own.
-            strict: refuse a checkpoint with tensors that no process asks for.
+            name: "latest", "best" (the lowest validation loss) or a step.
 
         Raises:
-            InputError: a name, dtype or shape differs; nothing has been copied then.
+            InputError: there is none, or the one that was asked for is not whole; only for "latest"
+                an older one takes its place.
+        """
+        found = self._find(name)
+        if found is None:
+            raise InputError(f"{self._store.directory}: there is no checkpoint yet")
+        return found
+
+    def load(self, checkpoint: Checkpoint, into: State) -> None:
+        """Copy a checkpoint into the given tensors, in place.
+
+        Args:
+            checkpoint: from `newest` or `find`, which have compared its checksums.
+            into: tensors and intervals of any cut, on any device; each process names its own. They
+                must name all tensors of the checkpoint between them.
+
+        Raises:
+            InputError: a name, dtype or shape differs, and nothing has been copied; or a file
+                cannot be read.
         """
         self.wait()
+        fragments = {n: v for n, v in into.items() if isinstance(v, Fragment)}
+
+        def prepare() -> dict[str, Tensor | Interval]:
+            wanted = {**into, **{name: touched_rows(f) for name, f in fragments.items()}}
+            check_names(checkpoint, wanted)
+            return wanted
 
         def refuse_unasked() -> None:
-            unasked = sorted(set(manifest["tensors"]).difference(*asked))
-            if unasked and strict:
+            unasked = sorted(set(checkpoint.manifest["tensors"]).difference(*asked))
+            if unasked:
                 raise InputError(
-                    f"{path}: {len(unasked)} tensors have no place here: {', '.join(unasked[:5])}"
+                    f"{checkpoint.path}: {len(unasked)} tensors have no place here: "
+                    f"{', '.join(unasked[:5])}"
                 )
 
-        fragments = {n: v for n, v in into.items() if isinstance(v, Fragment)}
-        rows = {name: touched_rows(fragment) for name, fragment in fragments.items()}
-        into = {**into, **rows}
-        manifest = self._on_rank_0(lambda: _manifest(path))
-        asked = self._on_every_rank(lambda: check_names(path, manifest, into))
-        self._on_rank_0(refuse_unasked)
-        self._on_every_rank(lambda: copy_into(path, manifest, into))
-        for name, fragment in fragments.items():
-            fill(fragment, rows[name])
-        return _meta(manifest)
+        def copy() -> None:
+            copy_into(checkpoint, wanted)
+            for name, fragment in fragments.items():
+                fill(fragment, as_interval(wanted[name]))
+
+        wanted = self._processes.every(prepare)
+        asked = self._processes.gather_on_first(list(wanted))
+        self._processes.first(refuse_unasked)
+        self._processes.every(copy)
 
     def clean(self) -> None:
         """Remove what saves and removals of killed processes left; only under the run's lock."""
         self.wait()
-        self._on_rank_0(self._store.clean)
+        self._processes.first(self._store.clean)
+
+    def _find(self, name: str | int) -> Checkpoint | None:
+        """The store's answer on every process, after the checksums of its files agreed.
+
+        A file that turns out damaged is noted in the store, which then gives another answer.
+        """
+        self.wait()
+        share = slice(self._processes.rank, None, self._processes.world)
+        while True:
+            answer = self._processes.first(lambda: self._store.find(name))
+            if answer is None:
+                return None
+            found, faults = answer
+            try:
+                self._processes.every(partial(check_files, found, contents=True, share=share))
+                break
+            except Damaged as fault:
+                self._store.damaged[found.path] = str(fault)
+        step = found.manifest["step"]
+        if faults and name != LATEST:
+            raise InputError(f"{faults[0]}; the nearest whole checkpoint is of step {step}")
+        if self._processes.rank == 0:
+            for fault in faults:
+                log.warning("%s; going back to step %d", fault, step)
+        return found
+
+    def _prepare(
+        self, state: State, meta: Mapping[str, Any]
+    ) -> tuple[dict[str, Interval], Ends | None, dict[str, Any]]:
+        """All of a save that can fail before the processes meet: memory, meta, the thread.
+
+        Returns:
+            This process's rows (copied, for the thread), the ends of rows that are to be exchanged,
+            and a copy of `meta`.
+        """
+        snapshot = json.loads(json.dumps(dict(meta)))
+        fragments = {n: v for n, v in state.items() if isinstance(v, Fragment)}
+        parts = {n: as_interval(v) for n, v in state.items() if n not in fragments}
+        if self._thread is None:
+            begun, ends = begun_rows(fragments, _new_buffer)
+        else:
+            self._thread.submit(int).result()  # a thread starts with its first work, or fails to
+            parts = self._copy_to_buffers(parts)
+            begun, ends = begun_rows(fragments, self._buffer)
+            if any(fragment.is_cuda for fragment in fragments.values()):
+                torch.cuda.synchronize()
+        return parts | begun, ends, snapshot
 
     def _write(
         self, step: int, parts: dict[str, Interval], meta: dict[str, Any], loss: float | None
     ) -> None:
-        store = self._store
+        store, processes = self._store, self._processes
         with _explained(f"{store.directory}: the checkpoint of step {step} was not saved"):
-            temporary = self._on_rank_0(lambda: store.begin(step))
-            if temporary is None:
-                return
-            try:
-                file = temporary / f"rank_{self._rank:05d}.safetensors"
-                written = self._on_every_rank(lambda: write_file(file, parts))
-                self._on_rank_0(
-                    lambda: store.commit(temporary, step, make_manifest(step, meta, loss, written))
-                )
-            finally:
-                if self._rank == 0:
-                    store.abandon(temporary)
-        self._on_rank_0(lambda: store.remove_superfluous(step, self._keep))
+            temporary = processes.first(lambda: store.begin(step, loss))
+            if temporary is not None:
+                try:
+                    file = temporary / f"rank_{processes.rank:05d}.safetensors"
+                    written = processes.every(lambda: write_file(file, parts))
+                    reports = processes.gather_on_first(written)
+                    processes.first(
+                        lambda: store.commit(
+                            temporary, step, make_manifest(step, meta, loss, reports)
+                        )
+                    )
+                finally:
+                    if processes.rank == 0:
+                        store.abandon(temporary)
+        processes.first(lambda: store.remove_superfluous(step, self._keep))
 
     def _copy_to_buffers(self, parts: dict[str, Interval]) -> dict[str, Interval]:
-        """The parts with their tensors copied to the CPU buffers of the last save."""
+        """The parts, their tensors copied to the CPU buffers of the last save."""
         buffers: dict[str, Tensor] = {}
         for name, part in parts.items():
             tensor = part.tensor.detach()
@@ -238,117 +290,50 @@ class Checkpoints:
         return {name: part._replace(tensor=buffers[name]) for name, part in parts.items()}
 
     def _buffer(self, name: str, like: Tensor, numel: int) -> Tensor:
-        """The last save's memory for `numel` elements under a name."""
+        """The last save's memory for `numel` elements under a name; new where it does not fit."""
         buffer = self._buffers.get(name)
         if buffer is None or (len(buffer), buffer.dtype) != (numel, like.dtype):
-            buffer = self._buffers[name] = self._new_buffer(name, like, numel)
+            buffer = self._buffers[name] = _new_buffer(name, like, numel)
         return buffer
 
-    def _new_buffer(self, _: str, like: Tensor, numel: int) -> Tensor:
-        return torch.empty(numel, dtype=like.dtype, pin_memory=like.is_cuda)
 
-    def _exchange(self, leaving: list[list[Tensor]], arriving: list[list[Tensor]]) -> None:
-        """Fill `arriving` [process] with what is `leaving` [process] there for this one."""
-        if self._world == 1:
-            return
-        send = torch.cat([piece for pieces in leaving for piece in pieces] or [torch.empty(0)])
-        counts, expected = ([sum(map(len, pieces)) for pieces in p] for p in (leaving, arriving))
-        received = send.new_empty(sum(expected))
-        dist.all_to_all_single(received, send, expected, counts, group=self._group)
-        wanted = [piece for pieces in arriving for piece in pieces]
-        for piece, data in zip(wanted, received.split([*map(len, wanted)]), strict=True):
-            piece.copy_(data)
+def own_rows(name: str, tensor: Tensor) -> Tensor | Interval:
+    """What this process holds of a tensor: the tensor itself, or its rows of a sharded one.
 
-    def _fault(self, step: int, contents: bool) -> str | None:
-        """What is wrong with a checkpoint, the same on every process; None if it is whole.
+    Args:
+        name: the tensor's, for the message.
+        tensor: a plain tensor or a fragment; or a DTensor that is replicated, or sharded along dim
+            0 over one axis of its mesh (and replicated over the others).
 
-        Each process looks at its share of the files.
-        """
-        path, share = self._store.path(step), slice(self._rank, None, self._world)
-        found = self._on_every_rank(lambda: find_fault(path, contents=contents, share=share))
-        fault = self._on_rank_0(lambda: next((f for f in found if f is not None), None))
-        if fault is not None:
-            self._store.damaged.add(step)
-        return fault
-
-    def _on_every_rank(self, work: Callable[[], T]) -> list[T]:
-        """`work()` on every process; process 0 gets the results; an error is raised on all."""
-        result, error = _attempt(work)
-        if self._world == 1:
-            return [_result(result, error)]
-        outcomes: list[Any] = [(None, None)] * self._world
-        mine = (result, _to_send(error))
-        dist.gather_object(mine, outcomes if self._rank == 0 else None, group=self._group)
-        first = [next((e for _, e in outcomes if e is not None), None)]
-        dist.broadcast_object_list(first, src=0, group=self._group)
-        _result(None, error or first[0])
-        return [result for result, _ in outcomes] if self._rank == 0 else []
-
-    def _on_rank_0(self, work: Callable[[], T]) -> T:
-        """`work()` on process 0; its result, or its error, on all."""
-        result, error = _attempt(work) if self._rank == 0 else (None, None)
-        if self._world > 1:
-            shared: list[Any] = [result, _to_send(error)]
-            dist.broadcast_object_list(shared, src=0, group=self._group)
-            result, error = shared[0], error or shared[1]
-        return _result(result, error)
-
-
-def held(tensor: Tensor) -> Tensor | Interval:
-    """What this process holds of a tensor: itself (or a fragment), or the rows of a sharded one."""
+    Raises:
+        InputError: it is a DTensor of another placement; a checkpoint holds rows only.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
-    axis = tensor.placements.index(Shard(0))
+    split = [axis for axis, p in enumerate(tensor.placements) if not p.is_replicate()]
+    if not split:
+        return tensor.to_local()
+    axis = split[0]
+    if len(split) > 1 or type(tensor.placements[axis]) is not Shard or tensor.placements[axis].dim:
+        raise InputError(
+            f"'{name}' cannot be saved: its placements are {tensor.placements} on a mesh of shape "
+            f"{tuple(tensor.device_mesh.shape)}; a checkpoint holds tensors that are Replicate() "
+            "everywhere, or Shard(dim=0) over one axis of the mesh"
+        )
     rows, index = tensor.shape[0], tensor.device_mesh.get_local_rank(axis)
     start = min(-(-rows // tensor.device_mesh.size(axis)) * index, rows)  # as torch.chunk cuts
     return Interval(tensor.to_local(), start, tuple(tensor.shape))
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """What was saved beside the tensors: `meta`, with "step" and "validation_loss".
-
-    Raises:
-        InputError: the manifest is missing or damaged.
-    """
-    return _meta(_manifest(path))
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        return read_manifest(path)
-    except Damaged as fault:
-        raise InputError(str(fault)) from None
-
-
-def _meta(manifest: dict[str, Any]) -> dict[str, Any]:
-    own = {key: manifest[key] for key in ("step", "validation_loss")}
-    return {**manifest["meta"], **own}
+def _new_buffer(_: str, like: Tensor, numel: int) -> Tensor:
+    return torch.empty(numel, dtype=like.dtype, pin_memory=like.is_cuda)
 
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Make one line for the user of what a disk refuses."""
+    """Turn an error of the file system into one line for the user."""
     try:
         yield
     except OSError as error:
         text = f"{what}: {error.strerror or error}; the ones before it are as they were"
         raise InputError(text) from error
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return work(), None
-    except Exception as error:  # of any kind: the other processes must not wait for ever
-        return None, error
-
-
-def _to_send(error: Exception | None) -> Exception | None:
-    """The error as the other processes raise it: of a kind that survives the journey."""
-    expected = error is None or isinstance(error, InputError | OSError)
-    return error if expected else RuntimeError(f"another process failed: {error!r}")
-
-
-def _result(result: T | None, error: Exception | None) -> T:
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]

@@ -1,18 +1,18 @@
-"""What one checkpoint directory holds; how it comes to be there is `store.py`.
+"""The files of one checkpoint directory; `store.py` moves such directories into place.
 
     step_00001000/
-      rank_00000.safetensors   one writer each; a key holds the rows that this writer had
+      rank_00000.safetensors   written by process 0: the rows that it holds of each tensor
       MANIFEST.json            {"format", "crc32", "step", "validation_loss", "meta",
                                 "tensors": {name: {"dtype", "shape", "intervals": {file: [a, b]}}},
                                 "files": {file: {"bytes", "crc32"}}}
 
-A tensor is whole, or cut along dim 0 into intervals [a, b) of rows; [0, 1) stands for a 0-dim
-tensor. The intervals tile the full tensor exactly, so any number of processes reads any interval,
-whoever wrote it. No pickle, and nothing here knows of processes.
+A tensor is stored whole, or cut along dim 0 into intervals [a, b) of rows; a 0-dim tensor has the
+interval [0, 1). The intervals tile the full tensor exactly. So a reader can ask for any rows,
+however many processes wrote them. Nothing is pickled, and this file knows nothing of processes.
 
-What would surprise: safetensors returns views of the mapped file, so loading always copies; a 0-dim
-tensor has no slices; an empty shard of a non-empty tensor is not written, while a tensor whose full
-shape holds a 0 is; the manifest's `crc32` is that of the rest of itself.
+What would surprise: safetensors returns views of the mapped file, so loading always copies. A 0-dim
+tensor has no slices. A writer without rows of a tensor leaves it out, unless the full shape holds a
+0. The manifest's `crc32` is the checksum of the manifest without that field.
 """
 
 import json
@@ -47,8 +47,21 @@ class Interval(NamedTuple):
         return self.start + (self.tensor.shape[0] if self.tensor.dim() else 1)
 
 
-class Damaged(Exception):
+class Damaged(InputError):
     """A checkpoint that is not whole; the text names the file and what is wrong with it."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint directory and the manifest that was read there, once."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What was saved beside the tensors, with "step" and "validation_loss"."""
+        own = {key: self.manifest[key] for key in ("step", "validation_loss")}
+        return {**self.manifest["meta"], **own}
 
 
 def as_interval(value: Tensor | Interval) -> Interval:
@@ -57,10 +70,14 @@ def as_interval(value: Tensor | Interval) -> Interval:
 
 
 def write_file(path: Path, parts: Mapping[str, Interval]) -> dict[str, Any] | None:
-    """Write the intervals of one writer to one file and bring it to the disk.
+    """Write the intervals of one process to one file and fsync it.
 
-    Returns what the manifest needs to know of it: `{"name", "bytes", "crc32", "tensors": {name:
-    {"dtype", "shape", "interval"}}}`; None where there is nothing to write.
+    Returns:
+        The file's entry for `make_manifest`: `{"name", "bytes", "crc32", "tensors": {name:
+        {"dtype", "shape", "interval"}}}`; None where there is nothing to write.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
     """
     parts = {n: p for n, p in parts.items() if p.stop > p.start or 0 in p.global_shape}
     if not parts:
@@ -90,10 +107,10 @@ def write_file(path: Path, parts: Mapping[str, Interval]) -> dict[str, Any] | No
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors without common memory, as `save_file` wants them.
+    """Contiguous CPU tensors that share no memory; `save_file` accepts no others.
 
-    Only strided, overlapping (tied) and device tensors are copied: the others are written from
-    where they are, views into one stack included.
+    Only strided, overlapping (tied) and device tensors are copied. The others are written from
+    their own memory, also where they are views into one stack.
     """
     found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     end = 0
@@ -112,7 +129,13 @@ def make_manifest(
     validation_loss: float | None,
     written: list[dict[str, Any] | None],
 ) -> dict[str, Any]:
-    """Put the writers' reports (of `write_file`) together.
+    """The manifest of a checkpoint whose files `write_file` has written.
+
+    Args:
+        step: number of steps that the state has been trained for.
+        meta: JSON values to store beside the tensors.
+        validation_loss: of this state, None where it was not evaluated.
+        written: what `write_file` returned on each process.
 
     Raises:
         ValueError: the intervals of a key leave a hole, overlap, or disagree in dtype or shape.
@@ -139,6 +162,15 @@ def make_manifest(
         "tensors": tensors,
         "files": {f["name"]: {"bytes": f["bytes"], "crc32": f["crc32"]} for f in files},
     }
+    return _with_checksum(manifest)
+
+
+def with_loss(manifest: Mapping[str, Any], validation_loss: float) -> dict[str, Any]:
+    """A manifest that was read, with another validation loss, to be written again."""
+    return _with_checksum({**manifest, "validation_loss": validation_loss})
+
+
+def _with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"crc32": _crc_of_json(manifest), **manifest}
 
 
@@ -156,11 +188,12 @@ def _check_tiling(name: str, rows: int, intervals: dict[str, list[int]]) -> None
         raise ValueError(f"checkpoint key '{name}': {what} rows [{first}, {last}) of {rows}")
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint directory `path`.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in the directory `path`; of its files only the manifest is looked at.
 
     Raises:
-        Damaged: it is missing, unreadable, changed since it was written, or of another format.
+        Damaged: the manifest is missing, unreadable, changed since it was written, or of another
+            format.
     """
     file = path / MANIFEST
     try:
@@ -177,11 +210,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise Damaged(f"{file} is damaged (its checksum differs)")
     if version != FORMAT:
         raise Damaged(f"{file} has format {version}, this version of llmnorm reads {FORMAT}")
-    return dict(manifest)
+    return Checkpoint(path, dict(manifest))
 
 
 def check_file(file: Path, recorded: Mapping[str, Any], *, contents: bool) -> None:
-    """Compare a file with what the manifest recorded; `contents` reads all of it.
+    """Compare a file with its entry in the manifest.
+
+    Args:
+        recorded: `{"bytes", "crc32"}`.
+        contents: read the whole file and compare its checksum; else only its size.
 
     Raises:
         Damaged: it is missing, cut off or changed.
@@ -199,37 +236,32 @@ def check_file(file: Path, recorded: Mapping[str, Any], *, contents: bool) -> No
         raise Damaged(f"{file} cannot be read ({error.strerror})") from None
 
 
-def find_fault(path: Path, *, contents: bool, share: slice = slice(None)) -> str | None:
-    """What is wrong with the checkpoint directory `path`; None where nothing is found.
+def check_files(checkpoint: Checkpoint, *, contents: bool, share: slice = slice(None)) -> None:
+    """Compare a checkpoint's files with its manifest.
 
     Args:
         contents: compare every byte with its checksum; else only look at the sizes.
-        share: which of the files, in the order of their names.
-    """
-    try:
-        files = read_manifest(path)["files"]
-        for name in sorted(files)[share]:
-            check_file(path / name, files[name], contents=contents)
-    except Damaged as fault:
-        return str(fault)
-    return None
-
-
-def check_names(
-    path: Path, manifest: Mapping[str, Any], into: Mapping[str, Tensor | Interval]
-) -> list[str]:
-    """Refuse, before anything is changed, what `copy_into` could not fill exactly.
-
-    Returns:
-        The names that are asked for.
+        share: the files to look at, of all in the order of their names.
 
     Raises:
-        InputError: a key is not in the checkpoint, or has another dtype or shape there.
+        Damaged: a file is missing, cut off or changed.
     """
+    files = checkpoint.manifest["files"]
+    for name in sorted(files)[share]:
+        check_file(checkpoint.path / name, files[name], contents=contents)
+
+
+def check_names(checkpoint: Checkpoint, into: Mapping[str, Tensor | Interval]) -> None:
+    """Check, before anything is changed, that `copy_into` can fill every tensor exactly.
+
+    Raises:
+        InputError: the checkpoint has no tensor of that name, or it has another dtype or shape.
+    """
+    path, tensors = checkpoint.path, checkpoint.manifest["tensors"]
     for name, value in into.items():
-        part, stored = as_interval(value), manifest["tensors"].get(name)
+        part, stored = as_interval(value), tensors.get(name)
         if stored is None:
-            hint = nearest(name, list(manifest["tensors"])[:1000])
+            hint = nearest(name, list(tensors)[:1000])
             raise InputError(f"{path}: holds no tensor '{name}'; {hint}")
         have = (stored["dtype"], tuple(stored["shape"]))
         want = (_dtype(part.tensor), tuple(part.global_shape))
@@ -238,22 +270,26 @@ def check_names(
                 f"{path}: '{name}' is {have[0]} {have[1]} in the checkpoint, "
                 f"{want[0]} {want[1]} here"
             )
-    return list(into)
 
 
-def copy_into(
-    path: Path, manifest: Mapping[str, Any], into: Mapping[str, Tensor | Interval]
-) -> None:
-    """Fill the tensors of `into` in place, reading only the rows that they ask for."""
+def copy_into(checkpoint: Checkpoint, into: Mapping[str, Tensor | Interval]) -> None:
+    """Fill the tensors of `into` in place; only the rows that they ask for are read.
+
+    The names must have passed `check_names`.
+
+    Raises:
+        InputError: a file cannot be read; some tensors may have been filled by then.
+    """
     by_file: dict[str, list[tuple[str, Interval, int, int]]] = {}
     for name, value in into.items():
         part = as_interval(value)
-        for file, (start, stop) in manifest["tensors"][name]["intervals"].items():
+        for file, (start, stop) in checkpoint.manifest["tensors"][name]["intervals"].items():
             if part.start < stop and start < part.stop:
                 by_file.setdefault(file, []).append((name, part, start, stop))
     for file, wanted in by_file.items():
+        path = checkpoint.path / file
         try:
-            with safe_open(path / file, framework="pt", device="cpu") as stored, torch.no_grad():
+            with safe_open(path, framework="pt", device="cpu") as stored, torch.no_grad():
                 for name, part, start, stop in wanted:
                     if part.tensor.dim() == 0:
                         part.tensor.copy_(stored.get_tensor(name))
@@ -262,11 +298,11 @@ def copy_into(
                     rows = stored.get_slice(name)[first - start : last - start]
                     part.tensor[first - part.start : last - part.start].copy_(rows)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path / file}: cannot be read ({error})") from error
+            raise InputError(f"{path}: cannot be read ({error})") from error
 
 
 def checksum(file: Path) -> str:
-    """The file's CRC-32 in hex (3 GB/s: as good as free beside the disk)."""
+    """The file's CRC-32 in hex; zlib computes about 3 GB/s, more than most disks read."""
     crc, block = 0, bytearray(1 << 22)
     with open(file, "rb", buffering=0) as stream:
         while count := stream.readinto(block):
@@ -275,13 +311,13 @@ def checksum(file: Path) -> str:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a small file and bring it to the disk."""
+    """Write a small file and fsync it."""
     path.write_text(text)
     sync(path)
 
 
 def sync(path: Path) -> None:
-    """Bring a file's bytes, or a directory's entries, to the disk."""
+    """Fsync a file, or a directory's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -290,7 +326,7 @@ def sync(path: Path) -> None:
 
 
 def as_text(value: Any, levels: int = 2) -> str:
-    """JSON with one entry a line down to `levels`: a tensor of the manifest is a line."""
+    """JSON with one entry a line down to `levels`, so that each tensor of a manifest is a line."""
     if levels == 0 or not isinstance(value, dict):
         return json.dumps(value)
     entries = (f"{json.dumps(key)}: {as_text(item, levels - 1)}" for key, item in value.items())

@@ -1,15 +1,17 @@
-"""The directory of a run's checkpoints, as one process sees it: names, moves, rules of keeping.
+"""The directory of a run's checkpoints: names, renames, and which checkpoints are kept.
 
     <run_dir>/checkpoints/
-      step_00001000/    what one holds: format.py
+      step_00001000/    a checkpoint; format.py says what it holds
       latest            the name of the newest one, for people and other tools
-      .tmp-*  .trash-*  a save, a removal under way, or what a killed process left of one
+      .tmp-*  .trash-*  a save or a removal under way, or what a killed process left of one
 
-A checkpoint appears and disappears in one rename. Where there are several processes only process 0
-calls what changes the directory, and `checkpoints.py` tells the others.
+A checkpoint appears and disappears in one rename. Where there are several processes, process 0
+alone calls the methods here, and `checkpoints.py` shares their answers.
 
-What would surprise: a step that is there and whole is not written again, since a run is a function
-of its step (and so nothing whole is ever moved away to make room); `latest` is never relied on.
+What would surprise: a checkpoint that is already there and whole is not written again, because a
+run's state is a function of its step; only its validation loss is. So no whole checkpoint is ever
+moved away to make room for another of the same step. And `find` does not follow `latest`: it looks
+at the directories.
 """
 
 import errno
@@ -19,17 +21,21 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmnorm.checkpoints.format import (
     MANIFEST,
+    Checkpoint,
     Damaged,
     as_text,
     check_file,
-    find_fault,
-    read_manifest,
+    check_files,
+    read_checkpoint,
     sync,
+    with_loss,
     write_durably,
 )
 from llmnorm.part import InputError, nearest
@@ -39,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class Keep(NamedTuple):
-    """Which checkpoints stay: the newest ones, milestones, the best; never fewer than two."""
+    """Which checkpoints are kept: the newest ones, milestones, the best; at least two in all."""
 
     newest: int
     every: int | None
@@ -50,63 +56,71 @@ class Store:
     """The checkpoints in one directory, which the first `begin` makes.
 
     Attributes:
-        damaged: steps that were found not to be whole; they do not count when others are removed.
+        damaged: what is wrong with checkpoints whose contents were found damaged, by their paths.
+            `find` passes them over, and they do not count among those to keep.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.damaged: set[int] = set()
+        self.damaged: dict[Path, str] = {}
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """The directory for the checkpoint of a step, whether or not it exists."""
         return self.directory / f"step_{step:08d}"
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending; looks at names only."""
+        """The steps that have a checkpoint, ascending; only names are looked at."""
         if not self.directory.is_dir():
             return []
         names = (re.fullmatch(r"step_(\d{8,})", name) for name in os.listdir(self.directory))
         return sorted(int(match[1]) for match in names if match)
 
-    def candidates(self, which: str | int) -> list[int]:
-        """The steps to try, in this order, for "latest", "best" or a step.
+    def find(self, name: str | int) -> tuple[Checkpoint, list[str]] | None:
+        """The newest whole checkpoint, the best or one of a step, with its manifest.
+
+        Manifests are read and the files' sizes compared; contents are not. Where the checkpoint
+        that was asked for is damaged, the answer is another: for "latest" the newest that is whole,
+        else the nearest in steps.
+
+        Args:
+            name: "latest", "best" (the lowest validation loss, of equal ones the newest) or a step.
+
+        Returns:
+            The checkpoint, and what is wrong with those that were to be preferred to it; None
+            where the directory holds no checkpoint.
 
         Raises:
-            InputError: there is no such checkpoint.
+            InputError: no checkpoint is of this name, or none is whole.
         """
         steps = self.steps()
         if not steps:
-            raise InputError(f"{self.directory}: there is no checkpoint yet")
-        if which == LATEST:
-            self._check_latest(steps)
-            return steps[::-1]
-        if which == BEST:
-            best = self._best(steps)
-            if best is None:
-                raise InputError(
-                    f"{self.directory}: no checkpoint has a validation loss; "
-                    f"valid: {LATEST}, {', '.join(map(str, steps))}"
-                )
-            return [best]
-        if isinstance(which, str) and not which.isdecimal():
-            raise InputError(f"checkpoint '{which}': {nearest(which, [LATEST, BEST, 'a step'])}")
-        step = int(which)
-        if step not in steps:
-            near = sorted(sorted(steps, key=lambda s: abs(s - step))[:3])
-            raise InputError(
-                f"{self.directory}: there is no checkpoint of step {step}; "
-                f"nearest: {', '.join(map(str, near))}"
-            )
-        return [step]
+            return None
+        faults = []
+        for step in self._by_preference(name, steps):
+            try:
+                return self._open(step), faults
+            except Damaged as fault:
+                faults.append(str(fault))
+        raise InputError(f"{'; '.join(faults)}; no checkpoint is whole")
 
-    def begin(self, step: int) -> Path | None:
-        """A new temporary directory to write in; None where the step is there and whole."""
+    def begin(self, step: int, validation_loss: float | None) -> Path | None:
+        """A new temporary directory for the files of `step`, to be passed to `commit`.
+
+        None where a whole checkpoint of this step is there: it stays, and takes over the validation
+        loss unless that is None.
+        """
         if not self.directory.is_dir():
             self.directory.mkdir(parents=True)
             sync(self.directory.parent)
-        if self.path(step).exists() and find_fault(self.path(step), contents=True) is None:
-            self._move(step)
-            return None
+        if self.path(step).exists():
+            with suppress(Damaged):
+                there = read_checkpoint(self.path(step))
+                check_files(there, contents=True)
+                if validation_loss is not None:
+                    self._replace_loss(there, validation_loss)
+                self.damaged.pop(there.path, None)
+                self._move(step)
+                return None
         temporary = self.directory / f".tmp-{self.path(step).name}-{uuid.uuid4().hex[:8]}"
         temporary.mkdir()
         return temporary
@@ -114,56 +128,117 @@ class Store:
     def commit(self, temporary: Path, step: int, manifest: dict[str, Any]) -> None:
         """Make the finished files in `temporary` the checkpoint of `step`, and `latest` name it."""
         for name, recorded in manifest["files"].items():
-            try:  # a file that is not seen from here was written to another machine's disk
+            try:  # a node whose disk is not shared writes files that process 0 cannot see
                 check_file(temporary / name, recorded, contents=False)
             except Damaged as fault:
                 text = f"{fault}; do all nodes share this file system?"
                 raise OSError(errno.ENOENT, text) from None
         write_durably(temporary / MANIFEST, as_text(manifest))
         sync(temporary)
-        if self.path(step).exists():  # damaged, or `begin` would have left it as it is
+        if self.path(step).exists():  # damaged, or `begin` would have kept it
             self._discard(step)
         self._move(step, temporary)
-        self.damaged.discard(step)
+        self.damaged.pop(self.path(step), None)
 
     def abandon(self, temporary: Path) -> None:
-        """Remove what is left of a save; after a commit that is nothing."""
+        """Remove what a failed save has left; nothing after a `commit`."""
         _remove(temporary)
 
     def remove_superfluous(self, step: int, keep: Keep) -> None:
-        """Apply the rules of keeping after `step` was saved; a failure is only logged.
-
-        Later steps can only be damaged ones (the run went on from an earlier one): they do not
-        count, and stay until their step is written again.
-        """
-        steps = [s for s in self.steps() if s <= step]
-        sound = (s for s in steps if s not in self.damaged)
-        whole = [s for s in sound if find_fault(self.path(s), contents=False) is None]
-        if len(whole) < 2:
-            return
-        kept = {*whole[-keep.newest :]}
-        if keep.every:
-            kept |= {s for s in whole if s % keep.every == 0}
-        if keep.best and (best := self._best(whole)) is not None:
-            kept.add(best)
-        for old in steps:
-            if old not in kept:
-                try:
-                    self._discard(old)
-                except OSError as error:
-                    log.warning("%s: cannot be removed (%s)", self.path(old), error.strerror)
+        """Remove what `keep` does not keep, after `step` was saved; a failure is only logged."""
+        for old in self._superfluous(step, keep):
+            try:
+                self._discard(old)
+            except OSError as error:
+                log.warning("%s: cannot be removed (%s)", self.path(old), error.strerror)
 
     def clean(self) -> None:
-        """Remove what saves and removals of killed processes left; only under the run's lock."""
+        """Remove what killed processes left of saves and removals.
+
+        Call it only under the run's lock: it would remove another process's save under way.
+        """
         if self.directory.is_dir():
             for name in os.listdir(self.directory):
                 if name.startswith((".tmp-", ".trash-")):
                     _remove(self.directory / name)
 
-    def _move(self, step: int, temporary: Path | None = None) -> None:
-        """Rename the finished directory, then `latest`.
+    def _by_preference(self, name: str | int, steps: list[int]) -> list[int]:
+        """All steps, in the order in which they answer "latest", "best" or a step."""
+        if name == LATEST:
+            self._check_latest(steps)
+            return steps[::-1]
+        if name == BEST:
+            manifests = {}
+            for step in steps:
+                with suppress(Damaged):
+                    manifests[step] = read_checkpoint(self.path(step))
+            best = _best(manifests)
+            if best is None:
+                raise InputError(
+                    f"{self.directory}: no checkpoint has a validation loss; "
+                    f"valid: {LATEST}, {', '.join(map(str, steps))}"
+                )
+            wanted = best
+        elif isinstance(name, str) and not name.isdecimal():
+            raise InputError(f"checkpoint '{name}': {nearest(name, [LATEST, BEST, 'a step'])}")
+        else:
+            wanted = int(name)
+        by_distance = sorted(steps, key=lambda step: abs(step - wanted))
+        if wanted not in steps:
+            raise InputError(
+                f"{self.directory}: there is no checkpoint of step {wanted}; "
+                f"nearest: {', '.join(map(str, sorted(by_distance[:3])))}"
+            )
+        return by_distance
 
-        The new `latest` is written before the first rename: a full disk cannot part the two.
+    def _superfluous(self, step: int, keep: Keep) -> list[int]:
+        """The steps that need not be kept after `step`; none before there are two whole ones.
+
+        Checkpoints of later steps are damaged ones, since the run resumed from an earlier one. They
+        are not counted, and stay until their step is saved again.
+        """
+        steps = [s for s in self.steps() if s <= step]
+        whole = {}
+        for found in steps:
+            with suppress(Damaged):
+                whole[found] = self._open(found)
+        if len(whole) < 2:
+            return []
+        kept: set[int | None] = {*list(whole)[-keep.newest :]}
+        if keep.every:
+            kept |= {s for s in whole if s % keep.every == 0}
+        if keep.best:
+            kept.add(_best(whole))
+        return [s for s in steps if s not in kept]
+
+    def _open(self, step: int) -> Checkpoint:
+        """The checkpoint of a step, its files' sizes compared.
+
+        Raises:
+            Damaged: it is not whole, or was found damaged before.
+        """
+        path = self.path(step)
+        if path in self.damaged:
+            raise Damaged(self.damaged[path])
+        checkpoint = read_checkpoint(path)
+        check_files(checkpoint, contents=False)
+        return checkpoint
+
+    def _replace_loss(self, checkpoint: Checkpoint, validation_loss: float) -> None:
+        """Write the manifest again with this loss; a killed process leaves the old or the new."""
+        pending = self.directory / f".tmp-{checkpoint.path.name}-{MANIFEST}"
+        try:
+            write_durably(pending, as_text(with_loss(checkpoint.manifest, validation_loss)))
+            os.replace(pending, checkpoint.path / MANIFEST)
+            sync(checkpoint.path)
+        finally:
+            pending.unlink(missing_ok=True)
+
+    def _move(self, step: int, temporary: Path | None = None) -> None:
+        """Rename the finished directory, if one is given, and make `latest` name the step.
+
+        The new `latest` is written before the first rename. So a full disk fails before either of
+        them, and not between the two.
         """
         pending = self.directory / f".tmp-{LATEST}"
         try:
@@ -177,27 +252,23 @@ class Store:
             pending.unlink(missing_ok=True)
 
     def _discard(self, step: int) -> None:
-        """Remove a checkpoint: gone in one moment, its bytes a little later."""
+        """Remove a checkpoint: one rename hides it, then its files are deleted."""
         trash = self.directory / f".trash-{self.path(step).name}-{uuid.uuid4().hex[:8]}"
         os.rename(self.path(step), trash)
         _remove(trash)
-
-    def _best(self, steps: list[int]) -> int | None:
-        losses = {}
-        for step in steps:
-            try:
-                loss = read_manifest(self.path(step))["validation_loss"]
-            except Damaged:
-                continue
-            if loss is not None and math.isfinite(loss):
-                losses[step] = loss
-        return min(losses, key=lambda step: (losses[step], -step), default=None)
 
     def _check_latest(self, steps: list[int]) -> None:
         file = self.directory / LATEST
         named = file.read_text(errors="replace").strip() if file.is_file() else None
         if named is not None and named not in [self.path(step).name for step in steps]:
             log.warning("%s names %r, which is not there", file, named)
+
+
+def _best(checkpoints: Mapping[int, Checkpoint]) -> int | None:
+    """The step of the lowest finite validation loss, of equal ones the newest."""
+    losses = {step: one.manifest["validation_loss"] for step, one in checkpoints.items()}
+    finite = {s: loss for s, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return min(finite, key=lambda step: (finite[step], -step), default=None)
 
 
 def _remove(path: Path) -> None:

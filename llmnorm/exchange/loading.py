@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmnorm.checkpoints.checkpoints import Checkpoints, read_meta
-from llmnorm.checkpoints.format import copy_into, read_manifest
+from llmnorm.checkpoints.checkpoints import Checkpoints
+from llmnorm.checkpoints.format import copy_into
 from llmnorm.config.file import load
 from llmnorm.config.pretrained import Pretrained, describe
 from llmnorm.models.configuration import LlmNormConfig
@@ -126,9 +126,9 @@ def _of_run(
     run = RunDirectory(run_path)
     if run.config.is_file():
         load(run.path)  # imports the parts that live outside the package
-    which = found.checkpoint if checkpoint == "latest" else checkpoint
-    path = Checkpoints(run.checkpoints, rank=rank, world=world).find(which)
-    manifest, meta = read_manifest(path), read_meta(path)
+    name = found.checkpoint if checkpoint == "latest" else checkpoint
+    opened = Checkpoints(run.checkpoints, rank=rank, world=world).find(name)
+    path, manifest, meta = opened.path, opened.manifest, opened.meta
     if "model" not in meta:
         raise InputError(f"{path}: does not hold the model's configuration")
     config = LlmNormConfig.from_dict(meta["model"])
@@ -150,7 +150,7 @@ def _of_run(
     tensors = {name: stored[name] for name in check_weights(config, stored, path)}
 
     def read_into(into: Mapping[str, Tensor]) -> None:
-        copy_into(path, manifest, {names[name]: tensor for name, tensor in into.items()})
+        copy_into(opened, {names[name]: tensor for name, tensor in into.items()})
 
     return Source(config, tensors, read_into, found.tokenizer, run, meta)
 

@@ -45,7 +45,13 @@ from llmnorm.training.evaluation import evaluate
 from llmnorm.training.health import health
 from llmnorm.training.profiling import Profiler
 from llmnorm.training.signals import StopRequest
-from llmnorm.training.state import Progress, environment, go_on, named_tensors
+from llmnorm.training.state import (
+    Progress,
+    environment,
+    named_tensors,
+    resume,
+    starting_point,
+)
 
 
 def train(
@@ -83,20 +89,7 @@ def train(
         micro_batch = _micro_batch(config, parallel)
         steps = config.training.total_steps(data.rows, data.context_length)
 
-        # Model, layout, optimizer, schedule.
-        model, fill = _model(config, run, objective, parallel)
-        replica = parallel.prepare(model, fill)
-        statistics = RunningStatistics(model, parallel.reduce)
-        groups = split(model)
-        parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
-        optimizer = config.optimizer.build(groups, parallel.exchange())
-        multipliers = config.optimizer.multipliers(config.schedule.build(steps), steps)
-        ema = None
-        if config.training.ema:
-            held = {name: local(master(p).detach()) for name, p in model.named_parameters()}
-            ema = EMA(held, config.training.ema, parallel.publish)
-
-        # The run directory, and the newest whole checkpoint in it.
+        # The run directory, and the checkpoint to start from.
         def lock() -> None:
             stack.enter_context(RunLock(run.path))
 
@@ -114,12 +107,27 @@ def train(
         stack.callback(checkpoints.wait)  # on the way out of an error too, while the lock is held
         if not dry_run:
             checkpoints.clean()
+        start = starting_point(checkpoints, config.training.branch_from, parallel)
+
+        # Model, layout, optimizer, schedule.
+        model, fill = _model(config, objective, parallel, begun=start is not None)
+        replica = parallel.prepare(model, fill)
+        statistics = RunningStatistics(model, parallel.reduce)
+        groups = split(model)
+        parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
+        optimizer = config.optimizer.build(groups, parallel.exchange())
+        multipliers = config.optimizer.multipliers(config.schedule.build(steps), steps)
+        ema = None
+        if config.training.ema:
+            held = {name: local(master(p).detach()) for name, p in model.named_parameters()}
+            ema = EMA(held, config.training.ema, parallel.publish)
+
         state = named_tensors(model, optimizer, ema)
         written = checkpoints.without_copies(state)
-        progress, said = go_on(checkpoints, state, data, parallel, config.training.branch_from)
+        progress, message = resume(checkpoints, start, state, data, parallel)
         parallel.publish()
-        if said:
-            _say(parallel, said)
+        if message:
+            _say(parallel, message)
         if progress.step >= steps:
             if parallel.is_main and not dry_run:
                 run_directory.end(run.done, progress.step)
@@ -277,12 +285,15 @@ def train(
 
 
 def _model(
-    config: RunConfig, run: RunDirectory, objective: Objective, parallel: Parallel
+    config: RunConfig, objective: Objective, parallel: Parallel, *, begun: bool
 ) -> tuple[LlmNormForCausalLM, Fill]:
     """The run's model, still without values, and what gives it its first weights.
 
     They are the same numbers on every process and device. What is loaded is all of it, or all but
     the head where that is another objective's.
+
+    Args:
+        begun: a checkpoint will replace these weights, so `model.pretrained` is not read.
     """
     rows, pretrained, data = config.model.vocab_size, config.model.pretrained, objective.data
     if rows != "auto" and rows < data.vocab_size:
@@ -305,8 +316,7 @@ def _model(
         **objective.model_keys(),
     )
     model = empty_model(settings, device="meta").train()
-    begun = config.training.branch_from is not None or bool(Checkpoints(run.checkpoints).steps())
-    if pretrained is None or begun:  # a checkpoint's weights will take the place of these
+    if pretrained is None or begun:
         return model, lambda modules: initialize(model, seed=config.seed, modules=modules)
     source = open_source(
         pretrained, key="model.pretrained", rank=parallel.rank, world=parallel.world
@@ -419,7 +429,8 @@ def _seed(seed: int, step: int, rank: int) -> None:
 def _diverged(progress: Progress, global_batch: int, checkpoints: Checkpoints) -> str:
     skipped = progress.skipped_in_a_row
     rows = f"{progress.row - skipped * global_batch}-{progress.row - 1}"
-    kept = checkpoints.find("latest") if checkpoints.steps() else "none"
+    newest = checkpoints.newest()
+    kept = newest.path if newest else "none"
     return (
         f"training: stopped at step {progress.step}: {skipped} steps in a row with a non-finite "
         f"loss or gradient (rows {rows}); last good checkpoint: {kept}; try a lower optimizer.lr"

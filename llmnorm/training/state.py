@@ -1,8 +1,8 @@
-"""What a run carries from one step to the next, and how it goes on from a checkpoint.
+"""What a checkpoint of a run holds, where a run starts from, and how it resumes.
 
 A checkpoint holds weights (`model.<name>`), optimizer state (`optimizer.<name>.<field>`), the
 weights' moving average where there is one (`ema.<name>`), and the counts of `Progress`. Rows,
-learning rates and noise are functions of these counts, so nothing else is saved.
+learning rates and noise are functions of these counts, so they are not saved.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from llmnorm.checkpoints.checkpoints import Checkpoints, Interval, State, held, read_meta
+from llmnorm.checkpoints.checkpoints import Checkpoint, Checkpoints, Interval, State, own_rows
 from llmnorm.checkpoints.format import as_interval
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
@@ -33,11 +33,11 @@ class Progress:
     row: int = 0
     """Number of the next row, counted from the run's first."""
     tokens: int = 0
-    """Trained on so far, over all processes: labels of text, tokens read by an encoder."""
+    """Trained on so far, over all processes; an objective says which of its tokens count."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
-    """Training time over all the run's processes' lives."""
+    """Training time, summed over all processes that continued the run."""
 
     @classmethod
     def of(cls, meta: dict[str, Any]) -> Self:
@@ -48,62 +48,89 @@ class Progress:
 def named_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None
 ) -> dict[str, torch.Tensor | Interval]:
-    """All that this process holds of a checkpoint, by name: the tensors themselves, tied ones once.
+    """What this process holds of the run's state, by its name in a checkpoint.
 
-    Of a sharded tensor it is this process's rows.
+    The tensors are the live ones, so that loading into them changes model and optimizer. Tied
+    weights appear once; of a sharded tensor it is this process's rows.
+
+    Raises:
+        InputError: a tensor is laid out over the processes in a way that no checkpoint can hold.
     """
     masters = {name: master(p) for name, p in model.named_parameters()}
     fragments = {name: m for name, m in masters.items() if isinstance(m, Fragment)}
-    weights = {name: held(fragments.get(name, t)) for name, t in named_weights(model).items()}
-    average = ema.average if ema else {}
-    return {
-        **{f"model.{name}": part for name, part in weights.items()},
-        **{f"optimizer.{name}": held(t) for name, t in named_state(optimizer, model).items()},
-        **{f"ema.{name}": _in_the_place_of(weights[name], t) for name, t in average.items()},
+    tensors = {
+        **{f"model.{name}": fragments.get(name, t) for name, t in named_weights(model).items()},
+        **{f"optimizer.{name}": t for name, t in named_state(optimizer, model).items()},
     }
+    state = {name: own_rows(name, tensor) for name, tensor in tensors.items()}
+    for name, average in (ema.average if ema else {}).items():
+        state[f"ema.{name}"] = _like(state[f"model.{name}"], average)
+    return state
 
 
-def _in_the_place_of(part: torch.Tensor | Interval, data: torch.Tensor) -> torch.Tensor | Interval:
-    """Other numbers where `part` is of a whole tensor."""
-    return (
-        part.like(data) if isinstance(part, Fragment) else as_interval(part)._replace(tensor=data)
-    )
+def _like(part: torch.Tensor | Interval, data: torch.Tensor) -> torch.Tensor | Interval:
+    """The numbers `data`, as the same part of a whole tensor as `part`."""
+    if isinstance(part, Fragment):
+        return part.like(data)
+    return as_interval(part)._replace(tensor=data)
 
 
-def go_on(
+def starting_point(
+    checkpoints: Checkpoints, branch_from: Path | None, parallel: Parallel
+) -> Checkpoint | None:
+    """The checkpoint that the run starts from; None where it starts at its first step.
+
+    That is its own newest whole one, else the one that `training.branch_from` names. All processes
+    call this together and get the same answer.
+
+    Raises:
+        InputError: no checkpoint of the run is whole, or there is none to branch from.
+    """
+    newest = checkpoints.newest()
+    if newest is not None or branch_from is None:
+        return newest
+    number = re.fullmatch(r"step_(\d+)", branch_from.name)
+    if number is None:
+        raise InputError(
+            f"training.branch_from: {branch_from} is no checkpoint; {_nearby(branch_from)}"
+        )
+    parent = Checkpoints(branch_from.parent, rank=parallel.rank, world=parallel.world)
+    try:
+        return parent.find(int(number[1]))
+    except InputError as error:
+        raise InputError(f"training.branch_from: {error}") from None
+
+
+def resume(
     checkpoints: Checkpoints,
+    start: Checkpoint | None,
     state: State,
     data: PackedData | Examples,
     parallel: Parallel,
-    branch_from: Path | None,
 ) -> tuple[Progress, str | None]:
-    """Copy the newest whole checkpoint into `state`, else the one that the run branches from.
+    """Copy the starting point into `state`.
 
     Returns:
-        The counts there (zeros at the start of a run), and what to tell the user.
+        The counts there (zeros without a starting point), and a message for the user.
 
     Raises:
         InputError: the checkpoint was trained on other data, or holds other tensors.
     """
-    if checkpoints.steps():
-        path = checkpoints.find("latest")
-    elif branch_from is not None:
-        path = _branch_point(branch_from, parallel)
-    else:
+    if start is None:
         return Progress(), None
-    meta = read_meta(path)
+    path, meta = start.path, start.meta
     if meta["data"] != data.identity:
         raise InputError(
             f"{path}: was trained on the data {meta['data']}, this run's data is now "
             f"{data.identity} ({data.directory}); restore the corpus or start a new run_dir"
         )
+    checkpoints.load(start, state)
     here, there = environment(parallel), meta["environment"]
     changed = [f"{k} {there[k]} -> {here[k]}" for k in here if here[k] != there.get(k, here[k])]
-    checkpoints.load(path, state)
-    said = f"going on from {path}"
+    message = f"going on from {path}"
     if changed:
-        said += f"; the last bits may differ from an uninterrupted run: {', '.join(changed)}"
-    return Progress.of(meta), said
+        message += f"; the last bits may differ from an uninterrupted run: {', '.join(changed)}"
+    return Progress.of(meta), message
 
 
 def environment(parallel: Parallel) -> dict[str, Any]:
@@ -119,17 +146,10 @@ def environment(parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def _branch_point(path: Path, parallel: Parallel) -> Path:
-    """The verified checkpoint that `training.branch_from` names."""
-    number = re.fullmatch(r"step_(\d+)", path.name)
-    if number is None or not path.is_dir():
-        near = path if path.name == "checkpoints" else path.parent
-        if (path / "checkpoints").is_dir():
-            near = path / "checkpoints"
-        there = sorted(p.name for p in near.glob("step_*")) if near.is_dir() else []
-        raise InputError(
-            f"training.branch_from: {path} is no checkpoint; "
-            + (f"{near} has {', '.join(there)}" if there else "name RUN/checkpoints/step_N")
-        )
-    parent = Checkpoints(path.parent, rank=parallel.rank, world=parallel.world)
-    return parent.find(int(number[1]))
+def _nearby(path: Path) -> str:
+    """The checkpoints that a path to no checkpoint may have meant, for a message."""
+    near = path if path.name == "checkpoints" else path.parent
+    if (path / "checkpoints").is_dir():
+        near = path / "checkpoints"
+    there = sorted(p.name for p in near.glob("step_*")) if near.is_dir() else []
+    return f"{near} has {', '.join(there)}" if there else "name RUN/checkpoints/step_N"

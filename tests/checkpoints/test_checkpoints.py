@@ -14,7 +14,7 @@ import torch
 
 from llmnorm.checkpoints import checkpoints as module
 from llmnorm.checkpoints import store
-from llmnorm.checkpoints.checkpoints import Checkpoints, Interval, read_meta
+from llmnorm.checkpoints.checkpoints import Checkpoint, Checkpoints, Interval
 from llmnorm.part import InputError
 
 FILE = "rank_00000.safetensors"
@@ -38,11 +38,18 @@ def saved(directory: Path, *steps: int, **settings: Any) -> Checkpoints:
     return checkpoints
 
 
-def holds(checkpoints: Checkpoints, path: Path, step: int) -> bool:
-    """Whether the checkpoint at `path` is that of `step`, every bit of it."""
+def newest(checkpoints: Checkpoints) -> Checkpoint:
+    """There is one."""
+    found = checkpoints.newest()
+    assert found is not None
+    return found
+
+
+def holds(checkpoints: Checkpoints, found: Checkpoint, step: int) -> bool:
+    """Whether this is the checkpoint of `step`, every bit of it."""
     into = {name: torch.full_like(tensor, 9) for name, tensor in state(0).items()}
-    meta = checkpoints.load(path, into)
-    assert meta == {"tokens": 100 * step, "step": step, "validation_loss": None}
+    checkpoints.load(found, into)
+    assert found.meta == {"tokens": 100 * step, "step": step, "validation_loss": None}
     return all(into[name].equal(tensor) for name, tensor in state(step).items())
 
 
@@ -56,10 +63,10 @@ def leftovers(directory: Path) -> list[str]:
 def test_what_was_saved_is_found_and_loaded(tmp_path: Path) -> None:
     """Oracle: the state as a function of its step."""
     checkpoints = saved(tmp_path / "run" / "checkpoints", 10, 20)
-    assert holds(checkpoints, checkpoints.find(), 20)
+    assert holds(checkpoints, newest(checkpoints), 20)
     assert holds(checkpoints, checkpoints.find(10), 10)
     assert holds(checkpoints, checkpoints.find("10"), 10)
-    assert checkpoints.find().name == "step_00000020"
+    assert newest(checkpoints).path.name == "step_00000020"
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000020\n"
     assert leftovers(tmp_path / "run" / "checkpoints") == []
 
@@ -70,7 +77,7 @@ def test_meta_comes_back_as_json_says_it(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, {"x": torch.zeros(1)}, meta, validation_loss=1 / 3)
     expected = {**json.loads(json.dumps(meta)), "step": 3, "validation_loss": 1 / 3}
-    assert read_meta(checkpoints.find()) == expected
+    assert newest(checkpoints).meta == expected
 
 
 def test_what_json_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -103,9 +110,9 @@ def test_what_is_not_there_is_answered_with_what_is(
 def test_a_directory_without_checkpoints_says_so(tmp_path: Path) -> None:
     """Oracle: nothing was ever saved."""
     checkpoints = Checkpoints(tmp_path / "missing")
-    assert checkpoints.steps() == []
+    assert checkpoints.steps() == [] and checkpoints.newest() is None
     with pytest.raises(InputError, match="there is no checkpoint yet"):
-        checkpoints.find()
+        checkpoints.find("latest")
     assert not (tmp_path / "missing").exists()
 
 
@@ -114,10 +121,8 @@ def test_a_checkpoint_with_more_than_was_asked_for(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     into = {"model.weight": torch.zeros(8, 4)}
     with pytest.raises(InputError, match="2 tensors have no place here: model.norm, optimizer"):
-        checkpoints.load(checkpoints.find(), into)
+        checkpoints.load(newest(checkpoints), into)
     assert not into["model.weight"].any()
-    checkpoints.load(checkpoints.find(), into, strict=False)
-    assert into["model.weight"].equal(state(1)["model.weight"])
 
 
 # Damage
@@ -161,7 +166,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     """Oracle: damage done by hand to the newest of three."""
     checkpoints = saved(tmp_path, 10, 20, 30, keep=3)
     damage(tmp_path / "step_00000030")
-    assert holds(checkpoints, checkpoints.find(), 20)
+    assert holds(checkpoints, newest(checkpoints), 20)
     (message,) = caplog.messages
     assert what in message and "going back to step 20" in message
     with pytest.raises(InputError) as caught:
@@ -177,11 +182,11 @@ def test_two_damaged_checkpoints_are_both_named(
     checkpoints = saved(tmp_path, 10, 20, 30, keep=3)
     flip(tmp_path / "step_00000030")
     truncate(tmp_path / "step_00000020")
-    assert holds(checkpoints, checkpoints.find(), 10)
+    assert holds(checkpoints, newest(checkpoints), 10)
     assert "step_00000030" in caplog.text and "step_00000020" in caplog.text
     flip(tmp_path / "step_00000010")
     with pytest.raises(InputError, match="_00000030.*_00000020.*_00000010.*no checkpoint is whole"):
-        checkpoints.find()
+        newest(checkpoints)
 
 
 def test_a_dangling_latest_is_named_and_does_no_harm(
@@ -190,18 +195,8 @@ def test_a_dangling_latest_is_named_and_does_no_harm(
     """Oracle: the directory that `latest` names was removed by hand."""
     checkpoints = saved(tmp_path, 10, 20)
     shutil.rmtree(tmp_path / "step_00000020")
-    assert holds(checkpoints, checkpoints.find(), 10)
+    assert holds(checkpoints, newest(checkpoints), 10)
     assert "latest names 'step_00000020', which is not there" in caplog.text
-
-
-def test_sizes_alone_do_not_read_the_files(tmp_path: Path) -> None:
-    """Oracle: a flipped bit is seen with `verify`, a truncated file without it too."""
-    checkpoints = saved(tmp_path, 10, 20)
-    flip(tmp_path / "step_00000020")
-    assert checkpoints.find(verify=False).name == "step_00000020"
-    assert checkpoints.find().name == "step_00000010"
-    truncate(tmp_path / "step_00000020")
-    assert checkpoints.find(verify=False).name == "step_00000010"
 
 
 def test_a_damaged_step_is_written_anew_and_a_whole_one_is_left(tmp_path: Path) -> None:
@@ -253,9 +248,9 @@ def test_what_is_kept(tmp_path: Path, settings: dict[str, Any], steps: list[int]
 def test_the_best_is_that_of_the_lowest_loss_and_of_equal_ones_the_newest(tmp_path: Path) -> None:
     """Oracle: losses given by hand."""
     kept(tmp_path, LOSSES, keep=6)
-    assert Checkpoints(tmp_path).find("best").name == "step_00000020"
+    assert Checkpoints(tmp_path).find("best").path.name == "step_00000020"
     Checkpoints(tmp_path, keep=9).save(70, {"x": torch.zeros(2)}, {}, validation_loss=1.0)
-    assert Checkpoints(tmp_path).find("best").name == "step_00000070"
+    assert Checkpoints(tmp_path).find("best").path.name == "step_00000070"
     flip(tmp_path / "step_00000070")
     with pytest.raises(InputError, match="the nearest whole checkpoint is of step 60"):
         Checkpoints(tmp_path).find("best")
@@ -267,12 +262,12 @@ def test_damaged_checkpoints_do_not_count_among_the_kept(tmp_path: Path) -> None
     (tmp_path / "step_00000020" / "MANIFEST.json").unlink()
     flip(tmp_path / "step_00000040")
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.find().name == "step_00000030"
+    assert newest(checkpoints).path.name == "step_00000030"
     checkpoints.save(35, state(35), {})
     assert checkpoints.steps() == [30, 35, 40]  # 40 is not whole, and newer: it stays for now
     checkpoints.save(40, state(40), {"tokens": 4000})
     assert checkpoints.steps() == [35, 40]
-    assert holds(checkpoints, checkpoints.find(), 40)
+    assert holds(checkpoints, newest(checkpoints), 40)
 
 
 def test_a_flipped_bit_that_find_saw_is_remembered_when_others_are_removed(tmp_path: Path) -> None:
@@ -280,7 +275,7 @@ def test_a_flipped_bit_that_find_saw_is_remembered_when_others_are_removed(tmp_p
     saved(tmp_path, 10, 20, 30, keep=3)
     flip(tmp_path / "step_00000030")
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.find().name == "step_00000020"
+    assert newest(checkpoints).path.name == "step_00000020"
     checkpoints.save(40, state(40), {})
     assert checkpoints.steps() == [20, 40]
 
@@ -322,7 +317,7 @@ def test_clean_removes_what_dead_saves_left_and_nothing_else(tmp_path: Path) -> 
     (tmp_path / ".trash-step_00000005-0123abcd").mkdir()
     (tmp_path / ".tmp-latest").write_text("step_00000020\n")
     (tmp_path / "notes.txt").write_text("mine")
-    assert checkpoints.find().name == "step_00000010"
+    assert newest(checkpoints).path.name == "step_00000010"
     checkpoints.clean()
     assert sorted(os.listdir(tmp_path)) == ["latest", "notes.txt", "step_00000010"]
 
@@ -379,14 +374,14 @@ def test_a_disk_that_is_full_at_any_call_leaves_the_previous_one(
         except InputError as error:
             assert "step 20 was not saved: No space left on device" in str(error)
         assert leftovers(directory) == []
-        whole = checkpoints.find()
-        named = (directory / "latest").read_text().strip()
-        assert holds(checkpoints, whole, int(whole.name[5:]))
-        assert holds(checkpoints, directory / named, int(named[5:]))
-        if whole.name == "step_00000020":  # the failure came after the rename: it is whole
-            shutil.rmtree(whole)
+        whole = newest(checkpoints)
+        named = int((directory / "latest").read_text().strip()[5:])
+        assert holds(checkpoints, whole, whole.meta["step"])
+        assert holds(checkpoints, checkpoints.find(named), named)
+        if whole.meta["step"] == 20:  # the failure came after the rename: it is whole
+            shutil.rmtree(whole.path)
             (directory / "latest").write_text("step_00000010\n")
-    assert fail_at > 8 and holds(checkpoints, checkpoints.find(), 20)
+    assert fail_at > 8 and holds(checkpoints, newest(checkpoints), 20)
 
 
 def test_half_a_file_and_then_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +400,7 @@ def test_half_a_file_and_then_no_space(tmp_path: Path, monkeypatch: pytest.Monke
     ):
         checkpoints.save(20, state(20), {})
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000010"]
-    assert holds(checkpoints, checkpoints.find(), 10)
+    assert holds(checkpoints, newest(checkpoints), 10)
 
 
 def test_everything_is_on_the_disk_before_the_name_that_promises_it(
@@ -486,9 +481,10 @@ def test_what_happens_after_save_returned_does_not_leak_in(
     meta["nested"].append(2)  # type: ignore[attr-defined]
     assert checkpoints.steps() == []
     gate.open.set()
-    path = checkpoints.find()  # waits
+    found = newest(checkpoints)  # waits
     into = {name: torch.full_like(tensor, 9) for name, tensor in live.items()}
-    assert checkpoints.load(path, into)["nested"] == [1]
+    checkpoints.load(found, into)
+    assert found.meta["nested"] == [1]
     assert all(into[name].equal(tensor) for name, tensor in state(10).items())
 
 
@@ -501,8 +497,8 @@ def test_the_buffers_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     checkpoints.save(30, {**state(30), "model.norm": torch.ones(5)}, {})
     checkpoints.wait()
     assert gate.addresses[2]["model.weight"] == gate.addresses[0]["model.weight"]
-    into = {"model.norm": torch.zeros(5)}
-    checkpoints.load(checkpoints.find(), into, strict=False)
+    into = {**state(0), "model.norm": torch.zeros(5)}
+    checkpoints.load(newest(checkpoints), into)
     assert into["model.norm"].equal(torch.ones(5))
 
 
@@ -519,14 +515,14 @@ def test_an_error_in_the_background_is_raised_at_the_next_call_and_once(
     calls = {
         "save": lambda: checkpoints.save(30, state(30), {}),
         "wait": checkpoints.wait,
-        "find": checkpoints.find,
+        "find": checkpoints.newest,
     }
     with pytest.raises(InputError, match="step 20 was not saved: No space left on device"):
         calls[meet]()
     gate.failure = None
     assert checkpoints.steps() == [10]
     checkpoints.save(30, state(30), {"tokens": 3000})
-    assert holds(checkpoints, checkpoints.find(), 30)
+    assert holds(checkpoints, newest(checkpoints), 30)
 
 
 def test_one_save_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,9 +41,10 @@ def save_for_ever(directory: Path, acknowledged: Path, asynchronous: bool) -> No
     checkpoints = Checkpoints(directory, keep_every=10, asynchronous=asynchronous)
     checkpoints.clean()
     step = 0
-    if checkpoints.steps():
+    if (found := checkpoints.newest()) is not None:
         into = {name: torch.zeros_like(tensor) for name, tensor in state(0).items()}
-        step = checkpoints.load(checkpoints.find(), into)["step"]
+        checkpoints.load(found, into)
+        step = found.meta["step"]
     while True:
         step += 1
         checkpoints.save(step, state(step), {})
@@ -55,12 +56,13 @@ def save_for_ever(directory: Path, acknowledged: Path, asynchronous: bool) -> No
 def newest(directory: Path) -> int:
     """The step that a reader finds; its bits and what `latest` names are checked."""
     checkpoints = Checkpoints(directory)
-    if not checkpoints.steps():
+    found = checkpoints.newest()
+    if found is None:
         assert not (directory / "latest").exists()
         return 0
-    path = checkpoints.find()
     into = {name: torch.zeros_like(tensor) for name, tensor in state(0).items()}
-    step = int(checkpoints.load(path, into)["step"])
+    checkpoints.load(found, into)
+    step = int(found.meta["step"])
     assert all(into[name].equal(tensor) for name, tensor in state(step).items())
     if (directory / "latest").exists():
         named = int((directory / "latest").read_text().strip().removeprefix("step_"))
@@ -206,7 +208,7 @@ for asynchronous in (False, True):
         checkpoints.wait()
     except InputError as error:
         print(error)
-    print(checkpoints.find().name, *sorted(os.listdir(directory / "checkpoints")))
+    print(checkpoints.newest().path.name, *sorted(os.listdir(directory / "checkpoints")))
 subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
 try:
     checkpoints.save(3, {"x": torch.ones(10)}, {})

@@ -3,7 +3,6 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from llmnorm.checkpoints.fragments import begun_rows, fill, touched_rows
 from llmnorm.optim.fragments import Fragment
@@ -35,23 +34,20 @@ def test_rows_that_are_begun_tile_the_tensor_and_fill_the_fragments(drawn) -> No
             for piece, shape, cut in zip(pieces, shapes, cuts, strict=True)
         ]
         processes.append({str(number): fragment for number, fragment in enumerate(made)})
-    sent: list[tuple[list[list[Tensor]], list[list[Tensor]]]] = []
-    rows = [
-        begun_rows(
-            fragments,
-            lambda name, like, numel: torch.full((numel,), -1.0),
-            lambda leaving, arriving: sent.append((leaving, arriving)),
-        )
+    begun = [
+        begun_rows(fragments, lambda name, like, numel: torch.full((numel,), -1.0))
         for fragments in processes
     ]
-    for rank, (_, arriving) in enumerate(sent):
-        for other, pieces in enumerate(arriving):
-            for piece, data in zip(pieces, sent[other][0][rank], strict=True):
-                piece.copy_(data)
+    rows, exchanged = [found for found, _ in begun], [ends for _, ends in begun if ends is not None]
+    for rank, ends in enumerate(exchanged):
+        arrived = [other.sent.split(other.sent_counts)[rank] for other in exchanged]
+        assert [len(data) for data in arrived] == ends.received_counts
+        torch.cat(arrived, out=ends.received)
+        ends.put_in_place()
     for number, whole in enumerate(wholes):
-        parts = [begun[str(number)] for begun in rows]
-        found = torch.cat([part.tensor.reshape(-1) for part in parts])
-        assert found.equal(whole.reshape(-1))
+        parts = [found[str(number)] for found in rows]
+        joined = torch.cat([part.tensor.reshape(-1) for part in parts])
+        assert joined.equal(whole.reshape(-1))
         assert all(part.global_shape == tuple(whole.shape) for part in parts)
         written = [part for part in parts if part.stop > part.start]
         starts = [part.start for part in written]

@@ -97,7 +97,7 @@ def save_and_read_back(directory: Path, rank: int, world: int) -> bool:
 def read_by_this_cut(directory: Path, rank: int, world: int) -> bool:
     checkpoints = Checkpoints(directory, rank=rank, world=world)
     into = emptied(mine(rank, world))
-    checkpoints.load(checkpoints.find(), into)
+    checkpoints.load(checkpoints.find("latest"), into)
     return equal(into, mine(rank, world, 2))
 
 
@@ -121,7 +121,7 @@ def only_the_first_writes(directory: Path, rank: int, world: int) -> Any:
     checkpoints = Checkpoints(directory, rank=rank, world=world)
     checkpoints.save(1, FULL if rank == 0 else {}, {"tokens": 5} if rank == 0 else {})
     into = {name: torch.full_like(tensor, -1) for name, tensor in FULL.items()}
-    meta = checkpoints.load(checkpoints.find(), into)
+    meta = checkpoints.load(checkpoints.find("latest"), into)
     return [meta["tokens"], all(into[name].equal(tensor) for name, tensor in FULL.items())]
 
 
@@ -166,12 +166,12 @@ def one_disk_is_full(directory: Path, rank: int, world: int) -> Any:
         else:
             said.append(failure(checkpoints.save, 2, mine(rank, world, 2), {}))
         module.write_file = real
-        said.append(checkpoints.find().name)
+        said.append(checkpoints.find("latest").path.name)
         dist.barrier()
         said.append(sorted(os.listdir(directory)))
         dist.barrier()
     checkpoints.save(2, mine(rank, world, 2), {})
-    return [*said, checkpoints.find().name]
+    return [*said, checkpoints.find("latest").path.name]
 
 
 def test_a_full_disk_on_one_process_is_an_error_on_all(tmp_path: Path) -> None:
@@ -208,15 +208,15 @@ def asks_for_what_is_not_there(directory: Path, rank: int, world: int) -> Any:
     into = emptied(mine(rank, world))
     before = emptied(mine(rank, world))
     more = {**into, "model.bias": torch.zeros(2)} if rank == 1 else into
-    said = failure(checkpoints.load, checkpoints.find(), more)
+    said = failure(checkpoints.load, checkpoints.find("latest"), more)
     fewer = {name: part for name, part in into.items() if "norm" not in name or rank == 0}
     fewest = {name: part for name, part in fewer.items() if "norm" not in name}
     return [
         said,
         equal(into, before),
-        failure(checkpoints.load, checkpoints.find(), fewest),
+        failure(checkpoints.load, checkpoints.find("latest"), fewest),
         equal(into, before),
-        failure(checkpoints.load, checkpoints.find(), fewer),
+        failure(checkpoints.load, checkpoints.find("latest"), fewer),
         failure(checkpoints.find, 7),
     ]
 
@@ -248,13 +248,13 @@ def find_and_count(directory: Path, rank: int, world: int) -> Any:
         return real(file)
 
     format.checksum = checksum
-    whole = checkpoints.find().name
+    whole = checkpoints.find("latest").path.name
     dist.barrier()
     if rank == 0:
         file = directory / "step_00000002" / "rank_00001.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     dist.barrier()
-    return [whole, read[:], checkpoints.find().name, failure(checkpoints.find, 2)]
+    return [whole, read[:], checkpoints.find("latest").path.name, failure(checkpoints.find, 2)]
 
 
 def test_each_file_is_verified_by_one_process_and_all_know(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_killed_process_is_an_error_for_the_other_and_the_previous_one_stays(
     checkpoints.clean()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000001"]
     into = {name: torch.full_like(tensor, -1) for name, tensor in FULL.items()}
-    checkpoints.load(checkpoints.find(), into)
+    checkpoints.load(checkpoints.find("latest"), into)
     assert all(into[name].equal(tensor + 1) for name, tensor in FULL.items())
     with pytest.raises(InputError):
         checkpoints.find(2)

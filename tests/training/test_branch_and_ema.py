@@ -65,7 +65,10 @@ def test_a_branch_with_another_batch_goes_on_at_the_parents_row(
 
 @pytest.mark.parametrize(
     ("point", "words"),
-    [("", "is no checkpoint; .*step_00000008"), ("checkpoints/step_00000005", "step_00000004")],
+    [
+        ("", "is no checkpoint; .*step_00000008"),
+        ("checkpoints/step_00000005", "no checkpoint of step 5; nearest: 4, 8"),
+    ],
 )
 def test_a_branch_point_that_is_not_there_is_refused(
     tmp_path, smoke_data, parent, point, words
