@@ -417,7 +417,7 @@ def test_a_name_that_one_process_asks_for_in_vain_changes_nothing_anywhere(launc
     first, second = launched["asks_for_what_is_not_there"]
     assert first == second
     assert "holds no tensor 'model.bias'" in first[0] and first[1]
-    assert "1 tensors have no place here: model.norm" in first[2] and first[3]
+    assert "1 tensors that are not loaded: model.norm" in first[2] and first[3]
     assert first[4] == "no error"
     assert "no checkpoint of step 7; nearest: 1" in first[5]
 
