@@ -191,8 +191,9 @@ class Checkpoints:
             unasked = sorted(set(checkpoint.manifest["tensors"]).difference(*asked))
             if unasked:
                 raise InputError(
-                    f"{checkpoint.path}: {len(unasked)} tensors have no place here: "
-                    f"{', '.join(unasked[:5])}"
+                    f"{checkpoint.path}: holds {len(unasked)} tensors that are not loaded: "
+                    f"{', '.join(unasked[:5])}; model, optimizer and training.ema must be as they "
+                    "were when it was saved"
                 )
 
         def copy() -> None:
@@ -225,8 +226,8 @@ class Checkpoints:
             try:
                 self._processes.every(partial(check_files, found, contents=True, share=share))
                 break
-            except Damaged as fault:
-                self._store.damaged[found.path] = str(fault)
+            except Damaged as error:
+                self._store.damaged[found.path] = str(error)
         step = found.manifest["step"]
         if faults and name != LATEST:
             raise InputError(f"{faults[0]}; the nearest whole checkpoint is of step {step}")
@@ -313,8 +314,9 @@ def own_rows(name: str, tensor: Tensor) -> Tensor | Interval:
     split = [axis for axis, p in enumerate(tensor.placements) if not p.is_replicate()]
     if not split:
         return tensor.to_local()
-    axis = split[0]
-    if len(split) > 1 or type(tensor.placements[axis]) is not Shard or tensor.placements[axis].dim:
+    axis, placement = split[0], tensor.placements[split[0]]
+    # torch's subclass of Shard for two axes cuts in another order.
+    if len(split) > 1 or type(placement) is not Shard or placement.dim != 0:
         raise InputError(
             f"'{name}' cannot be saved: its placements are {tensor.placements} on a mesh of shape "
             f"{tuple(tensor.device_mesh.shape)}; a checkpoint holds tensors that are Replicate() "

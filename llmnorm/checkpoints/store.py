@@ -95,7 +95,7 @@ class Store:
         steps = self.steps()
         if not steps:
             return None
-        faults = []
+        faults: list[str] = []
         for step in self._by_preference(name, steps):
             try:
                 return self._open(step), faults

@@ -8,6 +8,7 @@ before torch is loaded.
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,12 +79,12 @@ def describe(path: Path, key: str) -> Pretrained:
         run = path.parent.parent
         return Pretrained(path, run, str(int(step[1])), _model_of(path, key), _tokenizer(run))
     if (path / "config.yaml").is_file():
-        newest = sorted(path.glob("checkpoints/step_*/MANIFEST.json"))
-        if not newest:
+        manifests = sorted(path.glob("checkpoints/step_*/MANIFEST.json"), reverse=True)
+        if not manifests:
             raise InputError(
                 f"{key}: {path} has no checkpoint yet; `llmnorm train {path}` makes one"
             )
-        config = _model_of(newest[-1].parent, key)
+        config = _model_of_newest([file.parent for file in manifests], key)
         return Pretrained(path, path, "latest", config, _tokenizer(path))
     file = path / "config.json"
     if not file.is_file():
@@ -126,6 +127,14 @@ def is_stock(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") not in (None, "llmnorm")
+
+
+def _model_of_newest(checkpoints: list[Path], key: str) -> dict[str, Any]:
+    """The model's configuration in the first manifest that can be read; all hold the same one."""
+    for checkpoint in checkpoints[:-1]:
+        with suppress(InputError):  # loading passes a damaged checkpoint over, too, and says so
+            return _model_of(checkpoint, key)
+    return _model_of(checkpoints[-1], key)
 
 
 def _model_of(checkpoint: Path, key: str) -> dict[str, Any]:

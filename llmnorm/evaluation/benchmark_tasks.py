@@ -1,14 +1,13 @@
-"""lm-eval's tasks on a model that is loaded already (extra `eval`).
+"""Score a model that is already loaded on lm-eval's tasks (extra `eval`).
 
     tasks = find(["hellaswag", "my/task.yaml", "my/tasks"])
     run(tasks, model, tokenizer, parallel, batch_size=8)
 
-A task is a name that lm-eval knows, a YAML file of a task, or a directory of such files. The model
-object itself goes into lm-eval's HFLM, so whatever was done to it (an adapter, a moving average) is
-what is scored.
+A task is a name that lm-eval knows, a YAML file of a task, or a directory of such files. lm-eval's
+HFLM wraps the model object itself, so an adapter or a moving average in it is scored too.
 
-What would surprise: HFLM does not split an object's work over processes by itself; it is told of
-ours here, whereupon lm-eval splits the requests and gathers the figures on the main process.
+What would surprise: HFLM does not spread a model object over processes by itself. `run` sets its
+rank and world, and then lm-eval splits the requests and gathers the figures on the main process.
 """
 
 import difflib
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Tasks(NamedTuple):
-    """Tasks that were found: lm-eval's index of them, and what to ask it for."""
+    """lm-eval's index of tasks, and the names in it that were asked for."""
 
     manager: Any
     names: list[str]
@@ -53,7 +52,7 @@ def find(tasks: list[str]) -> Tasks:
         # The index of what lm-eval brings takes seconds to read.
         manager = TaskManager(include_path=directories, include_defaults=bool(named))
         below = [TaskManager(include_path=d, include_defaults=False) for d in directories]
-    except Exception as error:  # whatever is wrong with the YAML
+    except Exception as error:  # lm-eval raises many kinds for a YAML file that is wrong
         raise InputError(f"--tasks: {_line(error)}") from None
     for directory, found in zip(directories, below, strict=True):
         if not found.all_subtasks:
@@ -61,7 +60,7 @@ def find(tasks: list[str]) -> Tasks:
     for name in named:
         if not manager.match_tasks([name]):
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""  # all of them are 14,000
+            hint = f"; did you mean '{close[0]}'?" if close else ""  # too many to list: 14,000
             raise InputError(f"--tasks: '{name}' is no task of lm-eval and no path{hint}")
     inside = [name for found in below for name in found.all_subtasks]
     return Tasks(manager, [*named, *files, *inside])
@@ -111,14 +110,14 @@ def run(
 
 
 def table(results: dict[str, Any]) -> str:
-    """A line a task and metric."""
+    """lm-eval's results as text, one line for each metric of each task."""
     rows = [("task", "metric", "value", "standard error")]
     for task, found in (results["results"] | results.get("groups", {})).items():
         for key, value in found.items():
-            metric, comma, which = key.partition(",")
+            metric, comma, answers = key.partition(",")  # "acc,none": which answers were scored
             if comma and not metric.endswith("_stderr"):
-                error = found.get(f"{metric}_stderr,{which}")
-                name = metric if which == "none" else f"{metric} ({which})"
+                error = found.get(f"{metric}_stderr,{answers}")
+                name = metric if answers == "none" else f"{metric} ({answers})"
                 rows.append((task, name, _number(value), _number(error)))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(
@@ -128,7 +127,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """What of lm-eval's results is worth a file: figures, sizes, the tasks' versions."""
+    """The entries of lm-eval's results that are written to the file."""
     kept = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")
     return {key: results[key] for key in kept if results.get(key)}
 

@@ -1,13 +1,14 @@
-"""`llmnorm eval`: what a trained model is worth, as a table and a JSON file.
+"""`llmnorm eval`: evaluate a trained model; print a table and write a JSON file.
 
-On validation rows: the objective's figures (loss, perplexity and bits per byte; of masked tokens
-loss and accuracy; a classification's scores) of every source and in total, by the same function as
-during training, so that a run's last evaluation is reproduced to the last digit (same processes,
-same micro batch). A run has its rows; a directory without a run is told by `--data`
-which corpus to use, and its own tokenizer makes the rows. On lm-eval's tasks: benchmark_tasks.py.
+On validation rows it computes the objective's figures (loss, perplexity and bits per byte; of
+masked tokens loss and accuracy; a classification's scores), of every source and in total. The
+function is the one that training calls. So with the same processes and micro batch, it gives the
+figures of a run's last evaluation again, to the last digit. A run has validation rows of its own.
+For a directory without a run, `--data` names the corpus, and the directory's tokenizer makes the
+rows. benchmark_tasks.py runs lm-eval's tasks.
 
-The file: `RUN/eval/step_00001000.json` (`-ema` where the average was evaluated), `DIR/eval.json`,
-with an adapter `ADAPTER/eval.json`.
+The file is `RUN/eval/step_00001000.json` (`step_00001000-ema.json` for the moving average), of an
+exported or stock directory `DIR/eval.json`, with an adapter `ADAPTER/eval.json`.
 """
 
 import json
@@ -56,16 +57,16 @@ def evaluate_directory(
         data: the configuration or run whose corpus is evaluated instead of the run's own.
         tasks: lm-eval's tasks, by name or path.
         limit: examples of every task at most.
-        batch_size: rows or requests at once; None: as the configuration says, or 8.
+        batch_size: rows or requests at once; None: the configuration's micro batch, and 8 requests.
 
     Raises:
         InputError: something that the user can mend, in one line.
     """
     if limit is not None and not tasks:
         raise InputError("--limit: counts examples of --tasks; validation rows are all evaluated")
-    asked = benchmark_tasks.find(tasks) if tasks else None
+    benchmark = benchmark_tasks.find(tasks) if tasks else None
     source = open_source(path, checkpoint=checkpoint, ema=ema)
-    if asked:
+    if benchmark:
         refuse_encoder(source.config.architectures, f"--tasks: {path}", "lm-eval's tasks ask for")
     config = _config(path, source, data, list(overrides), bool(tasks))
     parallel = Parallel(
@@ -73,7 +74,7 @@ def evaluate_directory(
         config.training if config else TrainingSettings(steps=1),
     )
     try:
-        if parallel.spread and (adapter is not None or asked):
+        if parallel.spread and (adapter is not None or benchmark):
             raise InputError(
                 f"--{'adapter' if adapter else 'tasks'}: needs the whole model on every process, "
                 f"which sharding '{parallel.sharding}' does not give; launch with "
@@ -97,30 +98,30 @@ def evaluate_directory(
         scored: PreTrainedModel = model
         if adapter is not None:
             scored = _with_adapter(scored, adapter)
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "llmnorm": version(),
             "weights": str(path),
             "step": source.meta.get("step"),
             "ema": ema,
             "adapter": str(adapter) if adapter else None,
         }
-        said = [_title(found)]
+        paragraphs = [_title(result)]
         if config and objective:
             rows = batch_size or _micro_batch(config, parallel)
             figures = evaluate(scored, objective, micro_batch=rows, parallel=parallel)
-            found |= {"data": objective.data.identity, "validation": figures}
-            said.append(table(figures))
-        if asked:
+            result |= {"data": objective.data.identity, "validation": figures}
+            paragraphs.append(table(figures))
+        if benchmark:
             results = benchmark_tasks.run(
-                asked, scored, tokenizer, parallel, batch_size=batch_size or 8, limit=limit
+                benchmark, scored, tokenizer, parallel, batch_size=batch_size or 8, limit=limit
             )
             if results is not None:
-                found |= {"limit": limit, "tasks": benchmark_tasks.figures(results)}
-                said.append(benchmark_tasks.table(results))
+                result |= {"limit": limit, "tasks": benchmark_tasks.figures(results)}
+                paragraphs.append(benchmark_tasks.table(results))
         if parallel.is_main:
             output = _output(path, source, ema, adapter)
-            _write(output, found)
-            print("\n\n".join([*said, f"written to {output}"]))
+            _write(output, result)
+            print("\n\n".join([*paragraphs, f"written to {output}"]))
     finally:
         parallel.close()
 
@@ -128,7 +129,7 @@ def evaluate_directory(
 def _config(
     path: Path, source: Source, data: Path | None, overrides: list[str], tasks: bool
 ) -> RunConfig | None:
-    """Whose rows are evaluated, and how; None where only tasks are."""
+    """The settings of the validation rows; None where only tasks are evaluated."""
     if tasks and not overrides and data is None and source.run is None:
         return None
     run = source.run.path if source.run else None
@@ -156,14 +157,14 @@ def _with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         raise InputError(f"--adapter: {adapter} does not fit the model: {reason}") from None
 
 
-def _title(found: dict[str, Any]) -> str:
-    parts = [found["weights"]]
-    if found["step"] is not None:
-        parts.append(f"step {found['step']}")
-    if found["ema"]:
+def _title(result: dict[str, Any]) -> str:
+    parts = [result["weights"]]
+    if result["step"] is not None:
+        parts.append(f"step {result['step']}")
+    if result["ema"]:
         parts.append("moving average")
-    if found["adapter"]:
-        parts.append(f"adapter {found['adapter']}")
+    if result["adapter"]:
+        parts.append(f"adapter {result['adapter']}")
     return ", ".join(parts)
 
 
@@ -175,9 +176,9 @@ def _output(path: Path, source: Source, ema: bool, adapter: Path | None) -> Path
     return source.run.evaluations / f"step_{source.meta['step']:08d}{'-ema' if ema else ''}.json"
 
 
-def _write(path: Path, found: dict[str, Any]) -> None:
+def _write(path: Path, result: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(found, indent=1) + "\n")
+        write_whole(path, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None

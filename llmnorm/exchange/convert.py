@@ -1,8 +1,10 @@
-"""`llmnorm convert`: a model directory with the same function and another norm.
+"""`llmnorm convert`: rewrite a model with another norm so that it computes the same function.
 
-The algebra is models/equivalence.py's; here a run, an exported or a stock directory is read whole,
-in float64, and the result is written as `llmnorm export` writes, in the dtype that came in. A stock
-GPT-2 stays one (our models have no learned positions): it can be centred, nothing else.
+models/equivalence.py has the algebra. This file reads a run, an exported or a stock directory into
+memory in float64, and writes the result as `llmnorm export` does, in the dtype of the source.
+
+What would surprise: a stock GPT-2 stays a GPT-2, since our models have no learned positions, and
+`centred` is the only target for it.
 """
 
 import json
@@ -33,12 +35,12 @@ def convert_directory(
     Args:
         path: a run, or a directory that was exported before or holds a stock model.
         target: one of `TARGETS`.
-        untie: give a tied head its own matrix where the algebra needs that.
+        untie: let the algebra give a tied head a matrix of its own.
         checkpoint: of a run: `latest`, `best` or a step.
 
     Raises:
         InputError: the directory is not empty, the weights are not there, the algebra does not hold
-            for this model (the reason is given); nothing has been written.
+            for this model (the message says why); nothing has been written.
     """
     check_empty(directory)
     assert target in TARGETS
@@ -72,7 +74,7 @@ def convert_directory(
 
 
 def _convert_gpt2(path: Path, directory: Path, target: str, untie: bool) -> None:
-    """GPT-2 in, GPT-2 out."""
+    """Write a GPT-2 whose layer norms are replaced by RMS norms."""
     if target != "centred":
         raise InputError(
             f"--to {target}: {path} is a GPT-2, whose learned positions no llmnorm model has; "
@@ -85,8 +87,8 @@ def _convert_gpt2(path: Path, directory: Path, target: str, untie: bool) -> None
             "mean (tie_word_embeddings); --untie gives the head its own"
         )
     weights = StoredWeights(path)
-    masks = (".attn.bias", ".attn.masked_bias")  # of old files: no weights
-    kept = {name: one for name, one in weights.tensors.items() if not name.endswith(masks)}
+    masks = (".attn.bias", ".attn.masked_bias")  # old files hold causal masks beside the weights
+    kept = {name: stored for name, stored in weights.tensors.items() if not name.endswith(masks)}
     tensors = centre_gpt2(_read(kept, weights.read_into))
     config.tie_word_embeddings = False
     config.architectures = ["GPT2LMHeadModel"]
@@ -101,22 +103,22 @@ def _convert_gpt2(path: Path, directory: Path, target: str, untie: bool) -> None
 
 
 def _read(stored: Mapping[str, Stored], read_into: Any) -> dict[str, Tensor]:
-    """Every tensor, floating ones in float64."""
+    """Read every tensor, floating ones as float64."""
     tensors = {
         name: torch.empty(
-            one.shape, dtype=torch.float64 if one.dtype.is_floating_point else one.dtype
+            entry.shape, dtype=torch.float64 if entry.dtype.is_floating_point else entry.dtype
         )
-        for name, one in stored.items()
+        for name, entry in stored.items()
     }
     read_into(tensors)
     return tensors
 
 
 def _stored(tensors: Mapping[str, Tensor], before: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Dtype and shape of what is written: the old dtypes, for new tensors the weights'."""
-    usual = next(one.dtype for one in before.values() if one.dtype.is_floating_point)
+    """Dtype and shape of the tensors to write; a new tensor gets the dtype of the first weight."""
+    default = next(entry.dtype for entry in before.values() if entry.dtype.is_floating_point)
     return {
-        name: Stored(before[name].dtype if name in before else usual, tuple(tensor.shape))
+        name: Stored(before[name].dtype if name in before else default, tuple(tensor.shape))
         for name, tensor in tensors.items()
     }
 
@@ -130,7 +132,7 @@ def _writer(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _model_type(path: Path) -> str | None:
-    """What a config.json says; None where there is none that can be read."""
+    """`model_type` of the directory's config.json; None where it cannot be read."""
     try:
         found = json.loads((path / "config.json").read_text(encoding="utf-8"))
         return found.get("model_type") if isinstance(found, dict) else None

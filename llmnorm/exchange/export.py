@@ -1,14 +1,15 @@
-"""`llmnorm export`: a model directory that other tools read.
+"""`llmnorm export`: write a model directory that other tools read.
 
-    model*.safetensors      the weights, float32 from a run, a shard at a time
+    model*.safetensors      the weights; those of a run are float32
     config.json             of our class, with the `auto_map` that names modeling_llmnorm.py (three
                             lines that import the installed package); or of a stock architecture
     generation_config.json  the tokens that end and pad a text
     tokenizer.json, ...     the tokenizer, its chat template too
     README.md               the model card: data, settings, losses, how to load it
 
-Everything is written to a temporary directory beside and renamed at the end. Of an average only the
-shard being written and one tensor of one checkpoint are in memory.
+All files are written to a temporary directory next to the target, which is renamed at the end.
+Weights move file by file: in memory are the tensors of the file that is being written, and for an
+average one more tensor.
 """
 
 import shutil
@@ -48,8 +49,8 @@ def export(
     Args:
         path: a run, or a directory that was exported before or holds a stock model.
         stock: write the stock architecture that computes the same instead of ours.
-        average: the float32 mean of this many of the run's last checkpoints.
-        ema: the moving average of the weights in their place.
+        average: export the float32 mean of this many of the run's last checkpoints.
+        ema: export the moving average of the weights instead of the weights.
         checkpoint: of a run: `latest`, `best` or a step.
         max_shard_bytes: size of a file of weights, and of what is in memory at once.
 
@@ -84,7 +85,7 @@ def export(
 
 
 def check_empty(directory: Path) -> None:
-    """Refuse to write into a directory that holds something."""
+    """Raise an InputError if there is something in the directory."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: is not empty; name a new directory")
 
@@ -102,16 +103,16 @@ def write_directory(
     """Write a model directory under a temporary name, and rename it.
 
     Args:
-        directory: what is written; new or empty.
+        directory: the target; new or empty.
         config: of the model, its `architectures` set; `dtype` is set here.
         tensors: the weights' dtypes and shapes.
-        read_into: fills the tensors it is given.
-        tokenizer_directory: what the tokenizer is copied from, if there is one.
+        read_into: fills the tensors that it is given, by name.
+        tokenizer_directory: the tokenizer to copy, if there is one.
         card: README.md.
-        max_shard_bytes: as `write_weights`.
+        max_shard_bytes: as in `write_weights`.
 
     Raises:
-        InputError: the disk refuses; nothing has been written.
+        InputError: the disk is full or not writable; nothing has been written.
     """
     dtypes = {stored.dtype for stored in tensors.values() if stored.dtype.is_floating_point}
     config.dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
@@ -128,7 +129,7 @@ def write_directory(
         if tokenizer_directory is not None:
             tokenizer.copy(tokenizer_directory, temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        for file in temporary.glob("*.safetensors"):  # written for its owner alone
+        for file in temporary.glob("*.safetensors"):  # safetensors lets nobody else read them
             file.chmod((temporary / "README.md").stat().st_mode)
         if directory.exists():
             directory.rmdir()
@@ -151,19 +152,21 @@ def _sources(path: Path, average: int, ema: bool, checkpoint: str) -> list[Sourc
     newest = open_source(path, ema=ema)
     if newest.run is None or path != newest.run.path:
         raise InputError(f"--average: {path} is no run; it holds one set of weights")
-    steps = Checkpoints(newest.run.checkpoints).steps()
+    last = newest.meta["step"]  # newer ones are damaged, which open_source has logged
+    steps = [step for step in Checkpoints(newest.run.checkpoints).steps() if step <= last]
     if len(steps) < average:
         raise InputError(
             f"--average: {path} has {len(steps)} checkpoints ({', '.join(map(str, steps))}), "
             f"not {average}; checkpoint.keep says how many a run keeps"
         )
-    return [open_source(path, checkpoint=str(step), ema=ema) for step in steps[-average:]]
+    older = [open_source(path, checkpoint=str(step), ema=ema) for step in steps[-average:-1]]
+    return [*older, newest]
 
 
 def _folding(
     read_into: Callable[[Mapping[str, Tensor]], None], factors: Mapping[str, float]
 ) -> Callable[[Mapping[str, Tensor]], None]:
-    """The reader of a depth-scaled model's tensors with the scales in the gains."""
+    """A reader as `read_into`, which multiplies the norms' gains by their depth scales."""
 
     def read(into: Mapping[str, Tensor]) -> None:
         read_into(into)
@@ -174,7 +177,7 @@ def _folding(
 
 
 def _reader(sources: Sequence[Source]) -> Callable[[Mapping[str, Tensor]], None]:
-    """What fills tensors from one source, or with the mean over several."""
+    """A function that fills tensors from one source, or with the mean over several."""
     if len(sources) == 1:
         return sources[0].read_into
 
@@ -182,11 +185,11 @@ def _reader(sources: Sequence[Source]) -> Callable[[Mapping[str, Tensor]], None]
         for name, total in into.items():
             sources[-1].read_into({name: total})
             if not total.is_floating_point():
-                continue  # a count is the newest one's
+                continue  # a count is taken from the newest checkpoint
             for source in sources[:-1]:
-                one = torch.empty_like(total)
-                source.read_into({name: one})
-                total += one
+                other = torch.empty_like(total)
+                source.read_into({name: other})
+                total += other
             total /= len(sources)
 
     return mean

@@ -1,9 +1,8 @@
-"""Weights wherever they lie, as a model and its tokenizer: a run, an exported or a stock directory.
+"""Weights of a run, an exported or a stock directory, as a model and its tokenizer.
 
 A checkpoint names its weights `model.<parameter>` and their moving average `ema.<parameter>`;
-Hugging Face directories name them `<parameter>`. `open_source` hides the difference: whoever reads
-weights (commands, `model.pretrained`, export) sees parameter names and copies what it wants, tensor
-by tensor.
+Hugging Face directories name them `<parameter>`. `open_source` hides the difference: its callers
+(commands, `model.pretrained`, export) see parameter names and copy the tensors that they need.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,15 +27,15 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """Weights that can be read.
+    """Weights that have been found and checked, but not read yet.
 
     Attributes:
         config: the model's configuration.
         tensors: dtype and shape of the model's tensors, by parameter name, in the model's order.
-        read_into: copies tensors, by parameter name, into those that it is given.
+        read_into: fills the tensors that it is given, by parameter name.
         tokenizer: a tokenizer directory, None where there is none.
         run: the run that the weights belong to; None for exported and stock directories.
-        meta: what the checkpoint holds beside tensors; empty for directories.
+        meta: what the checkpoint holds beside tensors; empty for exported and stock directories.
     """
 
     config: LlmNormConfig
@@ -69,7 +68,7 @@ def load_model(
 
 
 def model_of(source: Source, path: Path) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
-    """What `load_model` returns, of weights at `path` that are open already."""
+    """As `load_model`, for weights at `path` that `open_source` has opened."""
     tokenizer = tokenizer_of(source, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if source.run is not None and load(source.run.path).config.training.device == "cpu":
@@ -80,7 +79,7 @@ def model_of(source: Source, path: Path) -> "tuple[LlmNormForCausalLM, PreTraine
 
 
 def empty_of(source: Source, device: torch.device | str) -> LlmNormForCausalLM:
-    """The model of some weights, whose tensors hold nothing yet."""
+    """The model that the weights belong to, its tensors on `device` and uninitialised."""
     dtype = torch.float32 if source.run else _widest(source.tensors)
     return empty_model(source.config, device=device, dtype=dtype)
 
@@ -99,9 +98,12 @@ def open_source(
     Args:
         path: a run directory, one of its checkpoints, an exported or a stock directory.
         checkpoint: of a run: `latest`, `best` or a step.
-        ema: of a run: the moving average in the place of the weights.
+        ema: of a run: the moving average instead of the weights.
         key: the setting that named the path, for messages; the path itself if None.
         rank, world: this process and how many make this call together.
+
+    Where the newest checkpoint of a run is damaged, "latest" is the newest whole one; this is
+    logged.
 
     Raises:
         InputError: there are no such weights, or they do not fit their configuration.
@@ -125,18 +127,19 @@ def _of_run(
         raise InputError(f"--checkpoint: {found.path} is a checkpoint already; name its run")
     run = RunDirectory(run_path)
     if run.config.is_file():
-        load(run.path)  # imports the parts that live outside the package
+        load(run.path)  # imports the run's parts that are not in this package
     name = found.checkpoint if checkpoint == "latest" else checkpoint
-    opened = Checkpoints(run.checkpoints, rank=rank, world=world).find(name)
-    path, manifest, meta = opened.path, opened.manifest, opened.meta
+    saved = Checkpoints(run.checkpoints, rank=rank, world=world).find(name)
+    path, stored_tensors, meta = saved.path, saved.manifest["tensors"], saved.meta
     if "model" not in meta:
         raise InputError(f"{path}: does not hold the model's configuration")
     config = LlmNormConfig.from_dict(meta["model"])
-    prefixes = ("model.", "ema.") if ema else ("model.",)  # buffers have no average
+    # Buffers have no average: of those the model's own are read.
+    prefixes = ("model.", "ema.") if ema else ("model.",)
     names = {
         name.removeprefix(prefix): name
         for prefix in prefixes
-        for name in manifest["tensors"]
+        for name in stored_tensors
         if name.startswith(prefix)
     }
     if ema and not any(name.startswith("ema.") for name in names.values()):
@@ -145,12 +148,12 @@ def _of_run(
         )
     stored = {
         name: Stored(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
-        for name, entry in ((name, manifest["tensors"][full]) for name, full in names.items())
+        for name, entry in ((name, stored_tensors[full]) for name, full in names.items())
     }
     tensors = {name: stored[name] for name in check_weights(config, stored, path)}
 
     def read_into(into: Mapping[str, Tensor]) -> None:
-        copy_into(opened, {names[name]: tensor for name, tensor in into.items()})
+        copy_into(saved, {names[name]: tensor for name, tensor in into.items()})
 
     return Source(config, tensors, read_into, found.tokenizer, run, meta)
 

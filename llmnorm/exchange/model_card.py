@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it was trained on, how, how well, how it is loaded."""
+"""The README.md of an exported model: its data, settings and losses, and how to load it."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ def model_card(
         name: the heading.
         source: the (newest) weights that were exported.
         architecture: the class that config.json names.
-        steps: the checkpoints that were averaged, or the one; empty for a directory.
+        steps: the checkpoints that were averaged, or the single one; empty where the source is an
+            exported or stock directory.
         ema: whether the weights are their moving average.
     """
     total = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
@@ -104,7 +105,7 @@ def _losses(source: Source, averaged: bool, ema: bool) -> str:
         return "Not evaluated at this step."
     figures = found.get("ema", found) if ema else found
     keys = names(figures)
-    rows = [{"source": name, **one} for name, one in figures["sources"].items()]
+    rows = [{"source": name, **values} for name, values in figures["sources"].items()]
     rows.append({"source": "all", **{key: figures[key] for key in keys}})
     what = f"At step {source.meta['step']}"
     if averaged:

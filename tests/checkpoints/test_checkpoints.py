@@ -15,6 +15,7 @@ import torch
 from llmnorm.checkpoints import checkpoints as module
 from llmnorm.checkpoints import store
 from llmnorm.checkpoints.checkpoints import Checkpoint, Checkpoints, Interval
+from llmnorm.checkpoints.format import checksum
 from llmnorm.part import InputError
 
 FILE = "rank_00000.safetensors"
@@ -120,7 +121,7 @@ def test_a_checkpoint_with_more_than_was_asked_for(tmp_path: Path) -> None:
     """Oracle: the names that were saved."""
     checkpoints = saved(tmp_path, 1)
     into = {"model.weight": torch.zeros(8, 4)}
-    with pytest.raises(InputError, match="2 tensors have no place here: model.norm, optimizer"):
+    with pytest.raises(InputError, match="2 tensors that are not loaded: model.norm, optim"):
         checkpoints.load(newest(checkpoints), into)
     assert not into["model.weight"].any()
 
@@ -210,6 +211,70 @@ def test_a_damaged_step_is_written_anew_and_a_whole_one_is_left(tmp_path: Path) 
     checkpoints.save(20, state(20), {"tokens": 2000})
     assert holds(checkpoints, checkpoints.find(20), 20)
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_step_that_is_saved_again_takes_over_its_validation_loss(
+    tmp_path: Path, asynchronous: bool
+) -> None:
+    """Oracle: losses given by hand; bytes and checksums of the files are as they were."""
+    checkpoints = saved(tmp_path, 10, 20, 30, keep=3, asynchronous=asynchronous)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    checkpoints.save(20, state(20), {"tokens": 7}, validation_loss=1.5)
+    checkpoints.save(30, state(30), {"tokens": 7}, validation_loss=2.5)
+    assert checkpoints.find("best").meta == {"tokens": 2000, "step": 20, "validation_loss": 1.5}
+    assert checkpoints.find(30).meta == {"tokens": 3000, "step": 30, "validation_loss": 2.5}
+    checkpoints.save(20, state(20), {})
+    assert checkpoints.find("best").meta["validation_loss"] == 1.5
+    checkpoints.save(20, state(20), {}, validation_loss=3.5)
+    assert checkpoints.find("best").meta["step"] == 30
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == files
+    assert leftovers(tmp_path) == []
+
+
+def test_a_loss_that_comes_later_decides_what_is_kept(tmp_path: Path) -> None:
+    """Oracle: the rule of `keep_best` applied by hand; 20 becomes the best by its second save."""
+    checkpoints = Checkpoints(tmp_path, keep_best=True)
+    checkpoints.save(10, {"x": torch.zeros(2)}, {}, validation_loss=2.0)
+    checkpoints.save(20, {"x": torch.zeros(2)}, {})
+    checkpoints.save(20, {"x": torch.zeros(2)}, {}, validation_loss=1.0)
+    for step in (30, 40):
+        checkpoints.save(step, {"x": torch.zeros(2)}, {})
+    assert checkpoints.steps() == [20, 30, 40]
+
+
+def test_a_step_that_could_not_be_read_for_a_while_takes_over_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: an input/output error while the run resumes that is gone when step 20 comes again."""
+    saved(tmp_path, 10, 20)
+    checkpoints = Checkpoints(tmp_path)
+
+    def unreadable(file: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "llmnorm.checkpoints.format.checksum",
+            lambda file: unreadable(file) if "_00000020" in str(file) else checksum(file),
+        )
+        assert holds(checkpoints, newest(checkpoints), 10)
+    checkpoints.save(20, state(20), {"tokens": 2000}, validation_loss=1.5)
+    assert newest(checkpoints).meta["validation_loss"] == 1.5
+    assert Checkpoints(tmp_path).find("best").meta["step"] == 20
+
+
+@pytest.mark.parametrize("step", [20, 23])
+def test_the_last_good_weights_are_saved_at_a_skipped_step(tmp_path: Path, step: int) -> None:
+    """Oracle: the state of step 20, saved once more under its own step or that of the skip."""
+    checkpoints = saved(tmp_path, 10, 20)
+    meta = {"tokens": 2000, "skipped_in_a_row": 3}
+    checkpoints.save(step, state(20), meta)
+    found = newest(checkpoints)
+    into = {name: torch.full_like(tensor, 9) for name, tensor in state(0).items()}
+    checkpoints.load(found, into)
+    assert found.meta["step"] == step
+    assert all(into[name].equal(tensor) for name, tensor in state(20).items())
 
 
 # Keeping

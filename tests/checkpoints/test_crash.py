@@ -104,12 +104,8 @@ def _text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def die_at_call(directory: Path, number: int) -> None:
-    """Save steps 1, 2 and 3, then be killed right after the n-th call during the save of step 4."""
-    torch.set_num_threads(1)
-    checkpoints = Checkpoints(directory)
-    for step in (1, 2, 3):
-        checkpoints.save(step, state(step), {})
+def killer(number: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Wraps functions so that this process is killed right after the n-th call of any of them."""
     counted = 0
 
     def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,6 +119,16 @@ def die_at_call(directory: Path, number: int) -> None:
 
         return call
 
+    return deadly
+
+
+def die_at_call(directory: Path, number: int) -> None:
+    """Save steps 1, 2 and 3, then be killed right after the n-th call during the save of step 4."""
+    torch.set_num_threads(1)
+    checkpoints = Checkpoints(directory)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step), {})
+    deadly = killer(number)
     for name in ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir"):
         setattr(os, name, deadly(getattr(os, name)))
     format.save_file = deadly(_write_half)
@@ -153,6 +159,38 @@ def test_a_kill_after_every_single_call(tmp_path: Path) -> None:
     assert code == 0
     assert found == sorted(found) and {*found} == {3, 4}
     assert found.count(3) >= 6 and found.count(4) >= 6
+
+
+def die_at_call_of_a_second_save(directory: Path, number: int) -> None:
+    """Save steps 1 and 2; be killed right after the n-th call while step 2 gets its loss."""
+    torch.set_num_threads(1)
+    checkpoints = Checkpoints(directory)
+    for step in (1, 2):
+        checkpoints.save(step, state(step), {}, validation_loss=2.0)
+    deadly = killer(number)
+    for name in ("fsync", "rename", "replace"):
+        setattr(os, name, deadly(getattr(os, name)))
+    checkpoints.save(2, state(2), {}, validation_loss=1.0)
+    os._exit(0)
+
+
+def test_a_kill_while_a_loss_is_recorded(tmp_path: Path) -> None:
+    """Oracle: the whole step 2 after every call, with its old loss and then with its new one."""
+    losses, code, number = [], -signal.SIGKILL, 0
+    while code == -signal.SIGKILL:
+        number += 1
+        directory = tmp_path / str(number)
+        process = CHILDREN.Process(target=die_at_call_of_a_second_save, args=(directory, number))
+        process.start()
+        process.join()
+        code = process.exitcode
+        assert newest(directory) == 2
+        losses.append(Checkpoints(directory).find(2).meta["validation_loss"])
+        Checkpoints(directory).clean()
+        assert {*os.listdir(directory)} == {"latest", "step_00000001", "step_00000002"}
+    assert code == 0
+    assert losses == sorted(losses, reverse=True) and {*losses} == {2.0, 1.0}
+    assert losses.count(2.0) >= 1 and losses.count(1.0) >= 4
 
 
 def save_once(directory: Path, step: int) -> None:

@@ -1,6 +1,8 @@
 """Exported directories in other people's tools, against the run and against stock classes."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +141,23 @@ def test_the_moving_average_and_older_checkpoints(run: Path, tmp_path: Path) -> 
     assert model.model.norm.weight.equal(of_checkpoint(run, 12, "ema.")["model.norm.weight"])
     model, _ = load_model(run / "checkpoints" / "step_00000004")
     assert model.model.norm.weight.equal(of_checkpoint(run, 4)["model.norm.weight"])
+
+
+@pytest.mark.parametrize("file", ["MANIFEST.json", "rank_00000.safetensors"])
+def test_readers_pass_a_damaged_newest_checkpoint_over(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str
+) -> None:
+    """Oracle: of steps 4, 8 and 12 the last was cut off by hand; the tensors of 8, and of 4 and 8."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    damaged = copy / "checkpoints" / "step_00000012" / file
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    model, _ = load_model(copy)
+    assert model.model.norm.weight.equal(of_checkpoint(run, 8)["model.norm.weight"])
+    assert file in caplog.text and "going back to step 8" in caplog.text
+    export(copy, tmp_path / "mean", average=2)
+    states = [of_checkpoint(run, step) for step in (4, 8)]
+    for name, tensor in weights(tmp_path / "mean").items():
+        assert tensor.equal((states[0][name] + states[1][name]) / 2), name
 
 
 @pytest.mark.parametrize(
