@@ -158,7 +158,15 @@ def finished(run: RunDirectory, config: RunConfig) -> bool:
 
 
 def next_commands(run: RunDirectory, config: RunConfig) -> str:
-    """What one does next with this run."""
+    """What one does next with a run that has reached its length, or that a signal has stopped."""
+    if run.preempted.exists():
+        step = run.preempted.read_text(encoding="utf-8").strip()
+        length = f" of {config.training.steps}" if config.training.steps else ""
+        return (
+            f"{run.path} was stopped after step {step}{length}, which is saved in "
+            f"{run.checkpoints}/step_{int(step):08d}\n"
+            f"  go on from there:  llmnorm train {run.path}"
+        )
     return (
         f"everything lies in {run.path}: config.yaml, metrics.jsonl, checkpoints/, plots/\n"
         f"  {config.objective.uses(str(run.path))}\n"
