@@ -101,6 +101,30 @@ def evaluation_batches(
         yield batch
 
 
+def document_bounds(position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    """Where the documents of a batch of packed rows lie, under transformers' names for it.
+
+    Made on the host: a model that is given these need not read positions back from its device.
+
+    Args:
+        position_ids: (b, C) on the CPU, 0 where a document or a row starts.
+
+    Returns:
+        `cu_seq_lens_q` and `cu_seq_lens_k`, (documents + 1,) int32, where documents start and the
+        last one ends, the rows laid end to end; `max_length_q` and `max_length_k`, the longest
+        one's tokens: [[0, 1, 0], [0, 1, 2]] -> [0, 2, 3, 6] and 3.
+    """
+    positions = position_ids.numpy().reshape(-1)
+    borders = np.append(np.flatnonzero(positions == 0), len(positions)).astype(np.int32)
+    boundaries, longest = torch.from_numpy(borders), int(np.diff(borders).max())
+    return {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def _read(rows: list[tuple[TokenStream, int]], context: int, pad: int, length: int) -> Batch:
     """(stream, index) -> a batch of `length` rows; what the streams do not fill is padding."""
     columns = np.arange(context)
