@@ -1,4 +1,4 @@
-"""What a run carries from one step to the next, and how it goes on from a checkpoint.
+"""The state of a run: what a checkpoint holds, and how a run resumes from one.
 
 A checkpoint holds weights (`model.<name>`), optimizer state (`optimizer.<name>.<field>`), the
 weights' moving average where there is one (`ema.<name>`), and the counts of `Progress`. Rows,
@@ -27,17 +27,17 @@ from llmnorm.training.ema import EMA
 
 @dataclass
 class Progress:
-    """How far a run is; part of every checkpoint's meta."""
+    """How far a run is; saved in every checkpoint's meta."""
 
     step: int = 0
     row: int = 0
-    """Number of the next row, counted from the run's first."""
+    """Number of the next row, counted from 0 at the run's first row."""
     tokens: int = 0
-    """Trained on so far, over all processes: labels of text, tokens read by an encoder."""
+    """Trained on so far, over all processes. A language model counts labels, an encoder tokens."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
-    """Training time over all the run's processes' lives."""
+    """Training time, that of earlier processes included."""
 
     @classmethod
     def of(cls, meta: dict[str, Any]) -> Self:
@@ -48,9 +48,10 @@ class Progress:
 def named_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None
 ) -> dict[str, torch.Tensor | Interval]:
-    """All that this process holds of a checkpoint, by name: the tensors themselves, tied ones once.
+    """This process's part of a checkpoint, by name.
 
-    Of a sharded tensor it is this process's rows.
+    These are the tensors themselves, not copies; tied ones appear once. Of a sharded tensor it is
+    the rows that this process has.
     """
     masters = {name: master(p) for name, p in model.named_parameters()}
     fragments = {name: m for name, m in masters.items() if isinstance(m, Fragment)}
@@ -64,7 +65,7 @@ def named_tensors(
 
 
 def _in_the_place_of(part: torch.Tensor | Interval, data: torch.Tensor) -> torch.Tensor | Interval:
-    """Other numbers where `part` is of a whole tensor."""
+    """`data` at the same rows (or elements) of the whole tensor as `part`."""
     return (
         part.like(data) if isinstance(part, Fragment) else as_interval(part)._replace(tensor=data)
     )
@@ -107,7 +108,7 @@ def go_on(
 
 
 def environment(parallel: Parallel) -> dict[str, Any]:
-    """What the last bits of a run depend on besides its configuration."""
+    """What the last bits of a run's numbers depend on besides its configuration."""
     cuda = parallel.device.type == "cuda"
     return {
         "torch": torch.__version__,

@@ -33,7 +33,7 @@ from llmnorm.data import packing
 from llmnorm.machine.files import write_whole
 from llmnorm.machine.gpus import check_gpu
 from llmnorm.part import InputError
-from llmnorm.runs.lock import RunLock, held
+from llmnorm.runs.lock import RunLock, is_locked
 
 START_SECONDS = 5.0  # of a run: imports, checks, evaluation
 
@@ -78,7 +78,7 @@ def compare(
         print(describe(protocol, ledger, runs, places, estimate))
         return 0
     check_gpu(device)
-    if held(directory):
+    if is_locked(directory):
         raise InputError(f"--out {directory}: another comparison is running in this directory")
     with RunLock(directory):
         compare_plan.save(protocol, directory)

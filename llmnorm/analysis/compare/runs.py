@@ -34,7 +34,7 @@ from llmnorm.machine.doctor import version
 from llmnorm.machine.gpus import FREE_GPU_MIB, visible_gpus
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
-from llmnorm.runs.lock import held
+from llmnorm.runs.lock import is_locked
 from llmnorm.runs.record import read_metrics
 from llmnorm.training.signals import StopRequest
 
@@ -270,7 +270,7 @@ def execute(
                     if len(jobs) >= places.count:
                         break
                     # One that an earlier comparison left behind is waited for.
-                    if run.key not in running and not held(runs / run.key):
+                    if run.key not in running and not is_locked(runs / run.key):
                         jobs.append(_begin(run, protocol, runs, places, jobs, start))
                 if time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
