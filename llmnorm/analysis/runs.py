@@ -29,7 +29,7 @@ from llmnorm.data.packing import find
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
-from llmnorm.runs.lock import held
+from llmnorm.runs.lock import is_locked
 
 WIDEST = 40  # characters of a setting's value
 
@@ -62,7 +62,7 @@ def describe_runs(directory: Path) -> str:
 
 def state(run: RunDirectory) -> str:
     """The run's state: running, finished, diverged, stopped or interrupted."""
-    if held(run.path):
+    if is_locked(run.path):
         return "running"
     if run.done.exists():
         return "finished"

@@ -1,13 +1,15 @@
 """Packed rows as batches: what one process reads at every step.
 
 Shape legend: b = rows of a micro batch, C = context_length. A batch holds CPU tensors, all int64:
-`input_ids`, `shift_labels` (the next tokens; -100 where none is charged) and `position_ids`, (b, C)
-each, `sources` and `rows` (row number in the run), (b,) each.
+`input_ids`, `shift_labels` (the next tokens; -100 where none counts) and `position_ids`, (b, C)
+each; `sources` and `rows` (the row's number in the run), (b,) each.
 
-What would surprise: there is no state to save, since row n of the run is a pure function of the
-seed (order.py), so a position is a row number; a token that starts a document is not a label;
-positions restart at 0 at a document's start and at the row's; and no thread reads ahead, because
-reading costs well below 1 % of a step (docs/results/data.json).
+What would surprise:
+- There is no state to save. Row n of the run is a pure function of the seed (order.py), so how far
+  a run has read is one number.
+- The first token of a document is not a label. Positions restart at 0 where a document starts, and
+  where a row does.
+- No thread reads ahead: reading costs well below 1 % of a step (docs/results/data.json).
 """
 
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from llmnorm.data.shards import TokenStream
 Batch = dict[str, torch.Tensor]
 
 IGNORED = -100
-AHEAD = 8192  # rows located at once: 0.2-0.4 us a row, 1 us for 1,024
+AHEAD = 8192  # rows located at once: 0.2-0.4 us a row, where 1,024 at once take 1 us a row
 
 
 class Loader:
@@ -57,24 +59,24 @@ class Loader:
         self._order = Order([s.weight for s in sources], [s.rows for s in sources], seed)
 
     def batches(self, first_row: int = 0) -> Iterator[list[Batch]]:
-        """Without end, step by step: the micro batches of the step that begins at `first_row`."""
+        """Yield, without end, the micro batches of each step; the first begins at `first_row`."""
         steps = -(-AHEAD // self._global_batch)
         while True:
             located = self._order.locate(first_row, steps * self._global_batch)
             for start in range(self._first, steps * self._global_batch, self._global_batch):
                 yield [
-                    self._batch(first_row, place, *located)
-                    for place in range(start, start + self._share, self._micro_batch)
+                    self._batch(first_row, offset, *located)
+                    for offset in range(start, start + self._share, self._micro_batch)
                 ]
             first_row += steps * self._global_batch
 
     def _batch(
-        self, first: int, place: int, source: NDArray[np.int64], index: NDArray[np.int64]
+        self, first: int, offset: int, source: NDArray[np.int64], index: NDArray[np.int64]
     ) -> Batch:
-        part = slice(place, place + self._micro_batch)
+        part = slice(offset, offset + self._micro_batch)
         rows = [
-            (self._streams[one], int(row))
-            for one, row in zip(source[part], index[part], strict=True)
+            (self._streams[number], int(row))
+            for number, row in zip(source[part], index[part], strict=True)
         ]
         batch = _read(rows, self._context, pad=0, length=self._micro_batch)
         batch["sources"] = torch.from_numpy(source[part].copy())
@@ -85,10 +87,10 @@ class Loader:
 def evaluation_batches(
     packed: PackedData, source: int, rank: int = 0, world: int = 1, micro_batch: int = 1
 ) -> Iterator[Batch]:
-    """The validation rows of a source that this process evaluates.
+    """Yield the validation rows of a source that this process evaluates.
 
-    Every process yields the same number of batches and every batch has `micro_batch` rows; what is
-    missing is filled with rows (numbered -1) without labels.
+    Every process yields the same number of batches, and every batch has `micro_batch` rows. Where
+    there are not enough, rows without labels fill up, numbered -1.
     """
     stream, count = packed.sources[source].validation, packed.sources[source].validation_rows
     for first in range(0, count, world * micro_batch):
@@ -101,8 +103,34 @@ def evaluation_batches(
         yield batch
 
 
+def document_bounds(position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    """Where the documents of a batch of packed rows lie, by transformers' names.
+
+    It is made on the host, so that a model that is given it need not read `position_ids` back from
+    its device.
+
+    Args:
+        position_ids: (b, C) on the CPU, 0 where a document or a row starts.
+
+    Returns:
+        `cu_seq_lens_q` and `cu_seq_lens_k`, the same (documents + 1,) int32 tensor: where each
+        document starts, and where the last ends, in the rows laid end to end. `max_length_q` and
+        `max_length_k`, the tokens of the longest document. [[0, 1, 0], [0, 1, 2]] -> [0, 2, 3, 6]
+        and 3.
+    """
+    positions = position_ids.numpy().reshape(-1)
+    borders = np.append(np.flatnonzero(positions == 0), len(positions)).astype(np.int32)
+    boundaries, longest = torch.from_numpy(borders), int(np.diff(borders).max())
+    return {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def _read(rows: list[tuple[TokenStream, int]], context: int, pad: int, length: int) -> Batch:
-    """(stream, index) -> a batch of `length` rows; what the streams do not fill is padding."""
+    """Read rows given as (stream, index) into a batch of `length` rows; the rest is padding."""
     columns = np.arange(context)
     tokens = np.full((length, context + 1), pad, np.int64)
     positions = np.tile(columns, (length, 1))
@@ -112,7 +140,7 @@ def _read(rows: list[tuple[TokenStream, int]], context: int, pad: int, length: i
         first = index * context
         filled[row] = size = min(context + 1, stream.tokens - first)
         borders += ((row, start) for start in stream.read(first, tokens[row, :size]).tolist())
-    # Padding counts as one more document, so that no real position sees it and it sees no other.
+    # Padding counts as one more document: no real token sees it, and it sees no real token.
     borders += ((row, size) for row, size in enumerate(filled.tolist()) if size <= context)
     labels = tokens[:, 1:].copy()
     labels[columns >= filled[:, None] - 1] = IGNORED

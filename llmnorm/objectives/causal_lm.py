@@ -1,9 +1,9 @@
-"""The next token: loss, perplexity and bits per byte, source by source.
+"""The objective of language models: predict the next token.
 
-Every token of the validation text is charged exactly once (the last row is padded with ignored
-labels), so bits per byte = summed loss / ln 2 / bytes of the text, whatever the tokenizer; it can
-be held against a compressor's rate on the same text. Totals weigh the sources by their training
-bytes.
+Figures: loss (nats per token), perplexity, and bits per byte, for each source and in total; a total
+weighs the sources by their training bytes. Every token of the validation text is a label exactly
+once (the last row is padded with ignored labels). So bits per byte = summed loss / ln 2 / bytes of
+the text does not depend on the tokenizer and can be compared with a compressor's rate.
 """
 
 import math
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class CausalLM(PackedText):
     """Rows of packed text and their next tokens."""
 
-    def ask(self, batch: Batch) -> MicroBatch:
-        """The rows and their next tokens; a label is a token."""
+    def micro_batch(self, batch: Batch) -> MicroBatch:
+        """The rows with their next tokens as labels; what counts as trained on is the labels."""
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "shift_labels")}
         labels = int((batch["shift_labels"].numpy() != IGNORED).sum())
         return MicroBatch(inputs, labels, labels, batch["rows"])
@@ -37,20 +37,23 @@ class CausalLM(PackedText):
         """Loss in nats a token, perplexity and bits per byte."""
         sources: dict[str, dict[str, float]] = {}
         for index, source in enumerate(self.packed.sources):
-            # Summed in float64: the total is the same to the last digits however rows are spread.
+            # Summed in float64, so that the total hardly depends on how rows are spread.
             total = torch.zeros(2, dtype=torch.float64)
-            place = parallel.rank, parallel.world, micro_batch
-            for asked in map(self.ask, evaluation_batches(self.packed, index, *place)):
-                if asked.labels == 0 and not parallel.spread:  # shards come from all processes
+            mine = evaluation_batches(
+                self.packed, index, parallel.rank, parallel.world, micro_batch
+            )
+            for batch in map(self.micro_batch, mine):
+                # A forward pass over shards needs all processes, those without rows too.
+                if batch.labels == 0 and not parallel.spread:
                     continue
                 with parallel.autocast():
-                    inputs = asked.inputs_on(parallel.device)
+                    inputs = batch.inputs_on(parallel.device)
                     loss = model(**inputs, num_items_in_batch=1.0).loss
-                total += torch.tensor([float(loss), asked.labels], dtype=torch.float64)
+                total += torch.tensor([float(loss), batch.labels], dtype=torch.float64)
             summed, tokens = parallel.reduce(total).tolist()
             sources[source.name] = _figures(summed / tokens, summed / source.validation_bytes)
-        loss = self.packed.mean({name: one["loss"] for name, one in sources.items()})
-        bits = self.packed.mean({name: one["bits_per_byte"] for name, one in sources.items()})
+        loss = self.packed.mean({name: found["loss"] for name, found in sources.items()})
+        bits = self.packed.mean({name: found["bits_per_byte"] for name, found in sources.items()})
         return {**_figures(loss, bits * math.log(2)), "sources": sources}
 
     @cached_property
@@ -58,7 +61,7 @@ class CausalLM(PackedText):
         return Samples(self.config, self.packed)
 
     def texts(self, model: "PreTrainedModel", parallel: Parallel) -> list[dict[str, str]]:
-        """What the model puts after the prompts of `evaluation`."""
+        """The model's continuations of the prompts of `evaluation`."""
         return self._samples.generate(model, parallel)
 
 

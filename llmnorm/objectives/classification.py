@@ -1,9 +1,12 @@
-"""A class of a text, or a number for it: fine-tuning on labelled files.
+"""The objective of fine-tuning on labelled files: a class for a text, or a number.
 
-Row n of the run is an example of the training file, by the same permutations as packed rows, so an
-epoch shows each once; a micro-batch is padded to its longest. Figures: accuracy, F1 and Matthews'
-correlation of classes, Pearson's and Spearman's of numbers, computed from the predictions of all
-processes together, beside the mean loss an example.
+Row n of the run is an example of the training file, chosen by the permutations that order packed
+rows too (data/order.py), so an epoch shows each example once. A micro-batch is padded to its
+longest example.
+
+Figures: the mean loss per example; accuracy, F1 and Matthews' correlation of classes, or Pearson's
+and Spearman's correlation of numbers. They are computed from the predictions of all processes
+together, not averaged over them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Classification(Objective):
-    """Labelled texts.
+    """Labelled texts, read and tokenised when the objective is made.
 
     Raises:
         InputError: there is no tokenizer, or the files cannot be used.
@@ -54,21 +57,21 @@ class Classification(Objective):
         self._types = config.model.type_vocab_size > 1
 
     def model_keys(self) -> dict[str, Any]:
-        """The classes, by which Hugging Face knows their number."""
+        """The names of the classes; Hugging Face counts them to size the head."""
         if self._settings.regression:
             return {"num_labels": 1, "problem_type": "regression"}
         numbers = dict(enumerate(self._examples.classes))
         return {"id2label": numbers, "label2id": {name: n for n, name in numbers.items()}}
 
     def describe(self, rows: int) -> str:
-        """What a run of so many `rows` reads of its two files, a line each."""
+        """What a run of `rows` examples reads of its two files, a line each."""
         names = str(self._settings.train), str(self._settings.validation)
         return examples_table(self._examples, names, rows)
 
     def batches(
         self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int
     ) -> Iterator[list[MicroBatch]]:
-        """This process's part of the steps from `first_row` on, without end."""
+        """Yield, without end, this process's micro-batches of each step."""
         table, rows, share = self._examples.train, self._examples.rows, global_batch // world
         order = Order([rows], [rows], self._config.data_seed)
         while True:
@@ -76,7 +79,7 @@ class Classification(Objective):
             mine = range(rank * share, (rank + 1) * share)
             micro = [mine[start : start + micro_batch] for start in range(0, share, micro_batch)]
             yield [
-                self._asked(table, places[list(part)].tolist())._replace(
+                self._micro_batch(table, places[list(part)].tolist())._replace(
                     rows=first_row + torch.tensor(part)
                 )
                 for part in micro
@@ -93,8 +96,9 @@ class Classification(Objective):
         for first in range(0, count, parallel.world * micro_batch):
             start = first + parallel.rank * micro_batch
             rows = list(range(start, min(start + micro_batch, count)))
-            # Every process makes the same number of calls: one without rows repeats the first.
-            inputs = self._asked(table, rows or [0]).inputs_on(parallel.device)
+            # Every process makes the same number of forward passes: without rows of its own it
+            # repeats the first example, and nothing of it is kept.
+            inputs = self._micro_batch(table, rows or [0]).inputs_on(parallel.device)
             del inputs["labels"]
             with parallel.autocast():
                 logits = model(**inputs).logits
@@ -121,16 +125,16 @@ class Classification(Objective):
             "matthews": scores.matthews(found, labels, classes),
         }
 
-    def _asked(self, table: Table, rows: Sequence[int]) -> MicroBatch:
+    def _micro_batch(self, table: Table, rows: Sequence[int]) -> MicroBatch:
         """The examples numbered `rows`, padded to the longest of them."""
         length = max(len(table.ids[row]) for row in rows)
         ids = np.full((len(rows), length), self._examples.pad, np.int64)
         mask, types = np.zeros_like(ids), np.zeros_like(ids)
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             size = len(table.ids[row])
-            ids[place, :size] = table.ids[row]
-            mask[place, :size] = 1
-            types[place, size - table.second[row] : size] = 1
+            ids[index, :size] = table.ids[row]
+            mask[index, :size] = 1
+            types[index, size - table.second[row] : size] = 1
         inputs = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask),

@@ -1,11 +1,13 @@
-"""What an objective is: rows, what the model is asked about them, and figures.
+"""What an objective is: the rows of a run, the model's inputs made of them, and its figures.
 
-The loop takes micro-batches from `batches`, divides the summed loss by the labels of the whole
-step, and calls `evaluate` at intervals; it knows nothing else of what is learned. An objective has
-no state: row n of a run and everything drawn for it is a function of the configuration and n.
+The training loop takes micro-batches from `batches`, divides the summed loss by the labels of the
+whole step, and calls `evaluate` at intervals. It knows nothing else about what is learned.
+
+What would surprise: an objective has no state to save. Row n of a run, and all that is drawn at
+random for it, is a function of the configuration and n.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,22 +22,22 @@ if TYPE_CHECKING:
 
 
 class MicroBatch(NamedTuple):
-    """What one process runs at once.
+    """The rows that one process runs at once.
 
     Attributes:
-        inputs: the model's arguments by name, labels among them; CPU tensors.
-        labels: what the summed loss is divided by, in this micro-batch.
-        tokens: tokens that count as trained on.
-        rows: numbers of the rows, no two processes' the same.
+        inputs: the model's arguments by name, labels among them; tensors are on the CPU.
+        labels: how many labels of this micro-batch count in the loss.
+        tokens: how many of its tokens count as trained on.
+        rows: (rows,) their numbers in the run; no two processes have the same.
     """
 
-    inputs: dict[str, Tensor | int]
+    inputs: Mapping[str, Tensor | int]
     labels: int
     tokens: int
     rows: Tensor
 
     def inputs_on(self, device: torch.device) -> dict[str, Any]:
-        """The model's arguments with their tensors on a device; copying them is not waited for."""
+        """The model's arguments with their tensors on `device`, without waiting for the copies."""
         return {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in self.inputs.items()
@@ -46,29 +48,30 @@ class Objective:
     """A run's objective on its data.
 
     Attributes:
-        data: what was opened: rows of packed text, or labelled examples.
-        head_share: of the tokens, how many reach the model's head.
+        data: the opened data: rows of packed text, or labelled examples.
+        head_share: the share of the tokens for which the model's head is computed, for the FLOPs.
     """
 
     data: PackedData | Examples
     head_share = 1.0
 
     def model_keys(self) -> dict[str, Any]:
-        """What the model's configuration has to know beside its settings."""
+        """Keys of the model's configuration that depend on the data, e.g. its classes."""
         return {}
 
     def describe(self, rows: int) -> str:
-        """What a run of so many `rows` reads of each source or file: a table of a few lines."""
+        """What a run of `rows` rows reads of each source or file: a table, a line each."""
         raise NotImplementedError
 
     def batches(
         self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int
     ) -> Iterator[list[MicroBatch]]:
-        """This process's part of the steps from `first_row` on, without end.
+        """Yield, without end, this process's micro-batches of each step.
 
         Args:
+            first_row: the number of the first step's first row.
             global_batch: rows of a step, over all processes.
-            rank, world: this process and how many there are.
+            rank, world: this process's number and the number of processes.
             micro_batch: rows of a micro-batch.
         """
         raise NotImplementedError
@@ -76,12 +79,17 @@ class Objective:
     def evaluate(
         self, model: "PreTrainedModel", *, micro_batch: int, parallel: Parallel
     ) -> dict[str, Any]:
-        """Figures on the validation rows; "loss", and under "sources" the same source by source.
+        """Figures on the validation rows: "loss", others, and under "sources" those of each source.
 
-        The model is in evaluation mode; every process evaluates its part, the sums are reduced.
+        Every process must call it; each evaluates a part of the rows, and all get the same figures.
+
+        Args:
+            model: in evaluation mode.
+            micro_batch: rows at once.
+            parallel: this process.
         """
         raise NotImplementedError
 
     def texts(self, model: "PreTrainedModel", parallel: Parallel) -> list[dict[str, str]]:
-        """Generated texts to read beside the figures, where the model can make any."""
+        """Texts that the model generates, to be read beside the figures; none by default."""
         return []

@@ -1,17 +1,17 @@
-"""An objective's figures as people read them: a sentence, a table.
+"""An objective's figures as text: a sentence, or a table.
 
     sentence(figures)    -> "loss 3.1416, perplexity 23.14, ..."
-    table(figures)       -> a line a source
+    table(figures)       -> a line for each source
 
-Figures are `{name: number, ..., "sources": {source: {name: number, ...}}}`, and under "ema" the
-same of the averaged weights; which names there are is the objective's business.
+Figures are `{name: number, ..., "sources": {source: {name: number, ...}}}`; under "ema" are those
+of the averaged weights, in the same form. The objective chooses the names; "loss" is always there.
 """
 
 from typing import Any
 
 
 def names(figures: dict[str, Any]) -> list[str]:
-    """The figures' names, the loss first."""
+    """The names of the figures, the loss first."""
     return [name for name in figures if name not in ("sources", "ema")]
 
 
@@ -21,7 +21,7 @@ def sentence(figures: dict[str, Any]) -> str:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The totals and those of every source, a line each."""
+    """The totals and the figures of every source, a line each."""
     rows = {"all": figures, **figures["sources"]}
     width = max(len(name) for name in [*rows, "validation"])
     widths = {name: max(10, len(name) + 2) for name in names(figures)}

@@ -1,7 +1,7 @@
-"""Whose validation rows a command reads (`llmnorm eval`, `llmnorm inspect`).
+"""The validation rows that `llmnorm eval` and `llmnorm inspect` read.
 
-A run has its rows. A directory without a run is told by `--data` which corpus to use, and its own
-tokenizer makes the rows.
+A run has rows of its own. For a directory without a run (an exported model), `--data` names the
+corpus, and the model's own tokenizer makes the rows.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ from llmnorm.objectives.settings import Objective as ObjectivePart
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError, Settings, part_classes
 
-SECTIONS = ("data", "evaluation", "training", "parallel")  # that settings may be given of
+# The sections of the configuration that these commands read, so that overrides have an effect.
+SECTIONS = ("data", "evaluation", "training", "parallel")
 
 
 def configuration(
@@ -32,18 +33,18 @@ def configuration(
     *,
     otherwise: str = "",
 ) -> RunConfig:
-    """Whose rows are read, and how.
+    """The configuration whose rows are read.
 
     Args:
-        command: its name, for messages.
-        path: what the user named.
-        run: the run that the weights belong to.
-        data: the configuration or run that is read instead.
-        overrides: of the settings of either.
+        command: the command's name, for messages.
+        path: what the user has named, for messages.
+        run: the run that the weights belong to, if there is one.
+        data: a configuration or run that is read instead (`--data`).
+        overrides: `key=value` for either.
         otherwise: what the user could give instead of `--data`, for the message.
 
     Raises:
-        InputError: there is neither run nor `data`, or a setting would change nothing.
+        InputError: there is neither `run` nor `data`, or an override would have no effect.
     """
     for override in overrides:
         if override.partition("=")[0].partition(".")[0] not in SECTIONS:
@@ -74,22 +75,22 @@ def validation_objective(
     tokenizer: Path | None,
     trained_on: str | None,
 ) -> Objective:
-    """What is measured on which rows: a run's own, or the text of `data` in the model's tokens.
+    """The objective to evaluate, on the run's own rows or on those of `data`.
 
     Args:
-        path: what the user named, for messages.
+        path: what the user has named, for messages.
         config: from `configuration`.
         parallel: this process.
         data: the configuration or run that `config` was read from, if it is not the run's own.
-        architecture: the model's class.
-        longest: the model's positions.
+        architecture: the name of the model's class.
+        longest: how many positions the model has.
         tokenizer: the model's tokenizer directory.
         trained_on: identity of the data that the run was trained on.
 
     Raises:
-        InputError: the rows are longer than the model's positions, there is no tokenizer, the model
-            is of another objective, or the run was trained on other data than its configuration now
-            gives.
+        InputError: the rows are longer than the model's positions; there is no tokenizer; `data` is
+            of another objective than the model; or the run's configuration now gives other data
+            than it was trained on.
     """
     if config.data.context_length > longest:
         raise InputError(
@@ -102,7 +103,7 @@ def validation_objective(
             raise InputError(f"{path}: has no tokenizer (no tokenizer.json)")
         own: dict[str, Settings] = {"tokenizer": TokenizerSettings(path=tokenizer)}
         if config.objective.architecture != architecture:
-            own["objective"] = _usual(architecture, data)
+            own["objective"] = _default_objective(architecture, data)
         config = config.model_copy(update=own)
         command = f"llmnorm data {data} tokenizer.path={tokenizer}"
     objective = config.objective.build(config, alone=parallel.world == 1, command=command)
@@ -125,7 +126,7 @@ def validation_data(
     tokenizer: Path | None,
     trained_on: str | None,
 ) -> PackedData:
-    """The rows of a causal language model; arguments as `validation_objective`'s."""
+    """The rows for a causal language model; arguments and errors as in `validation_objective`."""
     objective = validation_objective(
         path,
         config,
@@ -140,8 +141,12 @@ def validation_data(
     return objective.data
 
 
-def _usual(architecture: str, data: Path) -> ObjectiveSettings:
-    """The objective of a model class with its defaults, where it needs nothing else."""
+def _default_objective(architecture: str, data: Path) -> ObjectiveSettings:
+    """The objective that trains a model class, with its default settings.
+
+    Raises:
+        InputError: there is none, or it has settings without a default.
+    """
     for cls in part_classes(get_args(ObjectivePart)[0]).values():
         if issubclass(cls, ObjectiveSettings) and cls.architecture == architecture:
             try:

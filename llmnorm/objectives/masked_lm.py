@@ -1,9 +1,10 @@
-"""Masked tokens: the mean loss over them, and how many are guessed right.
+"""The objective of encoders: predict masked tokens (Devlin et al. 2019, BERT, arXiv 1810.04805).
 
-Rows are those of the next-token objective without their last token: packed documents, which never
-see each other. Masks are drawn in data/masking.py, by (seed, row) in training and by (source, row)
-in evaluation: there they are the same at every step and in every run, so that runs can be compared.
-Totals weigh the sources by their training bytes, as everywhere.
+Rows are those of the next-token objective without their last token: packed documents that do not
+see each other. data/masking.py draws the masks, by (seed, row) in training and by (source, row) in
+evaluation. So the masks of an evaluation are the same at every step and in every run, and runs can
+be compared. Figures: the mean loss over masked tokens, and the share of them whose likeliest token
+is right; totals weigh the sources by their training bytes.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,11 @@ from llmnorm.part import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRAINING, EVALUATION = 1 << 62, 1 << 63  # what the keys of the masks begin with
+TRAINING, EVALUATION = 1 << 62, 1 << 63  # so that no mask of training is one of evaluation
 
 
 class MaskedLM(PackedText):
-    """Rows of packed text, some of whose tokens are to be guessed.
+    """Rows of packed text, some of whose tokens are masked.
 
     Raises:
         InputError: the tokenizer has no mask token.
@@ -53,7 +54,7 @@ class MaskedLM(PackedText):
             kept=settings.kept,
         )
 
-    def ask(self, batch: Batch) -> MicroBatch:
+    def micro_batch(self, batch: Batch) -> MicroBatch:
         """The rows with their masks of training."""
         return self._masked(batch, self._settings.mask_share, TRAINING + self.config.seed)
 
@@ -64,17 +65,20 @@ class MaskedLM(PackedText):
         sources: dict[str, dict[str, float]] = {}
         for index, source in enumerate(self.packed.sources):
             total = torch.zeros(3, dtype=torch.float64)
-            place = parallel.rank, parallel.world, micro_batch
-            for batch in evaluation_batches(self.packed, index, *place):
+            mine = evaluation_batches(
+                self.packed, index, parallel.rank, parallel.world, micro_batch
+            )
+            for rows in mine:
                 share = self._settings.evaluation_mask_share
-                asked = self._masked(batch, share, EVALUATION + index)
-                if asked.labels == 0 and not parallel.spread:  # shards come from all processes
+                batch = self._masked(rows, share, EVALUATION + index)
+                # A forward pass over shards needs all processes, those without rows too.
+                if batch.labels == 0 and not parallel.spread:
                     continue
                 with parallel.autocast():
-                    inputs = asked.inputs_on(parallel.device)
+                    inputs = batch.inputs_on(parallel.device)
                     found = model(**inputs, num_items_in_batch=1.0)
                 right = int((found.logits.argmax(-1) == inputs["labels"]).sum())
-                total += torch.tensor([float(found.loss), right, asked.labels]).double()
+                total += torch.tensor([float(found.loss), right, batch.labels]).double()
             loss, right, count = parallel.reduce(total).tolist()
             if not count:
                 raise InputError(
@@ -83,7 +87,7 @@ class MaskedLM(PackedText):
                 )
             sources[source.name] = {"loss": loss / count, "accuracy": right / count}
         means = {
-            key: self.packed.mean({name: one[key] for name, one in sources.items()})
+            key: self.packed.mean({name: found[key] for name, found in sources.items()})
             for key in ("loss", "accuracy")
         }
         return {**means, "sources": sources}

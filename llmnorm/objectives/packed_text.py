@@ -1,4 +1,4 @@
-"""Packed text: the rows that every objective on plain text is trained on."""
+"""Packed text: the rows of the objectives that learn from plain text."""
 
 from collections.abc import Iterator
 
@@ -10,10 +10,10 @@ from llmnorm.objectives.contract import MicroBatch, Objective
 
 
 class PackedText(Objective):
-    """Rows of packed text; a subclass says what is asked about them.
+    """Rows of packed text; a subclass makes the model's inputs of them.
 
     Attributes:
-        config: the run's.
+        config: the run's settings.
         packed: the prepared data.
     """
 
@@ -23,18 +23,18 @@ class PackedText(Objective):
             config.data, config.tokenizer, alone=alone, command=command
         )
 
-    def ask(self, batch: Batch) -> MicroBatch:
-        """What the model is given of a batch of training rows, and what is counted."""
+    def micro_batch(self, batch: Batch) -> MicroBatch:
+        """The model's inputs for a batch of training rows, and what is counted of them."""
         raise NotImplementedError
 
     def describe(self, rows: int) -> str:
-        """What a run of so many `rows` reads of each source: the table of `data --stats`."""
+        """What a run of `rows` rows reads of each source: the table of `data --stats`."""
         return sources_table(self.packed, rows)
 
     def batches(
         self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int
     ) -> Iterator[list[MicroBatch]]:
-        """This process's part of the steps from `first_row` on, without end."""
+        """Yield, without end, this process's micro-batches of each step."""
         loader = Loader(
             self.packed,
             seed=self.config.data_seed,
@@ -43,4 +43,4 @@ class PackedText(Objective):
             world=world,
             micro_batch=micro_batch,
         )
-        return ([self.ask(batch) for batch in step] for step in loader.batches(first_row))
+        return ([self.micro_batch(batch) for batch in step] for step in loader.batches(first_row))

@@ -3,12 +3,12 @@
     samples = Samples(config, packed)
     samples.generate(model, parallel)      -> [{"prompt": ..., "continuation": ...}, ...]
 
-Prompts and noise are the same every time, so what changes is the model. Without
-`evaluation.prompts` the first tokens of validation rows are continued, the sources taking turns.
+Prompts and noise are the same every time, so only the model makes a difference. Without
+`evaluation.prompts` the first tokens of validation rows are continued, of each source in turn.
 
-What would surprise: every process generates (the same text), since a model that is laid out over
-processes needs all of them; neither generators nor the model's mode are changed, so the run's
-numbers are those of a run without samples.
+What would surprise: every process generates the same text, because a sharded model needs all of
+them for a forward pass. Random states and the model's mode are restored, so a run with samples has
+the numbers of a run without.
 """
 
 from typing import TYPE_CHECKING
@@ -28,10 +28,10 @@ PROMPT_TOKENS = 16  # of a validation row
 
 
 class Samples:
-    """The prompts of a run, and what continues them.
+    """The prompts of a run, to be continued at every evaluation.
 
     Attributes:
-        prompts: token ids of every prompt.
+        prompts: each prompt's token ids; empty where nothing is to be generated.
     """
 
     def __init__(self, config: RunConfig, packed: PackedData) -> None:
@@ -56,12 +56,12 @@ class Samples:
             self.prompts = _validation_prompts(packed, evaluation.samples)
 
     def generate(self, model: "PreTrainedModel", parallel: Parallel) -> list[dict[str, str]]:
-        """`{"prompt", "continuation"}` of every prompt."""
+        """The model's continuations: `{"prompt": text, "continuation": text}` for each prompt."""
         if not self.prompts:
             return []
         was_training = model.training
         model.eval()
-        # Shapes change with every token: compiled blocks would be compiled again and again.
+        # Shapes change with every token, so compiled blocks would be compiled again and again.
         with parallel.autocast(), torch.compiler.set_stance("force_eager"):
             texts = [
                 {
@@ -86,7 +86,7 @@ class Samples:
 
 
 def _validation_prompts(packed: PackedData, count: int) -> list[list[int]]:
-    """The first tokens of `count` validation rows, fewer where the sources have not as many."""
+    """The first tokens of `count` validation rows; of fewer if the sources have no more."""
     prompts: list[list[int]] = []
     for row in range(max(source.validation_rows for source in packed.sources)):
         for source in packed.sources:

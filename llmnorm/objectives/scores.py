@@ -1,7 +1,7 @@
-"""Scores of predictions: GLUE's (Wang et al. 2018, arXiv 1804.07461, table 1).
+"""Scores of predictions: those of GLUE (Wang et al. 2018, arXiv 1804.07461, table 1).
 
-Shapes: predicted and true (examples,), class numbers 0, 1, ... or real numbers. A score that is
-0 / 0 (a class that never occurs and is never predicted, predictions that are all the same) is 0.
+Shapes: predicted and true (examples,), class numbers 0, 1, ... or real numbers. A score that would
+be 0 / 0 is 0: F1 of a class that neither occurs nor is predicted, a correlation with a constant.
 """
 
 import numpy as np
@@ -16,11 +16,14 @@ def accuracy(predicted: Numbers, true: Numbers) -> float:
 
 
 def f1(predicted: Numbers, true: Numbers, classes: int) -> float:
-    """2 precision recall / (precision + recall): of the second of two classes, else their mean."""
+    """F1 = 2 precision recall / (precision + recall).
+
+    Of two classes, that of class 1; of more, the mean over the classes.
+    """
     each = []
-    for one in [1] if classes == 2 else range(classes):
-        hits = int(((predicted == one) & (true == one)).sum())
-        claimed = int((predicted == one).sum() + (true == one).sum())
+    for number in [1] if classes == 2 else range(classes):
+        hits = int(((predicted == number) & (true == number)).sum())
+        claimed = int((predicted == number).sum() + (true == number).sum())
         each.append(2 * hits / claimed if claimed else 0.0)
     return float(np.mean(each))
 
@@ -35,14 +38,14 @@ def matthews(predicted: Numbers, true: Numbers, classes: int) -> float:
 
 
 def pearson(predicted: Numbers, true: Numbers) -> float:
-    """Correlation of the numbers."""
+    """Pearson's correlation of the numbers."""
     a, b = predicted - predicted.mean(), true - true.mean()
     below = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / below) if below > 0 else 0.0
 
 
 def spearman(predicted: Numbers, true: Numbers) -> float:
-    """Correlation of their ranks; equal numbers share the mean of theirs."""
+    """Spearman's correlation: Pearson's of the ranks; equal numbers get the mean of their ranks."""
     return pearson(_ranks(predicted), _ranks(true))
 
 

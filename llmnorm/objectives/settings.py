@@ -1,8 +1,8 @@
 """Settings of the objectives: the registry of `objective`, what a run learns from its rows.
 
-An objective says which model class it trains (`architecture`), what it refuses, and builds the
-thing itself (a file of this room), which the loop, the evaluation and `llmnorm eval` ask for rows
-and figures. Nothing else knows which objective a run has.
+Each settings class names the model class that its objective trains (`architecture`), refuses
+configurations that it cannot serve, and builds the objective (a file of this directory). Training
+and evaluation use only the interface in contract.py.
 """
 
 from pathlib import Path
@@ -24,21 +24,21 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ObjectiveSettings(Settings):
-    """What every objective's settings say about it before torch is loaded."""
+    """What is known of an objective before torch is loaded."""
 
     architecture: ClassVar[str]
-    """The model class that it trains."""
+    """The name of the model class that it trains."""
     keeps_head: ClassVar[bool] = True
-    """Whether it goes on with the head of a pretrained model of that class."""
+    """Whether it trains the head of a pretrained model of that class further; else a new one."""
     packs: ClassVar[bool] = True
     """Whether its rows are packed text, which `llmnorm data` prepares."""
 
     def refusal(self, config: "RunConfig") -> str | None:
-        """Why this run cannot have it; None if it can."""
+        """Why a run with this configuration cannot have the objective; None if it can."""
         return None
 
     def uses(self, run: str) -> str:
-        """What one does with the trained run at this path, a line."""
+        """What to type next with a trained run at this path: a line."""
         raise NotImplementedError
 
     def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Learned":
@@ -46,8 +46,8 @@ class ObjectiveSettings(Settings):
 
         Args:
             config: the run's settings.
-            alone: whether this is the only process, which then prepares what is missing.
-            command: what prepares the data, for the message.
+            alone: whether this is the only process; it then prepares data that are missing.
+            command: the command that prepares the data, for messages.
         """
         raise NotImplementedError
 
@@ -59,7 +59,7 @@ class CausalLMSettings(ObjectiveSettings):
     architecture = "LlmNormForCausalLM"
 
     def refusal(self, config: "RunConfig") -> str | None:
-        """Mixers that look at the answer."""
+        """Refuse mixers that look at later tokens."""
         if config.model.causal:
             return None
         return (
@@ -68,7 +68,7 @@ class CausalLMSettings(ObjectiveSettings):
         )
 
     def uses(self, run: str) -> str:
-        """What one does with the trained run at this path, a line."""
+        """What to type next with a trained run at this path: a line."""
         return f"generate text: llmnorm generate {run} --prompt 'Once upon a time'"
 
     def build(self, config: "RunConfig", *, alone: bool, command: str) -> "CausalLM":
@@ -100,7 +100,7 @@ class MaskedLMSettings(ObjectiveSettings):
         return self
 
     def refusal(self, config: "RunConfig") -> str | None:
-        """Mixers that see one side only, a tokenizer without a mask, prompts."""
+        """Refuse mixers that see one side only, a tokenizer without a mask token, prompts."""
         if config.model.causal:
             return (
                 f"mixer '{_first_mixer(config.model)}' sees no later tokens and would fill a gap "
@@ -113,7 +113,7 @@ class MaskedLMSettings(ObjectiveSettings):
         return None
 
     def uses(self, run: str) -> str:
-        """What one does with the trained run at this path, a line."""
+        """What to type next with a trained run at this path: a line."""
         return f"fine-tune it:  objective.name=classification model.pretrained={run}"
 
     def build(self, config: "RunConfig", *, alone: bool, command: str) -> "MaskedLM":
@@ -147,7 +147,7 @@ class ClassificationSettings(ObjectiveSettings):
     """Labels are numbers to be met, by the squared error, and no classes."""
 
     def refusal(self, config: "RunConfig") -> str | None:
-        """What belongs to packed text, labels that are none."""
+        """Refuse settings of packed text, and labels that are not at least two classes."""
         if self.regression and self.labels is not None:
             return "objective.labels are of classes; a regression has none"
         if self.labels is not None and len(set(self.labels)) != max(2, len(self.labels)):
@@ -161,7 +161,7 @@ class ClassificationSettings(ObjectiveSettings):
         return None
 
     def uses(self, run: str) -> str:
-        """What one does with the trained run at this path, a line."""
+        """What to type next with a trained run at this path: a line."""
         return f"use elsewhere: llmnorm export {run} DIR"
 
     def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Classification":

@@ -1,8 +1,9 @@
-"""The loud check before the first step, and the lines of the log that say what is there.
+"""The check before the first step, and the line of the log that says how a run is laid out.
 
-What was asked for can silently become something else on the way through launcher and libraries: two
-unconnected trainings, replicas where shards were meant, processes that all read the same rows. So
-nothing is taken from the settings here but what to compare with.
+Between a launch file and a model there are several libraries, and each can turn a layout into
+another without an error: two trainings that know nothing of each other, replicas in place of
+shards, processes that all read the same rows. So the model, the processes and the rows themselves
+are looked at and compared with the settings; a difference ends the run.
 """
 
 import torch
@@ -13,26 +14,26 @@ from llmnorm.parallel.processes import Parallel, local
 
 
 def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
-    """Compare what is there with what was asked for; every process makes this call.
+    """Compare the layout with the settings; every process must call it.
 
     Args:
-        model: as it is trained.
-        rows: numbers of the rows that this process reads first.
+        model: after `Parallel.prepare`.
+        rows: (n,) numbers of the rows that this process reads first.
 
     Raises:
-        RuntimeError: they differ; the text names the difference.
+        RuntimeError: they differ; the message names the difference.
     """
     found = parallel.found()
     _demand(
         found == parallel.sharding,
-        f"sharding '{parallel.sharding}' was asked for, but the model's is '{found}'",
+        f"parallel.sharding is '{parallel.sharding}', but the model is laid out as '{found}'",
     )
     processes = int(parallel.reduce(torch.ones((), device=parallel.device)))
     _demand(
         processes == parallel.world,
         f"{parallel.world} processes were launched, {processes} are connected",
     )
-    held, whole = 0, 0
+    numbers, whole = 0, 0
     for name, parameter in model.named_parameters():
         _demand(
             parameter.device.type == parallel.device.type,
@@ -40,32 +41,32 @@ def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
         )
         _demand(
             parameter.dtype in (torch.float32, torch.float64),
-            f"{name} is {parameter.dtype}, no master weight",
+            f"{name} is {parameter.dtype}, but weights are kept in float32",
         )
         weight = master(parameter)
         cut = any(placement.is_shard() for placement in getattr(weight, "placements", ()))
         cut |= isinstance(weight, Fragment)
-        # Stages 1 and 2 cut what they step.
+        # ZeRO's stages 1 and 2 cut what is trained.
         due = parallel.spread or (parallel.zero is not None and parameter.requires_grad)
         _demand(cut == due, f"{name} is {'' if cut else 'not '}sharded")
         share = parallel.world // parallel.settings.replicas if cut else 1
-        held += local(weight).numel() * share
+        numbers += local(weight).numel() * share
         whole += whole_shape(weight).numel() * parallel.world
-    total = int(parallel.reduce(torch.tensor(held, device=parallel.device)))
-    _demand(total == whole, f"the processes' parts make {total} numbers, not {whole}")
+    total = int(parallel.reduce(torch.tensor(numbers, device=parallel.device)))
+    _demand(total == whole, f"the processes hold {total} weights together, not {whole}")
     copies = parallel.settings.replicas if parallel.spread else parallel.world
-    held_sum = torch.stack([local(p.detach()).double().sum() for p in model.parameters()]).sum()
-    sums = parallel.gather(held_sum.view(1)).view(copies, -1)  # (replicas, processes of each)
+    sums = torch.stack([local(p.detach()).double().sum() for p in model.parameters()])
+    sums = parallel.gather(sums.sum().view(1)).view(copies, -1)  # (replicas, processes of each)
     _demand(bool((sums == sums[0]).all()), "replicas hold different weights")
     faults = [*parallel.zero.faults()] if parallel.zero is not None else []
     anywhere = int(parallel.reduce(torch.tensor(len(faults), device=parallel.device)))
-    _demand(anywhere == 0, (faults or ["another process says what"])[0])
+    _demand(anywhere == 0, (faults or ["see the message of another process"])[0])
     read = parallel.gather(rows.to(parallel.device))
     _demand(len(read.unique()) == len(read), "several processes read the same rows")
 
 
 def describe(parallel: Parallel, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """Backend, processes, sharding, and the bytes that this process holds."""
+    """Processes, backend, sharding, precision, and the bytes that this process holds: a line."""
     weights = [local(p) for p in model.parameters()]
     gradients = [local(master(p)) for p in model.parameters() if p.requires_grad]
     if parallel.zero is not None:

@@ -1,13 +1,14 @@
-"""What the launcher asked for: the layout that file and key agree on, and accelerate's handle.
+"""The sharding on which launch file and configuration agree, and accelerate's process group.
 
-`accelerate launch --config_file FILE` exports what FILE says as environment variables; torchrun
-exports the processes alone. `parallel.sharding: auto` does what was exported.
+`accelerate launch --config_file FILE` exports the settings of FILE as environment variables;
+torchrun exports only the processes. `parallel.sharding: auto` takes what was exported.
 
-What would surprise: accelerate takes FSDP variables for an order to shard by itself, DeepSpeed's
-for one to hand over, which on CPUs ends in plain data parallelism or in processes that each take
-themselves for the only one, without a word; so they are taken away before it sees them; and
-anything in a launch file that this program would not do (offloading, a precision, ...) is refused
-instead of being passed over.
+What would surprise:
+- The FSDP and DeepSpeed variables are deleted before accelerate sees them. It would shard the model
+  itself, or hand it to DeepSpeed; on CPUs it then falls back to plain data parallelism, or to
+  processes that do not know of each other, without an error. Here llmnorm shards.
+- A setting of the launch file that llmnorm does not carry out (offloading, a precision, ...) is
+  refused, not ignored.
 """
 
 import importlib.util
@@ -21,7 +22,8 @@ from llmnorm.part import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# What an FSDP section may say besides the defaults, since anything else would be ignored.
+# What an FSDP section must say: environment variable -> (key, value, why). Any other value would
+# have no effect, so it is refused.
 _FSDP_MUST = {
     "FSDP_VERSION": ("fsdp_version", "2", "only FSDP2 is offered"),
     "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "false", "offloading is not offered"),
@@ -36,7 +38,7 @@ _FSDP_MUST = {
         "the key is parallel.activation_checkpointing",
     ),
 }
-# The same of a DeepSpeed section, of which nothing but the stage is taken.
+# The same for a DeepSpeed section, of which only the stage is used.
 _DEEPSPEED_MUST = {
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": (
         "deepspeed_config_file",
@@ -82,10 +84,11 @@ _DEEPSPEED_MUST = {
 
 
 def agreed_sharding(parallel: ParallelSettings, training: TrainingSettings) -> str:
-    """The sharding that the run has: `none`, `ddp`, `fsdp2`, `hsdp` or `zero1` to `zero3`.
+    """The run's sharding: `none`, `ddp`, `fsdp2`, `hsdp`, `zero1`, `zero2` or `zero3`.
 
     Raises:
-        InputError: launch file, environment and configuration ask for different things.
+        InputError: launch file, environment and configuration contradict each other, or DeepSpeed
+            is needed and not installed.
     """
     file, processes = _of_file(), int(os.environ.get("WORLD_SIZE", "1"))
     key: str = parallel.sharding
@@ -125,16 +128,19 @@ def agreed_sharding(parallel: ParallelSettings, training: TrainingSettings) -> s
 
 
 def launch_file(sharding: str) -> str:
-    """The launch file that asks for a sharding, for messages."""
+    """The path of the launch file for a sharding, for messages."""
     return f"launch/accelerate/{ {'none': 'ddp', 'hsdp': 'fsdp2'}.get(sharding, sharding) }.yaml"
 
 
 def accelerator(cuda: bool) -> "Accelerator":
-    """accelerate's handle on the process group, which it makes, and on this process's device."""
+    """accelerate's object: it makes the process group and knows this process's rank and device.
+
+    Removes the environment variables by which accelerate would shard (see above).
+    """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    # With these accelerate would shard, or warn of a mixed precision, which is our business.
+    # accelerate would shard because of these, or warn of a mixed precision; llmnorm does both.
     ours = (
         "FSDP_",
         "ACCELERATE_USE_FSDP",
@@ -146,7 +152,7 @@ def accelerator(cuda: bool) -> "Accelerator":
             del os.environ[name]
     if not cuda:
         return Accelerator(cpu=True)
-    if "LOCAL_RANK" not in os.environ:  # no launcher: accelerate would take a backend for a group
+    if "LOCAL_RANK" not in os.environ:  # no launcher, so no group for a backend
         return Accelerator()
     # Checkpoints are written over gloo beside the GPUs' own backend.
     group = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")
@@ -154,7 +160,11 @@ def accelerator(cuda: bool) -> "Accelerator":
 
 
 def _of_file() -> str | None:
-    """What the launch file asks for; None where the processes were started without accelerate."""
+    """The launch file's sharding; None where accelerate did not start the processes.
+
+    Raises:
+        InputError: the file holds a setting that llmnorm does not carry out.
+    """
     if _is_set("ACCELERATE_USE_FSDP"):
         _refuse_others(_FSDP_MUST)
         return "fsdp2"

@@ -1,14 +1,18 @@
-"""Processes, device and the layout of the model: recompute, compile, shard, in this order.
+"""One process of a run: its device, its part of the model, and what it does with the others.
 
-`accelerate launch` starts the processes and accelerate makes the process group; everything after
-that is here, the same code on gloo and nccl. `ddp`, `fsdp2` and `hsdp` are torch's (shards.py),
-`zero1` to `zero3` DeepSpeed's (zero.py). Accumulation is ours: replicas reduce gradients with the
-last micro-batch, shards with every one (so that no process holds all gradients). They are summed:
-the loss comes divided by the tokens of all processes, so that a gradient inside the backward pass
-(norms keep statistics of it) is what it is on one process.
+`accelerate launch` starts the processes and accelerate makes the process group. Everything after
+that is here, and is the same code on gloo and nccl. The model is prepared in a fixed order:
+recompute, compile, shard. `ddp`, `fsdp2` and `hsdp` are torch's (shards.py), `zero1` to `zero3`
+DeepSpeed's (zero.py); check.py verifies the result before the first step.
 
-What would surprise: weights are float32 and gathered so: precision is autocast's, the same under
-every sharding. What is really there is looked at in `check.py`.
+What would surprise:
+- Gradients are summed over processes, not averaged. The loss is already divided by the labels of
+  all processes, so a gradient inside the backward pass (some norms keep statistics of it) is the
+  same number as on one process.
+- llmnorm accumulates micro-batches itself. Replicas reduce gradients with the last micro-batch;
+  shards reduce with every one, so that no process holds all gradients.
+- Weights are float32 and are gathered in float32, under every sharding. `training.precision` is
+  that of autocast alone.
 """
 
 import os
@@ -39,21 +43,23 @@ if TYPE_CHECKING:
 
 
 class Parallel:
-    """One process of a run: who it is, and how it works together with the others.
+    """One process of a run. All processes make the same calls in the same order.
 
     Attributes:
-        rank, world: this process and the number of processes.
+        rank, world: this process's number and the number of processes.
         device: where this process computes.
-        backend: what the processes talk over.
-        sharding: how the model is laid out over them (`parallel.sharding`, never `auto`).
-        accelerator: accelerate's handle on the process group.
+        backend: of the process group, e.g. "gloo".
+        sharding: the resolved `parallel.sharding`, not `auto`.
+        accelerator: accelerate's object, which has made the process group.
+        zero: DeepSpeed's part, under `zero1` to `zero3`.
     """
 
     def __init__(self, parallel: ParallelSettings, training: TrainingSettings) -> None:
-        """Join the process group that the launcher has prepared, if any.
+        """Join the launcher's process group, where there is one.
 
         Raises:
-            InputError: launch file, environment and configuration ask for different things.
+            InputError: launch file, environment and configuration contradict each other; a GPU is
+                asked for and torch sees none.
         """
         self.settings = parallel
         self.precision = training.precision
@@ -80,7 +86,7 @@ class Parallel:
             )
         self._mesh: DeviceMesh | None = None
         self.zero: Zero | None = None
-        self._group: dist.ProcessGroup | None = None  # over which a master is spread
+        self._group: dist.ProcessGroup | None = None  # whose processes share out one weight
         if self.sharding not in ("none", "ddp"):
             if not dist.is_initialized():  # one process, started without a launcher
                 backend = "nccl" if cuda else "gloo"
@@ -96,22 +102,23 @@ class Parallel:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this process, the first, writes files and prints."""
         return self.rank == 0
 
     @property
     def spread(self) -> bool:
-        """Whether a forward pass needs all processes, each of which holds a part of the model."""
+        """Whether a forward pass needs all processes, because each holds a part of the model."""
         return self._mesh is not None or self.sharding == "zero3"
 
     def prepare(self, model: "LlmNormForCausalLM", fill: Fill) -> nn.Module:
-        """Lay the model out for training; returns what to call (same parameters, names).
+        """Prepare the model for training; returns what to call for a forward pass.
 
         Args:
-            model: on the meta device; its blocks are the unit of recomputation, compilation and
-                sharding.
-            fill: gives the tensors that belong to the modules that it is passed, by name, their
-                values, on this process's device.
+            model: on the meta device; it is recomputed, compiled and sharded block by block.
+            fill: gives values to the tensors of the modules that it is passed (shards.py).
+
+        Returns:
+            The model itself, or a wrapper around it with the same parameters.
         """
         for block in model.model.layers:
             if self.settings.activation_checkpointing:
@@ -119,7 +126,7 @@ class Parallel:
                     torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
                 )
             if self.settings.compile:
-                # block.compile() would leave a checkpointed forward uncompiled, without a word.
+                # block.compile() would leave the forward that recomputes uncompiled, silently.
                 block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         model.model.fixed_shapes |= self.settings.compile
         for module in model.modules():
@@ -133,10 +140,12 @@ class Parallel:
     def lay_out(
         self, model: "LlmNormForCausalLM", fill: Fill, *, trained: bool = False
     ) -> nn.Module:
-        """Give the model on the meta device its values, and each process its part of them.
+        """Give the model, which is on the meta device, its values, and each process its part.
 
         Args:
-            trained: weights will change; else it is only evaluated.
+            fill: as in `prepare`.
+            trained: whether its weights will change; a model that is only evaluated has no
+                gradients and, under ZeRO, no master weights.
         """
         unit: Unit | None = partial(shard, mesh=self._mesh) if self._mesh is not None else None
         if self.zero is not None and self.spread:
@@ -145,7 +154,7 @@ class Parallel:
         return self.zero.wrap(model, trained=trained) if self.zero is not None else model
 
     def found(self) -> str:
-        """The sharding that the model really has, whatever was asked for."""
+        """The sharding of the model as it is found in the model itself, for check.py."""
         if self.zero is not None:
             return self.zero.found(self._model)
         if isinstance(self._model, FSDPModule):
@@ -153,7 +162,7 @@ class Parallel:
         return "ddp" if isinstance(self._model, DistributedDataParallel) else "none"
 
     def exchange(self) -> Exchange | None:
-        """How matrix optimizers share their work; None where there is one process."""
+        """How matrix optimizers exchange gradients and updates; None on one process."""
         group = self._group or (dist.group.WORLD if self.world > 1 else None)
         if group is None:
             return None
@@ -161,14 +170,19 @@ class Parallel:
         return Exchange(group, spread=self._group is not None, payload=payload)
 
     def autocast(self) -> Any:
-        """The context of a forward pass under this run's precision."""
+        """The context manager for a forward pass under `training.precision`."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
-        """Around the forward pass of one micro-batch; what it says holds for its backward pass."""
+        """Context manager around the forward pass of one micro-batch.
+
+        Args:
+            last: whether it is the step's last. The backward pass that follows then reduces
+                gradients over the replicas.
+        """
         model = self._model
         quiet: Any = nullcontext()
         if isinstance(model, DistributedDataParallel) and not last:
@@ -182,7 +196,7 @@ class Parallel:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass of a micro-batch."""
+        """The backward pass of a micro-batch; gradients are added up until the step ends."""
         if self.zero is not None:
             self.zero.backward(loss)
         else:
@@ -232,7 +246,7 @@ class Parallel:
             self.zero.publish()
 
     def gather(self, values: Tensor) -> Tensor:
-        """The `values` (n,) of all processes, (world * n,)."""
+        """The `values` (n,) of all processes in the order of their ranks, (world * n,)."""
         if self.world == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.world)]
@@ -240,7 +254,7 @@ class Parallel:
         return torch.cat(parts)
 
     def reduce(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all processes, in place where there is more than one."""
+        """The sum of `values` over all processes. With several processes `values` is changed."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
@@ -251,7 +265,11 @@ class Parallel:
             print(text, file=sys.stderr, flush=True)
 
     def on_main(self, work: Callable[[], None]) -> None:
-        """Do `work` on the main process while the others wait; its InputError stops them all."""
+        """Call `work` on the main process while the others wait.
+
+        Raises:
+            InputError: `work` has raised one; it is raised on every process.
+        """
         error: InputError | None = None
         if self.is_main:
             try:
@@ -262,12 +280,12 @@ class Parallel:
             raise error or InputError("the main process stopped; its message says why")
 
     def close(self) -> None:
-        """Leave the process group together: leaving alone can abort the others."""
+        """Leave the process group when all are ready to: leaving alone can abort the others."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds; in-place changes reach the tensor."""
+    """The part of a tensor that this process holds; it shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,9 @@
-"""torch's own layouts of a model over processes: replicas (DDP), shards (FSDP2) and both (HSDP).
+"""torch's layouts of a model over processes: replicas (DDP), shards (FSDP2), and both (HSDP).
 
-A unit of sharding is gathered as a whole for its forward and its backward pass: each block is one,
-what is left (embedding, final norm, head) one more. Gradients are summed where torch's defaults are
-means.
+Under FSDP2 each block is a unit: its weights are gathered for its forward pass and again for its
+backward pass. Embedding, final norm and head are one more unit.
+
+What would surprise: gradients are summed over the processes, where torch's default is the mean.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,22 +19,22 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from llmnorm.models.modeling import LlmNormForCausalLM
 
-# Gives the tensors that belong to modules themselves, which are passed by name, their values.
+# Gives values to the tensors of some modules, passed as {name: module}; not to those of submodules.
 Fill = Callable[[Mapping[str, nn.Module]], None]
-# Leaves this process its part of the parameters of a module that are whole still.
+# Shards the parameters of a module that are not sharded yet: this process keeps its part.
 Unit = Callable[[nn.Module], None]
 
 
 def make_mesh(device: torch.device, replicas: int) -> DeviceMesh:
-    """The processes as (replicas, shards)."""
+    """The processes as a mesh of shape (replicas, shards)."""
     shape = (replicas, dist.get_world_size() // replicas)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(unit: nn.Module, mesh: DeviceMesh) -> None:
-    """Leave this process its rows of the parameters of a unit, or of what is left of a model."""
+    """Shard a unit, or what is left of a model: of each parameter this process keeps some rows."""
     spread = mesh if mesh.size(0) > 1 else mesh["shard"]
-    # The root is resharded too: evaluation may be followed by a change of the weights (ema.py).
+    # The root is resharded too: ema.py may change weights whose gathered copies would stay old.
     sharded = fully_shard(unit, mesh=spread, reshard_after_forward=True)
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
@@ -42,12 +43,14 @@ def shard(unit: nn.Module, mesh: DeviceMesh) -> None:
 def fill_and_shard(
     model: "LlmNormForCausalLM", fill: Fill, device: torch.device, unit: Unit | None
 ) -> None:
-    """Give the model on the meta device its values.
+    """Allocate the model, which is on the meta device, and give it its values.
 
-    A block is filled and sharded before the next is, so that no process ever holds the whole.
+    A block is filled and sharded before the next one is allocated, so that no process holds the
+    whole model.
 
     Args:
-        unit: called with each block and then the model; None leaves it whole.
+        fill: called with the modules of each block, and with those outside of blocks.
+        unit: called with each block, and then with the model; None: nothing is sharded.
     """
     rest = dict(model.named_modules())
     if unit is not None:
@@ -58,14 +61,14 @@ def fill_and_shard(
             fill(inside)
             unit(block)
     _allocate(rest, device)
-    model.tie_weights()  # the head was given memory of its own
+    model.tie_weights()  # `to_empty` gave a tied head memory of its own
     fill(rest)
     if unit is not None:
         unit(model)
 
 
 def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The model as one of several replicas."""
+    """Wrap the model in DDP, with gradients summed over the replicas."""
     device_ids = [device.index] if device.type == "cuda" else None
     replica = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
     replica.broadcast_buffers = False  # running statistics are sums over processes already

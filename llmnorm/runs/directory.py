@@ -1,11 +1,11 @@
-"""The run directory: what it belongs to, whether this configuration may go on with it.
+"""The run directory: its files, and whether a configuration may train in it.
 
 A run directory holds config.yaml (the resolved settings), metrics.jsonl, samples.jsonl,
-checkpoints/, tokenizer/, plots/, what trackers and commands keep there (see RunDirectory), and a
-file DONE, PREEMPT or DIVERGED that says how the last process ended (launchers turn every exit code
-into 1).
-Nothing here imports torch: a configuration that contradicts the directory is answered at once, and
-by every process alike, before any of them writes.
+checkpoints/, tokenizer/ and plots/; `RunDirectory` lists the others. One of the files DONE, PREEMPT
+and DIVERGED says how the last process ended, because launchers turn every exit code into 1.
+
+This file does not import torch, so a configuration that contradicts the directory is refused within
+half a second, by every process, before any of them writes.
 """
 
 import os
@@ -21,7 +21,7 @@ from llmnorm.part import InputError
 
 
 class RunDirectory(NamedTuple):
-    """The paths of a run."""
+    """The paths in a run directory."""
 
     path: Path
 
@@ -32,22 +32,22 @@ class RunDirectory(NamedTuple):
 
     @property
     def automatic(self) -> Path:
-        """How the numbers came about that took the place of `auto`."""
+        """How the numbers for settings of `auto` were derived."""
         return self.path / "automatic.txt"
 
     @property
     def metrics(self) -> Path:
-        """A line a logged step or evaluation."""
+        """JSON lines: one for each logged step and each evaluation."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples(self) -> Path:
-        """A line an evaluation: prompts and what the model put after them."""
+        """JSON lines: for each evaluation the prompts and their generated continuations."""
         return self.path / "samples.jsonl"
 
     @property
     def tracker(self) -> Path:
-        """By which ids the trackers know the run."""
+        """The trackers' ids of this run, by which a resumed run finds its charts."""
         return self.path / "tracker.json"
 
     @property
@@ -57,12 +57,12 @@ class RunDirectory(NamedTuple):
 
     @property
     def evaluations(self) -> Path:
-        """What `llmnorm eval` found, a file a checkpoint."""
+        """Results of `llmnorm eval`, one file for each checkpoint."""
         return self.path / "eval"
 
     @property
     def checkpoints(self) -> Path:
-        """One directory a checkpoint."""
+        """One directory for each checkpoint."""
         return self.path / "checkpoints"
 
     @property
@@ -77,17 +77,17 @@ class RunDirectory(NamedTuple):
 
     @property
     def done(self) -> Path:
-        """There when the run has reached its last step; holds the step."""
+        """Exists when the run has reached its last step; holds the step's number."""
         return self.path / "DONE"
 
     @property
     def preempted(self) -> Path:
-        """There when the last process was stopped by a signal; holds the step."""
+        """Exists when a signal has stopped the last process; holds the step's number."""
         return self.path / "PREEMPT"
 
     @property
     def diverged(self) -> Path:
-        """There when the last process gave up, its loss not finite any more; holds the step."""
+        """Exists when the last process gave up because of non-finite losses; holds the step."""
         return self.path / "DIVERGED"
 
 
@@ -95,7 +95,7 @@ def existing(path: Path) -> RunDirectory:
     """The run at `path`, for the commands that read one.
 
     Raises:
-        InputError: it is no run directory.
+        InputError: `path` is not a run directory.
     """
     run = RunDirectory(path)
     if not run.config.is_file():
@@ -104,14 +104,15 @@ def existing(path: Path) -> RunDirectory:
 
 
 def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
-    """Check that `config` may use its run directory; nothing is written.
+    """Check that `config` may train in its run directory. Writes nothing.
 
     Args:
-        going_on: the user named the run directory itself, so that length, intervals, logging,
-            micro batch and layout may change.
+        going_on: whether the user has named the run directory itself (`llmnorm train RUN key=...`).
+            Then length, intervals, logging, micro batch and sharding may differ from the run's.
 
     Raises:
-        InputError: the directory holds something else; the differing keys are listed.
+        InputError: the directory cannot be made, or holds other files or another run, whose
+            differing keys are listed.
     """
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
@@ -125,7 +126,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
     if not run.path.is_dir():
         raise InputError(f"run_dir: {run.path} is a file")
     if not run.config.exists():
-        # The two that a process killed at its very start leaves.
+        # A process that was killed in its first moments leaves only these two.
         if any(path.name not in ("run.lock", "config.tmp") for path in run.path.iterdir()):
             raise InputError(
                 f"run_dir: {run.path} holds other files and no config.yaml; "
@@ -150,7 +151,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
 
 
 def finished(run: RunDirectory, config: RunConfig) -> bool:
-    """Whether the run has reached its end, and `config` asks for no other length."""
+    """Whether the run has reached its last step and `config` asks for the same length."""
     if not run.done.exists():
         return False
     changed = differences(to_tree(load(run.path).config), to_tree(config))
@@ -158,7 +159,15 @@ def finished(run: RunDirectory, config: RunConfig) -> bool:
 
 
 def next_commands(run: RunDirectory, config: RunConfig) -> str:
-    """What one does next with this run."""
+    """What to type next, for a run that is finished or that a signal has stopped; a few lines."""
+    if run.preempted.exists():
+        step = run.preempted.read_text(encoding="utf-8").strip()
+        length = f" of {config.training.steps}" if config.training.steps else ""
+        return (
+            f"{run.path} was stopped after step {step}{length}, which is saved in "
+            f"{run.checkpoints}/step_{int(step):08d}\n"
+            f"  go on from there:  llmnorm train {run.path}"
+        )
     return (
         f"everything lies in {run.path}: config.yaml, metrics.jsonl, checkpoints/, plots/\n"
         f"  {config.objective.uses(str(run.path))}\n"
@@ -169,10 +178,12 @@ def next_commands(run: RunDirectory, config: RunConfig) -> str:
 def begin(
     run: RunDirectory, config: RunConfig, tokenizer: Path, automatic: Sequence[str] = ()
 ) -> None:
-    """Make the directory; write the resolved settings, whole or not at all, and the tokenizer.
+    """Make the directory; write the resolved settings and the tokenizer; remove the old sign.
+
+    config.yaml is renamed into place, so that a killed process does not leave half of it.
 
     Args:
-        automatic: how numbers took the place of `auto`, where some did.
+        automatic: how the numbers for settings of `auto` were derived, if there are any.
 
     Raises:
         InputError: the directory cannot be written.
@@ -193,7 +204,11 @@ def begin(
 
 
 def end(sign: Path, step: int) -> None:
-    """Say how this process ended, by one of the run's signs: done, preempted, diverged.
+    """Write the file that says how this process ended.
+
+    Args:
+        sign: `run.done`, `run.preempted` or `run.diverged`.
+        step: the step that it ended after.
 
     Raises:
         InputError: the directory cannot be written.

@@ -1,7 +1,7 @@
 """The lock that lets one process at a time train in a run directory.
 
-What would surprise: the kernel holds the lock, not the file, so it is free the moment its owner is
-gone, however it went; the file stays, and its text only tells others whom they are waiting for.
+What would surprise: the lock is the kernel's (flock), so it is free as soon as its owner has ended,
+even by kill -9. The file stays; its text names the owner, for the message to others.
 """
 
 import errno
@@ -18,10 +18,12 @@ log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Context manager that holds `<run_dir>/run.lock`, making the directory where it is not there.
+    """Context manager that locks `<run_dir>/run.lock`; it makes the directory if there is none.
+
+    On a file system without locks it only warns.
 
     Raises:
-        InputError: on entry, where another process holds it; names that process and its host.
+        InputError: on entry, if another process has the lock; it names that process and its host.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -53,15 +55,15 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # a run that was refused leaves no directory
+        with suppress(OSError):  # a refused run does not leave an empty directory
             if os.listdir(self._path.parent) == [self._path.name]:
                 self._path.unlink()
                 self._path.parent.rmdir()
         os.close(self._descriptor)
 
 
-def held(run_dir: Path) -> bool:
-    """Whether a process is training in this directory; nothing is written."""
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process is training in this directory. Writes nothing."""
     try:
         descriptor = os.open(run_dir / "run.lock", os.O_RDONLY)
     except OSError:

@@ -1,10 +1,12 @@
-"""What a run writes down and shows: metrics.jsonl, samples.jsonl, trackers, the bar, MFU.
+"""What a run writes while it trains: metrics.jsonl, samples.jsonl, trackers, the progress bar.
 
-metrics.jsonl has a line a logged step (`step`, `tokens`, `loss`, `grad_norm`, `lr`,
-`tokens_per_second`, ..., at intervals `health`) and a line an evaluation (`step`, `tokens`,
-`validation`). Losses are in nats a token. samples.jsonl has a line an evaluation (`step`, `tokens`,
-`samples`). On resume both are cut to the checkpoint's step, so that they read as if the run had
-never stopped.
+metrics.jsonl has a line for each logged step (`step`, `tokens`, `loss`, `grad_norm`, `lr`,
+`tokens_per_second`, ..., at intervals `health`) and one for each evaluation (`step`, `tokens`,
+`validation`). Losses are in nats per token. samples.jsonl has a line for each evaluation (`step`,
+`tokens`, `samples`).
+
+What would surprise: on resume both files are cut to the checkpoint's step, so that they read as if
+the run had not stopped.
 """
 
 import json
@@ -26,7 +28,7 @@ from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.trackers import Trackers
 
 # Dense bf16 peak of one GPU in FLOP/s, from the vendors' data sheets, by a part of the device's
-# name; the first match counts. Hardware that is not here has an unknown MFU, never a guessed one.
+# name; the first match counts. The MFU of other hardware is shown as unknown, not estimated.
 PEAK_FLOPS = (
     ("B200", 2.25e15),
     ("H200", 989e12),
@@ -52,7 +54,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: on a GPU by torch, on a CPU by the process."""
+    """Peak memory in bytes: what torch has allocated on a GPU, what the process used on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -60,7 +62,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def cut(run: RunDirectory, step: int) -> None:
-    """Drop the lines past `step`, and a half-written last one, of what a run has written down."""
+    """Remove the lines past `step`, and a half-written last line, from a run's two files."""
     for path in (run.metrics, run.samples):
         if path.exists():
             _cut(path, step)
@@ -73,7 +75,7 @@ def _cut(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
-            break  # a kill tore this line; whatever followed it was never written
+            break  # a killed process has left half of this line, and nothing can follow it
     temporary = path.with_suffix(".tmp")
     with _explained(path):
         with temporary.open("w", encoding="utf-8") as file:
@@ -85,7 +87,7 @@ def _cut(path: Path, step: int) -> None:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Make one line for the user of what a disk refuses."""
+    """Turn an error of the disk into an InputError."""
     try:
         yield
     except OSError as error:
@@ -96,13 +98,15 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 class Metrics:
-    """The record and the progress bar of a run; on other than the main process it does nothing.
+    """Context manager of a run's metrics files and progress bar.
 
     Args:
         run: where metrics.jsonl and samples.jsonl are.
-        trackers: shown every line too.
-        steps, start: length of the run, and the step that it begins or resumes at.
-        flops_per_token: model FLOPs (forward and backward) for the MFU.
+        trackers: get every line too.
+        steps, start: length of the run, and the step that it starts or resumes at.
+        flops_per_token: of the forward and backward pass, for the MFU.
+        world: processes, for the MFU.
+        enabled: whether this is the main process; the others write and print nothing.
         seconds: training time of the run's earlier processes.
     """
 
@@ -119,7 +123,7 @@ class Metrics:
         enabled: bool,
         seconds: float = 0.0,
     ) -> None:
-        """Open the record for appending and draw the bar."""
+        """Open metrics.jsonl for appending and draw the bar."""
         self._run, self._trackers = run, trackers
         with _explained(run.metrics):
             self._file = run.metrics.open("a", encoding="utf-8") if enabled else None
@@ -143,25 +147,30 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the record and leave the bar where it stands."""
+        """Close metrics.jsonl; the bar stays on the screen."""
         self._bar.close()
         if self._file:
-            with suppress(OSError):  # every line was flushed, so this was said already
+            with suppress(OSError):  # every line was flushed: an error has been raised already
                 self._file.close()
 
     @property
     def seconds(self) -> float:
-        """Training time of the whole run so far, over all its processes' lives."""
+        """Training time of the run so far, that of earlier processes included."""
         return self._seconds_before + time.perf_counter() - self._started
 
     def count(self, tokens: int, loss: float) -> None:
-        """One step is done, on so many tokens over all processes, with this mean loss."""
+        """Move the bar by one step.
+
+        Args:
+            tokens: trained on in the step, over all processes.
+            loss: the step's mean.
+        """
         self._tokens_since += tokens
         self._bar.set_postfix_str(self._postfix(loss), refresh=False)
         self._bar.update()
 
     def log_step(self, record: dict[str, Any]) -> None:
-        """Write a training line; rates are over the steps since the last one."""
+        """Write a step's line; its rate is over the steps since the last line."""
         now = time.perf_counter()
         rate = self._tokens_since / max(now - self._last, 1e-9)
         self._last, self._tokens_since = now, 0
@@ -177,14 +186,14 @@ class Metrics:
         )
 
     def log_evaluation(self, step: int, tokens: int, figures: dict[str, Any]) -> None:
-        """Write an evaluation line and say it above the bar."""
+        """Write an evaluation's line and print it above the bar."""
         self._write(
             {"step": step, "tokens": tokens, "validation": figures, "seconds": self.seconds}
         )
         self.say(f"step {step}: validation {sentence(figures)}")
 
     def log_samples(self, step: int, tokens: int, samples: list[dict[str, str]]) -> None:
-        """Write generated texts into samples.jsonl and say them above the bar."""
+        """Write generated texts into samples.jsonl and print them above the bar."""
         if not (self._file and samples):
             return
         line = {"step": step, "tokens": tokens, "samples": samples}
@@ -195,13 +204,13 @@ class Metrics:
             self.say(f"  {_short(sample['prompt'])} → {_short(sample['continuation'])}")
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar, on the main process alone."""
         if self._file:
             tqdm.write(text, file=sys.stderr)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around evaluation and saving: their time does not enter the training rate."""
+        """Context manager around what is not training: its time does not count in the rate."""
         began = time.perf_counter()
         yield
         self._last += time.perf_counter() - began
@@ -220,6 +229,6 @@ class Metrics:
 
 
 def _short(text: str, longest: int = 120) -> str:
-    """A text as part of a line."""
+    """A text on one line, cut to `longest` characters."""
     line = " ".join(text.split())
     return line if len(line) <= longest else f"{line[: longest - 3]}..."

@@ -1,7 +1,7 @@
-"""A run's metrics.jsonl as lists, and the mean that smooths them.
+"""Reading a run's metrics.jsonl, and smoothing its curves.
 
-What would surprise: the smoothed line is a mean over tokens (memory: 1/50 of the run), not over
-lines, so `logging.every` does not change it; steps without a finite loss are left out.
+What would surprise: the mean that smooths is taken over tokens (over 1/50 of the run), not over
+lines, so that `logging.every` does not change it. Steps without a finite loss are left out.
 """
 
 import json
@@ -20,10 +20,10 @@ class Record(NamedTuple):
     """What metrics.jsonl holds.
 
     Attributes:
-        training: by column (see COLUMNS), a number a logged step.
-        validation: step, tokens, seconds and loss, a number an evaluation.
-        bits_per_byte: of the last evaluation: ALL first, then source by source; empty where the
-            objective has none.
+        training: for each of COLUMNS, a number for each logged step.
+        validation: for step, tokens, seconds and loss, a number for each evaluation.
+        bits_per_byte: of the last evaluation, ALL first, then each source by name; empty for an
+            objective without bits per byte.
     """
 
     training: dict[str, list[float]]
@@ -35,7 +35,7 @@ def read_metrics(path: Path) -> Record:
     """Read a run's metrics.jsonl; a last line that is still being written is left out.
 
     Raises:
-        InputError: the file is missing, holds no metrics or a line that is none of ours.
+        InputError: the file is missing, has no metrics, or has a line that is not metrics.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -50,12 +50,12 @@ def read_metrics(path: Path) -> Record:
             entry: dict[str, Any] = json.loads(line)
             if "validation" in entry:
                 figures = entry["validation"]
-                one_each = {ALL: figures, **figures["sources"]}
+                by_source = {ALL: figures, **figures["sources"]}
                 row = [float({**entry, "loss": figures["loss"]}[key]) for key in validation]
                 bits_per_byte = {
-                    name: float(one["bits_per_byte"])
-                    for name, one in one_each.items()
-                    if "bits_per_byte" in one
+                    name: float(values["bits_per_byte"])
+                    for name, values in by_source.items()
+                    if "bits_per_byte" in values
                 }
                 into = validation
             else:
@@ -75,7 +75,14 @@ def read_metrics(path: Path) -> Record:
 
 
 def smoothed(tokens: Sequence[float], values: Sequence[float]) -> list[float]:
-    """An exponential mean over 2 % of the tokens, over fewer at the start where the loss falls."""
+    """The exponential mean of a curve over 2 % of its tokens.
+
+    At the start, where a loss falls fast, it is over fewer: a fifth of the tokens so far.
+
+    Args:
+        tokens: ascending, where the values were taken.
+        values: as many.
+    """
     if not tokens:
         return []
     longest = 0.02 * (tokens[-1] - tokens[0])

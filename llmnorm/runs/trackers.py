@@ -1,21 +1,22 @@
-"""A run's figures in the trackers that accelerate knows, beside metrics.jsonl.
+"""A run's figures in accelerate's trackers (TensorBoard, W&B, trackio, ...).
 
-metrics.jsonl is the record; a tracker shows it. What a tracker is told of a line is `values(line)`:
-`train/loss`, `health/<layer>/entropy`, `validation/bits_per_byte`, `validation/<source>/loss`,
-`samples`, ..., at the line's step. `RUN/tracker.json` holds, by tracker, the id by which a resumed
-run finds its chart again.
+metrics.jsonl is the record, and a tracker shows it. For each of its lines a tracker gets
+`values(line)` at the line's step: `train/loss`, `health/<layer>/entropy`,
+`validation/bits_per_byte`, `validation/<source>/loss`, `samples`, ... `RUN/tracker.json` holds each
+tracker's id of the run, by which a resumed run finds its chart.
 
-A killed run goes on from its newest checkpoint, which lies behind what its trackers have seen, and
-of what was sent last a tracker may have lost some. So a tracker is first brought up to the run:
+A killed run resumes from its newest checkpoint. Its trackers have seen later steps by then, and may
+have lost the last ones that were sent. So the chart is first made equal to metrics.jsonl:
 
-    tensorboard   its files in RUN/tensorboard are flushed at every line; what lies past the
-                  checkpoint is taken back by the reader (purge_step)
-    wandb         steps that the server has are not sent again, steps that it has lost are; offline,
-                  where nobody can be asked, the new directory gets the run from its beginning
-    trackio       as wandb with its server
+    tensorboard   files in RUN/tensorboard, flushed at every line; its reader drops what lies past
+                  the checkpoint (purge_step)
+    wandb         the server is asked for its last step; only later steps are sent. Offline nobody
+                  can be asked, and the new directory gets the run from its beginning
+    trackio       as wandb, with its own server
     others        start another chart, from the run's beginning
 
-A tracker that fails, at its start or later, is reported in one line and left alone from then on.
+What would surprise: a tracker that fails does not stop the run. The error is printed once, and the
+tracker gets nothing more.
 """
 
 import importlib.util
@@ -34,7 +35,7 @@ from llmnorm.machine.files import write_whole
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 
-# Of a line of metrics.jsonl: not figures of the run.
+# Keys of a line of metrics.jsonl that a tracker does not get.
 LEFT_OUT = ("step", "skipped_in_a_row")
 
 
@@ -42,7 +43,7 @@ def check(settings: LoggingSettings) -> None:
     """Refuse a tracker whose package is not installed.
 
     Raises:
-        InputError: names the line that installs it.
+        InputError: a package is missing; the message holds the command that installs it.
     """
     for name in settings.trackers:
         if importlib.util.find_spec(name) is not None:
@@ -55,7 +56,7 @@ def check(settings: LoggingSettings) -> None:
 
 
 def values(line: Mapping[str, Any]) -> dict[str, float | str]:
-    """What a tracker is told of a line of metrics.jsonl or samples.jsonl."""
+    """What a tracker gets for a line of metrics.jsonl or samples.jsonl: name -> value."""
     if "samples" in line:
         return {
             f"samples/{number}": f"{sample['prompt']} → {sample['continuation']}"
@@ -68,10 +69,11 @@ def values(line: Mapping[str, Any]) -> dict[str, float | str]:
 
 
 class Trackers:
-    """Context manager of the trackers of a run; on other than the main process it does nothing.
+    """Context manager of a run's trackers.
 
     Args:
-        start: the step that the run begins or resumes at; the run's files end there.
+        start: the step that the run starts or resumes at, where metrics.jsonl ends too.
+        enabled: whether this is the main process; on the others nothing is opened.
     """
 
     def __init__(
@@ -82,19 +84,19 @@ class Trackers:
         start: int,
         enabled: bool,
     ) -> None:
-        # tracker's name -> (accelerate's object, the last step that it has)
+        # name -> (accelerate's object, the last step that its chart has)
         self._open: dict[str, tuple[Any, int]] = {}
         for name in dict.fromkeys(config.logging.trackers) if enabled else ():
             try:
                 self._begin(name, config, run, start)
-            except Exception as error:  # a tracker's own, of whatever kind
+            except Exception as error:  # trackers raise errors of any kind
                 self._failed(name, error)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Send what is left."""
+        """Let every tracker send what it still holds."""
         for name, opened in list(self._open.items()):
             try:
                 opened[0].finish()
@@ -102,7 +104,7 @@ class Trackers:
                 self._failed(name, error)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Show a line of metrics.jsonl or samples.jsonl."""
+        """Send a line of metrics.jsonl or samples.jsonl, unless the chart has its step already."""
         for name, (tracker, last) in list(self._open.items()):
             if line["step"] <= last:
                 continue
@@ -118,9 +120,9 @@ class Trackers:
         title = config.logging.name or run.path.resolve().name
         known = _read(run.tracker)
         key = known.get(name) or secrets.token_hex(4)
-        if name == "trackio" and name not in known:  # resumes by name, which other runs may have
+        if name == "trackio" and name not in known:  # found by its name, so that must be unique
             key = f"{title}-{key}"
-        # Kept before the tracker starts: a run killed in between finds its chart again too.
+        # Written before the tracker starts: a run that is killed in between finds its chart too.
         write_whole(run.tracker, json.dumps(known | {name: key}, indent=1) + "\n")
         project = config.logging.project
         match name:
@@ -135,7 +137,7 @@ class Trackers:
                 tracker = kind(project, *arguments)
         tracker.start()
         has = _last_step(name, tracker, start if name in known else 0)
-        if name == "tensorboard":  # its table of settings would be a run of its own in the chart
+        if name == "tensorboard":  # its table of settings would appear as a run of its own
             tracker.log({"config": f"```yaml\n{to_yaml(config)}```"}, step=start)
         else:
             tracker.store_init_configuration(dict(_leaves("", to_tree(config))))
@@ -147,12 +149,15 @@ class Trackers:
     def _failed(self, name: str, error: Exception) -> None:
         self._open.pop(name, None)
         reason = " ".join(str(error).split()) or type(error).__name__
-        text = f"tracker {name} failed and is left alone from here on: {reason}"
+        text = (
+            f"tracker {name} failed and gets nothing more; the run goes on, and metrics.jsonl has "
+            f"every line: {reason}"
+        )
         tqdm.write(text, file=sys.stderr)
 
 
 def _last_step(name: str, tracker: Any, start: int) -> int:
-    """The last step that a tracker which was just started has, as far as it can be asked."""
+    """The last step of a started tracker's chart; -1 where it cannot be asked."""
     match name:
         case "tensorboard":
             return start
@@ -182,7 +187,10 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def _leaves(path: str, tree: Any) -> Iterator[tuple[str, float | str]]:
-    """`{"sources": {"prose": {"loss": 3}}}` -> `("validation/prose/loss", 3)`, ...; no None."""
+    """Flatten a tree: `{"sources": {"prose": {"loss": 3}}}` -> `("validation/prose/loss", 3)`.
+
+    None is left out, and a list becomes its JSON text.
+    """
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             below = path if key == "sources" and path == "validation" else f"{path}/{key}"

@@ -1,7 +1,7 @@
 """Numbers for `optimizer.lr: auto` and `training.global_batch: auto`, before a run begins.
 
-Both come from the Step Law (optim/step_law.py). The run's own settings then hold the numbers, so
-that a run that goes on keeps them; how they came about is printed and saved beside them.
+Both come from the Step Law (optim/step_law.py). The run's saved settings hold the numbers, so that
+a resumed run keeps them. How they were derived is printed, and saved beside them.
 """
 
 import math
@@ -14,17 +14,17 @@ from llmnorm.training.outline import parameters_outside_the_embedding
 
 
 class Resolved(NamedTuple):
-    """A configuration without `auto`, and a line for each number that took its place."""
+    """A configuration without `auto`, and a line for each number on how it was derived."""
 
     config: RunConfig
     notes: list[str]
 
 
 def resolve(config: RunConfig) -> Resolved:
-    """Put the Step Law's numbers in the place of `auto`.
+    """Replace every `auto` by the Step Law's number.
 
     Raises:
-        InputError: the model is too small for the law, or the run's length in tokens is not known.
+        InputError: the model is too small for the law, or the run's length in tokens is unknown.
     """
     if not config.automatic():
         return Resolved(config, [])
@@ -86,5 +86,5 @@ def resolve(config: RunConfig) -> Resolved:
 
 
 def _rounded(value: float) -> float:
-    """Three significant digits."""
+    """The value with three significant digits."""
     return float(f"{value:.3g}")

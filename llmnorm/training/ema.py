@@ -1,8 +1,9 @@
-"""Exponential moving average of the weights: a + (1 - d)(w - a) after every step, elementwise.
+"""Exponential moving average of the weights: a <- a + (1 - d)(w - a) after every step.
 
-Early on d grows as (1 + t) / (10 + t) (the rule of TensorFlow's ExponentialMovingAverage) until it
-reaches `training.ema`, so that the initial weights are soon forgotten. t is the step's number, so
-the averages are all that a checkpoint has to hold. Each process averages what it holds itself.
+Early in a run the decay d is (1 + t) / (10 + t), with t the step's number (the rule of TensorFlow's
+ExponentialMovingAverage), until that exceeds `training.ema`. So the initial weights are forgotten
+soon, and a checkpoint has to hold the averages only. Each process averages its own part of the
+weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,12 +14,12 @@ from torch import Tensor
 
 
 class EMA:
-    """The average of a model's trainable and frozen parameters.
+    """The average of a model's parameters, trainable and frozen.
 
     Args:
-        weights: what this process holds of each parameter, by its name.
+        weights: this process's part of each parameter, by the parameter's name.
         decay: the largest d.
-        changed: called when weights have been changed behind the optimizer's back.
+        changed: called after weights were swapped with averages: `Parallel.weights_changed`.
 
     Attributes:
         average: by parameter name, in the parameters' dtype and on their device.
@@ -33,14 +34,14 @@ class EMA:
         self.average = {name: weight.clone() for name, weight in self._weights.items()}
 
     def update(self, step: int) -> None:
-        """Take the weights after step number `step` (from 0) into the average."""
+        """Move the average towards the weights after step number `step`, counted from 0."""
         decay = min(self._decay, (1 + step) / (10 + step))
         averages, weights = list(self.average.values()), list(self._weights.values())
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Inside, the model computes with the averages."""
+        """Context manager: inside it the model computes with the averages."""
         self._swap()
         try:
             yield

@@ -1,6 +1,6 @@
-"""Evaluation: an objective's figures of the weights and of their moving average.
+"""Evaluation: an objective's figures for the weights, and for their moving average.
 
-What figures are is said in objectives/figures.py.
+objectives/figures.py describes what figures are.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,13 @@ def evaluate(
     parallel: Parallel,
     ema: EMA | None = None,
 ) -> dict[str, Any]:
-    """The figures of `model`; its mode is as before afterwards.
+    """The figures of `model`; every process must call it, and the model's mode is restored.
 
     Args:
-        objective: what is measured, on which rows.
-        micro_batch: rows at once; the shape of every batch.
+        objective: computes the figures on its validation rows.
+        micro_batch: rows at once.
         parallel: this process.
-        ema: the weights' moving average, evaluated too.
+        ema: the weights' moving average; its figures are under "ema".
     """
     was_training = model.training
     model.eval()

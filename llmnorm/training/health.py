@@ -1,12 +1,13 @@
-"""Figures of a model's mixers on one micro-batch: what `logging.health_every` writes down.
+"""Figures of a model's mixers on one micro-batch, for `logging.health_every`.
 
     health(model, inputs, parallel)     -> {"0": {"entropy": 0.93, ...}, "1": {...}}
 
-Layers are counted from 0, and left out where a mixer has no figures (nn/mixers/health.py says what
-they mean). Every process looks at a micro-batch of its own; what they find becomes one number.
+Layers are counted from 0; a layer is left out if its mixer has no figures. nn/mixers/health.py
+describes the figures. Every process measures a micro-batch of its own, and the results are combined
+into one number.
 
-What would surprise: it is a forward pass of its own, without gradients and dropout. Blocks that are
-compiled run as they are written, so that nothing is compiled for it.
+What would surprise: this is one more forward pass, without gradients and dropout. Compiled blocks
+run uncompiled in it, so that nothing is compiled for it.
 """
 
 from collections.abc import Mapping
@@ -23,10 +24,10 @@ from llmnorm.parallel.processes import Parallel
 def health(
     model: nn.Module, inputs: Mapping[str, Any], parallel: Parallel
 ) -> dict[str, dict[str, float]]:
-    """The figures; all processes call it together.
+    """The figures of each layer; every process must call it.
 
     Args:
-        model: its mode is as before afterwards.
+        model: its mode is restored afterwards.
         inputs: the model's arguments, labels among them, on this process's device.
     """
     found: list[dict[str, Tensor]] = []
@@ -63,7 +64,7 @@ def health(
 
 
 def _together(name: str, values: Tensor) -> float:
-    """What the processes found as one number."""
+    """The processes' values of a figure as one: the minimum, the maximum or the mean."""
     if name.startswith("min_"):
         return float(values.amin())
     return float(values.amax() if name.startswith("max_") else values.mean())

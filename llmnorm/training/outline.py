@@ -1,7 +1,8 @@
-"""A run's model without memory: what can be said about it before anything is prepared.
+"""A run's model on the meta device, to look at its parameters before anything is prepared.
 
-A vocabulary of `auto` is taken from the tokenizer's directory, or is what a trained one will have
-at most; it only changes the embedding and the head.
+What would surprise: a vocabulary of `auto` is taken from the tokenizer's directory; where the run
+trains its tokenizer it is the largest that this can have. It only changes the embedding and the
+head.
 """
 
 import torch
@@ -15,7 +16,7 @@ from llmnorm.optim.groups import split
 
 
 def outline(config: RunConfig) -> LlmNormForCausalLM:
-    """The model of a run on the meta device."""
+    """The run's model on the meta device: shapes without numbers."""
     rows = config.model.vocab_size
     if rows == "auto":
         path = config.tokenizer.directory
@@ -28,17 +29,17 @@ def outline(config: RunConfig) -> LlmNormForCausalLM:
 
 
 def parameters_outside_the_embedding(config: RunConfig) -> int:
-    """All but the embedding and the head: what scaling laws count."""
+    """How many parameters the model has outside of embedding and head: what scaling laws count."""
     model = outline(config)
-    apart = {
+    outside = {
         id(p)
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
         if module is not None  # a classifier has no head of the embedding's shape
         for p in module.parameters()
     }
-    return sum(p.numel() for p in model.parameters() if id(p) not in apart)
+    return sum(p.numel() for p in model.parameters() if id(p) not in outside)
 
 
 def groups_table(config: RunConfig) -> str:
-    """Which parameter gets which rule: `llmnorm train CONFIG --print-groups`."""
+    """A table of the parameters and their optimizer rules: `train CONFIG --print-groups`."""
     return describe(config.optimizer, split(outline(config)))

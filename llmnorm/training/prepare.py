@@ -178,13 +178,17 @@ def prepare(
 def _model(
     config: RunConfig, objective: Objective, parallel: Parallel, *, begun: bool
 ) -> tuple[LlmNormForCausalLM, Fill]:
-    """The run's model, still without values, and what gives it its first weights.
+    """The run's model on the meta device, and the function that gives it its first weights.
 
-    They are the same numbers on every process and device. What is loaded is all of it, or all but
-    the head where that is another objective's.
+    Drawn weights are the same numbers on every process and device. A pretrained model's head is
+    loaded only if its objective is the run's; else it is drawn.
 
     Args:
         begun: a checkpoint will replace these weights, so `model.pretrained` is not read.
+
+    Raises:
+        InputError: the vocabulary is too small for the tokenizer, or `model.pretrained` cannot be
+            read.
     """
     rows, pretrained, data = config.model.vocab_size, config.model.pretrained, objective.data
     if rows != "auto" and rows < data.vocab_size:
@@ -222,12 +226,17 @@ def _model(
         named = named_weights(modules)
         source.read_into({n: t for n, t in named.items() if n.startswith(prefix)})
 
-    parallel.say(f"weights from {pretrained}, its head left out")
+    parallel.say(f"weights from {pretrained}, but a new head: it had another objective")
     return model, fill
 
 
 def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
-    """Rows that one process runs at once; the batch must divide evenly."""
+    """How many rows one process runs at once.
+
+    Raises:
+        InputError: the global batch does not divide over the processes, or a process's share of it
+            not into micro-batches.
+    """
     total, world = config.training.rows, parallel.world
     if total % world:
         raise InputError(

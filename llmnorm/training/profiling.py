@@ -1,13 +1,13 @@
 """`llmnorm train CONFIG --profile`: what a few steps of a run spend their time or memory on.
 
-    --profile           torch's profiler: RUN/profile/steps_3-5.json (a trace, to be opened by
-                        https://ui.perfetto.dev) and a table of the operations that took longest
+    --profile           torch's profiler: RUN/profile/steps_3-5.json (a trace for
+                        https://ui.perfetto.dev) and a table of the slowest operations
     --profile memory    on a GPU RUN/profile/memory_steps_3-5.pickle, the allocator's history, for
-                        https://docs.pytorch.org/memory_viz; on a CPU, which has no such allocator,
-                        the profiler's trace with every allocation and a table of who allocated most
+                        https://docs.pytorch.org/memory_viz; on a CPU the profiler's trace with
+                        every allocation, and a table of the operations that allocated most
 
-The first two steps are left out (caches and lazy set-up), the run goes on afterwards, and its
-numbers are those of a run that is not profiled. The main process alone is profiled.
+The first two steps are not profiled, since caches and lazy set-up would distort them. The run goes
+on afterwards; profiling does not change its numbers. Only the main process is profiled.
 """
 
 from collections.abc import Callable
@@ -25,16 +25,16 @@ ALLOCATIONS = 1_000_000  # kept of the allocator's history
 
 
 class Profiler:
-    """Context manager whose `step` the loop calls after every step; without `kind`, nothing.
+    """Context manager whose `step` must be called after every step.
 
     Args:
-        kind: one of KINDS, or None.
+        kind: one of KINDS; None: nothing is profiled.
         directory: where the files go.
-        start, steps: where the run stands, and its length.
-        say: shows a text to the user.
+        start, steps: the step that the run starts or resumes at, and its length.
+        say: prints a text for the user.
 
     Raises:
-        InputError: fewer steps are left than are profiled.
+        InputError: the run has fewer steps left than profiling takes.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Profiler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End a recording that an error or a signal has cut off; it is not written."""
+        """Stop a recording that an error or a signal has cut off; it is not written."""
         if self._kind and self._first - 1 <= self._done < self._last:
             self._stop()
 
     def step(self) -> None:
-        """A step is done."""
+        """Start, go on with, or finish the recording, after a step of the run."""
         if self._kind is None:
             return
         self._done += 1

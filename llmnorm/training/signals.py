@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT become a request that the training loop answers at the end of a step.
+"""SIGTERM and SIGINT ask a run to stop; the training loop does so at the end of a step.
 
-A handler must not save: it may run in the middle of anything. It only notes the signal; the loop
-reduces the note over all processes once a step, so that all of them stop after the same step.
+A signal handler may run in the middle of anything, so it cannot save. It only notes the signal. In
+every step the loop sums the notes of all processes, so that all of them save and stop after the
+same step.
 """
 
 import signal
@@ -9,14 +10,17 @@ from types import FrameType
 
 
 class StopRequest:
-    """Context manager that notes SIGTERM and SIGINT instead of dying of them.
+    """Context manager that notes SIGTERM and SIGINT, which then do not end the process.
 
-    `exit_code` is 0, or 143 after SIGTERM, 130 after SIGINT (128 + the signal's number). Repeated
-    signals change nothing: a launcher forwards what the terminal has sent to every process already.
+    A second signal changes nothing: a launcher forwards to its processes what the terminal has sent
+    to them already.
+
+    Attributes:
+        exit_code: 0; after SIGTERM 143, after SIGINT 130 (128 + the signal's number).
     """
 
     def __init__(self) -> None:
-        """Nothing is requested; the handlers are installed on entry."""
+        """No request yet; the handlers are installed on entry."""
         self.exit_code = 0
         self._before: dict[int, object] = {}
 
@@ -27,7 +31,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put the former handlers back."""
+        """Restore the former handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

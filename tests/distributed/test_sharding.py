@@ -293,7 +293,7 @@ def test_the_check_stops_what_is_not_what_was_asked_for(launched) -> None:
         said = process["checks"]
         assert said["good"] == "fine"
         assert "several processes read the same rows" in said["same rows"]
-        assert "'fsdp2' was asked for, but the model's is 'none'" in said["plain model"]
-        assert "'ddp' was asked for, but the model's is 'none'" in said["no replica"]
+        assert "is 'fsdp2', but the model is laid out as 'none'" in said["plain model"]
+        assert "is 'ddp', but the model is laid out as 'none'" in said["no replica"]
         assert "replicas hold different weights" in said["other weights"]
-        assert "is torch.float16, no master weight" in said["half"]
+        assert "is torch.float16, but weights are kept in float32" in said["half"]

@@ -262,7 +262,7 @@ def test_the_check_stops_what_is_not_what_was_asked_for(launched) -> None:
     for process in launched[1]:
         said = process["faults"]
         assert said["good"] == "fine"
-        assert "'zero2' was asked for, but the model's is 'none'" in said["plain model"]
+        assert "is 'zero2', but the model is laid out as 'none'" in said["plain model"]
         assert "DeepSpeed clips gradients to 1.0" in said["clips"]
         for stage in STAGES:
             assert f"sharding {stage}, precision fp32" in process[f"{stage} described"]

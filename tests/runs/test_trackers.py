@@ -174,7 +174,10 @@ def test_a_tracker_that_fails_is_reported_and_ends_nothing(
             opened.log({"step": step, "loss": 1.0})
     assert asked == ["train/loss"]
     said = capsys.readouterr().err.splitlines()
-    assert said == ["tracker tensorboard failed and is left alone from here on: the server is gone"]
+    assert said == [
+        "tracker tensorboard failed and gets nothing more; the run goes on, and metrics.jsonl has "
+        "every line: the server is gone"
+    ]
 
 
 def test_what_a_tracker_is_told_of_a_line() -> None:

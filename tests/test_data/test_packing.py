@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmnorm.config.file import load
 from llmnorm.data import packing
-from llmnorm.data.loader import IGNORED, Loader, evaluation_batches
+from llmnorm.data.loader import IGNORED, Loader, document_bounds, evaluation_batches
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.data.tokenizer import TextEncoder
 from tests.running import SMOKE, Child
@@ -162,6 +163,21 @@ def test_validation_charges_every_token_and_knows_its_compressors(tmp_path) -> N
     assert abs(len(gzip.compress(raw, 9)) - source.validation_gzip_bytes) < 64
     packer = lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
     assert abs(len(packer) - source.validation_xz_bytes) < 64
+
+
+def test_bounds_of_documents_are_where_positions_restart(tmp_path) -> None:
+    # Oracle: a loop over the tokens; rows of training, and of validation with its padding.
+    packed = prepared(tmp_path, path=str(TEXT))
+    batches = next(Loader(packed, seed=0, global_batch=8, micro_batch=4).batches())
+    batches += evaluation_batches(packed, 0, micro_batch=5)
+    for batch in batches:
+        starts = [n for n, p in enumerate(batch["position_ids"].flatten().tolist()) if p == 0]
+        expected = [*starts, batch["position_ids"].numel()]
+        found = document_bounds(batch["position_ids"])
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            assert found.pop(name).equal(torch.tensor(expected, dtype=torch.int32))
+        longest = max(b - a for a, b in zip(expected, expected[1:], strict=False))
+        assert found == {"max_length_q": longest, "max_length_k": longest}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -36,7 +36,7 @@ from llmnorm.data import packing
 from llmnorm.machine.files import write_whole
 from llmnorm.machine.gpus import check_gpu
 from llmnorm.part import InputError
-from llmnorm.runs.lock import RunLock, held
+from llmnorm.runs.lock import RunLock, is_locked
 
 
 def compare(
@@ -80,7 +80,7 @@ def compare(
         print(describe(protocol, ledger, runs, places, estimate))
         return 0
     check_gpu(device)
-    if held(directory):
+    if is_locked(directory):
         raise InputError(
             f"--out {directory}: another comparison is running in this directory; wait for it, or "
             "give another --out"

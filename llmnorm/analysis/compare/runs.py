@@ -29,7 +29,7 @@ from llmnorm.analysis.runs import progress
 from llmnorm.machine.doctor import version
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
-from llmnorm.runs.lock import held
+from llmnorm.runs.lock import is_locked
 from llmnorm.runs.record import read_metrics
 from llmnorm.training.signals import StopRequest
 
@@ -94,7 +94,7 @@ def execute(
                     if len(jobs) >= slots.count:
                         break
                     # A process that an earlier comparison left behind may still train in it.
-                    if run.key not in running and not held(runs / run.key):
+                    if run.key not in running and not is_locked(runs / run.key):
                         jobs.append(_begin(run, protocol, runs, slots, jobs, start))
                 if time.monotonic() - last_line > PROGRESS_SECONDS:
                     last_line = time.monotonic()
