@@ -74,9 +74,9 @@ def stem(path: Path) -> str:
 
 
 def configurations() -> list[str]:
-    """The NAME of every shipped YAML file, sorted: those at the top first, then by directory."""
+    """The NAME of every shipped YAML file, by directory, the top one first."""
     names = [name for name in _names() if name.endswith(".yaml")]
-    return sorted(names, key=lambda name: ("/" in name, name))
+    return sorted(names, key=posixpath.split)
 
 
 class Description(NamedTuple):
