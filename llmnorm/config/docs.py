@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
+from llmnorm.config.schema import field_docs
 from llmnorm.config.tree import RunConfig
 from llmnorm.part import (
     InputError,
     Part,
     Settings,
-    field_docs,
     nearest,
     part_classes,
     part_of,
