@@ -23,7 +23,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     config, _ = resolve_auto(load_config(parsed.config, overrides))
     if not config.objective.packs:
         raise InputError(
-            "data: a classification reads its files when it starts; there is nothing to do"
+            "data: a classification reads its files when it starts; nothing is prepared"
         )
 
     from llmnorm.data import packing, report

@@ -1,4 +1,4 @@
-"""What the configuration documents about itself: the JSON schema for editors, the list of parts."""
+"""Documentation made from the settings: JSON schema for editors, list of parts, list of keys."""
 
 from collections.abc import Iterator
 from typing import Any
