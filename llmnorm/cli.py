@@ -1,7 +1,8 @@
-"""The command line: words -> a command; its mistakes in one line, its exit code.
+"""The command line: runs the command that the words name and returns its exit code.
 
-Torch is imported only by the commands that compute, after the configuration has been validated, so
-that help and every mistake are answered at once.
+A mistake of the user is printed in one line, without a traceback. Torch is imported only by the
+commands that compute, and only once the configuration is valid, so that help and every mistake are
+answered at once.
 """
 
 import argparse
@@ -49,7 +50,14 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (2 for a mistake that the user can mend)."""
+    """Run one command.
+
+    Args:
+        arguments: the words after `llmnorm`; None: those of this process.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake of the user, or what the command returns.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     try:
         overrides, others = _overrides(words)
@@ -71,15 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `llmnorm parts | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:  # before the first step; the loop itself saves and returns 130
-        print("llmnorm: interrupted", file=sys.stderr)
+    except KeyboardInterrupt:  # outside the training loop, which saves and returns 130 itself
+        print("llmnorm: interrupted; the same command starts it again", file=sys.stderr)
         return 130
 
 
 def _overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """The settings, and all other words; those that follow `--arm NAME` stay where they are.
+    """The settings `key=value`, and all other words. Settings of an arm stay with the other words.
 
-    argparse cannot have `key=value` both before and after options; they are told by their shape.
+    argparse cannot take positional words both before and after options, so settings are found by
+    their shape before it sees them. What follows `--arm NAME` belongs to that arm.
     """
     overrides, others, arm, arms = [], [], False, False
     for word in words:

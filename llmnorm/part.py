@@ -10,19 +10,16 @@ written `norm: rms`, `norm: {name: rms, eps: 1e-5}` or, for a class that lives o
 `norm: my_pkg.my_norm:MyNormSettings`.
 
 What would surprise: settings are read before torch is imported, so this file and every
-`settings.py` import only the standard library and pydantic; and an import path is imported only
-where the caller allows it (validation context `{"imports": ...}`, see `Imports`).
+`settings.py` import only the standard library, pydantic and each other. A class outside the package
+is imported only where the caller allows it (validation context `{"imports": ...}`, see `Imports`).
 """
 
-import ast
 import difflib
 import importlib
 import inspect
 import sys
-import textwrap
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
 from typing import Any, get_args, get_origin
 
 from pydantic import (
@@ -39,21 +36,23 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
+from llmnorm.config.schema import field_docs, part_schema
+
 
 class InputError(ValueError):
-    """Something that a user can cause: configuration, data, checkpoint or request.
+    """A mistake that a user can make, in a configuration, in data, with a checkpoint or a request.
 
-    The message is one line: the key or file, what was wrong, the nearest valid choice. The command
-    line prints it without a traceback and exits with code 2.
+    The message has a line for each mistake: the key or file, what is wrong, and the nearest valid
+    choice. The command line prints it without a traceback and exits with code 2.
     """
 
 
 class Imports(Enum):
-    """What validation may do with a part that is given as an import path."""
+    """What validation does with a part that is given as an import path."""
 
-    OPAQUE = "opaque"  # leave it as it is: every other mistake is reported before foreign code runs
-    LOADED = "loaded"  # take the class only if its module is imported already (exported models)
-    ALLOWED = "allowed"  # import it (the configuration of a run, after all else has validated)
+    OPAQUE = "opaque"  # keeps its text, so that all other mistakes are found before code is run
+    LOADED = "loaded"  # takes the class if its module is imported already (exported models)
+    ALLOWED = "allowed"  # imports it (the configuration of a run, once all else is valid)
 
 
 class Settings(BaseModel):
@@ -83,28 +82,11 @@ class Settings(BaseModel):
         return built
 
 
-def _inlined(schema: JsonSchemaValue) -> JsonSchemaValue:
-    """The schema with its definitions in the place of the references to them."""
-    definitions = schema.pop("$defs", {})
-
-    def inline(node: Any) -> Any:
-        if isinstance(node, list):
-            return [inline(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if "$ref" in node:
-            node = {**definitions[node["$ref"].rpartition("/")[2]], **node}
-            del node["$ref"]
-        return {key: inline(value) for key, value in node.items()}
-
-    return inline(schema)
-
-
 def _refuse_conversion(given: Any, got: Any) -> None:
-    """Lax pydantic turns `seed: true` into 1 and `lr: "3"` into 3.0; neither was meant."""
+    """Raise where pydantic changed the kind: `seed: true` would be 1 and `lr: "3"` would be 3.0."""
     if isinstance(given, list | tuple) and isinstance(got, list | tuple):
-        for one, other in zip(given, got, strict=False):
-            _refuse_conversion(one, other)
+        for given_item, got_item in zip(given, got, strict=False):
+            _refuse_conversion(given_item, got_item)
     elif isinstance(got, bool) != isinstance(given, bool) and isinstance(got, bool | int | float):
         expected = "true or false" if isinstance(got, bool) else "a number"
         raise PydanticCustomError(
@@ -123,8 +105,8 @@ class Part:
     """Annotation that makes a union of settings classes a swappable part.
 
     Attributes:
-        default: the name used where a mapping gives none.
-        many: whether a list of parts is accepted too (it repeats over the layers).
+        default: the name of the part where a mapping gives none.
+        many: whether a list of parts is accepted too, which then repeats over the layers.
     """
 
     default: str
@@ -133,12 +115,12 @@ class Part:
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
-        """Validate by name, serialise with the name in front."""
+        """Validate with the class that `name` chooses; write `name` first."""
         classes = part_classes(source)
 
         def validate(value: Any, info: ValidationInfo) -> Any:
             if not isinstance(value, list):
-                return self._one(classes, value, info.context)
+                return self._validated(classes, value, info.context)
             if not self.many:
                 raise PydanticCustomError("part", "expected one part, got a list")
             if not value:
@@ -146,7 +128,7 @@ class Part:
             found, errors = [], []
             for index, item in enumerate(value):
                 try:
-                    found.append(self._one(classes, item, info.context))
+                    found.append(self._validated(classes, item, info.context))
                 except PydanticCustomError as error:
                     nested = (error.context or {}).get("errors")
                     errors += _below(index, nested or [{"loc": (), "msg": error.message()}])
@@ -157,7 +139,7 @@ class Part:
         def serialise(value: Any, info: core_schema.SerializationInfo) -> Any:
             def dump(part: Any) -> Any:
                 if not isinstance(part, Settings):
-                    return part  # an import path that validation left opaque
+                    return part  # an import path, validated under Imports.OPAQUE
                 keys = part.model_dump(mode=info.mode, context=info.context)
                 return {"name": part_name(type(part)), **{k: keys[k] for k in keys if k != "name"}}
 
@@ -168,10 +150,15 @@ class Part:
             serialization=core_schema.plain_serializer_function_ser_schema(
                 serialise, info_arg=True
             ),
-            metadata={"pydantic_js_functions": [self._json_schema(source)]},
+            metadata={
+                "pydantic_js_functions": [
+                    lambda *_: part_schema(classes, self.default, many=self.many)
+                ]
+            },
         )
 
-    def _one(self, classes: dict[str, type[Settings]], value: Any, context: Any) -> Any:
+    def _validated(self, classes: dict[str, type[Settings]], value: Any, context: Any) -> Any:
+        """One part as its settings; an import path stays a mapping under `Imports.OPAQUE`."""
         if isinstance(value, Settings):
             return value
         if isinstance(value, str):
@@ -203,32 +190,6 @@ class Part:
             errors = explain(error, cls)
             raise PydanticCustomError("part", one_line(errors), {"errors": errors}) from None
 
-    def _json_schema(self, source: Any) -> Any:
-        def build(_: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-            classes = part_classes(source)
-            mappings = []
-            for name, cls in classes.items():
-                # A reference to a definition could not say that only the default part may leave
-                # out `name`, so each class gets an inline schema.
-                schema = _inlined(cls.model_json_schema())
-                schema["properties"] = {
-                    "name": {"const": name, "type": "string"},
-                    **{k: v for k, v in schema["properties"].items() if k != "name"},
-                }
-                if name != self.default:
-                    schema["required"] = ["name"]
-                mappings.append(schema)
-            path = {"type": "string", "pattern": "^[\\w.]+:\\w+$"}
-            foreign = {"type": "object", "required": ["name"], "properties": {"name": path}}
-            one = [{"enum": list(classes)}, path, *mappings, foreign]
-            return {
-                "anyOf": [*one, {"type": "array", "items": {"anyOf": one}}][
-                    : None if self.many else -1
-                ]
-            }
-
-        return build
-
 
 def part_classes(annotation: Any) -> dict[str, type[Settings]]:
     """The settings classes of a part's union, by name."""
@@ -243,7 +204,7 @@ def part_of(field: FieldInfo | None) -> Part | None:
 
 
 def part_name(cls: type[Settings]) -> str:
-    """What a configuration writes for this class: its literal `name`, else its import path."""
+    """What a configuration writes for this class: its literal `name`, or its import path."""
     field = cls.model_fields.get("name")
     literal = get_args(field.annotation) if field is not None else ()
     if literal and cls.__module__.startswith("llmnorm."):
@@ -281,7 +242,7 @@ def _import_part(path: str, imports: Imports) -> type[Settings]:
 
 
 def nearest(word: str, choices: list[str]) -> str:
-    """The hint that ends a message: the nearest valid choice, or all of them where none is near."""
+    """The end of a message: the valid choice nearest to `word`, or all choices if none is near."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{close[0]}'?"
@@ -289,17 +250,17 @@ def nearest(word: str, choices: list[str]) -> str:
 
 
 def explain(error: ValidationError, cls: type[Settings]) -> list[dict[str, Any]]:
-    """Pydantic's errors as `{"loc": key path, "msg": text for a person, "type": ...}`.
+    """Pydantic's errors as mappings: "loc" (key path), "msg" (text for the user), "type".
 
-    Errors of nested parts are unfolded to their own key paths, and unknown keys name the nearest
-    valid one.
+    An error inside a part has the key path from `cls` down. The message of an unknown key names the
+    nearest valid key.
     """
     found: list[dict[str, Any]] = []
     for item in error.errors(include_url=False):
-        # Branches of a union stand in pydantic's path as `list[...]` or `literal['x']`: not keys.
+        # Pydantic's path also names the branch of a union (`list[...]`, `literal['x']`): no key.
         loc = tuple(k for k in item["loc"] if isinstance(k, int) or not _is_branch(k))
         if item["type"] == "default_factory_not_called":
-            continue  # only says that another field, reported on its own, is wrong
+            continue  # another field is wrong, which has an error of its own
         if nested := item.get("ctx", {}).get("errors"):
             found += _below(loc, nested)
         elif item["type"] == "extra_forbidden":
@@ -307,9 +268,9 @@ def explain(error: ValidationError, cls: type[Settings]) -> list[dict[str, Any]]
             found.append({"loc": loc, "msg": f"unknown key; {hint}", "type": item["type"]})
         else:
             found.append({"loc": loc, "msg": _message(item), "type": item["type"]})
-    # Of a union's branches, the one that got furthest into the value tells what was meant.
-    telling = [e for e in found if not _has_deeper(e["loc"], found)]
-    return list({e["loc"]: e for e in reversed(telling)}.values())[::-1]
+    # Every branch of a union has an error; the deepest shows what was meant. One error a key path.
+    deepest = [e for e in found if not _has_deeper(e["loc"], found)]
+    return list({e["loc"]: e for e in reversed(deepest)}.values())[::-1]
 
 
 def _has_deeper(loc: tuple[Any, ...], errors: list[dict[str, Any]]) -> bool:
@@ -369,7 +330,7 @@ def key_path(loc: tuple[Any, ...]) -> str:
 
 
 def fields_at(cls: type[Settings], loc: tuple[Any, ...]) -> list[str]:
-    """The keys that are valid at a key path below `cls` (over all branches of a union)."""
+    """The keys that are valid at a key path below `cls`, those of all classes of a union."""
     classes = [cls]
     for key in loc:
         if isinstance(key, str):
@@ -379,27 +340,7 @@ def fields_at(cls: type[Settings], loc: tuple[Any, ...]) -> list[str]:
 
 
 def settings_in(annotation: Any) -> list[type[Settings]]:
-    """Every settings class that an annotation mentions, list members included."""
+    """Every settings class in an annotation, those in unions and lists included."""
     if inspect.isclass(annotation) and not get_args(annotation):
         return [annotation] if issubclass(annotation, Settings) else []
     return [found for inner in get_args(annotation) for found in settings_in(inner)]
-
-
-@cache
-def field_docs(cls: type[Settings]) -> dict[str, str]:
-    """The docstring under every field, from the source (validation need not pay for it)."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not (issubclass(base, Settings) and base is not Settings):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, below in zip(body.body, body.body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                docs[field.target.id] = " ".join(str(below.value.value).split())
-    return docs

@@ -96,11 +96,11 @@ COMMAND_LINE = {
         "doctor seed=3", "<command>: takes no settings, got '<setting>'", ("doctor", "seed=3")
     ),
     "config of nothing": Case(
-        "config", "config: name a configuration file or run directory, or ask for --schema"
+        "config", "config: give a configuration file or a run directory, or --schema"
     ),
     "schema of something": Case(
         "config --schema seed=3",
-        "config: --schema stands alone; it is the same for every configuration",
+        "config: --schema takes no CONFIG and no settings; the schema is always the same",
     ),
     "text of no run": Case(
         "generate configs/smoke.yaml", "generate: there is no directory <path>", ("smoke.yaml",)

@@ -39,6 +39,7 @@ NOT_RUN = {
     "LLMNORM_PYTHON=": "installs from the network",
     "python3 -m venv": "makes the environment that the tests run in",
     "pip download": "needs the network",
+    "pip wheel": "tests/test_wheel.py builds it, without a network",
     "PIP_NO_INDEX=1": "needs the files that were downloaded",
     "source .venv/bin/activate": "the tests run in an environment already",
     "rm -rf .venv": "removes the environment that the tests run in",

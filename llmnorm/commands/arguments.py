@@ -1,8 +1,7 @@
 """What the commands share: the parser with one-line errors, and the arguments that several take.
 
-A command is a file of this room with four names (`Command`): what `llmnorm --help` says of it,
-whether it takes settings (`key.sub=value`), its arguments, and what it does with them. It imports
-what it calls inside `run`, so that help and every mistake are answered before torch is loaded.
+A command is a file of this room with the four names of `Command`. Its `run` imports what it calls,
+so that help and every mistake are answered before torch is loaded.
 """
 
 import argparse
@@ -14,7 +13,12 @@ from llmnorm.part import InputError, nearest
 
 
 class Command(Protocol):
-    """One command, which is a module of this room."""
+    """One command: a module of this room.
+
+    Attributes:
+        HELP: what `llmnorm --help` says of it, in a line.
+        TAKES_SETTINGS: whether settings `key.sub=value` may be given.
+    """
 
     HELP: str
     TAKES_SETTINGS: bool
@@ -35,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that name the nearest choice."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the message as an `InputError`."""
+        """Raise an `InputError` where argparse would print its usage and leave the process."""
         match = re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if match:
             choices = re.findall(r"[\w-]+", match[3])
@@ -49,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (`{self.prog} --help` shows the usage)")
 
     def _options(self) -> set[str]:
-        """Those of every command: the parser that complains does not know which one it was."""
+        """The options of every command, since a parser does not know which command was typed."""
         below = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         parsers = [self, *(parser for choices in below for parser in choices.values())]
         return {o for p in parsers for o in p._option_string_actions if o.startswith("--")}
@@ -71,19 +75,20 @@ def names(text: str) -> list[str]:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """CONFIG: a YAML file or a run directory."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file or run directory")
+    """CONFIG: a YAML file, llmnorm:NAME, or a run directory."""
+    help = "YAML file, llmnorm:NAME or run directory"
+    parser.add_argument("config", type=Path, metavar="CONFIG", help=help)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """RUN_OR_DIR: the model that the command reads."""
-    help = "run, exported or stock model"
+    help = "run directory, or directory of a model"
     parser.add_argument("path", type=Path, metavar="RUN_OR_DIR", help=help)
 
 
 def add_written(parser: argparse.ArgumentParser) -> None:
     """DIR: the directory that the command writes."""
-    help = "what is written; new or empty"
+    help = "directory to write, new or empty"
     parser.add_argument("directory", type=Path, metavar="DIR", help=help)
 
 

@@ -21,7 +21,12 @@ complete -F _llmnorm llmnorm"""
 
 
 def script(shell: str, parser: argparse.ArgumentParser) -> str:
-    """The completion script for `bash` or `zsh`: `source <(llmnorm --completion bash)`."""
+    """The completion script for a shell, to be read by `source <(llmnorm --completion bash)`.
+
+    Args:
+        shell: "bash" or "zsh".
+        parser: of all commands.
+    """
     (commands,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     options = {o for p in commands.choices.values() for o in p._option_string_actions}
     body = BASH.format(

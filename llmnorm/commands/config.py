@@ -12,7 +12,9 @@ TAKES_SETTINGS = True
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG, or --schema."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", nargs="?", help="YAML file or run")
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", nargs="?", help="YAML file, llmnorm:NAME or run"
+    )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
 
 
@@ -21,7 +23,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if parsed.schema:
         if parsed.config is not None or overrides:
             raise InputError(
-                "config: --schema stands alone; it is the same for every configuration"
+                "config: --schema takes no CONFIG and no settings; the schema is always the same"
             )
         import json
 
@@ -30,7 +32,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
         print(json.dumps(json_schema(), indent=2))
         return
     if parsed.config is None:
-        raise InputError("config: name a configuration file or run directory, or ask for --schema")
+        raise InputError("config: give a configuration file or a run directory, or --schema")
     from llmnorm.config.tree import to_yaml
 
     print(to_yaml(load_config(parsed.config, overrides)), end="")

@@ -1,4 +1,4 @@
-"""The configuration that a command was given, as numbers, with what the user has to know of it."""
+"""The configuration that a command was given, with notes to the user about it."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def load_config(path: Path, overrides: list[str]) -> "RunConfig":
-    """The settings of a YAML file or run directory; notes on them are printed.
+    """Load the settings of a YAML file or a run directory, and print notes about them.
 
     Raises:
         InputError: a setting is not valid.
@@ -24,7 +24,10 @@ def load_config(path: Path, overrides: list[str]) -> "RunConfig":
 
 
 def resolve_auto(config: "RunConfig") -> tuple["RunConfig", list[str]]:
-    """The settings with numbers in the place of `auto`, and how they came about, which is printed.
+    """Put numbers in the place of `auto`, and print how each was found.
+
+    Returns:
+        The settings, and these notes (none where nothing was `auto`).
 
     Raises:
         InputError: a number cannot be derived from the other settings.
@@ -39,7 +42,7 @@ def resolve_auto(config: "RunConfig") -> tuple["RunConfig", list[str]]:
 
 
 def note(notes: Iterable[str]) -> None:
-    """Print notes, on the first of several processes alone."""
+    """Print notes to stderr; of several processes, only the first prints."""
     if os.environ.get("RANK", "0") == "0":
         for text in notes:
             print(f"llmnorm: note: {text}", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""`llmnorm convert`: a model directory with the same function and another norm."""
+"""`llmnorm convert`: another norm in a model that computes the same."""
 
 import argparse
 
 from llmnorm.commands.arguments import add_checkpoint, add_model, add_written
 
-HELP = "write a model directory with the same function and another norm"
+HELP = "change a model's norm without changing what it computes"
 TAKES_SETTINGS = False
 
 
@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         required=True,
         choices=["centred", "rms", "crms", "layer", "lns", "unscaled", "identity"],
-        help="the norm; depth scaling out of or into the gains; no norm (from unified)",
+        help="a norm; lns or unscaled: depth scaling as a factor or in the gains; identity: none",
     )
     parser.add_argument("--untie", action="store_true", help="give a tied head its own matrix")
 

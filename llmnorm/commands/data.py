@@ -1,4 +1,4 @@
-"""`llmnorm data`: prepare corpus, tokenizer and packed rows, and look at them."""
+"""`llmnorm data`: prepare the corpus, the tokenizer and the packed rows; print some of them."""
 
 import argparse
 
@@ -19,10 +19,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Prepare what is missing; print rows, a table, or both."""
+    """Prepare what is missing, then print rows, statistics, or both."""
     config, _ = resolve_auto(load_config(parsed.config, overrides))
     if not config.objective.packs:
-        raise InputError("data: a classification reads its files as it begins; nothing to prepare")
+        raise InputError(
+            "data: a classification reads its files when it starts; nothing is prepared"
+        )
 
     from llmnorm.data import packing, report
 

@@ -1,4 +1,4 @@
-"""`llmnorm eval`: figures of a model on validation rows and lm-eval's tasks."""
+"""`llmnorm eval`: loss of a model on validation rows, and its scores on lm-eval's tasks."""
 
 import argparse
 from pathlib import Path
@@ -13,12 +13,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """RUN_OR_DIR, which weights, and what they are evaluated on."""
     add_model(parser)
     add_checkpoint(parser)
-    parser.add_argument("--tasks", type=names, metavar="A,B", help="lm-eval's tasks: names, paths")
-    parser.add_argument("--limit", type=count, metavar="N", help="examples of every task at most")
+    parser.add_argument(
+        "--tasks", type=names, metavar="A,B", help="lm-eval's tasks, by name or file"
+    )
+    parser.add_argument("--limit", type=count, metavar="N", help="at most N examples of each task")
     parser.add_argument("--batch-size", type=count, metavar="N", help="rows at once")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT adapter on the model")
     parser.add_argument(
-        "--data", type=Path, metavar="CONFIG_OR_RUN", help="whose text is evaluated"
+        "--data", type=Path, metavar="CONFIG_OR_RUN", help="evaluate on the text of this one"
     )
 
 

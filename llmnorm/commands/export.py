@@ -9,13 +9,13 @@ TAKES_SETTINGS = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN_OR_DIR, DIR, which weights, and the form of the directory."""
+    """RUN_OR_DIR, DIR, which weights, and as which class of model."""
     add_model(parser)
     add_written(parser)
     add_checkpoint(parser)
-    help = "as Llama, Qwen3 (QK-norm) or what it came from"
+    help = "as a Llama, a Qwen3 (QK-norm), or the class that it came from"
     parser.add_argument("--stock", action="store_true", help=help)
-    help = "mean of the last N checkpoints"
+    help = "export the mean of the last N checkpoints"
     parser.add_argument("--average", type=count, default=1, metavar="N", help=help)
 
 

@@ -13,7 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """RUN_OR_DIR, which weights, and the prompts."""
     add_model(parser)
     add_checkpoint(parser)
-    help = "text to continue; may be given repeatedly"
+    help = "text to continue; may be given several times"
     parser.add_argument("--prompt", action="append", help=help)
 
 

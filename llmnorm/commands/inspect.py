@@ -1,23 +1,27 @@
-"""`llmnorm inspect`: what every block of a model does, or of two, as a page with plots."""
+"""`llmnorm inspect`: a page with plots of what each block of a model does, or of two models."""
 
 import argparse
 from pathlib import Path
 
 from llmnorm.commands.arguments import add_checkpoint, count
 
-HELP = "show what every block of a model does, or of two"
+HELP = "show what each block of a model does, or of two models"
 TAKES_SETTINGS = True
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN_OR_DIR, OTHER, which weights, on which rows, and where the page is written."""
-    help = "run, or any decoder's directory"
+    """RUN_OR_DIR, OTHER, which weights, which rows, and where the page is written."""
+    help = "run directory, or directory of any decoder"
     parser.add_argument("path", type=Path, metavar="RUN_OR_DIR", help=help)
-    help = "another beside it"
+    help = "a second model, drawn beside the first"
     parser.add_argument("other", type=Path, nargs="?", metavar="OTHER", help=help)
     add_checkpoint(parser)
-    parser.add_argument("--rows", type=count, metavar="N", help="validation rows (default: 128)")
-    parser.add_argument("--data", type=Path, metavar="CONFIG_OR_RUN", help="whose text is read")
+    parser.add_argument(
+        "--rows", type=count, metavar="N", help="validation rows to measure on (128)"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="CONFIG_OR_RUN", help="measure on the text of this one"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the page is written")
 
 

@@ -7,8 +7,10 @@ TAKES_SETTINGS = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """NAME."""
-    parser.add_argument("name", metavar="NAME", nargs="?", help="one part or one key")
+    """NAME of a part, or a key."""
+    parser.add_argument(
+        "name", metavar="NAME", nargs="?", help="only this part, or the parts of this key"
+    )
 
 
 def run(parsed: argparse.Namespace, _: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`llmnorm plot`: runs as a picture."""
+"""`llmnorm plot`: a picture of one or more runs."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ TAKES_SETTINGS = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN ..., and the picture."""
+    """RUN ..., and the file to write."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     help = "picture to write (.png, .pdf, .svg)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=help)

@@ -1,9 +1,9 @@
-"""`llmnorm runs`: a table of runs and how they differ."""
+"""`llmnorm runs`: a table of runs, their state, and the settings in which they differ."""
 
 import argparse
 from pathlib import Path
 
-HELP = "list run directories, how they differ and stand"
+HELP = "list runs, their state, and the settings in which they differ"
 TAKES_SETTINGS = False
 
 

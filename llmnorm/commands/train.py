@@ -7,12 +7,12 @@ import shlex
 from llmnorm.commands.arguments import add_config
 from llmnorm.commands.configured import load_config, note, resolve_auto
 
-HELP = "train, or go on with a run"
+HELP = "train, or resume a run"
 TAKES_SETTINGS = True
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and what to do besides training."""
+    """CONFIG, and what to do before or instead of training."""
     add_config(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="stop after the checks before the first step"
@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-groups",
         action="store_true",
-        help="print which parameter gets which rule, and do nothing else",
+        help="print which parameter gets which rule, then stop",
     )
     parser.add_argument(
         "--profile",
@@ -28,12 +28,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         const="time",
         choices=["time", "memory"],
         metavar="time|memory",
-        help="profile a few steps into the run directory",
+        help="write a profile of a few steps into the run directory",
     )
 
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
-    """Check the run directory and the machine, then train."""
+    """Check the run directory and the machine, then train.
+
+    Returns:
+        The exit code of the training loop (`training/loop.py`); 0 for a run that is finished.
+    """
     from llmnorm.machine.gpus import check_gpu, launch_hint
     from llmnorm.runs import directory
 

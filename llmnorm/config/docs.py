@@ -1,14 +1,14 @@
-"""What the configuration documents about itself: the JSON schema for editors, the list of parts."""
+"""Documentation made from the settings: JSON schema for editors, list of parts, list of keys."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from llmnorm.config.schema import field_docs
 from llmnorm.config.tree import RunConfig
 from llmnorm.part import (
     InputError,
     Part,
     Settings,
-    field_docs,
     nearest,
     part_classes,
     part_of,

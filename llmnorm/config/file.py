@@ -27,7 +27,7 @@ from llmnorm.part import Imports, InputError, explain, key_path, one_line, setti
 
 
 class Loaded(NamedTuple):
-    """A validated configuration and what the user should be told about it."""
+    """A validated configuration, and notes to the user about it."""
 
     config: RunConfig
     notes: list[str]
@@ -71,9 +71,12 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
 
 
 def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any], list[str]]:
-    """The tree with the settings and the tokenizer that `model.pretrained` brings, and notes.
+    """Add the settings and the tokenizer that `model.pretrained` brings.
 
-    A run's own config.yaml needs none of it: what was brought stands there already.
+    A run's own config.yaml does not need this: it has them already.
+
+    Returns:
+        The tree, and notes to the user.
     """
     model, loc = tree.get("model"), ("model", "pretrained")
     if not isinstance(model, dict) or model.get("pretrained") is None:
@@ -84,7 +87,7 @@ def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any]
         if key in ModelSettings.model_fields and not found.admits(key, value):
             raise InputError(
                 f"{where_of(marks, ('model', key))}: model.{key}: {named} brings its own; leave it "
-                f"out (beside model.pretrained may be given: {', '.join(FREE)})"
+                f"out (these may be set beside model.pretrained: {', '.join(FREE)})"
             )
     tree = tree | {"model": found.model | model}
     tokenizer = tree.get("tokenizer")
@@ -92,7 +95,9 @@ def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any]
         path = tokenizer.get("path") if isinstance(tokenizer, dict) else None
         if found.tokenizer is None or path == str(found.tokenizer):
             return tree, []
-        return tree, [f"model.pretrained: the tokenizer section is given, so not {named}'s own"]
+        return tree, [
+            f"model.pretrained: the tokenizer section is given, so not {named}'s own is used"
+        ]
     if found.tokenizer is None:
         raise InputError(
             f"{where_of(marks, loc)}: model.pretrained: {named} has no tokenizer.json; give the "
@@ -103,7 +108,11 @@ def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any]
 
 
 def _with_own_tokenizer(tree: dict[str, Any], run: Path) -> tuple[dict[str, Any], list[str]]:
-    """A run whose tokenizer directory is gone has its copy."""
+    """Use the run's copy of the tokenizer where the directory that it came from is gone.
+
+    Returns:
+        The tree, and notes to the user.
+    """
     tokenizer, own = tree.get("tokenizer"), run / "tokenizer"
     if not isinstance(tokenizer, dict):
         return tree, []
@@ -197,7 +206,7 @@ def _line(error: dict[str, Any], marks: Marks, path: Path) -> str:
 
 
 def section(name: str, overrides: Iterable[str]) -> Any:
-    """One section of settings from overrides alone, for a model that is no run's.
+    """One section of settings from overrides alone, for a model that belongs to no run.
 
     Raises:
         InputError: an override is not valid, or belongs to another section.

@@ -1,9 +1,9 @@
-"""A directory of weights as a configuration sees it: whose it is, its model, its tokenizer.
+"""What a directory of weights holds: the run it belongs to, the model's settings, the tokenizer.
 
 Four kinds of directory hold weights: a run (its newest whole checkpoint), one checkpoint of a run
-(RUN/checkpoints/step_N), what `llmnorm export` or `save_pretrained` wrote of our class, and a stock
-Llama, Mistral, Qwen2 or Qwen3. Only JSON is read here, no tensors, so that a mistake is answered
-before torch is loaded.
+(RUN/checkpoints/step_N), a model of our class that `llmnorm export` or `save_pretrained` wrote, and
+a stock Llama, Mistral, Qwen2 or Qwen3. Only JSON is read here, so that a mistake is answered before
+torch is loaded.
 """
 
 import json
@@ -18,7 +18,7 @@ from llmnorm.config.stock import from_stock
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import InputError
 
-# Beside `model.pretrained`: what leaves the function of the loaded weights as it is.
+# What may be set beside `model.pretrained`: it does not change what the loaded weights compute.
 FREE = ("dropout", "embedding_dropout", "export_as", "max_position_embeddings")
 
 
@@ -50,7 +50,7 @@ class Pretrained(NamedTuple):
         return {k: v for k, v in self.config.items() if k in ModelSettings.model_fields}
 
     def admits(self, key: str, value: Any) -> bool:
-        """Whether the model setting `key: value` leaves the function of the weights as it is."""
+        """Whether the weights compute the same with the model setting `key: value`."""
         own = ModelSettings.model_validate(self.model)
         scaled = own.rope_parameters.rope_type in ("dynamic", "longrope")  # by the longest context
         if key in FREE and not (key == "max_position_embeddings" and scaled):
@@ -63,10 +63,10 @@ class Pretrained(NamedTuple):
 
 
 def describe(path: Path, key: str) -> Pretrained:
-    """Look at the directory `path`.
+    """Find out which kind of directory `path` is and what it holds.
 
     Args:
-        key: what the user wrote the path for, for messages (`model.pretrained`).
+        key: the setting or command that the path was given to, for messages (`model.pretrained`).
 
     Raises:
         InputError: it holds no weights that can be loaded; the message says what it lacks.
@@ -106,19 +106,20 @@ def refuse_encoder(architectures: list[str] | None, who: str, what: str) -> None
     """Raise an InputError unless `architectures` names a causal language model.
 
     Args:
-        architectures: of a configuration.
-        who: the message's beginning: option or command, and the path.
-        what: what needs a causal language model, the message's subject and verb.
+        architectures: of a configuration; None: a causal language model.
+        who: how the message begins: the option or command, and the path.
+        what: what needs a causal language model, as the message's subject and verb
+            ("text is continued by").
     """
     if architectures and "ForCausalLM" not in architectures[0]:
         raise InputError(
-            f"{who} is of class {architectures[0]}; {what} a causal language model, which tells "
+            f"{who} is of class {architectures[0]}; {what} a causal language model, which predicts "
             "the next token from those before it"
         )
 
 
 def is_stock(path: Path) -> bool:
-    """Whether `path` is a model directory of another class than ours, of any architecture."""
+    """Whether `path` holds a model of another class than ours, of any architecture."""
     file = path / "config.json"
     if not file.is_file() or (path / "config.yaml").is_file():
         return False
@@ -138,7 +139,7 @@ def _model_of_newest(checkpoints: list[Path], key: str) -> dict[str, Any]:
 
 
 def _model_of(checkpoint: Path, key: str) -> dict[str, Any]:
-    """The model's configuration in a checkpoint's meta; its checksum is compared on loading."""
+    """The model's configuration in a checkpoint's manifest; checksums are compared on loading."""
     file = checkpoint / "MANIFEST.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["meta"]["model"])

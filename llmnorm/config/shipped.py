@@ -24,8 +24,14 @@ from llmnorm.part import InputError
 
 PREFIX = "llmnorm:"
 SCHEMA = "config.schema.json"
+LEGEND = (
+    "",
+    "Size: parameters in hidden matrices. Hours of an H100: counted, at 40 % of its bf16 peak.",
+    "To run one: llmnorm train llmnorm:NAME. To change it first: llmnorm configs NAME --copy DIR.",
+)
 _PACKAGE = Path(__file__).parents[1]
 _IN_TESTS = ("text", "labelled")  # the directories that a checkout keeps in tests/data
+_KINDS = (".yaml", ".json", ".txt", ".jsonl", ".tsv")  # tests/data/text has a script too
 
 
 def is_shipped(path: str | Path) -> bool:
@@ -46,7 +52,8 @@ def locate(path: str | Path, key: str = "") -> Path:
         return Path(path)
     name = _name(path)
     found = _path_of(name)
-    if name[0] in "./" or not found.exists():  # `..` and `/` would leave the package
+    inside = name[0] not in "./"  # `..` and `/` would leave the package
+    if not (inside and (found.is_dir() or name in _names())):
         begin = f"{key}: " if key else ""
         raise InputError(f"{begin}{path}: the package has no such file; {_hint(name)}")
     return found
@@ -67,9 +74,9 @@ def stem(path: Path) -> str:
 
 
 def configurations() -> list[str]:
-    """The NAME of every shipped YAML file, sorted: those at the top first, then by directory."""
+    """The NAME of every shipped YAML file, by directory, the top one first."""
     names = [name for name in _names() if name.endswith(".yaml")]
-    return sorted(names, key=lambda name: ("/" in name, name))
+    return sorted(names, key=posixpath.split)
 
 
 class Description(NamedTuple):
@@ -108,13 +115,14 @@ def listing(below: str = "") -> str:
         below: only those in this directory; "" for all.
     """
     names = [name for name in configurations() if name.startswith(f"{below}/" if below else "")]
-    width = max(map(len, names))
+    width = max(map(len, names), default=0)
     lines = []
     for name in names:
         what, size, time = describe(name)
         figures = "; ".join(text for text in (size and f"size {size}", time) if text)
         lines.append(f"{name:{width}}  {what}{figures and f' [{figures}]'}")
-    return "\n".join(lines)
+    texts = [PREFIX + name for name in _names() if name.startswith(_IN_TESTS)]
+    return "\n".join([*lines, *LEGEND, f"Texts that are here too: {', '.join(texts)}."])
 
 
 def show(name: str) -> str:
@@ -196,7 +204,7 @@ def _names() -> list[str]:
     found = []
     for directory in (".", *_IN_TESTS):
         top = _path_of(directory)
-        names = (path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file())
+        names = (p.relative_to(top).as_posix() for p in top.rglob("*") if p.suffix in _KINDS)
         found += [posixpath.normpath(posixpath.join(directory, name)) for name in names]
     return sorted(set(found))
 

@@ -1,12 +1,12 @@
-"""Settings of stock models (Llama, Mistral, Qwen2, Qwen3) as ours, and ours as theirs.
+"""The settings of stock models (Llama, Mistral, Qwen2, Qwen3) translated to ours, and back.
 
 Both directions work on plain JSON values, so that a mistake is answered before torch is loaded.
 Weights need no translation: our parameters carry the stock names.
 
-What would surprise: a `config.json` leaves out what its class has as default, so the defaults of
-the four classes stand here (a test holds them against transformers); keys that the stock class does
-not read (`pretraining_tp`, another tool's notes) change nothing there and are passed over. What the
-stock class reads and ours has no place for is refused by name, never dropped.
+What would surprise: a `config.json` leaves out the keys that have their default, so the defaults of
+the four classes are written here (a test compares them with transformers'). Keys that the stock
+class does not read (`pretraining_tp`, another tool's notes) are ignored, as there. A key that the
+stock class reads and that our model cannot follow is refused.
 """
 
 from collections.abc import Mapping
@@ -85,15 +85,15 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def from_stock(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Our keys (`ModelSettings` and the token ids) for the contents of a stock `config.json`.
+    """Translate a stock `config.json` into our keys (those of `ModelSettings` and the token ids).
 
     Args:
         config: the file's values.
         where: the file, for messages.
 
     Raises:
-        InputError: the architecture is not one of the four, or a key says something that our model
-            would compute differently.
+        InputError: the architecture is not one of the four, or a key asks for something that our
+            model does not compute.
     """
 
     def refuse(key: str, why: str) -> NoReturn:
@@ -142,12 +142,11 @@ def from_stock(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
-    """The stock architecture that computes the same, and its configuration's keys.
+    """Find the stock architecture that computes what this model computes.
 
-    `export_as` chooses where two would do (Llama and Mistral). Dropout is left out: it plays no
-    part outside training.
-
-    Depth scaling is the weights' business: whoever writes them folds it into the gains.
+    Where two do (Llama and Mistral), `export_as` chooses. Dropout is left out, since it does
+    nothing outside training. Depth scaling has no key in a stock configuration: the caller must
+    multiply it into the gains when it writes the weights.
 
     Returns:
         The name of transformers' model class, e.g. "LlamaForCausalLM", and the keys of its
@@ -161,7 +160,7 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
         raise InputError(f"--stock: model.{key}: {why}; export without --stock")
 
     if not settings.causal:
-        refuse("mixer", "an encoder; the stock architectures look back only")
+        refuse("mixer", "this is an encoder; the stock architectures only look at earlier tokens")
     for key, plain in (("type_vocab_size", 0), ("embedding_norm", False), ("final_norm", True)):
         if getattr(settings, key) != plain:
             refuse(key, f"{getattr(settings, key)} is what no stock architecture has")
@@ -224,9 +223,9 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
 
 
 def _refuse_windows(name: str, given: Mapping[str, Any], refuse: Any) -> None:
-    """Mistral's window is all layers' and loaded; windows of some of Qwen's layers are refused."""
+    """Refuse a Qwen whose layers do not all have the same window; Mistral's layers always do."""
     layers, window = given["num_hidden_layers"], given.get("sliding_window")
-    why = "windows in some layers only are not loaded"
+    why = "a model with windows in some of its layers cannot be loaded"
     if name.startswith("qwen"):
         types = given.get("layer_types")
         if types is None:
@@ -239,7 +238,7 @@ def _refuse_windows(name: str, given: Mapping[str, Any], refuse: Any) -> None:
 
 
 def _rope(given: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
-    """`rope_parameters` of any age: theta and scaling beside each other until transformers 4."""
+    """Our `rope_parameters`; up to transformers 4 theta and scaling were two keys of the file."""
     found = given.get("rope_scaling") or given.get("rope_parameters") or {}
     rope = {key: value for key, value in found.items() if value is not None}
     kind = rope.pop("type", "default")
@@ -247,7 +246,7 @@ def _rope(given: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
     rope.setdefault("rope_theta", given.get("rope_theta") or 10_000.0)
     partial = rope.pop("partial_rotary_factor", given.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        refuse("partial_rotary_factor", f"{partial}; our rotary positions turn all of a head")
+        refuse("partial_rotary_factor", f"{partial}; our rotary positions rotate whole heads")
     if rope["rope_type"] in ("llama3", "yarn", "longrope"):
         if given.get(_ORIGINAL) is not None:
             rope[_ORIGINAL] = given[_ORIGINAL]

@@ -1,8 +1,8 @@
-"""The configuration of a run: its sections, and what two configurations differ in.
+"""The sections of a run's configuration, how it is saved, and how two of them differ.
 
-The tree is the registry: a part's field is a union of settings classes (`llmnorm/part.py`). How a
-YAML file becomes such a tree is in `file.py`. Nothing here imports torch, so that a mistake
-is answered at once.
+The tree is the registry of parts: a part's field is a union of settings classes
+(`llmnorm/part.py`). `file.py` makes such a tree from a YAML file. Nothing here imports torch, so
+that a mistake is answered at once.
 """
 
 import math
@@ -21,7 +21,7 @@ from llmnorm.optim.settings import AdamWSettings, Optimizer
 from llmnorm.part import Settings
 
 Count = Annotated[int, Field(ge=1)]
-# accelerate's trackers, which cannot be asked for here without importing torch; a test compares.
+# accelerate's trackers. Asking accelerate would import torch, so they are written here.
 Tracker = Literal[
     "aim",
     "clearml",
@@ -263,7 +263,7 @@ class RunConfig(Settings):
         return self.seed if self.data.seed is None else self.data.seed
 
 
-# What `train RUN_DIR key=value` may change without making it another run.
+# What `train RUN_DIR key=value` may change; any other key makes another run.
 CHANGEABLE = (
     "training.steps",
     "training.tokens",
@@ -282,9 +282,9 @@ CHANGEABLE = (
 def to_tree(config: Settings) -> dict[str, Any]:
     """The resolved settings as plain JSON values.
 
-    What is derived from other fields (a default factory, as of `head_dim`) is left out unless it
-    was written, so that it follows when the others are overridden later. So is a key that has no
-    value, as most of `rope_parameters`.
+    Two kinds of keys are left out: one that is derived from other fields and was not written
+    (`head_dim`), so that it follows when those are overridden later; and one that has no value
+    (most of `rope_parameters`).
     """
     tree = config.model_dump(mode="json")
     for name, field in type(config).model_fields.items():

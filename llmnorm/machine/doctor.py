@@ -41,8 +41,10 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("lm_eval",),
     "serve": ("fastapi", "uvicorn"),
     "track": ("tensorboard", "wandb", "trackio"),
-    "dev": ("pytest", "hypothesis", "jsonschema", "mypy", "ruff"),
+    "docs": ("mkdocs", "material"),
+    "dev": ("pytest", "hypothesis", "jsonschema", "mypy", "ruff", "hatchling"),
 }
+_ABOVE = Path(__file__).resolve().parents[2]  # of the package: the checkout, or site-packages
 # Extras with compiled parts, which break at import, not at installation: the report imports them.
 COMPILED = ("deepspeed", "flash", "fla", "quant")
 PACKAGES = ["accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy"]
@@ -58,8 +60,15 @@ def missing_extra(module: str) -> InputError:
     root = module.partition(".")[0]
     for extra, modules in EXTRAS.items():
         if root in modules:
-            return InputError(f"{root} is not installed; run: bash tools/bootstrap.sh {extra}")
-    return InputError(f"{root} is not installed; run: bash tools/bootstrap.sh")
+            return InputError(f"{root} is not installed; run: {_installs(extra)}")
+    return InputError(f"{root} is not installed; run: {_installs()}")
+
+
+def _installs(extra: str = "") -> str:
+    """The line that installs an extra, or without one the package: a checkout has a script."""
+    if (_ABOVE / "tools" / "bootstrap.sh").is_file():
+        return f"bash tools/bootstrap.sh {extra}".rstrip()
+    return f"pip install 'llmnorm[{extra}]'" if extra else "pip install llmnorm"
 
 
 def report() -> str:
@@ -124,7 +133,7 @@ def _gpus() -> list[str]:
 def _extra(name: str) -> str:
     for module in EXTRAS[name]:
         if importlib.util.find_spec(module) is None:
-            return f"{name}: not installed ({module} is missing); bash tools/bootstrap.sh {name}"
+            return f"{name}: not installed ({module} is missing); {_installs(name)}"
     if name not in COMPILED:
         return f"{name}: present"
     code = "; ".join(f"import {module}" for module in EXTRAS[name])
@@ -204,13 +213,12 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     """The commit of the source tree that this file runs from; nothing for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if not (_ABOVE / ".git").exists():
         return ""
-    commit, problem = output_of(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
+    commit, problem = output_of(["git", "-C", str(_ABOVE), "rev-parse", "--short=12", "HEAD"])
     if problem:
         return ""
-    status = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
+    status = ["git", "-C", str(_ABOVE), "status", "--porcelain", "--untracked-files=no"]
     changed, _ = output_of(status)
     return f" (commit {commit.strip()}{', with changes' if changed.strip() else ''})"
 

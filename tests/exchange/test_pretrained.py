@@ -183,7 +183,7 @@ def test_the_tokenizer_must_fit(
     words += [f"data.dir={tmp_path / 'data'}", "tokenizer.vocab_size=600"]
     assert cli.main(["train", str(bare), *words]) == 2
     said = capsys.readouterr().err
-    assert "model.pretrained: the tokenizer section is given, so not" in said
+    assert "own tokenizer is not used, since the configuration has a tokenizer section" in said
     assert "mistral has 520 embedding rows, the tokenizer 600 tokens; leave the tokenizer" in said
     assert not (tmp_path / "run").exists()
     shutil.copytree(mistral, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmnorm.machine import doctor
 from llmnorm.machine.doctor import EXTRAS, missing_extra, version
 from llmnorm.part import InputError
 from tests.machine.test_gpus import NAME, ROOT, nvidia_smi, run
@@ -34,6 +35,25 @@ def test_missing_extra_names_the_line_that_installs_it() -> None:
     assert isinstance(error, InputError)
     assert str(error) == "flash_attn is not installed; run: bash tools/bootstrap.sh flash"
     assert str(missing_extra("safetensors")).endswith("run: bash tools/bootstrap.sh")
+
+
+def test_an_installed_package_names_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: pip's own words; an installed package has no tools/bootstrap.sh beside it."""
+    monkeypatch.setattr(doctor, "_ABOVE", tmp_path)
+    assert str(missing_extra("peft")) == (
+        "peft is not installed; run: pip install 'llmnorm[finetune]'"
+    )
+    assert str(missing_extra("safetensors")).endswith("run: pip install llmnorm")
+    assert doctor._commit() == ""
+
+
+def test_the_version_names_the_commit_of_a_checkout() -> None:
+    """Oracle: git."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    head = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    assert f"(commit {commit}" in doctor._commit()
 
 
 def test_versions_are_told_without_torch(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from llmnorm.config.schema import field_docs
 from llmnorm.nn.settings import ModelSettings
-from llmnorm.part import explain, field_docs, one_line
+from llmnorm.part import explain, one_line
 
 
 def test_derived_sizes_move_along() -> None:

@@ -125,7 +125,7 @@ def test_the_commands_work_or_say_why_not(classes: Path, tmp_path: Path, capsys)
     for words, part in (
         (["generate", classes], "text is continued by a causal language model"),
         (["inspect", exported], "its figures are of a causal language model"),
-        (["data", classes], "a classification reads its files as it begins"),
+        (["data", classes], "a classification reads its files when it starts"),
         (
             ["eval", exported, "--data", "configs/smoke.yaml"],
             "has another objective than the model",
