@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmnorm.machine import doctor
-from llmnorm.machine.doctor import EXTRAS, missing_extra, version
+from llmnorm.machine.doctor import EXTRAS, missing_extra
 from llmnorm.part import InputError
 from tests.machine.test_gpus import NAME, ROOT, nvidia_smi, run
 
@@ -18,15 +18,6 @@ def test_extras_are_those_of_the_package() -> None:
     """Oracle: pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert list(EXTRAS) == list(project["optional-dependencies"])
-
-
-def test_the_version_names_the_commit_of_a_checkout() -> None:
-    """Oracle: git itself, asked for the directory above the package."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("this is no checkout")
-    words = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-    commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    assert f"(commit {commit}" in version()
 
 
 def test_missing_extra_names_the_line_that_installs_it() -> None:
