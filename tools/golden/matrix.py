@@ -78,6 +78,7 @@ def _of_a_family(vectors: Vectors, state: dict[str, Tensor], *, official: bool) 
     shape = {"hidden_size": p["d_model"], "num_attention_heads": 1, "head_dim": 2, "mixer": part}
     longest = p.get("max_seq_len") or vectors["x"].shape[1]
     mixer: Any = part.build(built(ModelSettings, {**shape, "max_position_embeddings": longest}), 0)
+    mixer.double()  # before the weights come, which may not be float32 numbers
     own = {key: value for key, value in mixer.state_dict().items() if key.endswith("log_eps")}
     fixed = ("matrix_mixer.dft_matrix",)
     mixer.load_state_dict(own | {key: value for key, value in state.items() if key not in fixed})

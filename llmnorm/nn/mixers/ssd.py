@@ -24,6 +24,7 @@ from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
+from llmnorm.nn.mixers.settings import check_heads
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
@@ -64,6 +65,7 @@ class SSD(Mixer):
     ) -> None:
         super().__init__()
         inner = expand * hidden_size
+        check_heads("ssd", inner, head_dim, n_groups)
         self.heads, self.head_dim = inner // head_dim, head_dim
         self.groups, self.state_size = n_groups, state_size
         self.dt_limit, self.dt_range, self.dt_floor = dt_limit, dt_range, dt_floor
