@@ -29,8 +29,12 @@ from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.fla import flipped
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
-from llmnorm.nn.mixers.settings import check_heads
-from llmnorm.nn.mixers.ssd import initial_dt_bias, semiseparable_matrix, time_steps
+from llmnorm.nn.mixers.ssd import (
+    initial_dt_bias,
+    semiseparable_matrix,
+    time_steps,
+    whole_heads,
+)
 from llmnorm.nn.norms.rms import RMSNorm
 
 
@@ -81,8 +85,7 @@ class Hydra(Mixer):
         super().__init__()
         self.combination = combination
         inner = expand * hidden_size
-        check_heads("hydra", inner, head_dim, n_groups)
-        self.heads, self.head_dim = inner // head_dim, head_dim
+        self.heads, self.head_dim = whole_heads(inner, head_dim, n_groups), head_dim
         self.groups, self.state_size = n_groups, state_size
         self.dt_limit, self.dt_range, self.dt_floor = dt_limit, dt_range, dt_floor
         four = 4 * n_groups * state_size

@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear import LinearAttention, LinearParameters
-from llmnorm.nn.mixers.settings import NaLaSettings
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.part import InputError
 
 
 class NaLa(LinearAttention):
@@ -49,8 +49,9 @@ class NaLa(LinearAttention):
         query_eps: float = 1e-3,
         **block: Any,
     ) -> None:
-        NaLaSettings(lam=lam, tau=tau, norm_scale=norm_scale, alpha=alpha, query_eps=query_eps)
         super().__init__(hidden_size, **block)
+        if min(lam, lam * tau) < 1:  # a power below 1 has an infinite gradient at 0
+            raise InputError(f"lam {lam} and lam * tau {lam * tau:g} must be at least 1")
         self.lam, self.tau, self.norm_scale, self.query_eps = lam, tau, norm_scale, query_eps
         self.direction, self.alpha = direction, alpha
         self.feature_dim = 2 * self.head_dim

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from llmnorm.nn.mixers.matrix.settings import Family, FamilySettings, QuasiseparableSettings
-from llmnorm.part import InputError, Part, Settings
+from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
     from llmnorm.nn.mixers.contract import Mixer as MixerModule
@@ -31,25 +31,6 @@ def _with_a_middle(kernel: int) -> int:
 
 
 OddKernel = Annotated[int, Field(ge=1), AfterValidator(_with_a_middle)]
-
-
-def check_heads(name: str, inner: int, head_dim: int, n_groups: int = 1) -> None:
-    """Raise an InputError unless heads fill the inner width, and groups have equally many heads."""
-    if inner % head_dim:
-        raise InputError(
-            f"mixer '{name}': head_dim {head_dim} does not divide expand * hidden_size = {inner}"
-        )
-    if (heads := inner // head_dim) % n_groups:
-        raise InputError(f"mixer '{name}': n_groups {n_groups} does not divide the {heads} heads")
-
-
-def check_value_heads(values: int, keys: int) -> None:
-    """Raise an InputError unless every key head has equally many value heads."""
-    if values % keys:
-        raise InputError(
-            f"mixer 'gated_delta': num_value_heads {values} is not a multiple of num_key_heads "
-            f"{keys}"
-        )
 
 
 class MixerSettings(Settings):
@@ -255,8 +236,18 @@ class _StateSpaceSettings(MixerSettings):
 
     def check(self, model: "ModelSettings") -> None:
         """Whole heads, whole groups."""
-        name, inner = getattr(self, "name", ""), self.expand * model.hidden_size
-        check_heads(name, inner, self.head_dim, self.n_groups)
+        inner = self.expand * model.hidden_size
+        name = getattr(self, "name", "")
+        if inner % self.head_dim:
+            raise ValueError(
+                f"mixer '{name}': head_dim {self.head_dim} does not divide expand * hidden_size = "
+                f"{inner}"
+            )
+        if inner // self.head_dim % self.n_groups:
+            raise ValueError(
+                f"mixer '{name}': n_groups {self.n_groups} does not divide the "
+                f"{inner // self.head_dim} heads"
+            )
 
     def _shape(self) -> dict[str, Any]:
         keys = ("expand", "head_dim", "n_groups", "use_bias", "norm_eps")
@@ -344,7 +335,12 @@ class MatrixSettings(MixerSettings):
 
     def check(self, model: "ModelSettings") -> None:
         """Whole heads."""
-        check_heads("matrix", self.expand * model.hidden_size, self.head_dim)
+        inner = self.expand * model.hidden_size
+        if inner % self.head_dim:
+            raise ValueError(
+                f"mixer 'matrix': head_dim {self.head_dim} does not divide expand * hidden_size = "
+                f"{inner}"
+            )
 
     def build(self, model: "ModelSettings", layer: int) -> "MatrixMixer":
         """The mixer of one layer (counted from 0) of `model`."""
@@ -438,7 +434,11 @@ class GatedDeltaSettings(MixerSettings):
     def check(self, model: "ModelSettings") -> None:
         """Whole groups."""
         shape = self._shape(model)
-        check_value_heads(shape["num_value_heads"], shape["num_key_heads"])
+        if shape["num_value_heads"] % shape["num_key_heads"]:
+            raise ValueError(
+                f"mixer 'gated_delta': num_value_heads {shape['num_value_heads']} is not a "
+                f"multiple of num_key_heads {shape['num_key_heads']}"
+            )
 
     def _shape(self, model: "ModelSettings") -> dict[str, int]:
         keys = self.num_key_heads or model.num_attention_heads
