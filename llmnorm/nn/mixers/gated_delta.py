@@ -34,12 +34,12 @@ from llmnorm.nn.mixers.chunks import (
 )
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.heads import value_heads_per_key_head
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
-from llmnorm.part import InputError
 
 CHUNK = 64
 BLOCK = 32  # chunks
@@ -74,11 +74,7 @@ class GatedDeltaNet(Mixer):
         norm_eps: float,
     ) -> None:
         super().__init__()
-        if num_value_heads % num_key_heads:
-            raise InputError(
-                f"num_value_heads {num_value_heads} is not a multiple of num_key_heads "
-                f"{num_key_heads}"
-            )
+        value_heads_per_key_head(num_value_heads, num_key_heads)
         self.key_heads, self.value_heads = num_key_heads, num_value_heads
         self.key_dim, self.value_dim = key_head_dim, value_head_dim
         keys, values = num_key_heads * key_head_dim, num_value_heads * value_head_dim

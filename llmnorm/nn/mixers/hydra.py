@@ -27,14 +27,10 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.contract import Context, Mixer, causal_mask, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.fla import flipped
+from llmnorm.nn.mixers.heads import whole_heads
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
-from llmnorm.nn.mixers.ssd import (
-    initial_dt_bias,
-    semiseparable_matrix,
-    time_steps,
-    whole_heads,
-)
+from llmnorm.nn.mixers.ssd import initial_dt_bias, semiseparable_matrix, time_steps
 from llmnorm.nn.norms.rms import RMSNorm
 
 

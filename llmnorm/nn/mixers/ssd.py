@@ -22,12 +22,12 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.chunks import decay_matrix
 from llmnorm.nn.mixers.contract import Context, Mixer, visible_pairs
 from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.heads import whole_heads
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
-from llmnorm.part import InputError
 
 
 class SSDParameters(NamedTuple):
@@ -154,20 +154,6 @@ class SSD(Mixer):
         heads = self.groups, self.groups, self.heads
         convolution = 2.0 * self.conv1d.kernel * (self.parts[1])
         return flops_per_token(heads, self.state_size, self.head_dim) + convolution
-
-
-def whole_heads(inner: int, head_dim: int, n_groups: int) -> int:
-    """How many heads of `head_dim` fill the inner width.
-
-    Raises:
-        InputError: they leave a rest, or the groups cannot have equally many of them.
-    """
-    heads, rest = divmod(inner, head_dim)
-    if rest:
-        raise InputError(f"head_dim {head_dim} does not divide expand * hidden_size = {inner}")
-    if heads % n_groups:
-        raise InputError(f"n_groups {n_groups} does not divide the {heads} heads")
-    return heads
 
 
 def initial_dt_bias(like: Tensor, between: tuple[float, float], floor: float) -> Tensor:
