@@ -60,6 +60,11 @@ MIXERS: dict[str, dict[str, Any]] = {
         for own in (True, False)
     },
     "matrix dense": {"name": "matrix", "head_dim": 10, "family": "dense"},
+    "matrix bias": {"name": "matrix", "head_dim": 10, "family": "dense", "use_bias": True},
+    "hydra biases": {
+        **{"name": "hydra", "head_dim": 8, "state_size": 3},
+        **{"use_bias": True, "use_conv_bias": False},
+    },
     "matrix dft": {"name": "matrix", "head_dim": 5, "family": "dft"},
     "hydra add": {"name": "hydra", "head_dim": 8, "state_size": 3, "combination": "add"},
     "hydra concat": {"name": "hydra", "head_dim": 8, "state_size": 3, "combination": "concat"},

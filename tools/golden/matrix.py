@@ -17,7 +17,7 @@ def matrix_mixer(vectors: Vectors) -> Iterator[Result]:
     """
     from llmnorm.nn.mixers.contract import Context
 
-    state, grads = (_theirs(vectors.below(key)) for key in ("state", "grad"))
+    state, grads = (_our_layout(vectors.below(key)) for key in ("state", "grad"))
     mids = {"v": "v", "z": "z", "y": "y_mixed", "q": "q", "k": "k", "delta": "delta"}
     mids |= {"forward": "forward_conv", "reverse": "reverse_conv"}
     mids |= {"dt": "dt_fwd", "flipped_dt": "dt_bwd_flipped"}
@@ -78,14 +78,19 @@ def _of_a_family(vectors: Vectors, state: dict[str, Tensor], *, official: bool) 
     shape = {"hidden_size": p["d_model"], "num_attention_heads": 1, "head_dim": 2, "mixer": part}
     longest = p.get("max_seq_len") or vectors["x"].shape[1]
     mixer: Any = part.build(built(ModelSettings, {**shape, "max_position_embeddings": longest}), 0)
+    mixer.double()  # before the weights come, which may not be float32 numbers
     own = {key: value for key, value in mixer.state_dict().items() if key.endswith("log_eps")}
     fixed = ("matrix_mixer.dft_matrix",)
     mixer.load_state_dict(own | {key: value for key, value in state.items() if key not in fixed})
     return mixer
 
 
-def _theirs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scalars get an axis; learned frequencies the names and axes of other families' q and k."""
+def _our_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The recorded tensors with our names and axes.
+
+    Scalars get an axis. The official code's learned frequencies, `q_bias` (heads, qk_dim, length),
+    are our `q_matrix` (length, heads, qk_dim), as in other families.
+    """
     found = {}
     for key, value in tensors.items():
         if key.endswith(("q_bias", "k_bias")):

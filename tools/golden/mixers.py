@@ -247,7 +247,7 @@ class _Layer(nn.Module):
 
 
 def _halves(head_dim: int) -> Tensor:
-    """Dimensions that their rotation pairs as neighbours, in the order in which ours does."""
+    """The order of a head's dimensions in which their pairs (0, 1), (2, 3), ... are our halves."""
     return torch.cat((torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)))
 
 
@@ -359,7 +359,8 @@ def _module(
                 apart = Context(nothing, nothing, packed(lengths, 1, x.device))
                 out = mixer(vectors["packed/x"].to(dtype), apart)
                 pairs.append((out, vectors["packed/out"]))
-            cache, steps = RaggedCache([mixer.new_cache()]), vectors.tensors.get("step/out", ())
+            steps = vectors.tensors.get("step/out", ())
+            cache = RaggedCache([mixer.new_cache()] if len(steps) else [])
             for step in range(len(steps)):
                 token = x[:, step : step + 1]
                 places = cache.places(len(x), 1, x.device)

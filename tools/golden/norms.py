@@ -39,8 +39,8 @@ def _norm_errors(
 ) -> Iterator[float]:
     has_bias = {} if case["op"] == "rmsnorm" and "bias" not in saved else {"bias": "bias" in saved}
     norm = built(settings, {"eps": case["eps"], **has_bias}).build(saved["x"].shape[-1])
-    norm.load_state_dict({key: saved[key] for key in ("weight", "bias") if key in saved}, False)
     norm.to(limit.dtype)
+    norm.load_state_dict({key: saved[key] for key in ("weight", "bias") if key in saved}, False)
     x = leaf(saved["x"], limit.dtype)
     out = norm(x)
     yield limit.measure(out, saved["out"])

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import last_inputs
+from llmnorm.part import InputError
 
 PIECE = 128  # tokens
 
@@ -28,7 +29,8 @@ class ShortConvolution(nn.Module):
         self, channels: int, kernel: int, *, bias: bool = True, causal: bool = True
     ) -> None:
         super().__init__()
-        assert causal or kernel % 2, "a symmetric kernel has a middle"
+        if not causal and kernel % 2 == 0:
+            raise InputError(f"a convolution that looks both ways has an odd kernel, got {kernel}")
         self.kernel, self.causal = kernel, causal
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None

@@ -34,6 +34,7 @@ from llmnorm.nn.mixers.chunks import (
 )
 from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.heads import value_heads_per_key_head
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.norms.rms import RMSNorm
@@ -74,6 +75,7 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
         norm_eps: float,
     ) -> None:
         super().__init__()
+        value_heads_per_key_head(num_value_heads, num_key_heads)
         self.key_heads, self.value_heads = num_key_heads, num_value_heads
         self.key_dim, self.value_dim = key_head_dim, value_head_dim
         keys, values = num_key_heads * key_head_dim, num_value_heads * value_head_dim

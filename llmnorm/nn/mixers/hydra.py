@@ -28,6 +28,7 @@ from llmnorm.nn.masks import causal_mask
 from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.fla import flipped
+from llmnorm.nn.mixers.heads import whole_heads
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
 from llmnorm.nn.mixers.ssd import initial_dt_bias, semiseparable_matrix, time_steps
@@ -82,7 +83,7 @@ class Hydra(Mixer[HydraParameters, Never]):
         super().__init__()
         self.combination = combination
         inner = expand * hidden_size
-        self.heads, self.head_dim = inner // head_dim, head_dim
+        self.heads, self.head_dim = whole_heads(inner, head_dim, n_groups), head_dim
         self.groups, self.state_size = n_groups, state_size
         self.dt_limit, self.dt_range, self.dt_floor = dt_limit, dt_range, dt_floor
         four = 4 * n_groups * state_size

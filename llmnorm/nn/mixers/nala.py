@@ -31,6 +31,7 @@ from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear import LinearAttention, LinearBlock, LinearParameters
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.part import InputError
 
 
 class NaLa(LinearAttention):
@@ -49,6 +50,8 @@ class NaLa(LinearAttention):
         **block: Unpack[LinearBlock],
     ) -> None:
         super().__init__(hidden_size, **block)
+        if min(lam, lam * tau) < 1:  # a power below 1 has an infinite gradient at 0
+            raise InputError(f"lam {lam} and lam * tau {lam * tau:g} must be at least 1")
         self.lam, self.tau, self.norm_scale, self.query_eps = lam, tau, norm_scale, query_eps
         self.direction, self.alpha = direction, alpha
         self.feature_dim = 2 * self.head_dim

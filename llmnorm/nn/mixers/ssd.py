@@ -22,6 +22,7 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.chunks import decay_matrix
 from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
+from llmnorm.nn.mixers.heads import whole_heads
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
 from llmnorm.nn.norms.rms import RMSNorm
@@ -78,7 +79,7 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
     ) -> None:
         super().__init__()
         inner = expand * hidden_size
-        self.heads, self.head_dim = inner // head_dim, head_dim
+        self.heads, self.head_dim = whole_heads(inner, head_dim, n_groups), head_dim
         self.groups, self.state_size = n_groups, state_size
         self.dt_limit, self.dt_range, self.dt_floor = dt_limit, dt_range, dt_floor
         both = 2 * n_groups * state_size

@@ -164,8 +164,8 @@ class UnifiedNormSettings(NormSettings):
     eps: float = Field(1e-5, ge=0)
     """Added to the mean square, inside the root."""
     window: int = Field(4, ge=1)
-    """Steps over which the statistics are averaged. With 1 every step divides by the mean square of
-    its own batch and subtracts its own gradient mean, as the authors' code does."""
+    """Steps over which the statistics are averaged. With 1 every step takes its own batch's alone,
+    as the authors' code does."""
     warmup: int = Field(4000, ge=0)
     """Steps that divide by their own batch's mean square."""
     momentum: float = Field(0.9, ge=0, lt=1)
