@@ -147,6 +147,7 @@ class ShardedRuleOptimizer(RuleOptimizer):
                 )
             }
             del grads, weights
+            # The last bucket's deltas have travelled while the rule ran on this one.
             if finish is not None:
                 finish()
             finish = self._from_owners(bucket, updates, hyperparameters)
@@ -178,6 +179,11 @@ class ShardedRuleOptimizer(RuleOptimizer):
         return wait
 
     def _gather(self, bucket: Bucket, *, gradient: bool) -> Callable[[], dict[int, Tensor]]:
+        """Send parts of gradients or weights to the owners.
+
+        Returns:
+            A function that waits and returns the whole ones of this process's own matrices.
+        """
         mine = bucket.owned[self.rank]
         send = [self._local(m, gradient) for part in bucket.owned for m in part]
         pieces = [(m, self._numel(m, rank)) for rank in range(self.world) for m in mine]

@@ -9,7 +9,13 @@ from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.optim.build import describe
 from llmnorm.optim.groups import Groups, check, matrices, split
 from llmnorm.optim.schedule import ConstantSettings
-from llmnorm.optim.settings import AdamWSettings, CondaSettings, MuonSettings, NorMuonSettings
+from llmnorm.optim.settings import (
+    AdamWSettings,
+    CondaSettings,
+    MuonSettings,
+    NorMuonSettings,
+    SOAPSettings,
+)
 from llmnorm.part import InputError
 from tests.optim.rules import RULES, Run, draw
 
@@ -122,6 +128,7 @@ def test_the_table_says_who_gets_what() -> None:
         (NorMuonSettings(lr=0.1), 0.1 / (0.2 * 64**0.5)),
         (NorMuonSettings(lr=0.1, preset="paper"), 0.1),
         (CondaSettings(lr=0.1, auxiliary={"lr": 0.7}), 0.7),
+        (SOAPSettings(lr=0.1, normalize_grads=True), 0.1 / 0.2),
     ],
 )
 def test_the_rest_has_adamws_rate_at_equal_steps_unless_given(settings, expected) -> None:
