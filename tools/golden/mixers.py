@@ -343,7 +343,8 @@ def _module(
                 apart = Context(nothing, nothing, packed(lengths, 1, x.device))
                 out = mixer(vectors["packed/x"].to(dtype), apart)
                 pairs.append((out, vectors["packed/out"]))
-            cache, steps = RaggedCache([mixer.new_cache()]), vectors.tensors.get("step/out", ())
+            steps = vectors.tensors.get("step/out", ())
+            cache = RaggedCache([mixer.new_cache()] if len(steps) else [])
             for step in range(len(steps)):
                 token = x[:, step : step + 1]
                 places = cache.places(len(x), 1, x.device)
