@@ -19,7 +19,7 @@ from llmnorm.nn.cache import KeyValues, LayerCache, RaggedCache, find_places
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's slots behind Hugging Face's layer interface; a recurrent layer has no keys."""
+    """One layer's cache behind Hugging Face's layer interface; a recurrent layer has no keys."""
 
     is_compileable = False
     is_croppable = True

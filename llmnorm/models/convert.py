@@ -3,11 +3,11 @@
 A directory holds `model.safetensors`, or several shards and `model.safetensors.index.json`. Names
 and shapes are checked from the files' headers before anything is copied; then each tensor goes from
 the mapped file straight into the parameter that was allocated for it. Writing is the same the other
-way round: the tensors of one shard are asked for, written, and let go before the next.
+way round: the tensors of one shard are fetched, written and freed before those of the next.
 
-What would surprise: stock names are ours, so nothing is renamed (settings: `config/stock.py`);
-a tied head may stand in a file beside its embedding and must then equal it; nothing is unpickled,
-so a directory with `pytorch_model.bin` alone is refused.
+What would surprise: our parameter names are the stock models' names, so nothing is renamed
+(settings: `config/stock.py`). A file may hold a tied head beside its embedding; the two must then
+be equal. Nothing is unpickled, so a directory with `pytorch_model.bin` alone is refused.
 """
 
 import json
@@ -62,7 +62,10 @@ class Weights:
                         header = stored.get_slice(name)
                         dtype = _DTYPES.get(header.get_dtype())
                         if dtype is None:
-                            raise InputError(f"{file}: '{name}' is {header.get_dtype()}")
+                            raise InputError(
+                                f"{file}: '{name}' has dtype {header.get_dtype()}, which is not "
+                                f"served; known are {', '.join(_DTYPES)}"
+                            )
                         self.tensors[name] = Stored(dtype, tuple(header.get_shape()))
                         self._files[name] = file
             except (OSError, SafetensorError) as error:
@@ -112,7 +115,7 @@ def check_weights(config: LlmNormConfig, tensors: Mapping[str, Stored], where: P
     for name, tensor in wanted.items():
         have, want = tensors[name].shape, tuple(tensor.shape)
         if have != want:
-            raise InputError(f"{where}: '{name}' has shape {have}, its config.json means {want}")
+            raise InputError(f"{where}: '{name}' has shape {have}, and config.json asks for {want}")
     if unasked := sorted(n for n in tensors if n not in wanted and not _ignored(n, config)):
         more = f" and {len(unasked) - 1} more" if len(unasked) > 1 else ""
         raise InputError(f"{where}: '{unasked[0]}'{more} has no place in the model")
@@ -154,7 +157,7 @@ def write_weights(
             alone).
     """
     shards = _plan(tensors, max_shard_bytes)
-    places: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else _SINGLE
         shard = {
@@ -166,10 +169,10 @@ def write_weights(
         except SafetensorError as error:  # gives the system's errors as text
             raise OSError(f"{file}: {error}") from None
         del shard
-        places |= dict.fromkeys(names, file)
+        file_of |= dict.fromkeys(names, file)
     if shards[1:]:
-        total = sum(_bytes(tensors[name]) for name in places)
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        total = sum(_bytes(tensors[name]) for name in file_of)
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

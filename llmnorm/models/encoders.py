@@ -10,9 +10,10 @@ Shapes: input_ids, token_type_ids, attention_mask, position_ids and labels of ma
 length); hidden (batch, length, hidden); labels of texts (batch,), class numbers or (num_labels = 1)
 real numbers.
 
-Surprises: a masked model's labels stand where their tokens do, nothing is shifted; in training its
-head runs at the labelled positions only, with the chunked loss of loss.py, and makes no logits; the
-mean of a loss is over what is counted in the whole step (num_items_in_batch), as elsewhere.
+Surprises: a masked model's labels stand at their tokens' own positions; nothing is shifted. In
+training its head runs at the labelled positions only, with the chunked loss of loss.py, and makes
+no logits; on a GPU, finding those positions waits for it. A loss is divided by what is counted in
+the whole step (num_items_in_batch), as in the causal model.
 """
 
 from typing import Any
@@ -183,17 +184,17 @@ class LlmNormForSequenceClassification(LlmNormPreTrainedModel):
         return result.to_tuple() if return_dict is False else result
 
     def _read(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The token that a decision is read from, (batch, hidden)."""
+        """The hidden state (batch, hidden) that the class is read from."""
         batch, length, _ = hidden.shape
         if attention_mask is None:
             return hidden[:, -1 if self.model.causal else 0]
-        places = torch.arange(length, device=hidden.device).expand(batch, length)
+        positions = torch.arange(length, device=hidden.device).expand(batch, length)
         real = attention_mask.bool()
         if self.model.causal:
-            place = places.masked_fill(~real, -1).amax(1)
+            position = positions.masked_fill(~real, -1).amax(1)
         else:
-            place = places.masked_fill(~real, length - 1).amin(1)
-        return hidden[torch.arange(batch, device=hidden.device), place]
+            position = positions.masked_fill(~real, length - 1).amin(1)
+        return hidden[torch.arange(batch, device=hidden.device), position]
 
 
 def squared_error(values: Tensor, labels: Tensor, items: Tensor | float | None = None) -> Tensor:

@@ -101,7 +101,10 @@ def to_centred(weights: Weights, untie: bool) -> Weights:
     """The same Pre-LN model with a stream of mean zero."""
     settings, w = weights
     if not isinstance(settings.norm, LayerNormSettings):
-        _refuse("centred", f"'{_name(settings)}' sees the mean of the stream; only layer norm not")
+        _refuse(
+            "centred",
+            f"'{_name(settings)}' sees the mean of the stream; only layer norm does not",
+        )
     if settings.tie_word_embeddings:
         gain, offset = w[f"{FINAL}.weight"], w.get(f"{FINAL}.bias", torch.zeros(1))
         constant = torch.allclose(gain, gain.mean(), rtol=CENTRED, atol=0)
@@ -161,7 +164,7 @@ def to_layer(weights: Weights, untie: bool) -> Weights:
 
 
 def to_lns(weights: Weights, untie: bool) -> Weights:
-    """Depth scaling taken out of the gains again, into which `export --stock` folded it."""
+    """The gains without depth scaling, which `export --stock` multiplied into them."""
     return _rescale(weights, "lns")
 
 
@@ -178,7 +181,10 @@ def to_identity(weights: Weights, untie: bool) -> Weights:
     settings, w = weights
     norm = settings.norm
     if not isinstance(norm, UnifiedNormSettings):
-        _refuse("identity", f"'{_name(settings)}' has statistics of the token; only unified not")
+        _refuse(
+            "identity",
+            f"'{_name(settings)}' has statistics of the token; only unified has none",
+        )
     weights = _untied(weights, untie, "identity", "the head takes in the final norm's factors")
     sites = _sites(settings)
     for site in sites:
@@ -221,7 +227,7 @@ def centre_gpt2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     } | {HEAD: head.clone()}
 
 
-# Their steps.
+# The steps that the targets are made of.
 
 
 def _centre(weights: Weights) -> dict[str, Tensor]:
@@ -311,7 +317,7 @@ def _untied(weights: Weights, untie: bool, target: str, why: str) -> Weights:
     return Weights(_with(settings, tie_word_embeddings=False), {**w, HEAD: w[EMBEDDING].clone()})
 
 
-# Where things stand in the model.
+# Names of the norms and matrices.
 
 
 def _sites(settings: ModelSettings) -> list[_Site]:

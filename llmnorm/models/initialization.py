@@ -1,6 +1,6 @@
 """Initial weights, reproducible from one number.
 
-Linear layers: normal with std `initializer_range`, or what the block says (`initialization:
+Linear layers: normal with std `initializer_range`, or the std that the block sets (`initialization:
 scaled`, DeepNorm), offsets zero; the embedding: normal with std `embedding_std`; any other module
 with parameters of its own (norms, a part's own) by its `reset_parameters()`.
 

@@ -3,11 +3,12 @@
 Shapes: input_ids, labels, position_ids and attention_mask (batch, length); hidden (batch, length,
 hidden). Parameter names are Llama's, so a stock Llama, Qwen or Mistral state dict maps one to one.
 
-Surprises: documents of packed rows are kept apart where position_ids restart at 0 (no
-attention_mask, no cache); where the mixers look both ways (`causal` is False) there is no cache
-either; with labels in training, and always with shift_labels, no logits are made
-(loss.py); without `use_cache=True` or a cache there is no cache; in `generate` rows of a
-left-padded batch get slots of their own length, so padding is never stored.
+Surprises:
+- Documents of packed rows are kept apart where position_ids restart at 0, with and without an
+  attention_mask; a cache is refused for them. context.py has the rules.
+- No logits are made with labels in training, and with shift_labels (loss.py).
+- There is no cache without `use_cache=True` or past_key_values, and none for an encoder.
+- In `generate`, rows of a left-padded batch are stored without their padding, each at its length.
 """
 
 from typing import Any
@@ -113,8 +114,8 @@ class LlmNormPreTrainedModel(PreTrainedModel):
 class LlmNormModel(LlmNormPreTrainedModel):
     """Embedding, blocks and final norm.
 
-    `fixed_shapes` (set by who compiles the blocks): keep the documents of packed rows apart by
-    boundaries alone where a kernel serves them, else by a mask of constant shape, not one by one.
+    `fixed_shapes` is set by the caller that compiles the blocks: documents of packed rows are then
+    kept apart without shapes that depend on their lengths (nn/visibility.py).
     """
 
     def __init__(self, config: LlmNormConfig) -> None:
@@ -144,8 +145,9 @@ class LlmNormModel(LlmNormPreTrainedModel):
             assert isinstance(block, Block)
             if block.self_attn.causal != self.causal:  # a part of another package's
                 raise InputError(
-                    f"model.mixer: the mixer of layer {layer} does not look the way that its "
-                    "settings say (`causal`)"
+                    f"model.mixer: the mixer of layer {layer} has causal = "
+                    f"{block.self_attn.causal}, and its settings say {self.causal}; make the "
+                    "class and its settings agree"
                 )
         self.post_init()
 

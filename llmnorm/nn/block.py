@@ -10,8 +10,8 @@
 
 Shapes: hidden (batch, length, hidden). Submodules carry the names of Llama, OLMo 2 and Gemma 2,
 whatever the mixer is, so that checkpoints map one to one: `post_attention_layernorm` stands before
-the MLP in `pre` and after the mixer in all others. With `mlp: none` the second line of each
-equation, and its norms, are left out.
+the MLP in `pre` and after the mixer in all others. With `mlp: none` a block is its mixer alone: the
+MLP and its norms are left out.
 """
 
 import math

@@ -6,10 +6,10 @@ recurrent layer keeps a state (recurrent_cache.py). The verbs are the same for e
 `append`, `rollback`, `admit`, `release`, `select`.
 
 Invariants: the slot of a token is its position in the row (in a window: less what was dropped of
-the row's beginning); a query at position i sees the slots up to its own and nothing else, so what
-lies beyond a row's length (rejected tokens, padding, a former tenant) is never read before it is
-overwritten. Buffers start as zeros, since 0 * NaN from uninitialised memory would pass through any
-mask.
+the row's beginning); a query at position i sees the slots up to its own and nothing else. What lies
+beyond a row's length (rejected tokens, padding, tokens of a sequence that had the row before) is
+overwritten before a query can see it. Buffers start as zeros, since 0 * NaN from uninitialised
+memory would pass through any mask.
 
 Shapes: new tokens (rows, new, kv_heads, head_dim), as mixers make them; `real` (rows, new), False
 for padding. Example: rows of length 5 and 2, new tokens real = [[1, 1, 1], [0, 1, 1]]
@@ -97,7 +97,7 @@ class LayerCache(Protocol):
         """Drop each row's last tokens."""
 
     def admit(self, row: int, source: "LayerCache | None", source_row: int) -> None:
-        """Let `row` (one more than there are, or a released one) begin, as a copy of a source's."""
+        """Start `row`, a released or the next new one: empty, or as a copy of a source's row."""
 
     def release(self, row: int) -> None:
         """Empty a row."""
@@ -112,8 +112,9 @@ class LayerCache(Protocol):
 class KeyValues:
     """One attention layer's keys and values.
 
-    With a `window` tokens that no later query sees are dropped now and then, `dropped` of each row;
-    as many as needed for a rollback of KEPT tokens stay, so that memory does not grow with the row.
+    With a `window`, tokens that no later query can see are dropped now and then; `dropped` counts
+    them for each row. The last window + KEPT tokens stay, so that KEPT tokens can be rolled back
+    and memory does not grow with the row.
     """
 
     def __init__(self, window: int | None = None) -> None:
@@ -136,8 +137,8 @@ class KeyValues:
         index, width = places.index, places.width
         if self.window is not None:
             self._drop(self.window, keys.shape[1])
-            gone = torch.tensor(self.dropped, device=index.device)
-            index, width = index - gone[:, None], self._held() + keys.shape[1]
+            dropped = torch.tensor(self.dropped, device=index.device)
+            index, width = index - dropped[:, None], self._slots_in_use() + keys.shape[1]
         kept_keys = self._room(self.keys, keys, width)
         kept_values = self._room(self.values, values, width)
         self.keys, self.values = kept_keys, kept_values
@@ -151,14 +152,14 @@ class KeyValues:
         self.lengths = [a + b for a, b in zip(self.lengths, places.counts, strict=True)]
         return kept_keys[:, :, :width], kept_values[:, :, :width]
 
-    def _held(self) -> int:
-        """Slots in use in the fullest row."""
+    def _slots_in_use(self) -> int:
+        """Of the fullest row."""
         return max(a - b for a, b in zip(self.lengths, self.dropped, strict=True))
 
     def _drop(self, window: int, new: int) -> None:
-        """Move the rows' ends to the front once twice as much is held as is needed."""
+        """Move the rows' last tokens to the front once twice as many are there as are needed."""
         needed = window + KEPT
-        if self.keys is None or self.values is None or self._held() + new <= 2 * needed:
+        if self.keys is None or self.values is None or self._slots_in_use() + new <= 2 * needed:
             return
         starts = [max(d, n - needed) for d, n in zip(self.dropped, self.lengths, strict=True)]
         shift = [a - b for a, b in zip(starts, self.dropped, strict=True)]
@@ -192,8 +193,8 @@ class KeyValues:
         if min(counts, default=0) < 0 or min(lengths, default=0) < 0:
             raise ValueError(f"rollback of {list(counts)} tokens from rows of {self.lengths}")
         if self.window is not None:
-            for length, gone in zip(lengths, self.dropped, strict=True):
-                if gone and length - gone < self.window - 1:
+            for length, dropped in zip(lengths, self.dropped, strict=True):
+                if dropped and length - dropped < self.window - 1:
                     raise ValueError(
                         f"rollback of {list(counts)} tokens: of layers with a window the last "
                         f"{self.window + KEPT} tokens of a row are kept"
@@ -201,7 +202,7 @@ class KeyValues:
         self.lengths = lengths
 
     def admit(self, row: int, source: LayerCache | None, source_row: int) -> None:
-        """Let `row` (one more than there are, or a released one) begin, as a copy of a source's."""
+        """Start `row`, a released or the next new one: empty, or as a copy of a source's row."""
         if row == len(self.lengths):
             self.lengths.append(0)
             self.dropped.append(0)
@@ -220,7 +221,7 @@ class KeyValues:
         self.dropped[row] = source.dropped[source_row]
 
     def release(self, row: int) -> None:
-        """Empty a row; its memory stays for the next tenant."""
+        """Empty a row; its memory stays for the next sequence."""
         self.lengths[row] = self.dropped[row] = 0
 
     def select(self, rows: Sequence[int]) -> None:

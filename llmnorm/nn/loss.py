@@ -1,10 +1,11 @@
 """Linear cross-entropy in chunks: the loss of a language model's head without its full logits.
 
 Shapes: hidden (tokens, hidden), weight (vocabulary, hidden), bias of an encoder's head
-(vocabulary,), labels (tokens,), -100 = not counted. The logits exist for one chunk of tokens at a
-time; all gradients are computed there too, in the forward pass, since softmax(logits) -
-onehot(label) is at hand, so that nothing is computed twice and what is kept for the backward pass
-has the size of `hidden` and `weight`.
+(vocabulary,), labels (tokens,), of which -100 is not counted.
+
+The logits exist for one chunk of tokens at a time. The forward pass computes the gradients of
+`hidden`, `weight` and bias too, while it has a chunk's softmax(logits) - onehot(label). So logits
+are computed once, and what is kept for the backward pass has the size of `hidden` and `weight`.
 
 Surprises: the weight's gradient is accumulated in float32 (float64 for float64) over the chunks
 also where the products are bf16; the division by the number of tokens is applied to narrow tensors,
@@ -86,7 +87,7 @@ def linear_cross_entropy(
         items = (labels != IGNORED).sum().clamp(min=1)
     scale = 1 / torch.as_tensor(items, dtype=wide_dtype(dtype), device=hidden.device)
     chunk = chunk or chunk_size(weight)
-    # Inside a Function neither tells: needs_input_grad is true without gradients too.
+    # Decided here: inside the Function, needs_input_grad is true also under torch.no_grad().
     wanted = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
@@ -111,11 +112,11 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of every token (tokens,), 0 where the label is -100; without gradients."""
     chunk = chunk_size(weight)
     parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    losses = [_softmax(_logits(part, weight), its)[1] for part, its in parts]
+    losses = [_softmax(_logits(part, weight), own)[1] for part, own in parts]
     return torch.cat(losses)
 
 
-# Of a chunk; a CPU's caches are small, a GPU wants to be full.
+# Logits of a chunk: few on a CPU, whose caches are small, many on a GPU, to keep it busy.
 LOGITS = {"cpu": 2**21, "cuda": 2**26}
 
 
@@ -163,7 +164,7 @@ def _by_parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.compile
 def _in_one_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same."""
+    """What `_by_parts` computes, in a form that torch's compiler makes one kernel of."""
     wide = logits.to(wide_dtype(logits.dtype))
     label = labels.clamp(min=0).unsqueeze(-1)
     normaliser = wide.logsumexp(-1, keepdim=True)
@@ -223,6 +224,7 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+        # loss.backward() gives 1: nothing to scale. On a GPU, asking would wait for it.
         if grads[0].device.type == "cpu" and grads[0] == 1 and ctx.weight_dtype == grads[0].dtype:
             return hidden_grad, weight_grad, bias_grad, *(None,) * 6
         if hidden_grad is not None:

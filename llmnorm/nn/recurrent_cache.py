@@ -2,13 +2,13 @@
 
 A state is a tuple of tensors (rows, ...), all zeros for an empty row; the inputs of a pass are a
 tuple of tensors (rows, new, ...). The mixer gives `advance(state, inputs, counts)`, a pure function
-to the state after each row's first `counts` inputs; an input of zeros leaves a state as it is, so
-what comes after them is zeroed and does nothing.
+that returns the state after each row's first `counts` inputs. An input of zeros leaves a state as
+it is, so the inputs behind those are set to zero.
 
-A state cannot be cut back, so rejected tokens leave by replay: the state from before is kept with
-the inputs since, and the accepted ones are run again ("snapshot one and replay"). At least the last
-KEPT tokens of every row can be rolled back, at most about twice as many are kept, so the memory
-does not grow with the row. `admit`, `release` and `select` make the present the new beginning.
+A state cannot be cut back, so a rollback is a replay: an earlier state is kept together with the
+inputs since, and those that stay are run again from it. At least the last KEPT tokens of every row
+can be rolled back, and at most about twice as many are kept, so that memory does not grow with the
+row. After `admit`, `release` and `select` nothing before them can be rolled back.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ class RecurrentCache:
         self.lengths, self.state, self._stages = [], None, [_Stage(None)]
 
     def append(self, inputs: Inputs, state: State, places: Places) -> None:
-        """Take in a pass: its inputs, and the state after them, which the mixer has at hand.
+        """Take in a pass: its inputs, and the state after them, which the mixer has computed.
 
         Raises:
             ValueError: the places are for rows of other lengths (`check_places`).
@@ -107,7 +107,7 @@ class RecurrentCache:
         self.lengths = lengths
 
     def admit(self, row: int, source: LayerCache | None, source_row: int) -> None:
-        """Let `row` (one more than there are, or a released one) begin, as a copy of a source's."""
+        """Start `row`, a released or the next new one: empty, or as a copy of a source's row."""
         if row == len(self.lengths):
             self.lengths.append(0)
         assert self.lengths[row] == 0, "a row is admitted to a free slot"

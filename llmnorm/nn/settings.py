@@ -65,7 +65,7 @@ class NoMLPSettings(Settings):
     name: Literal["none"] = "none"
 
     def default_intermediate_size(self, hidden_size: int) -> int:
-        """Of no use."""
+        """1, which nothing reads."""
         return 1
 
     def build(self, hidden_size: int, intermediate_size: int) -> None:

@@ -244,7 +244,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     for tensors, words in (
         ({name: None}, f"holds no tensor '{name}'"),
-        ({name: torch.zeros(3, 4)}, rf"'{name}' has shape \(3, 4\), its config.json means"),
+        ({name: torch.zeros(3, 4)}, rf"'{name}' has shape \(3, 4\), and config.json asks for"),
         ({"model.extra": torch.zeros(3)}, "'model.extra' has no place in the model"),
     ):
         saved(tmp_path, "llama")

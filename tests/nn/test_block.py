@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.models.modeling import build_model, empty_model
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.norms.depth_scaling import depth_scale
 from llmnorm.part import InputError
 
@@ -80,7 +81,7 @@ def test_the_blocks_follow_the_rule(name: str) -> None:
     model = build(name)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     expected = model(inputs_embeds=x).last_hidden_state
-    context = model._context(x, None, None)
+    context = Context(*model.rotary(torch.arange(5).unsqueeze(0), x.dtype))
     for layer, block in enumerate(model.layers):
         rule, names = RULES[name.split(",")[0]](layer)
         branches = (partial(block.self_attn, context=context), block.mlp)
@@ -160,7 +161,7 @@ def test_qk_norm_cancels_the_scale_of_the_logits() -> None:
             mixer = {"name": "softmax", "qk_norm": qk_norm, "qk_norm_eps": 0}
             model = build("pre", mixer=mixer, depth_scaling=scaling)
             x = torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(2)).double()
-            context = model._context(x, None, None)
+            context = Context(*model.rotary(torch.arange(5).unsqueeze(0), x.dtype))
             block = model.layers[2]
             prepared = block.self_attn.prepare(block.input_layernorm(x), context)
             weights.append(block.self_attn.materialize(prepared, context))

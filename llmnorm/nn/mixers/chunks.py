@@ -1,7 +1,7 @@
 """Rows cut into chunks: documents that share a chunk, decays inside it, blocks of chunks.
 
 What the recurrences of linear_recurrence.py, gla.py and gated_delta.py have in common. Shapes in
-letters: b batch, n chunk, g group of heads, r head of the group, c, i or j place in the chunk.
+letters: b batch, n chunk, g group of heads, r head of the group, c, i or j position in the chunk.
 
 Sums of decays are sums of their own terms, never differences of a running sum: those lose digits
 where gates are strong, and let one document's rounding leak into another's.
@@ -70,7 +70,14 @@ def whole_chunks(
 
 
 class Documents:
-    """Who belongs to whom, for chunks that several documents may share."""
+    """Which tokens of a chunk belong to one document, and which to that of the state before it.
+
+    Attributes:
+        same: (b, n, 1, 1, i, j), whether j is before, or is, i and in its document.
+        continues: (b, n, 1, 1, c), whether the document of the state before the chunk is c's.
+        ends: (b, n, 1, 1, c), whether c's document is the chunk's last one.
+        carried: (b, n, 1, 1, 1), whether the document of the state before is the chunk's last one.
+    """
 
     def __init__(self, segments: Tensor, last: Tensor | None, chunk: int) -> None:
         assert last is not None
@@ -78,10 +85,10 @@ class Documents:
         ends = number[..., -1:]
         before = torch.cat((last, ends[:, :-1, 0]), 1)[..., None]
         same = (number[..., :, None] == number[..., None, :]).tril()
-        self.same = same[:, :, None, None]  # (b, n, 1, 1, i, j)
-        self.continues = (number == before)[:, :, None, None]  # (b, n, 1, 1, c)
+        self.same = same[:, :, None, None]
+        self.continues = (number == before)[:, :, None, None]
         self.ends = (number == ends)[:, :, None, None]
-        self.carried = (ends == before)[:, :, None, None]  # (b, n, 1, 1, 1)
+        self.carried = (ends == before)[:, :, None, None]
 
 
 def decays(g: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ values among them as `v` (batch, length, kv_heads, value_dim); y (batch, length,
 The contract, tested for every mixer and every kind of context:
 `mix(p) == einsum("bhij,bjhv->bihv", materialize(p), v)`, values repeated over their group of heads.
 A diagonal skip belongs to the matrix; gates, norms and the output projection belong to `finish`,
-convolutions over time to `prepare`. With a cache the padding of a row is behind its real tokens.
+convolutions over time to `prepare`. With a cache, a row's padding stands behind its real tokens.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Context:
     """(batch or 1, length, 1, head_dim/2) rotary table."""
     sin: Tensor
     """The same for the sine."""
-    visibility: Visibility = Plain()  # noqa: RUF009 (it has no state)
+    visibility: Visibility = Plain()
     """Who may look at whom. The three properties below are read from it, for the mixers that treat
     several kinds alike."""
 

@@ -6,11 +6,13 @@ already (scale=1); log_decay, log_gate -> g, float32; b -> beta; state (batch, h
 initial_state and final_state; boundaries of documents -> cu_seqlens, the rows laid end to end, one
 state a document. What is given and returned is as in those files.
 
-Precision: bf16, in bf16 training alone; decays, sums and the states handed over stay float32
-(between chunks the forward pass keeps bf16 states). Float32 stays ours: fla's products of it are
-TF32, off by 1e-3 (tools/bench/gpu_kernels.py). Surprises: fla has no grouped heads but for the
-delta rule's values, so keys or values are repeated; its kernels choose their tiles by timing at
-their first call, which for gla takes minutes, so two runs agree up to rounding only.
+Precision: the kernels serve bf16 training alone. Their products are bf16; decays, sums and the
+states handed over stay float32 (between chunks the forward pass keeps bf16 states). Float32 is left
+to our engines, since fla's products of it are TF32, off by 1e-3 (tools/bench/gpu_kernels.py).
+
+Surprises: fla has no grouped heads but for the delta rule's values, so keys or values are repeated.
+Its kernels choose their tiles by timing at their first call, which takes minutes for gla, so two
+runs agree up to rounding only.
 """
 
 from collections.abc import Callable
@@ -156,11 +158,11 @@ def _run(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y and the states behind the rows, float32."""
-    told: dict[str, Any] = {"scale": 1.0, "output_final_state": True}
+    options: dict[str, Any] = {"scale": 1.0, "output_final_state": True}
     if state is not None:
         state = state.float()
     if segments is None:
-        y, after = kernel(**inputs, initial_state=state, **told)
+        y, after = kernel(**inputs, initial_state=state, **options)
         return y.float(), after
     if boundaries is None:
         boundaries = document_starts(segments)
@@ -172,7 +174,7 @@ def _run(
     if state is not None:
         state = state.new_zeros(len(boundaries) - 1, *state.shape[1:]).index_copy(0, first, state)
     inputs = {name: t.flatten(0, 1).unsqueeze(0) for name, t in inputs.items()}
-    y, after = kernel(**inputs, initial_state=state, cu_seqlens=boundaries, **told)
+    y, after = kernel(**inputs, initial_state=state, cu_seqlens=boundaries, **options)
     return y.squeeze(0).unflatten(0, (batch, length)).float(), after[last]
 
 

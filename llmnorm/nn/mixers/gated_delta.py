@@ -7,7 +7,8 @@ Qwen3NextGatedDeltaNet), whose parameter names and layout these are.
 
 Shapes: q and k (batch, length, key_heads, key_dim), v (batch, length, value_heads, value_dim), b
 and g (batch, length, value_heads), state (batch, value_heads, key_dim, value_dim); value head h
-reads key head h // (value_heads / key_heads). Inside: b batch, n chunk, h head, i and j place.
+reads key head h // (value_heads / key_heads). Inside: b batch, n chunk, h head, i and j tokens of
+the chunk.
 
 In a chunk, with D_ij the decay from j to i, the written values u solve a triangular system,
   u = b (v - since k S) - tril(b k k^T * D, -1) u,

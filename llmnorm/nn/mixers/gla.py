@@ -5,7 +5,7 @@ defaults of fla (fla/layers/gla.py): log gates logsigmoid(low-rank map of x) / 1
 half as wide as values, no rotary positions; the output is RMSNorm of each head, times silu(g).
 
 Shapes: q, k and log_gate (batch, length, heads, key_dim), v (batch, length, heads, value_dim),
-state (batch, heads, key_dim, value_dim). Inside: b batch, n chunk, h head, i and j place in chunk.
+state (batch, heads, key_dim, value_dim). Inside: b batch, n chunk, h head, i and j in the chunk.
 
 Surprise: a decay a channel does not factor out of q k^T; splitting exp(G_i - G_j) into two factors
 overflows where gates are strong. So inside a chunk, a short one, every pair has its own sum of

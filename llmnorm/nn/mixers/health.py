@@ -31,7 +31,7 @@ QUERIES = 128
 def queries(
     like: Tensor, context: Context, *, causal: bool, window: int | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """A row's number, places (n,) of some of its real tokens, and whom they see (n, length).
+    """A row's number, indices (n,) of some of its real tokens, and what they see, (n, length).
 
     like (batch, length, ...); together the pieces are all real tokens of all rows.
     """

@@ -10,11 +10,12 @@ Shapes: as ssd.py's; B and C (batch, length, n_groups, state_size), dt (batch, l
 Surprises: through the shift row i reads C of its neighbour (C_{i-1} forward, C_{i+1} backward),
 which is what the official code does and equation 3 does not. The norm comes before the gate, the
 opposite of Mamba-2, and over all channels. It looks at later tokens and serves encoders only.
-`add` and `concat` are the ablations of table 3: SSD(x) + flip(SSD(flip x)), in whose diagonal, C_i
-B_i dt_i of both directions, nothing is free; and both side by side, heads [forward, backward] of
-head 0, then of head 1, ..., under a norm, a gate (z twice) and a projection of twice the width.
-Documents and padding are kept out of the convolution, both scans and both shifts, in all of which
-the official code leaks.
+`add` and `concat` are the ablations of table 3. `add` is SSD(x) + flip(SSD(flip x)), whose diagonal
+is the sum of C_i B_i dt_i of both directions, without a free part. `concat` puts both side by side,
+[forward, backward] of head 0, then of head 1, ..., and has a norm, a gate (z twice) and an output
+projection of twice the width.
+Documents are kept apart, and padding is kept out, in the convolution, both scans and both shifts;
+the official code leaks in all of them.
 """
 
 from typing import Literal, NamedTuple, Never

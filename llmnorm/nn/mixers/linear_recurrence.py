@@ -11,16 +11,16 @@ the backward pass is the same from behind, for dS. Its sums for g are those of d
 Shapes: q (batch, length, q_heads, K), k (batch, length, groups, K), v (batch, length, v_heads, V),
 log_decay g <= 0 (batch, length, v_heads), state (batch, v_heads, K, V). One of q_heads and v_heads
 is `groups`, the other a multiple (grouped queries; Mamba-2's groups); head h belongs to group
-h // (heads / groups). Inside: n chunk, b batch, g group, r head of the group, c or i place in the
+h // (heads / groups). Inside: n chunk, b batch, g group, r head of the group, c or i token of the
 chunk. "By head" is (n, b, g, r, c, dim); "merged" is a matrix (n, b, g, r c, dim) of the readers of
 one state, or (n, b, g, c, r dim) of its writers.
 
 Surprises. On a GPU fla's kernels may take over, in their precision (fla.py). Here documents are
-isolated to the bit; only inf and nan pass within a chunk. All is float32 (float64 for float64
-input). A token whose k (or v) and g are 0 leaves the state as it is: so
-padding is told. Rows go in blocks of a few chunks, whose temporaries stay in the processor's cache,
-and the backward pass makes a block's W and S again, so that only inputs and one state a block are
-kept.
+isolated to the bit; only inf and nan reach other documents, within a chunk. Everything is computed
+in float32 (float64 for float64 input). Padding is a token whose k (or v) and g are 0: it leaves the
+state as it is. Rows are taken in blocks of a few chunks, whose temporaries stay in the processor's
+cache. The backward pass computes a block's W and S again, so that only the inputs and one state a
+block are kept.
 """
 
 from collections.abc import Sequence
@@ -53,13 +53,13 @@ def linear_recurrence(
     """Every y_t, and the state after the last token.
 
     Args:
-        q: what reads the state.
-        k: what writes it, at which place.
-        v: what is written.
+        q: queries, which read the state.
+        k: keys, under which values are written to the state.
+        v: the values.
         log_decay: at most 0; None: no decay.
         segments: (batch, length) numbers of the documents, which begin with an empty state.
         boundaries: where they start (Context), if known; only fla's kernels ask.
-        state: what came before the first token; None: nothing.
+        state: the state before the first token; None: zeros.
         chunk: tokens a chunk; changes time and memory, and numbers by rounding only.
 
     Returns:
@@ -104,11 +104,11 @@ class _Recurrence(torch.autograd.Function):
         y = v.new_empty(*v.shape[:2], max(q.shape[2], v.shape[2]), v.shape[3])
         state, states = merged_state(state, k.shape[2]), []
         with torch.autocast(q.device.type, enabled=False):
-            for place in places(q, chunk):
+            for tokens in block_slices(q, chunk):
                 states.append(state)
-                documents = documents_at(place, segments, chunk)
-                block = Block(documents, chunk, *parts((q, k, v, decay), place))
-                state = block.forward(state, y[:, place])
+                documents = documents_at(tokens, segments, chunk)
+                block = Block(documents, chunk, *parts((q, k, v, decay), tokens))
+                state = block.forward(state, y[:, tokens])
         ctx.save_for_backward(q, k, v, decay, segments, *states)
         ctx.chunk = chunk
         return y, state_by_head(state, v)
@@ -120,32 +120,32 @@ class _Recurrence(torch.autograd.Function):
         dy, d_state = grads[0], merged_state(grads[1], k.shape[2])
         found = [None if t is None else torch.empty_like(t) for t in (q, k, v, decay)]
         with torch.autocast(q.device.type, enabled=False):
-            for place in reversed(places(q, ctx.chunk)):
-                documents = documents_at(place, segments, ctx.chunk)
-                block = Block(documents, ctx.chunk, *parts((q, k, v, decay), place))
-                into = parts(found, place)
-                d_state = block.backward(states.pop(), dy[:, place], d_state, *into)
+            for tokens in reversed(block_slices(q, ctx.chunk)):
+                documents = documents_at(tokens, segments, ctx.chunk)
+                block = Block(documents, ctx.chunk, *parts((q, k, v, decay), tokens))
+                into = parts(found, tokens)
+                d_state = block.backward(states.pop(), dy[:, tokens], d_state, *into)
         return (*found, state_by_head(d_state, v), None, None)
 
 
-def places(q: Tensor, chunk: int) -> list[slice]:
-    """Where the blocks of rows like q (batch, length, ...) are."""
+def block_slices(q: Tensor, chunk: int) -> list[slice]:
+    """The tokens of each block, for rows like q (batch, length, ...)."""
     chunks = max(1, BLOCK // len(q)) if q.device.type == "cpu" else GPU_BLOCK
     size = chunk * chunks
     return [slice(start, start + size) for start in range(0, q.shape[1], size)]
 
 
-def documents_at(place: slice, segments: Tensor | None, chunk: int) -> Documents | None:
+def documents_at(tokens: slice, segments: Tensor | None, chunk: int) -> Documents | None:
     """The documents of a block of whole chunks."""
     if segments is None:
         return None
-    last = segments[:, max(0, place.start - 1)][:, None]
-    return Documents(segments[:, place], last, chunk)
+    last = segments[:, max(0, tokens.start - 1)][:, None]
+    return Documents(segments[:, tokens], last, chunk)
 
 
-def parts(tensors: Sequence[Tensor | None], place: slice) -> list[Any]:
+def parts(tensors: Sequence[Tensor | None], tokens: slice) -> list[Any]:
     """The tokens of one block, of each tensor (batch, length, ...)."""
-    return [None if t is None else t[:, place] for t in tensors]
+    return [None if t is None else t[:, tokens] for t in tensors]
 
 
 def merged_state(state: Tensor, groups: int) -> Tensor:
@@ -318,7 +318,7 @@ class Block:
         return x.flatten(3, 4) if self.writers == 1 else x.flatten(4, 5)
 
     def merging_of(self, x: Tensor, readers: int) -> Tensor:
-        """The way back."""
+        """The result of a product with what `matrix` made, back in the order of `merging`."""
         if self.writers == 1:
             return x.unflatten(3, (readers, -1))
         return x.unflatten(4, (self.writers, -1))

@@ -7,7 +7,7 @@ scores: it is phi(q_t) times the running sum of phi(k), made by a triangle of on
 
 Shapes: q (batch, length, heads, head_dim), k and v (batch, length, groups, ...), features F wide;
 states (batch, groups, F, V) of the numerator and (batch, groups, F, 1) of the normaliser. Inside: b
-batch, n chunk, c place in it, g group, r head of the group.
+batch, n chunk, c token of it, g group, r head of the group.
 
 Features are made block by block from q and k, and made again in the backward pass: they are several
 times as wide as q and k, and are never held for a whole row. `sums_by_kernel` does the same by
@@ -27,10 +27,10 @@ from llmnorm.nn.mixers.chunks import Documents, whole_chunks
 from llmnorm.nn.mixers.linear_recurrence import (
     CHUNK,
     Block,
+    block_slices,
     documents_at,
     merged_state,
     parts,
-    places,
     state_by_head,
 )
 
@@ -55,7 +55,7 @@ def normalised_sums(
 
     Args:
         features: makes features of a piece of a row; has no parameters of its own.
-        states: what came before the first token.
+        states: both states before the first token.
         q: queries, float32 or float64.
         k: keys.
         v: values.
@@ -149,12 +149,12 @@ class _Sums(torch.autograd.Function):
         state, keys = merged_state(state, k.shape[2]), keys.flatten(1)
         kept: list[Tensor] = []
         with torch.autocast(q.device.type, enabled=False):
-            for place in places(q, chunk):
+            for tokens in block_slices(q, chunk):
                 kept += [state, keys]
-                row = parts((q, k, v, cos, sin, real), place)
-                piece = _Piece(features, documents_at(place, segments, chunk), chunk, *row)
-                state = piece.block.forward(state, numerator[:, place])
-                keys = piece.normaliser(keys, normaliser[:, place])
+                row = parts((q, k, v, cos, sin, real), tokens)
+                piece = _Piece(features, documents_at(tokens, segments, chunk), chunk, *row)
+                state = piece.block.forward(state, numerator[:, tokens])
+                keys = piece.normaliser(keys, normaliser[:, tokens])
         ctx.save_for_backward(q, k, v, cos, sin, real, segments, *kept)
         ctx.features, ctx.chunk = features, chunk
         after = state_by_head(state, v), keys.view(len(k), k.shape[2], -1, 1)
@@ -169,24 +169,24 @@ class _Sums(torch.autograd.Function):
         d_state, d_keys = merged_state(grads[2], k.shape[2]), grads[3].flatten(1)
         found = [torch.empty_like(t) for t in (q, k, v)]
         with torch.autocast(q.device.type, enabled=False):
-            for place in reversed(places(q, chunk)):
+            for tokens in reversed(block_slices(q, chunk)):
                 keys, state = kept.pop(), kept.pop()
-                row = parts((q, k, v, cos, sin, real), place)
+                row = parts((q, k, v, cos, sin, real), tokens)
                 leaves = [t.detach().requires_grad_() for t in row[:2]]
                 with torch.enable_grad():
-                    documents = documents_at(place, segments, chunk)
+                    documents = documents_at(tokens, segments, chunk)
                     piece = _Piece(ctx.features, documents, chunk, *leaves, *row[2:])
                 d_turned: list[Any] = [torch.empty_like(t) for t in (*piece.turned, piece.v)]
                 d_state = piece.block.backward(
-                    state, d_numerator[:, place], d_state, *(*d_turned, None)
+                    state, d_numerator[:, tokens], d_state, *(*d_turned, None)
                 )
-                *d_plain, d_keys = piece.normaliser_backward(keys, d_normaliser[:, place], d_keys)
+                *d_plain, d_keys = piece.normaliser_backward(keys, d_normaliser[:, tokens], d_keys)
                 length = leaves[0].shape[1]
                 made = torch.autograd.grad(
                     piece.made, leaves, [t[:, :length] for t in (*d_plain, *d_turned[:2])]
                 )
                 for whole, part in zip(found, (*made, d_turned[2]), strict=True):
-                    whole[:, place] = part[:, :length]
+                    whole[:, tokens] = part[:, :length]
         after = state_by_head(d_state, v), d_keys.view(len(k), k.shape[2], -1, 1)
         return None, None, *found, *(None,) * 4, *after
 

@@ -10,7 +10,8 @@ the heads; x (batch, length, heads, head_dim).
 
 Surprises: `Rotary` is no module and holds Python numbers only, so a model built on the meta device
 cannot lose its tables; float64 is used only where the caller asks for it. `dynamic` and `longrope`
-depend on the longest position of the call; unlike transformers nothing is remembered between calls.
+depend on the longest position of the call; unlike transformers', a call does not depend on those
+before it.
 """
 
 import math

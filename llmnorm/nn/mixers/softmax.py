@@ -11,9 +11,10 @@ With a sliding window a query sees that many tokens, itself included (Beltagy et
 2004.05150; Mistral). Long rows are then cut into blocks of a window's length, each of which looks
 at itself and the block before, so that time and memory are linear in the length.
 
-Rows that hold several documents: each document by itself (no work is spent on pairs that must not
-see each other), in one kernel on a GPU. A mask where that kernel does not serve (it wants half
-precision), or a compiler wants fixed shapes. Isolation is exact either way: a masked weight is 0.
+Packed rows: on a CPU each document is attended to by itself, so that no work is spent on pairs that
+must not see each other. On a GPU one kernel does the same. A mask is used where that kernel does
+not serve (it wants half precision), and where a compiler wants fixed shapes. Isolation is exact in
+all three ways: a masked weight is 0.
 """
 
 from typing import NamedTuple
@@ -151,7 +152,7 @@ class SoftmaxAttention(Mixer[SoftmaxParameters, KeyValues]):
         return self._attend(q, keys, values, (behind >= 0) & (behind < self.sliding_window))
 
     def _attend_freely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Every query to all that the mixer's direction and window let it see."""
+        """Attention without a mask: direction and window alone say what a query sees."""
         length, window = q.shape[2], self.sliding_window
         if window is None or length <= window:
             return self._attend(q, k, v, None, causal=self.causal)

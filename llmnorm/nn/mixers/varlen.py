@@ -14,8 +14,8 @@ from torch import Tensor
 from llmnorm.nn.precision import product_dtype
 
 FLASH_ATTN = find_spec("flash_attn") is not None
-# Before, torch takes fewer heads of keys without being asked, and refuses to be asked.
-ASK_FOR_GROUPS = torch.__version__ >= "2.12"
+# Older versions serve grouped heads without the argument `enable_gqa`, and refuse the argument.
+TAKES_ENABLE_GQA = torch.__version__ >= "2.12"
 
 
 def serves(hidden: Tensor) -> bool:
@@ -42,8 +42,8 @@ def attention(
 
     A query sees `window` tokens, itself included; None: all before it, and (causal=False) after it.
     """
-    # Both kernels count the tokens before and after the query; -1 is all of them.
-    around = (-1 if window is None else window - 1, 0 if causal else -1)
+    # Both kernels want the numbers of tokens seen before and after the query; -1 is all of them.
+    window_size = (-1 if window is None else window - 1, 0 if causal else -1)
     if FLASH_ATTN:
         from flash_attn import flash_attn_varlen_func
 
@@ -56,12 +56,12 @@ def attention(
             longest,
             longest,
             causal=causal,
-            window_size=around,
+            window_size=window_size,
         )
     from torch.nn.attention.varlen import varlen_attn
 
     grouped: dict[str, Any] = {}
-    if ASK_FOR_GROUPS and q.shape[1] != k.shape[1]:
+    if TAKES_ENABLE_GQA and q.shape[1] != k.shape[1]:
         grouped["enable_gqa"] = True
     mixed = varlen_attn(
         q,
@@ -71,7 +71,7 @@ def attention(
         boundaries,
         longest,
         longest,
-        window_size=around,
+        window_size=window_size,
         **grouped,
     )
     assert isinstance(mixed, torch.Tensor)

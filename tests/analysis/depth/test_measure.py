@@ -19,6 +19,7 @@ from llmnorm.analysis.depth.streams import Streams, ranks
 from llmnorm.analysis.depth.variance_law import predicted_variance, second_moment
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import build_model
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
 from tests.analysis.depth.tiny import VOCABULARY, kill, ours, stock, text
@@ -54,7 +55,7 @@ def by_hand(model: Any, ids: Tensor) -> dict[str, Any]:
     """Streams, branches and attention of our model on one document (length,), block by block."""
     base = model.model
     x = base.embed_tokens(ids[None])
-    context = base._context(x, None, None)
+    context = Context(*base.rotary(torch.arange(x.shape[1]).unsqueeze(0), x.dtype))
     found: dict[str, Any] = {"x": [x[0]], "mixer": [], "mlp": [], "weights": []}
     for block in base.layers:
         normed = block.input_layernorm(x)
@@ -262,7 +263,7 @@ def test_the_jacobians_distance_is_estimated_without_bias() -> None:
     many = words._replace(batches=words.batches * 300)
     found = gradients(model, anatomy(model, words.batches[0].ids), many, nothing)
     x = model.model.embed_tokens(words.batches[0].ids)
-    context = model.model._context(x, None, None)
+    context = Context(*model.model.rotary(torch.arange(x.shape[1]).unsqueeze(0), x.dtype))
     block = model.model.layers[0]
     jacobian = torch.autograd.functional.jacobian(lambda t: block(t, context), x.detach())
     off = jacobian.reshape(5 * 16, 5 * 16) - torch.eye(5 * 16)

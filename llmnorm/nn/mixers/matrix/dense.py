@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.nn.mixers.contract import Context
-from llmnorm.nn.mixers.matrix.family import Family, places, root_of_length
+from llmnorm.nn.mixers.matrix.family import Family, positions, root_of_length
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.visibility import visible_pairs
 
@@ -29,10 +29,10 @@ class Dense(Family[Tensor]):
 
     def prepare(self, convolved: Tensor, plain: Tensor, v: Tensor, context: Context) -> Tensor:
         """The weights of the pairs of positions, (batch or 1, heads, length, length)."""
-        place = places(v, context)
-        if len(place) == 1:  # 0, 1, 2, ...
+        position = positions(v, context)
+        if len(position) == 1:  # 0, 1, 2, ...
             return self.M[None, :, : v.shape[1], : v.shape[1]]
-        return self.M[:, place[:, :, None], place[:, None, :]].transpose(0, 1)
+        return self.M[:, position[:, :, None], position[:, None, :]].transpose(0, 1)
 
     def matrix(self, made: Tensor, v: Tensor, context: Context) -> Tensor:
         """Scaled, documents apart."""

@@ -5,8 +5,8 @@ brings the numbers of its row and column) or not (they are learned for each posi
 end at the longest document).
 
 Shapes: v (batch, length, heads, head_dim); matrices (batch or 1, heads or 1, length, length), row i
-reads column j; q and k (batch or 1, length, heads, qk_dim); place (batch or 1, length) the position
-of a token in its document, from 0, padding not counted.
+reads column j; q and k (batch or 1, length, heads, qk_dim); position (batch or 1, length) that of a
+token in its document, from 0, padding not counted.
 
 Surprises. Positions and lengths are those of the document, never of the row or of the tables: so
 packed documents are what they are alone, and a data-dependent matrix knows no longest document. The
@@ -122,19 +122,19 @@ class QueryKeyFamily(Family[QueriesKeys]):
             nn.init.xavier_normal_(parameter)
 
     def prepare(self, convolved: Tensor, plain: Tensor, v: Tensor, context: Context) -> QueriesKeys:
-        """The token's, or its position's."""
+        """Those that the token brings, or its position has."""
         if self.data_dependent:
             shape = (2, self.heads, self.qk_dim)
             return QueriesKeys._make(convolved.unflatten(-1, shape).unbind(2))
-        place = places(v, context)
-        return QueriesKeys(self.q_matrix[place], self.k_matrix[place])
+        position = positions(v, context)
+        return QueriesKeys(self.q_matrix[position], self.k_matrix[position])
 
     def flops_per_token(self, context_length: int, head_dim: int) -> float:
         """Entries and their sums, a row of the matrix each."""
         return 2.0 * self.heads * (self.qk_dim + head_dim) * context_length
 
 
-def places(v: Tensor, context: Context) -> Tensor:
+def positions(v: Tensor, context: Context) -> Tensor:
     """The position of each token in its document, (batch or 1, length)."""
     return visible_tokens(v, context.visibility, causal=True) - 1
 

@@ -4,7 +4,7 @@ Source: Hwang, Lahoti, Dao, Gu 2024 (arXiv 2407.09941), table 1 and appendix D.2
 module (goombalab/hydra, hydra/modules/matrix_mixer.py), whose parameter names these are. One
 projection gives the gate z, the values and what the family's matrix is made of; all but z and time
 steps pass a symmetric depthwise convolution, the values silu as well; the output is
-RMSNorm(M v) * silu(z), projected. What M is, is said in the families' files beside this one.
+RMSNorm(M v) * silu(z), projected. The families' files beside this one define M.
 
 Shapes: inner = expand * hidden = heads * head_dim; v (batch, length, heads, head_dim), 0 at
 padding. It looks at later tokens and serves encoders only. The identity that all families but the
@@ -64,7 +64,7 @@ class MatrixMixer(Mixer[MatrixParameters[Made], Never], Generic[Made]):
         return self.out_proj
 
     def prepare(self, x: Tensor, context: Context, cache: None = None) -> MatrixParameters[Made]:
-        """Project, convolve, hand the family what is its own.
+        """Project, convolve, and let the family prepare its matrix.
 
         Raises:
             InputError: the family cannot serve such rows.

@@ -18,7 +18,7 @@ from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.hydra import Direction, both_scans, both_triangles
 from llmnorm.nn.mixers.linear_recurrence import flops_per_token
-from llmnorm.nn.mixers.matrix.family import Family, places
+from llmnorm.nn.mixers.matrix.family import Family, positions
 from llmnorm.nn.mixers.ssd import initial_dt_bias, time_steps
 from llmnorm.nn.visibility import visible_pairs
 
@@ -72,7 +72,7 @@ class Quasiseparable(Family[Made]):
         if self.data_dependent:
             both, raw = convolved, plain.unflatten(-1, (2, self.heads))
         else:
-            both = self.BC[places(v, context)].to(v.dtype).expand(len(v), -1, -1)
+            both = self.BC[positions(v, context)].to(v.dtype).expand(len(v), -1, -1)
             raw = v.new_zeros(*v.shape[:2], 2, self.heads)
         B, C = (t.unsqueeze(2) for t in both.chunk(2, -1))
         dt = time_steps(raw, self.dt_bias, None, context.real)

@@ -21,7 +21,7 @@ from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.matrix.family import (
     Family,
     by_document,
-    places,
+    positions,
     root_of_length,
 )
 from llmnorm.nn.precision import wide_dtype
@@ -30,7 +30,7 @@ from llmnorm.part import InputError
 
 
 class Taps(NamedTuple):
-    """m_r and m_{-r} of the token at place r of its document."""
+    """m_r and m_{-r} of the token at position r of its document."""
 
     forward: Tensor
     reverse: Tensor
@@ -74,21 +74,21 @@ class Toeplitz(Family[Taps]):
         if self.data_dependent:
             return Taps._make(convolved.unflatten(-1, (2, self.heads)).unbind(2))
         assert self.longest is not None
-        place, taps = places(v, context), self.conv_params.t()
-        return Taps(taps[self.longest - 1 + place], taps[self.longest - 1 - place])
+        position, taps = positions(v, context), self.conv_params.t()
+        return Taps(taps[self.longest - 1 + position], taps[self.longest - 1 - position])
 
     def matrix(self, made: Taps, v: Tensor, context: Context) -> Tensor:
-        """Every entry's tap looked up at the token of its document that brings it."""
+        """Every entry's tap, looked up at the token that brings it."""
         visible = visible_pairs(v, context.visibility, causal=False)
-        place = places(v, context)
-        distance = place[:, :, None] - place[:, None, :]
+        position = positions(v, context)
+        distance = position[:, :, None] - position[:, None, :]
         if self.fixed is not None:
             last = self.fixed - 1
             distance = torch.where(distance == last, -last, distance + 1)
-        token = _tokens_at(place, visible[:, 0]).gather(2, distance.abs())
-        which = torch.where(distance >= 0, token, token + place.shape[1])
+        token = _tokens_at(position, visible[:, 0]).gather(2, distance.abs())
+        index = torch.where(distance >= 0, token, token + position.shape[1])
         row = torch.arange(len(made.forward), device=v.device)[:, None, None]
-        taps = torch.cat(made, 1)[row, which].permute(0, 3, 1, 2)
+        taps = torch.cat(made, 1)[row, index].permute(0, 3, 1, 2)
         root = root_of_length(v, context, self.fixed)[:, None, :, None]
         return (taps.to(wide_dtype(v.dtype)) * 0.5 / root).masked_fill(~visible, 0)
 
@@ -124,13 +124,13 @@ def _size(length: int) -> int:
     return 1 << (2 * length - 2).bit_length()
 
 
-def _tokens_at(place: Tensor, visible: Tensor) -> Tensor:
-    """(batch, i, r): the token at place r of i's document; 0 where it has none.
+def _tokens_at(position: Tensor, visible: Tensor) -> Tensor:
+    """(batch, i, r): the token at position r of i's document; 0 where it has none.
 
-    place (batch or 1, length), visible (batch or 1, length, length).
+    position (batch or 1, length), visible (batch or 1, length, length).
     """
-    length = place.shape[1]
-    visible, place = torch.broadcast_tensors(visible, place[:, None, :])
-    token = torch.arange(length, device=place.device).expand_as(place)
-    found = torch.zeros(*place.shape[:2], length + 1, dtype=torch.long, device=place.device)
-    return found.scatter(2, torch.where(visible, place, length), token)[..., :length]
+    length = position.shape[1]
+    visible, position = torch.broadcast_tensors(visible, position[:, None, :])
+    token = torch.arange(length, device=position.device).expand_as(position)
+    found = torch.zeros(*position.shape[:2], length + 1, dtype=torch.long, device=position.device)
+    return found.scatter(2, torch.where(visible, position, length), token)[..., :length]

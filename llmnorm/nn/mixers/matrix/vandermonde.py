@@ -9,7 +9,7 @@ data-dependent, eps learned (`log_eps`, 1e-3 at first; the paper has none, the o
 The fixed form is the real part of the discrete Fourier transform (FNet, Lee-Thorp et al. 2021,
 arXiv 2105.03824): M_ij = cos(2 pi i j / length) / sqrt(length).
 
-Shapes: q and k (batch or 1, length, heads, qk_dim); i and j are places in the document.
+Shapes: q and k (batch or 1, length, heads, qk_dim); i and j are positions in the document.
 
 Surprises. Signs differ between the two forms, as in the official code. There learned frequencies
 never mix: the einsum multiplies a token by the sum of its row (`official_compat` does so too), and
@@ -27,7 +27,7 @@ from llmnorm.nn.mixers.matrix.family import (
     QueriesKeys,
     QueryKeyFamily,
     by_document,
-    places,
+    positions,
     root_of_length,
     summed_over_channels,
 )
@@ -70,14 +70,14 @@ class Vandermonde(QueryKeyFamily):
                     parameter.uniform_()
 
     def matrix(self, made: QueriesKeys, v: Tensor, context: Context) -> Tensor:
-        """Waves of the rows over the columns' places, and of the columns over the rows'."""
+        """Waves of the rows over the columns' positions, and of the columns over the rows'."""
         wide = wide_dtype(v.dtype)
         visible = visible_pairs(v, context.visibility, causal=False)
         with torch.autocast(v.device.type, enabled=False):
-            place = places(v, context).to(wide)[:, :, None, None]
+            position = positions(v, context).to(wide)[:, :, None, None]
             q, k = (self._frequency(t.to(wide)) for t in made)
-            of_rows = summed_over_channels(_wave, q, place.expand(-1, -1, 1, self.qk_dim))
-            of_columns = summed_over_channels(_wave, k, place.expand(-1, -1, 1, self.qk_dim)).mT
+            of_rows = summed_over_channels(_wave, q, position.expand(-1, -1, 1, self.qk_dim))
+            of_columns = summed_over_channels(_wave, k, position.expand(-1, -1, 1, self.qk_dim)).mT
             weights = of_rows - of_columns if self.data_dependent else of_rows + of_columns
             root = root_of_length(v, context, self.fixed)[:, None, :, None]
             weights = (weights / (math.sqrt(2 * self.qk_dim) * root)).masked_fill(~visible, 0)
@@ -104,9 +104,9 @@ class DFT(Family[None]):
 
     def matrix(self, made: None, v: Tensor, context: Context) -> Tensor:
         """Angles by whole numbers, so that they are exact at any length."""
-        place = places(v, context)
+        position = positions(v, context)
         length = visible_tokens(v, context.visibility, causal=False)[..., None]
-        turns = place[:, :, None] * place[:, None, :] % length
+        turns = position[:, :, None] * position[:, None, :] % length
         wide = wide_dtype(v.dtype)  # whole numbers divide into float32, whatever is asked for
         weights = (
             torch.cos(2 * math.pi * turns.to(wide) / length)
@@ -124,8 +124,8 @@ class DFT(Family[None]):
         return 2.5 * math.log2(max(context_length, 2)) * self.heads * head_dim
 
 
-def _wave(frequency: Tensor, place: Tensor) -> Tensor:
-    return torch.cos(2 * math.pi * frequency * place)
+def _wave(frequency: Tensor, position: Tensor) -> Tensor:
+    return torch.cos(2 * math.pi * frequency * position)
 
 
 def _transform(v: Tensor) -> Tensor:
