@@ -22,8 +22,9 @@ PATIENCE = timedelta(hours=1)
 class Processes:
     """The processes of a run, over a gloo group of their own; one process needs no group.
 
-    A process that failed raises its own error. The others raise the first one that they hear of:
-    the same error if a user can mend it, else a RuntimeError that quotes it.
+    Where several fail, the error of the lowest rank is raised, so that all act on the same one. The
+    process that failed raises its own error. The others raise the same if a user can mend it, else
+    a RuntimeError that quotes it.
 
     Args:
         rank, world: this process and how many there are.
@@ -36,8 +37,10 @@ class Processes:
     def every(self, work: Callable[[], T]) -> T:
         """`work()` on every process; each gets its own result."""
         result, error = _attempt(work)
-        errors = self.gather(_to_send(error))
-        return _result(result, error or next((e for e in errors if e is not None), None))
+        for rank, sent in enumerate(self.gather(_to_send(error))):
+            if sent is not None:
+                raise error if error is not None and rank == self.rank else sent
+        return result  # type: ignore[return-value]
 
     def first(self, work: Callable[[], T]) -> T:
         """`work()` on process 0; all get its result."""
@@ -46,7 +49,9 @@ class Processes:
             shared: list[Any] = [result, _to_send(error)]
             dist.broadcast_object_list(shared, src=0, group=self._group)
             result, error = shared[0], error or shared[1]
-        return _result(result, error)
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
         """Every process's small value, in the order of ranks."""
@@ -83,9 +88,3 @@ def _to_send(error: Exception | None) -> Exception | None:
     """The error as the other processes raise it: of a kind that pickles."""
     expected = error is None or isinstance(error, InputError | OSError)
     return error if expected else RuntimeError(f"another process failed: {error!r}")
-
-
-def _result(result: T | None, error: Exception | None) -> T:
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]

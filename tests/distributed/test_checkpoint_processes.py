@@ -221,13 +221,16 @@ def one_part_fails(directory: Path, rank: int, world: int, case: str) -> list[An
     checkpoints.load(found, into)
     good = equal(into, with_a_fragment(rank, world, 3))
     hidden = [name for name in os.listdir(directory) if name.startswith(".")]
-    return [
-        error,
-        found.path.name,
-        good,
-        hidden,
-        checkpoints.find(1 if 1 in checkpoints.steps() else 2).meta["step"],
-    ]
+    return [error, found.path.name, good, hidden, len(checkpoints.steps())]
+
+
+def both_fail(_: Path, rank: int, world: int) -> str:
+    """The first has found damage, which a search would pass over; the second makes a mistake."""
+
+    def fail() -> None:
+        raise KeyError("oops") if rank else format.Damaged("a file is missing")
+
+    return failure(agreement.Processes(rank, world).every, fail)
 
 
 def asks_for_what_is_not_there(directory: Path, rank: int, world: int) -> Any:
@@ -317,6 +320,7 @@ TWO: list[Scenario] = [
     pass_copies,
     one_disk_is_full,
     each_part_fails,
+    both_fail,
     asks_for_what_is_not_there,
     find_and_count,
     placements,
@@ -410,6 +414,11 @@ def test_whatever_fails_on_one_process_is_an_error_on_all(launched, case) -> Non
     assert answers[1 - failing][0] == f"RuntimeError: another process failed: {quoted}"
     for answer in answers:
         assert answer[1:] == ["step_00000003", True, [], 2]
+
+
+def test_processes_that_fail_differently_act_on_the_same_error(launched) -> None:
+    """Oracle: the error of the process of the lowest rank."""
+    assert launched["both_fail"] == ["Damaged: a file is missing"] * 2
 
 
 def test_a_name_that_one_process_asks_for_in_vain_changes_nothing_anywhere(launched) -> None:

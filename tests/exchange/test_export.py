@@ -147,7 +147,7 @@ def test_the_moving_average_and_older_checkpoints(run: Path, tmp_path: Path) -> 
 def test_readers_pass_a_damaged_newest_checkpoint_over(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str
 ) -> None:
-    """Oracle: the tensors of step 8, and of 4 and 8, where step 12 was cut off by hand."""
+    """Oracle: the tensors of step 8, and of 4 and 8; step 12 was cut off by hand."""
     copy = shutil.copytree(run, tmp_path / "copy")
     damaged = copy / "checkpoints" / "step_00000012" / file
     os.truncate(damaged, damaged.stat().st_size // 2)

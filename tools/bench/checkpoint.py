@@ -68,8 +68,8 @@ def measure(
     }
     plain = Checkpoints(directory, rank=rank, world=world)
     found: dict[str, Any] = {"saving": grown(lambda: plain.save(1, state, {}))}
-    path = plain.find(1)
-    found["loading"] = grown(lambda: plain.load(path, state))
+    saved = plain.find(1)
+    found["loading"] = grown(lambda: plain.load(saved, state))
     behind = Checkpoints(directory, rank=rank, world=world, asynchronous=True)
 
     def first() -> None:
