@@ -705,8 +705,8 @@ TROUBLE = {
     "<checkpoint>; go on from it: llmnorm train <run> run_dir=<run> "
     "training.branch_from=<checkpoint> optimizer.lr=LOWER",
     "diverged, spoilt": "training: stopped at step <n>: <n> steps in a row with a non-finite loss "
-    "or gradient (rows <rows>); the weights of before them give no finite loss either and are not "
-    "saved; there is no checkpoint; start again with a lower optimizer.lr",
+    "or gradient (rows <rows>); the update before them has spoilt the weights, which are not "
+    "saved; no checkpoint; start again with a lower optimizer.lr",
     "fallen back": "<file> is damaged (its checksum differs); going back to step <n>",
     "bits": "going on from <checkpoint>; the last bits may differ from an uninterrupted run: "
     "<what> <there> -> <here>",

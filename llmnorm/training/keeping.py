@@ -23,7 +23,7 @@ from llmnorm.training.health import health
 from llmnorm.training.prepare import Prepared
 from llmnorm.training.profiling import Profiler
 from llmnorm.training.state import environment
-from llmnorm.training.step import Outcome
+from llmnorm.training.step import Outcome, rehearse
 
 
 def open_metrics(run: Prepared, stack: ExitStack) -> Metrics:
@@ -143,38 +143,39 @@ def save(run: Prepared, metrics: Metrics, figures: dict[str, Any] | None) -> Non
 def give_up(run: Prepared, metrics: Metrics) -> InputError:
     """End a run of which `max_skipped_steps` steps in a row were skipped; returns its error.
 
-    Its weights are those of before these steps. They are saved if their validation loss is finite;
-    else the last update has spoilt them, and an older checkpoint is what there is to go on from.
+    Its weights are those of before these steps. Either the skipped rows are to blame, or the last
+    update has spoilt the weights. The rows of that update tell: their loss and gradient were finite
+    before it. If they still are, the weights are saved; else an older checkpoint is what is left.
     """
-    checkpoints, progress = run.checkpoints, run.progress
-    figures = keep_evaluation(run, metrics)
-    sound = math.isfinite(figures["loss"])
-    if sound:
-        save(run, metrics, figures)
+    progress, checkpoints = run.progress, run.checkpoints
+    batch = run.config.training.rows
+    first = progress.row - progress.skipped_in_a_row * batch  # of the skipped rows
+    if first < batch:
+        lost = "nothing was trained before them"
+    elif not rehearse(run, next(run.batches(first - batch))):
+        lost = "the update before them has spoilt the weights, which are not saved"
+    else:
+        lost = ""
+        save(run, metrics, keep_evaluation(run, metrics))
     checkpoints.wait()
     newest = checkpoints.newest()
     kept = newest.path if newest else None
     if run.parallel.is_main:
         run_directory.end(run.directory.diverged, progress.step)
-    return InputError(diverged(run, kept, sound=sound))
 
-
-def diverged(run: Prepared, kept: object, *, sound: bool) -> str:
-    """What happened to a run that has given up, what is left of it, and what to type next."""
-    skipped, row, path = run.progress.skipped_in_a_row, run.progress.row, run.directory.path
-    first = row - skipped * run.config.training.rows
+    path = run.directory.path
     text = (
-        f"training: stopped at step {run.progress.step}: {skipped} steps in a row with a "
-        f"non-finite loss or gradient (rows {first}-{row - 1}); "
+        f"training: stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row "
+        f"with a non-finite loss or gradient (rows {first}-{progress.row - 1}); "
     )
-    if sound:
-        text += f"they were skipped, and the weights of before them are saved in {kept}"
-    else:
-        text += "the weights of before them give no finite loss either and are not saved; "
-        if kept is None:
-            return f"{text}there is no checkpoint; start again with a lower optimizer.lr"
-        text += f"the newest checkpoint is {kept}"
-    return (
+    if kept is None:
+        return InputError(f"{text}{lost}; no checkpoint; start again with a lower optimizer.lr")
+    text += (
+        f"{lost}; newest checkpoint: {kept}"
+        if lost
+        else f"they were skipped, and the weights of before them are saved in {kept}"
+    )
+    return InputError(
         f"{text}; go on from it: llmnorm train {path} run_dir={run_directory.free(path)} "
         f"training.branch_from={kept} optimizer.lr=LOWER"
     )

@@ -68,10 +68,14 @@ class Prepared:
     micro_batch: int
     noise_seed: int
 
-    def batches(self) -> Iterator[list[MicroBatch]]:
-        """This process's micro-batches of each step from the next one on, without end."""
+    def batches(self, first_row: int | None = None) -> Iterator[list[MicroBatch]]:
+        """Yield, without end, this process's micro-batches of each step.
+
+        Args:
+            first_row: the first step's first row; the run's next one if None.
+        """
         return self.objective.batches(
-            self.progress.row,
+            self.progress.row if first_row is None else first_row,
             global_batch=self.config.training.rows,
             rank=self.parallel.rank,
             world=self.parallel.world,

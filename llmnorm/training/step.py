@@ -115,11 +115,14 @@ def forward_backward(
     return total
 
 
-def rehearse(run: Prepared, micro_batches: list[MicroBatch]) -> None:
-    """Run a step's forward and backward pass without an update.
+def rehearse(run: Prepared, micro_batches: list[MicroBatch]) -> bool:
+    """Run a step's forward and backward pass without an update; every process must call it.
 
     Finds what would end the run at its first step: memory, compilation, a weight without gradient.
     Weights, statistics, random states and optimizer state are as before afterwards.
+
+    Returns:
+        Whether loss and gradient norm are finite.
 
     Raises:
         InputError: the micro-batch does not fit into the GPU's memory.
@@ -130,7 +133,8 @@ def rehearse(run: Prepared, micro_batches: list[MicroBatch]) -> None:
     try:
         with torch.random.fork_rng(devices=devices):
             labels, _ = count(micro_batches, parallel)
-            forward_backward(replica, micro_batches, labels, parallel)
+            loss = parallel.reduce(forward_backward(replica, micro_batches, labels, parallel))
+            finite = bool((loss + parallel.clip(run.parameters, 0.0)).isfinite())
     except torch.OutOfMemoryError as error:
         rows = run.micro_batch
         raise InputError(
@@ -147,3 +151,4 @@ def rehearse(run: Prepared, micro_batches: list[MicroBatch]) -> None:
         parameter.grad = None
     run.statistics.discard()  # the rehearsal is no step: norms forget what they have summed
     parallel.end_step()  # ZeRO drops the gradients too
+    return finite

@@ -33,7 +33,10 @@ def not_finite(*steps: int, also: Callable[[], None] = lambda: None) -> Iterator
 
     def step(run: Prepared, *args: Any) -> Any:
         bad[0] = run.progress.step + 1 in steps
-        return real_step(run, *args)
+        try:
+            return real_step(run, *args)
+        finally:
+            bad[0] = False
 
     def clip(self: Parallel, *args: Any) -> Any:
         norm = real_clip(self, *args)
@@ -155,21 +158,29 @@ def test_a_run_that_gives_up_saves_its_last_good_weights(
 
 
 @pytest.mark.parametrize("every", [1, 100])
-def test_weights_that_give_no_finite_loss_are_not_saved(
+def test_weights_that_an_update_has_spoilt_are_not_saved(
     tmp_path: Path, smoke_data: Path, every: int
 ) -> None:
     """Oracle: the names of the checkpoints. The learning rate is finite and makes the first update
-    overflow; nothing is sampled from such weights, which multinomial would refuse."""
+    overflow; nothing is sampled where the loss is nan, which multinomial would refuse."""
     words = ["optimizer.lr=1e38", "training.steps=9", "evaluation.every=1", "evaluation.samples=1"]
     with pytest.raises(InputError) as error:
         train(tmp_path / "run", smoke_data, *words, f"checkpoint.every={every}")
-    assert "no finite loss either and are not saved" in str(error.value)
+    assert "has spoilt the weights, which are not saved" in str(error.value)
     assert signs(tmp_path / "run") == {"DIVERGED": 4}
     names = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")]
     # The update itself was finite: its checkpoint cannot be known to be bad when it is due.
     assert names == (["step_00000001"] if every == 1 else [])
-    kept = "the newest checkpoint is" if every == 1 else "there is no checkpoint; start again"
+    kept = "; newest checkpoint: " if every == 1 else "; no checkpoint; start again"
     assert kept in str(error.value)
+
+
+def test_a_run_of_skipped_steps_alone_has_nothing_to_save(tmp_path: Path, smoke_data: Path) -> None:
+    """Oracle: the empty list of checkpoints."""
+    with not_finite(1, 2, 3), pytest.raises(InputError, match="nothing was trained before them"):
+        train(tmp_path / "run", smoke_data, "training.steps=9", "checkpoint.every=1")
+    assert signs(tmp_path / "run") == {"DIVERGED": 3}
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def skipping(directory: Path, rank: int, world: int, *, words: list[str], steps: list[int]) -> Any:
