@@ -47,7 +47,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 # Extras with compiled parts, which break at import, not at installation: the report imports them.
 COMPILED = ("deepspeed", "flash", "fla", "quant")
 PACKAGES = ["accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy"]
-COLLECTIVE_SECONDS = 60
+COLLECTIVE_SECONDS = 300
 
 
 def missing_extra(module: str) -> InputError:
