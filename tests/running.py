@@ -36,6 +36,10 @@ CHILDREN.set_forkserver_preload(
 TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
 
 
+# Seconds after which a child counts as hung: far more than any takes on a busy machine.
+PATIENCE = 1800
+
+
 def _command(arguments: list[str], log: Path) -> None:
     from llmnorm.cli import main
 
@@ -54,7 +58,7 @@ class Child:
         self.process = CHILDREN.Process(target=_command, args=(arguments, log))
         self.process.start()
 
-    def finish(self, seconds: float = 300) -> int:
+    def finish(self, seconds: float = PATIENCE) -> int:
         """Its exit code; minus the signal's number where a signal ended it."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"still running: {self.log.read_text()}"

@@ -50,7 +50,8 @@ DISTRIBUTED = (
 # On the ground, since setup and every room use them; they ask torch, but only inside functions.
 ASK_TORCH = {
     "machine/gpus.py": {"part"},
-    "machine/doctor.py": {"part", "machine", "machine/gpus"},
+    "machine/processor.py": set(),
+    "machine/doctor.py": {"part", "machine", "machine/gpus", "machine/processor"},
 }
 BEFORE_TORCH = {"pydantic", "pydantic_core", "annotated_types", "yaml"}
 # Modules that compile or load GPU code; an extra's modules may be missing altogether.

@@ -25,7 +25,7 @@ import pytest
 from llmnorm import cli
 from llmnorm.runs.lock import RunLock
 from tests.machine.test_gpus import no_gpu, nvidia_smi
-from tests.running import CHILDREN, ROOT, assert_same_run
+from tests.running import CHILDREN, PATIENCE, ROOT, assert_same_run
 
 SMOKE = "configs/smoke.yaml"
 CONFIGURATION = "data: {sources: default}\ntraining: {steps: 10}\n"
@@ -763,7 +763,7 @@ def llmnorm(
     arguments = (words.split(), place, out, err, file_size, missing, environment)
     process = CHILDREN.Process(target=_child, args=arguments)
     process.start()
-    process.join(300)
+    process.join(PATIENCE)
     assert process.exitcode is not None, f"still running: {err.read_text()}"
     return Done(process.exitcode, out.read_text(), err.read_text())
 

@@ -23,7 +23,7 @@ from llmnorm.config.docs import json_schema, key_paths
 from llmnorm.config.file import load
 from llmnorm.config.tree import RunConfig
 from llmnorm.config.yaml_text import read_yaml
-from tests.running import CHILDREN, ROOT
+from tests.running import CHILDREN, PATIENCE, ROOT
 
 # Below docs/results are reports that programs wrote, of runs that took hours.
 WRITTEN = [p for p in (ROOT / "docs").rglob("*.md") if "results" not in p.parts]
@@ -77,7 +77,7 @@ def run(place: Path, command: str) -> tuple[int, str]:
     log = place.parent / "log.txt"
     process = CHILDREN.Process(target=_child, args=(place, command, log))
     process.start()
-    process.join(300)
+    process.join(PATIENCE)
     assert process.exitcode is not None, f"still running: {command}\n{log.read_text()}"
     return process.exitcode, log.read_text()
 

@@ -29,6 +29,7 @@ from llmnorm.machine.gpus import (
     one_decay_problem,
     output_of,
 )
+from llmnorm.machine.processor import processor
 from llmnorm.part import InputError
 
 # Each extra of pyproject.toml -> the modules by which it is recognised.
@@ -48,7 +49,7 @@ _ABOVE = Path(__file__).resolve().parents[2]  # of the package: the checkout, or
 # Extras with compiled parts, which break at import, not at installation: the report imports them.
 COMPILED = ("deepspeed", "flash", "fla", "quant")
 PACKAGES = ["accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy"]
-COLLECTIVE_SECONDS = 60
+COLLECTIVE_SECONDS = 300
 
 
 def missing_extra(module: str) -> InputError:
@@ -109,12 +110,18 @@ def _machine() -> list[str]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     return [
         f"{platform.platform()}",
-        f"CPU: {usable} of {cores} cores usable, {torch.backends.cpu.get_cpu_capability()}",
+        f"CPU: {usable} of {cores} cores usable, {_processor()}",
         f"OMP_NUM_THREADS: {os.environ.get('OMP_NUM_THREADS', 'not set')} "
         f"(torch uses {torch.get_num_threads()} threads)",
         f"memory: {_memory()}",
         f"disk: {disk.free / 1e9:.1f} GB free of {disk.total / 1e9:.1f} GB",
     ]
+
+
+def _processor() -> str:
+    found = processor()
+    widest = "no AVX2" if found.instructions == "none" else f"{found.instructions} at most"
+    return f"{found.vendor or 'unknown vendor'} family {found.family}, {widest}"
 
 
 def _gpus() -> list[str]:

@@ -1,39 +1,93 @@
 """Linear layers, and which library multiplies for them.
 
-Shapes: x (..., in), weight (out, in), y (..., out); `product(a, b)`: a (m, k), b (n, k) -> (m, n);
-`products` the same for a batch of pairs.
+Shapes: x (..., in), weight W (out, in), y (..., out), g (..., out) the gradient of y.
 
-torch.mm in float32 on a CPU is MKL's, which on AMD processors runs its AVX2 kernels. torch also
-carries oneDNN, which runs AVX-512 kernels on any processor that has them, but copies its left
-operand where that is not contiguous (in a weight's gradient). Measured in GFLOP/s, float32, one
-thread, MKL against oneDNN (tools/bench/training_step.py and the products of its shapes alone):
+torch.mm in float32 on a CPU is MKL's, which runs AVX2 kernels on AMD processors. torch also carries
+oneDNN, which runs AVX-512 kernels on every processor that has them, but copies its left operand
+first where that is not contiguous, as in a weight's gradient. Which of the two is faster depends on
+the processor and on the product: `CHOICES` says where oneDNN was measured to be. On processors
+without an entry, on GPUs, in other dtypes, under autocast and in compiled code torch multiplies as
+it always does.
 
-                             forward, input's gradient    weight's gradient
-    EPYC family 26 (Zen 5)        105 -> 240                 105 -> 200
-    EPYC family 25 (Zen 4)         90 -> 105                  97 -> 90
-
-from about two million multiply-adds on; below that the call costs more than it saves. The error
-against float64 is the same for k = 384 and 1.6 times MKL's for k = 1024 (4e-7 of the result). Hence
-the rule, read from processor and shape and never timed: from `SMALLEST` on oneDNN on AMD with
-AVX-512, for weights' gradients from family 26 on; torch everywhere else (GPUs, other processors and
-dtypes, bf16 autocast, compiled code).
+What would surprise: the choice depends on the processor, the environment (ATEN_CPU_CAPABILITY,
+ONEDNN_MAX_CPU_ISA: llmnorm/machine/processor.py) and the shapes, and is never timed, so a run gives
+the same bits whenever it is repeated on one machine. Against float64 oneDNN's error is that of MKL
+for k = 384, and 1.6 times it for k = 1024 (4e-7 of the result).
 """
 
-import re
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SMALLEST = 2**21  # multiply-adds
+from llmnorm.machine.processor import Processor, processor
+
+# Fewer multiply-adds than these and a call of oneDNN costs more than it saves.
+SMALLEST = 2**21
+
+
+class Choice(NamedTuple):
+    """Which products oneDNN computes on one kind of processor.
+
+    Attributes:
+        outputs: x W^T and every other product whose right operand is stored row by row.
+        input_gradients: g W and every other product whose right operand is stored by columns.
+        weight_gradients: g^T x, for which oneDNN copies its left operand.
+        largest: numbers in the result up to which this holds. malloc maps new pages for more than
+            32 MiB; torch can be given the memory of an earlier result instead.
+        figures: GFLOP/s in float32 with one thread, torch.mm -> oneDNN.
+        machine: where that was measured.
+        date: when, as YYYY-MM-DD.
+    """
+
+    outputs: bool
+    input_gradients: bool
+    weight_gradients: bool
+    largest: int
+    figures: str
+    machine: str
+    date: str
+
+
+NO_LIMIT = 2**62
+CHOICES: dict[Processor, Choice] = {
+    Processor("AMD", 26, "AVX512"): Choice(
+        outputs=True,
+        input_gradients=True,
+        weight_gradients=True,
+        largest=NO_LIMIT,
+        figures="outputs and input gradients 105 -> 240, weight gradients 105 -> 200",
+        machine="EPYC, family 26 (Zen 5)",
+        date="2026-11-25",
+    ),
+    Processor("AMD", 25, "AVX512"): Choice(
+        outputs=True,
+        input_gradients=True,
+        weight_gradients=False,
+        largest=NO_LIMIT,
+        figures="outputs and input gradients 90 -> 105, weight gradients 97 -> 90",
+        machine="EPYC, family 25 model 17 (Zen 4)",
+        date="2026-11-25",
+    ),
+    Processor("AMD", 25, "AVX2"): Choice(
+        outputs=True,
+        input_gradients=False,
+        weight_gradients=False,
+        largest=2**23,
+        figures="outputs 84 -> 92 (384 x 384), 85 -> 88 (384 x 1024), 89 -> 95 (1024 x 384), "
+        "64 -> 73 (384 x 32768; torch.mm into memory that is there: 80); "
+        "input gradients 87 -> 80, weight gradients 93 -> 74",
+        machine="EPYC, family 25 model 17 (Zen 4), limited to AVX2 by both variables",
+        date="2026-11-30",
+    ),
+}
 
 
 class Linear(nn.Linear):
-    """torch's nn.Linear, multiplied by `product`'s rule.
+    """torch's nn.Linear, computed by the library that `CHOICES` names for this processor.
 
     Attributes:
         initial_std: standard deviation of the initial weights; the model's `initializer_range` if
@@ -44,24 +98,35 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if not _by_onednn(x, self.weight, x.numel() * self.out_features):
+        if not _by_onednn(x, self.weight):
             return F.linear(x, self.weight, self.bias)
         return _Linear.apply(x, self.weight, self.bias)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) times the transpose of b (n, k), (m, n); any strides, no gradients."""
-    if not _by_onednn(a, b, a.numel() * len(b)):
-        return a @ b.t()
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a (m, k) times the transpose of b (n, k): (m, n). Any strides; computes no gradients.
+
+    Args:
+        a, b: the operands.
+        out: (m, n), memory for the result. Only torch can write into it: `fills_memory` tells
+            beforehand whether it will.
+    """
+    if not _by_onednn(a, b):
+        return torch.mm(a, b.t(), out=out)
     return onednn_product(a, b)
 
 
-def products(a: Tensor, b: Tensor) -> Tensor:
-    """a (batch, m, k) times the transposes of b (batch, n, k), (batch, m, n); no gradients.
+def fills_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether `product(a, b, out)` writes into `out`, which saves new pages on a CPU."""
+    return a.device.type == "cpu" and not _by_onednn(a, b)
 
-    Which library multiplies is decided for one pair, so a pair's result is the same in any batch.
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """a (batch, m, k) times the transposes of b (batch, n, k): (batch, m, n); no gradients.
+
+    The library is chosen for one pair, so the result of a pair is the same in any batch.
     """
-    if not _by_onednn(a, b, a[0].numel() * b.shape[1]):
+    if not _by_onednn(a[0], b[0]):
         return torch.bmm(a, b.mT)
     if len(a) == 1:  # no copy into a stack
         return onednn_product(a[0], b[0]).unsqueeze(0)
@@ -72,8 +137,10 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad (tokens, out) transposed times x (tokens, in), (out, in); no gradients."""
-    if not _copies_by_onednn(grad, x):
+    """grad (tokens, out) transposed times x (tokens, in): (out, in); computes no gradients."""
+    suits = _suits_onednn(grad, x, x.shape[1])
+    measured = choice() if suits else None
+    if measured is None or not measured.weight_gradients:
         return grad.t() @ x
     if grad.shape[1] > x.shape[1]:  # the narrower of the two is copied
         return onednn_product(x.t(), grad.t()).t().contiguous()
@@ -81,7 +148,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Adds weight_gradient(grad, x) to `total` (out, in) from `sum_of_weight_gradients`."""
+    """Add weight_gradient(grad, x) to `total` (out, in), which `sum_of_weight_gradients` made."""
     if total.is_contiguous():
         if total.dtype == grad.dtype:
             total.addmm_(grad.t(), x)
@@ -92,53 +159,49 @@ def add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
 
 
 def sum_of_weight_gradients(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros (out, in), in the order of memory in which a head's gradients are added fastest.
+    """Zeros (out, in), stored in the order in which a head's gradients are added fastest.
 
-    A head has more rows than columns, so that oneDNN is given the hidden states to copy.
+    The result is not contiguous where oneDNN computes weights' gradients: a head has more rows than
+    columns, so that oneDNN is better given the hidden states to copy than the logits' gradients.
     """
-    if weight.device.type == "cpu" and dtype == torch.float32 and onednn_copies_are_cheap():
+    measured = choice() if weight.device.type == "cpu" and dtype == torch.float32 else None
+    if measured is not None and measured.weight_gradients:
         return weight.new_zeros(weight.shape[::-1], dtype=dtype).t()
     return weight.new_zeros(weight.shape, dtype=dtype)
 
 
 def onednn_product(a: Tensor, b: Tensor, offset: Tensor | None = None) -> Tensor:
-    """The same by oneDNN whatever the rule says, plus `offset` (n,)."""
+    """a (m, k) times the transpose of b (n, k) plus `offset` (n,), by oneDNN on any processor."""
     return torch.ops.mkldnn._linear_pointwise(a, b, offset, "none", [], "")
 
 
 @cache
-def onednn_is_faster() -> bool:
-    """Whether this processor is one of those on which oneDNN was measured to be faster."""
+def choice() -> Choice | None:
+    """The entry of this processor; None where torch computes every product."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return None
+    return CHOICES.get(processor())
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN computes a (..., k) times the transpose of b (n, k)."""
+    if not _suits_onednn(a, b, len(b)):  # first, since a compiler cannot follow `choice`
         return False
-    processor = torch.cpu.get_capabilities()
-    return "AMD" in processor.get("cpu_name", "") and bool(processor.get("avx512_f"))
-
-
-@cache
-def onednn_copies_are_cheap() -> bool:
-    """Whether it is so much faster that it may copy an operand first: AMD's family 26 and later."""
-    if not onednn_is_faster():
+    measured = choice()
+    if measured is None or a.numel() // a.shape[-1] * len(b) > measured.largest:
         return False
-    information = Path("/proc/cpuinfo")
-    text = information.read_text() if information.exists() else ""
-    family = re.search(r"^cpu family\s*:\s*(\d+)", text, re.M)
-    return family is not None and int(family[1]) >= 26
+    return measured.outputs if b.stride(-1) == 1 else measured.input_gradients
 
 
-def _by_onednn(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
+def _suits_onednn(a: Tensor, b: Tensor, columns: int) -> bool:
+    """Whether a product of a's numbers with so many columns is worth asking `choice` for."""
     return (
-        multiply_adds >= SMALLEST
+        a.numel() * columns >= SMALLEST
         and a.dtype == b.dtype == torch.float32
         and a.device.type == b.device.type == "cpu"
         and not torch.compiler.is_compiling()  # which would break at what follows
         and not torch.is_autocast_enabled("cpu")
-        and onednn_is_faster()
     )
-
-
-def _copies_by_onednn(grad: Tensor, x: Tensor) -> bool:
-    return _by_onednn(grad, x, grad.numel() * x.shape[1]) and onednn_copies_are_cheap()
 
 
 class _Linear(torch.autograd.Function):
@@ -155,7 +218,7 @@ class _Linear(torch.autograd.Function):
         flat = grad.reshape(-1, weight.shape[0])
         x_grad, weight_grad, bias_grad = None, None, None
         if ctx.needs_input_grad[0]:
-            x_grad = onednn_product(flat, weight.t()).view(x.shape)
+            x_grad = product(flat, weight.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
             weight_grad = weight_gradient(flat, x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from llmnorm.nn.linear import (
     Linear,
     add_weight_gradient,
+    fills_memory,
     product,
     sum_of_weight_gradients,
 )
@@ -130,8 +131,12 @@ def chunk_size(weight: Tensor) -> int:
     return max(512, LOGITS.get(weight.device.type, LOGITS["cuda"]) // len(weight))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    logits = product(hidden.to(weight.dtype), weight)
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, memory: Tensor | None = None
+) -> Tensor:
+    """Logits (tokens, vocabulary), written into the first rows of `memory` if that is given."""
+    out = None if memory is None else memory[: len(hidden)]
+    logits = product(hidden.to(weight.dtype), weight, out)
     return logits if bias is None else logits.add_(bias)
 
 
@@ -197,9 +202,12 @@ class _Loss(torch.autograd.Function):
         bias_grad = weight.new_zeros(len(weight), dtype=wide) if wants_bias else None
         real = (labels != IGNORED).to(wide).mul_(scale).unsqueeze(1)
         work = _in_one_kernel if compiled else _by_parts
+        # New pages for 64 MiB of logits cost a fifth of their product (nn/linear.py, CHOICES).
+        keeps = dtype == wide and fills_memory(hidden[:chunk].to(dtype), head)
+        memory: Tensor | None = None
         for first in range(0, len(labels), chunk):
             part = slice(first, first + chunk)
-            logits = _logits(hidden[part], head, offset)
+            logits = _logits(hidden[part], head, offset, memory)
             if not any(wanted):
                 total += _softmax(logits, labels[part])[1].sum()
                 continue
@@ -213,7 +221,8 @@ class _Loss(torch.autograd.Function):
                 add_weight_gradient(weight_grad, gradient, scaled)
             if bias_grad is not None:
                 bias_grad += (real[part].t() @ gradient.to(wide)).squeeze(0)
-            del gradient  # before the next chunk's logits are made
+            memory = gradient if keeps else None
+            del gradient  # unless kept, it goes before the next chunk's logits are made
         if weight_grad is not None:
             weight_grad = weight_grad.contiguous()
         ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)

@@ -17,6 +17,7 @@ from llmnorm.checkpoints import store
 from llmnorm.checkpoints.checkpoints import Checkpoint, Checkpoints, Interval
 from llmnorm.checkpoints.format import checksum
 from llmnorm.part import InputError
+from tests.running import PATIENCE
 
 FILE = "rank_00000.safetensors"
 
@@ -524,7 +525,7 @@ class Gate:
         real = module.write_file
 
         def write_file(path: Path, parts: dict[str, Interval]) -> Any:
-            assert self.open.wait(timeout=60)
+            assert self.open.wait(timeout=PATIENCE)
             self.addresses.append({name: part.tensor.data_ptr() for name, part in parts.items()})
             if self.failure is not None:
                 raise self.failure
@@ -600,7 +601,7 @@ def test_one_save_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     second.join(timeout=0.2)
     assert second.is_alive() and checkpoints.steps() == []
     gate.open.set()
-    second.join(timeout=60)
+    second.join(timeout=PATIENCE)
     assert 10 in checkpoints.steps()
     checkpoints.wait()
     assert checkpoints.steps() == [10, 20]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from llmnorm import cli
-from tests.running import CHILDREN, ROOT
+from tests.running import CHILDREN, PATIENCE, ROOT
 
 Scenario = Callable[[Path, int, int], Any]
 
@@ -65,7 +65,7 @@ def _process(scenario: Scenario, directory: Path, rank: int, world: int) -> None
         init_method=f"file://{directory}/rendezvous",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=300),
+        timeout=timedelta(seconds=PATIENCE),
     )
     try:
         answer = scenario(directory / "checkpoints", rank, world)

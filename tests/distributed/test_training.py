@@ -15,7 +15,16 @@ from safetensors.torch import load_file
 from llmnorm.checkpoints import checkpoints as module
 from tests.distributed.processes import command
 from tests.distributed.processes import run as run_processes
-from tests.running import MASKED, ROOT, SMOKE, assert_same_run, llmnorm, metrics_of, state_of
+from tests.running import (
+    MASKED,
+    PATIENCE,
+    ROOT,
+    SMOKE,
+    assert_same_run,
+    llmnorm,
+    metrics_of,
+    state_of,
+)
 
 COMMON = ["schedule=constant", "evaluation.every=5", "checkpoint.every=5", "training.ema=0.9"]
 COMMON += ["logging.health_every=2"]
@@ -37,7 +46,7 @@ def launch(sharding: str, *arguments: object) -> subprocess.CompletedProcess[str
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 

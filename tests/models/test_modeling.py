@@ -78,9 +78,10 @@ def test_logits_are_made_when_and_where_asked() -> None:
     full = model(ids).logits
     assert torch.equal(model(ids, labels=ids).logits, full)
     assert model(ids, shift_labels=ids).logits is None
-    assert torch.equal(model(ids, logits_to_keep=3).logits, full[:, -3:])
+    # A product of fewer rows may add in another order: equal to float32's rounding.
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, full[:, -3:])
     keep = torch.tensor([1, 4])
-    assert torch.equal(model(ids, logits_to_keep=keep).logits, full[:, keep])
+    torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, full[:, keep])
     assert torch.equal(model(ids, return_dict=False)[0], full)
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=embeds).logits, full)

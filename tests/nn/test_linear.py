@@ -1,15 +1,26 @@
-"""Linear layers by either library."""
+"""Linear layers by either library, and which of them is chosen on which processor."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmnorm.machine.processor import Processor, allowed, onednn_limit, processor
 from llmnorm.nn import linear
 from llmnorm.nn.linear import (
+    CHOICES,
+    NO_LIMIT,
     SMALLEST,
+    Choice,
     Linear,
     add_weight_gradient,
+    fills_memory,
+    onednn_product,
     product,
     sum_of_weight_gradients,
     weight_gradient,
@@ -20,16 +31,38 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["torch", "oneDNN", "oneDNN with copies"])
+def choose(
+    monkeypatch: pytest.MonkeyPatch,
+    outputs: bool = True,
+    input_gradients: bool = True,
+    weight_gradients: bool = True,
+    largest: int = NO_LIMIT,
+) -> None:
+    """Give this processor such an entry, whatever it is."""
+    entry = Choice(outputs, input_gradients, weight_gradients, largest, "", "", "")
+    monkeypatch.setattr(linear, "choice", lambda: entry)
+
+
+# By name: an entry's outputs, input gradients, weight gradients; None where there is no entry.
+ENTRIES = {
+    "torch": None,
+    "oneDNN": (True, True, False),
+    "oneDNN with copies": (True, True, True),
+    "oneDNN for outputs": (True, False, False),
+}
+
+
+@pytest.fixture(params=ENTRIES)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether oneDNN multiplies, whatever this processor is."""
-    chosen = request.param != "torch"
-    if chosen and not torch.backends.mkldnn.is_available():
+    """Whether oneDNN computes outputs, whatever this processor is."""
+    entry = ENTRIES[request.param]
+    if entry is None:
+        monkeypatch.setattr(linear, "choice", lambda: None)
+        return False
+    if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    copies = request.param == "oneDNN with copies"
-    monkeypatch.setattr(linear, "onednn_is_faster", lambda: chosen)
-    monkeypatch.setattr(linear, "onednn_copies_are_cheap", lambda: copies)
-    return chosen
+    choose(monkeypatch, *entry)
+    return True
 
 
 def far(got: Tensor, expected: Tensor) -> float:
@@ -63,8 +96,7 @@ def test_outputs_and_gradients(library: bool, bias: bool, shape: tuple[int, ...]
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 def test_frozen_inputs_get_no_gradient(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
     """Oracle: the products made, counted: one forward, one backward."""
-    monkeypatch.setattr(linear, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(linear, "onednn_copies_are_cheap", lambda: True)
+    choose(monkeypatch)
     layer, x = Linear(128, 128), torch.randn(200, 128, requires_grad=frozen != "x")
     layer.weight.requires_grad_(frozen != "weight")
     made = []
@@ -77,7 +109,7 @@ def test_frozen_inputs_get_no_gradient(monkeypatch: pytest.MonkeyPatch, frozen: 
 
 def test_everything_else_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: F.linear, bit for bit: small products, other dtypes, autocast, no such processor."""
-    monkeypatch.setattr(linear, "onednn_is_faster", lambda: True)
+    choose(monkeypatch)
     monkeypatch.setattr(linear, "onednn_product", None)
     layer = Linear(128, 128)
     small = torch.randn(SMALLEST // 128**2 - 1, 128)
@@ -87,7 +119,7 @@ def test_everything_else_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert layer(large).dtype == torch.bfloat16
     assert Linear(128, 128, dtype=torch.float64)(large.double()).dtype == torch.float64
     assert product(large.bfloat16(), large.bfloat16()).dtype == torch.bfloat16
-    monkeypatch.setattr(linear, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(linear, "choice", lambda: None)
     assert torch.equal(layer(large), nn.Linear.forward(layer, large))
 
 
@@ -123,3 +155,104 @@ def test_a_compiler_meets_no_break() -> None:
     assert x.numel() * 80 >= SMALLEST
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_every_entry_says_what_was_measured_where_and_when() -> None:
+    """Oracle: the form of the three fields."""
+    for entry in CHOICES.values():
+        assert " -> " in entry.figures and "family" in entry.machine
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", entry.date)
+
+
+def test_a_processor_without_an_entry_gets_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: None, for an Intel, for a newer AMD and where less than AVX2 is allowed."""
+    for kind in (
+        Processor("Intel", 6, "AVX512"),
+        Processor("AMD", 99, "AVX512"),
+        Processor("AMD", 25, "none"),
+        Processor("", 0, "none"),
+    ):
+        monkeypatch.setattr(linear, "processor", lambda kind=kind: kind)
+        assert linear.choice.__wrapped__() is None
+
+
+def test_the_layout_and_the_size_choose_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: either library's own result, bit for bit, where the two differ."""
+    torch.manual_seed(0)
+    a, b = torch.randn(200, 1024), torch.randn(300, 1024)
+    by_columns = b.t().contiguous().t()
+    choose(monkeypatch, input_gradients=False, largest=200 * 300)
+    assert product(a, b).equal(onednn_product(a, b)) and not fills_memory(a, b)
+    assert product(a, by_columns).equal(torch.mm(a, by_columns.t())) and fills_memory(a, by_columns)
+    longer = torch.cat((a, a[:1]))
+    assert product(longer, b).equal(torch.mm(longer, b.t()))
+    into = torch.empty(201, 300)
+    assert product(longer, b, into).data_ptr() == into.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("capability", "limit", "expected"),
+    [
+        ("AVX512", "", "AVX512"),
+        ("AVX512", "ALL", "AVX512"),
+        ("AVX512", "AVX512_CORE_VNNI", "AVX512"),
+        ("AVX512", "AVX2", "AVX2"),
+        ("AVX512", "AVX2_VNNI", "AVX2"),
+        ("AVX512", "AVX", "none"),
+        ("AVX512", "SSE41", "none"),
+        ("AVX2", "AVX512_CORE", "AVX2"),
+        ("DEFAULT", "AVX2", "none"),
+        ("SVE256", "", "none"),
+    ],
+)
+def test_the_narrower_limit_holds(capability: str, limit: str, expected: str) -> None:
+    """Oracle: the variables' documented values, ordered by hand."""
+    assert allowed(capability, limit) == expected
+
+
+def test_oneDNNs_limit_is_read_by_both_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: oneDNN's page: any case, and the old name where the new one is not set."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    assert onednn_limit() == ""
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "avx2")
+    assert onednn_limit() == "AVX2"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    assert onednn_limit() == "AVX512_CORE"
+
+
+CHOICE = (
+    "from llmnorm.machine.processor import processor; from llmnorm.nn import linear; "
+    "print(processor().instructions, linear.choice() == linear.CHOICES.get(processor()))"
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"}, "none"),
+        ({"ATEN_CPU_CAPABILITY": "avx2"}, "AVX2"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, "AVX2"),
+    ],
+)
+def test_what_the_environment_allows_is_what_is_there(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
+) -> None:
+    """Oracle: the variables' meaning, in a process of its own; a processor may have no AVX2."""
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run([sys.executable, "-c", CHOICE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    here = expected if torch.cpu.get_capabilities().get("avx2") else "none"
+    assert done.stdout.split() == [here, "True"]
+
+
+def test_this_processor_is_described() -> None:
+    """Oracle: its own line in /proc/cpuinfo."""
+    found = processor()
+    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    for vendor, name in (("AuthenticAMD", "AMD"), ("GenuineIntel", "Intel")):
+        if vendor in text:
+            assert found.vendor == name and f"cpu family\t: {found.family}\n" in text

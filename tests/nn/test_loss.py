@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmnorm.nn import linear
 from llmnorm.nn import loss as loss_module
 from llmnorm.nn.loss import LanguageHead, chunk_size, linear_cross_entropy, token_losses
 
@@ -166,10 +167,35 @@ def test_full_logits_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     logits = loss_module._logits
     monkeypatch.setattr(
-        loss_module, "_logits", lambda h, w, b: seen.append(len(h)) or logits(h, w, b)
+        loss_module, "_logits", lambda h, *more: seen.append(len(h)) or logits(h, *more)
     )
     linear_cross_entropy(hidden, weight, labels).backward()
     assert max(seen) == chunk_size(weight) == 512 and sum(seen) == 1000
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_logits_memory_is_used_again(monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    """Oracle: the loss and gradients with new memory for every chunk, to the bit."""
+    hidden, weight, labels = data(1300, 3, 8192)
+    seen, leaves = [], [hidden, weight]
+    logits = loss_module._logits
+
+    def recorded(*arguments):
+        memory, made = arguments[3], logits(*arguments)
+        seen.append(memory is not None and memory.data_ptr() == made.data_ptr())
+        return made
+
+    monkeypatch.setattr(loss_module, "_logits", recorded)
+    monkeypatch.setattr(loss_module, "fills_memory", lambda *_: kept)
+    monkeypatch.setattr(linear, "choice", lambda: None)  # oneDNN would not write into the memory
+    loss = linear_cross_entropy(hidden, weight, labels)
+    gradients = torch.autograd.grad(loss, leaves)
+    assert seen == [False, kept, kept]
+    monkeypatch.setattr(loss_module, "fills_memory", lambda *_: False)
+    other = linear_cross_entropy(hidden, weight, labels)
+    assert loss.equal(other)
+    for one, expected in zip(gradients, torch.autograd.grad(other, leaves), strict=True):
+        assert one.equal(expected)
 
 
 def test_losses_of_single_tokens() -> None:

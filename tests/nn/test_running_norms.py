@@ -15,7 +15,7 @@ from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.models.modeling import build_model
 from llmnorm.nn.norms.running import RunningStatistics
 from llmnorm.nn.norms.settings import PowerNormSettings, UnifiedNormSettings
-from tests.running import CHILDREN
+from tests.running import CHILDREN, PATIENCE
 
 WIDTH = 8
 SETTINGS: dict[str, Any] = {
@@ -358,7 +358,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for child in children:
         child.start()
     for child in children:
-        child.join(120)
+        child.join(PATIENCE)
         assert child.exitcode == 0
     return directory
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from llmnorm.machine.processor import Processor
+from llmnorm.optim import orthogonalize as module
 from llmnorm.optim.muon import Muon
 from llmnorm.optim.orthogonalize import (
     ITERATIONS,
@@ -129,6 +131,7 @@ def test_the_dtype_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = torch.zeros(1, 256, 512), torch.zeros(1, 8, 8)
     for found, expected in (({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        monkeypatch.setattr(module, "processor", lambda: Processor("AMD", 25, "AVX512"))
         multiplies_bf16.cache_clear()
         assert working_dtype("auto", "standard", large) == expected
         assert working_dtype("auto", "standard", small) == torch.float32
@@ -136,4 +139,9 @@ def test_the_dtype_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         assert working_dtype("fp32", "standard", large) == torch.float32
         assert working_dtype("bf16", "standard", small) == torch.bfloat16
         assert working_dtype("auto", "standard", large.double()) == torch.float64
+    # A processor with bf16 products that the environment limits to AVX2 does not use them.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(module, "processor", lambda: Processor("AMD", 25, "AVX2"))
+    multiplies_bf16.cache_clear()
+    assert working_dtype("auto", "standard", large) == torch.float32
     multiplies_bf16.cache_clear()

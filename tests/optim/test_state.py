@@ -9,7 +9,7 @@ from torch import nn
 from llmnorm.checkpoints.checkpoints import Checkpoints
 from llmnorm.optim.state import named_state
 from tests.optim.rules import RULES, SHAPES, Run, draw, gradients
-from tests.running import CHILDREN
+from tests.running import CHILDREN, PATIENCE
 
 BEFORE, STEPS = 4, 9  # the refreshes of Conda (3) and SOAP (2) lie on both sides
 WEIGHTS = {name: draw(*shape, seed=5, dtype=torch.float32) for name, shape in SHAPES.items()}
@@ -57,7 +57,7 @@ def test_saved_in_the_middle_and_gone_on_in_another_process(tmp_path: Path) -> N
         expected[number] = everything(run)
     child = CHILDREN.Process(target=_continue, args=(tmp_path,))
     child.start()
-    child.join(120)
+    child.join(PATIENCE)
     assert child.exitcode == 0
     for number, name in enumerate(RULES):
         found = torch.load(tmp_path / f"{number}.done", weights_only=True)

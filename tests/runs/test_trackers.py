@@ -17,7 +17,7 @@ import pytest
 from llmnorm.config.tree import RunConfig
 from llmnorm.runs import trackers
 from llmnorm.runs.directory import RunDirectory
-from tests.running import ROOT, SMOKE
+from tests.running import PATIENCE, ROOT, SMOKE
 
 INSTALLED = [name for name in ("tensorboard", "wandb", "trackio") if importlib.util.find_spec(name)]
 pytestmark = pytest.mark.skipif(len(INSTALLED) < 3, reason="needs the extra track")
@@ -58,7 +58,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Killed
     command = [sys.executable, "-m", "llmnorm", "train", str(SMOKE), *settings]
     with (place / "log.txt").open("w") as log:
         first = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + PATIENCE
         while not run.metrics.exists() or '"step": 7,' not in run.metrics.read_text():
             assert first.poll() is None and time.monotonic() < deadline, log.name
             time.sleep(0.001)

@@ -41,7 +41,7 @@ import torch  # noqa: E402
 from report import Table, memory_of, publish  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from llmnorm.nn.linear import onednn_is_faster, onednn_product  # noqa: E402
+from llmnorm.nn.linear import choice, onednn_product  # noqa: E402
 
 LENGTH, WARMUP = 512, 2
 SHAPE = {
@@ -335,7 +335,7 @@ def product_rates(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     rates: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "torch.mm": lambda a, b: torch.mm(a, b.t())
     }
-    if device == "cpu" and onednn_is_faster():
+    if device == "cpu" and choice() is not None:
         rates["oneDNN"] = onednn_product
     return rates
 

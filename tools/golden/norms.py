@@ -56,8 +56,17 @@ def _norm_errors(
     else:
         yield limit.measure(x.grad, saved["grad_x"])
     for name, parameter in norm.named_parameters():
-        if name in saved:
-            yield limit.measure(parameter.grad, saved[f"grad_{name}"])
+        if name not in saved:
+            continue
+        assert parameter.grad is not None
+        recorded = saved[f"grad_{name}"]
+        if case["op"] == "layernorm" and name == "weight" and x.shape[-1] == 1:
+            # x - mean is exactly 0; what was recorded is the rounding of that difference, which
+            # other processors round otherwise: compared on the scale of its two equal terms.
+            terms = saved["grad_out"] * saved["x"] / case["eps"] ** 0.5
+            yield largest(parameter.grad - recorded) / largest(terms)
+        else:
+            yield limit.measure(parameter.grad, recorded)
 
 
 @serves("norm/layernorm")

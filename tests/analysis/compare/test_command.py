@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import torch
 
 from llmnorm import cli
 from llmnorm.analysis.compare import launch as launch_file
@@ -23,7 +24,7 @@ from llmnorm.analysis.compare.ledger import Ledger, Record
 from llmnorm.analysis.compare.plan import Arm, Protocol, Run
 from llmnorm.machine.gpus import GPU
 from llmnorm.part import InputError
-from tests.running import CHILDREN, SMOKE, TIMES
+from tests.running import CHILDREN, PATIENCE, SMOKE, TIMES
 
 
 def arms(*given: str, shared: Sequence[str] = ()) -> list[Arm]:
@@ -299,6 +300,7 @@ class Fork:
 def _comparison(directory: Path, data: Path, out: Path) -> None:
     os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
+    torch.set_num_threads(1)  # OpenMP's other threads would not be there in what is forked
     given = [words.split() for words in ARMS]
     shared = [*SHARED, f"data.dir={data}"]
     protocol = read_protocol(read_arms(SMOKE, shared, given), seeds=2, lr_points=1)
@@ -317,7 +319,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Iterato
     """A comparison that was not stopped."""
     directory = tmp_path_factory.mktemp("comparison") / "whole"
     process = start(directory, smoke_data)
-    process.join(300)
+    process.join(PATIENCE)
     assert process.exitcode == 0, directory.with_suffix(".log").read_text()
     yield directory
 
@@ -386,11 +388,11 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_report(
         assert process.is_alive(), directory.with_suffix(".log").read_text()
         time.sleep(0.005)
     process.terminate()  # the run saves before the comparison ends
-    process.join(300)
+    process.join(PATIENCE)
     assert process.exitcode == 128 + signal.SIGTERM
     assert (fourth / "PREEMPT").exists() or b'rms/seed2-x1"' in ledger.read_bytes()
     process = start(directory, smoke_data)
-    process.join(300)
+    process.join(PATIENCE)
     assert process.exitcode == 0, directory.with_suffix(".log").read_text()
     assert ledger.read_bytes().startswith(before)
     assert len(ledger.read_text().splitlines()) == len(
@@ -409,6 +411,6 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_report(
         assert lines[0] == lines[1]
     shutil.rmtree(directory / "runs")  # the lines are enough
     process = start(directory, smoke_data)
-    process.join(300)
+    process.join(PATIENCE)
     assert process.exitcode == 0 and not (directory / "runs").exists()
     assert found(directory) == found(whole)
