@@ -1,6 +1,6 @@
-"""A run's bits per byte beside what gzip and xz reach on the same validation text.
+"""A run's bits per byte beside those of gzip and xz on the same validation text.
 
-`References` are rates in bits per byte by who reached them:
+`References` are bits per byte by compressor and source:
 `{"gzip -9": {"all": 2.60, "code": 2.11, ...}, "xz -9e": {...}}`; "all" is the mean over the sources
 weighted by their training bytes, as in metrics.jsonl.
 """
@@ -22,12 +22,15 @@ MODEL = "this run"
 
 
 def references(run: RunDirectory) -> References:
-    """What gzip and xz reach on the run's validation text; nothing where the corpus is gone."""
+    """The bits per byte of gzip and xz on the run's validation text.
+
+    Empty where the run's prepared data is gone; an error of its configuration is printed as a note.
+    """
     try:
         config = load(run.path).config
         packed = find(config.data, config.tokenizer)
     except InputError as error:
-        print(f"llmnorm: note: without gzip and xz: {error}", file=sys.stderr)
+        print(f"llmnorm: note: gzip and xz are not shown: {error}", file=sys.stderr)
         return {}
     return compression(packed) if packed else {}
 
@@ -42,29 +45,31 @@ def compression(packed: PackedData) -> dict[str, dict[str, float]]:
     }
     total = sum(s.bytes for s in packed.sources)
     return {
-        who: {ALL: sum(s.bytes * rate[s.name] for s in packed.sources) / total, **rate}
-        for who, rate in rates.items()
+        compressor: {ALL: sum(s.bytes * rate[s.name] for s in packed.sources) / total, **rate}
+        for compressor, rate in rates.items()
     }
 
 
 def losses_against(
     bits_per_byte: Mapping[str, float], references: References
 ) -> dict[str, list[str]]:
-    """Who is ahead of the run, and on which sources; whoever is nowhere ahead is left out."""
+    """The compressors that need fewer bits than the run, each with the sources on which it does."""
     ahead = {
-        who: [name for name, rate in bits_per_byte.items() if rates.get(name, math.inf) < rate]
-        for who, rates in references.items()
+        compressor: [
+            name for name, rate in bits_per_byte.items() if rates.get(name, math.inf) < rate
+        ]
+        for compressor, rates in references.items()
     }
-    return {who: names for who, names in ahead.items() if names}
+    return {compressor: names for compressor, names in ahead.items() if names}
 
 
 def table(bits_per_byte: Mapping[str, float], references: References) -> str:
-    """The rates as text, a line a source, and a last line that names who is behind where."""
+    """The bits per byte as text, a line a source, and the verdict as the last line."""
     columns = {MODEL: bits_per_byte, **references}
     width = max(len(name) for name in [*bits_per_byte, "bits per byte"])
-    lines = [f"{'bits per byte':{width}}" + "".join(f"{who:>10}" for who in columns)]
+    lines = [f"{'bits per byte':{width}}" + "".join(f"{column:>10}" for column in columns)]
     for name in bits_per_byte:
-        cells = (columns[who].get(name) for who in columns)
+        cells = (rates.get(name) for rates in columns.values())
         numbers = (f"{cell:>10.3f}" if cell is not None else f"{'-':>10}" for cell in cells)
         lines.append(f"{name:{width}}" + "".join(numbers))
     if references:
@@ -73,17 +78,19 @@ def table(bits_per_byte: Mapping[str, float], references: References) -> str:
 
 
 def verdict(bits_per_byte: Mapping[str, float], references: References) -> str:
-    """One line: ahead of all of them, or behind whom on what."""
+    """One line: the run is ahead of all compressors, or behind which on which sources."""
     ahead = losses_against(bits_per_byte, references)
     if not ahead:
         return f"ahead of {' and '.join(references)} on every source"
-    named = {
-        who: "every source" if len(names) == len(bits_per_byte) else ", ".join(map(label, names))
-        for who, names in ahead.items()
+    listed = {
+        compressor: "every source"
+        if len(names) == len(bits_per_byte)
+        else ", ".join(map(label, names))
+        for compressor, names in ahead.items()
     }
-    return "; ".join(f"behind {who} on {names}" for who, names in named.items())
+    return "; ".join(f"behind {compressor} on {names}" for compressor, names in listed.items())
 
 
 def label(name: str) -> str:
-    """What a row of rates is called."""
+    """The name of a source as it is shown."""
     return "all sources" if name == ALL else name

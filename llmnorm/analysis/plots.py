@@ -3,11 +3,11 @@
     plot([Path("runs/quickstart")])       writes runs/quickstart/plots/loss.png, prints the rates
     plot([Path("runs/a"), Path("runs/b")], Path("a-b.png"))
 
-One picture holds, of all the runs together, the loss against tokens and against time, bits per byte
-by source, learning rate, gradient norm and throughput. A run alone is held against gzip and xz.
+One picture shows all the runs together: loss against tokens and against time, bits per byte by
+source, learning rate, gradient norm and throughput. A single run is shown beside gzip and xz.
 
-What would surprise: the axis of the loss leaves out the fall of the first tenth, and that of the
-gradient norm its highest peaks: both would flatten all that follows.
+What would surprise: the loss axis is scaled to the losses after the first tenth of a run, and that
+of the gradient norm to its lower 98 %; all of them would flatten the rest.
 """
 
 import textwrap
@@ -24,19 +24,19 @@ from llmnorm.runs.record import Record, read_metrics, smoothed
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")  # where the colours are used up
 GREYS = ("#C4C4C4", "#404040", "#808080")
-MOST_BARS = 5  # a source; more runs show their totals alone
+MOST_BARS = 5  # of a source; of more runs only the bars of all sources together are drawn
 
 
 def plot(runs: Sequence[Path], output: Path | None = None) -> None:
-    """Draw the runs in one picture and say where it is; of one run print the rates too.
+    """Draw the runs in one picture and print its path; for a single run, print bits per byte too.
 
     Args:
         runs: run directories.
-        output: the picture to write (.png, .pdf, .svg); None: RUN/plots/loss.png for a run,
-            runs.png here for several.
+        output: the picture to write (.png, .pdf, .svg); None: RUN/plots/loss.png for one run,
+            runs.png in the working directory for several.
 
     Raises:
-        InputError: a directory is no run or has no metrics, or the picture cannot be written.
+        InputError: a directory is not a run or has no metrics, or the picture cannot be written.
     """
     found = [existing(path) for path in dict.fromkeys(runs)]
     records = dict(zip(names(found), (read_metrics(run.metrics) for run in found), strict=True))
@@ -51,7 +51,7 @@ def plot(runs: Sequence[Path], output: Path | None = None) -> None:
 
 
 def names(runs: Sequence[RunDirectory]) -> list[str]:
-    """What the runs are called: their directories' names, as much of the path as tells them."""
+    """Names for the runs: the ends of their paths, as short as they can be and still differ."""
     paths = [run.path.resolve() for run in runs]
     length = 1
     while len({path.parts[-length:] for path in paths}) < len(paths):
@@ -60,16 +60,17 @@ def names(runs: Sequence[RunDirectory]) -> list[str]:
 
 
 def draw(records: Mapping[str, Record], output: Path, rates: References | None = None) -> None:
-    """Draw runs, by name.
+    """Draw runs.
 
     Args:
+        records: the runs' metrics by name.
         output: the picture to write (.png, .pdf, .svg).
-        rates: bits per byte to draw beside those of a run alone.
+        rates: bits per byte of compressors, drawn where there is a single run.
 
     Raises:
         InputError: the picture cannot be written.
     """
-    # The object interface draws without a display and leaves pyplot's global state alone.
+    # Without pyplot, so that no display is needed and no global state changes.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -93,12 +94,12 @@ def draw(records: Mapping[str, Record], output: Path, rates: References | None =
     for axis, title in zip(
         axes[1], ("Learning rate", "Gradient norm", "Throughput (tokens a second)"), strict=True
     ):
-        _settings(axis, title, "training tokens", "tokens")
+        _finish(axis, title, "training tokens", "tokens")
         axis.set_ylim(bottom=0)
     norms = sorted(value for record in records.values() for value in record.training["grad_norm"])
     if norms and norms[-1] > 0:
         axes[1, 1].set_ylim(0, 1.15 * max(norms[int(0.98 * (len(norms) - 1))], 1e-12))
-    _numbers(axes[1, 2].yaxis)
+    _engineering(axes[1, 2].yaxis)
     axes[1, 0].yaxis.set_major_formatter("{x:g}")
     if len(records) == 1:
         figure.suptitle(next(iter(records)), fontsize=14, fontweight="bold")
@@ -138,8 +139,9 @@ def _loss(
     over: str,
     title: str,
 ) -> None:
+    """The loss over `over`: "tokens" or "seconds"."""
     alone = len(records) == 1
-    settled: list[float] = []
+    settled: list[float] = []  # losses after the first tenth, which set the axis
     for name, record in records.items():
         style, training, validation = styles[name], record.training, record.validation
         if training["loss"]:
@@ -171,7 +173,7 @@ def _loss(
     if settled and max(settled) > min(settled):
         margin = 0.06 * (max(settled) - min(settled))
         axis.set_ylim(min(settled) - margin, max(settled) + margin)
-    _settings(axis, f"Loss (nats a token) over {over.replace('seconds', 'time')}", title, over)
+    _finish(axis, f"Loss (nats a token) over {over.replace('seconds', 'time')}", title, over)
     if over == "tokens":
         handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         legend = axis.legend(handles.values(), handles.keys(), frameon=False, loc="upper right")
@@ -185,14 +187,14 @@ def _rates(
     styles: Mapping[str, Mapping[str, Any]],
     rates: References,
 ) -> None:
-    """Bars of bits per byte by source: the runs', or one run's beside the references."""
+    """Bars of bits per byte by source: of several runs, or of one run and the compressors."""
     columns = {name: record.bits_per_byte for name, record in records.items()}
     columns = {name: found for name, found in columns.items() if found}
     colours = {name: styles[name]["color"] for name in columns}
     title = "Bits per byte of validation text (less is better)"
     if len(records) == 1 and columns:
         found = next(iter(columns.values()))
-        columns = {MODEL: found, **{who: dict(rate) for who, rate in rates.items()}}
+        columns = {MODEL: found, **{name: dict(rate) for name, rate in rates.items()}}
         colours = dict(zip(columns, (COLOURS[0], *GREYS), strict=False))
         if rates:
             behind = verdict(found, rates)
@@ -200,20 +202,20 @@ def _rates(
     if not columns:
         axis.set_axis_off()
         evaluated = any(record.validation["step"] for record in records.values())
-        why = "no bits per byte of this objective" if evaluated else "not evaluated yet"
-        axis.text(0.5, 0.5, why, ha="center", color=GREYS[2])
+        reason = "this objective has no bits per byte" if evaluated else "not evaluated yet"
+        axis.text(0.5, 0.5, reason, ha="center", color=GREYS[2])
         return
     rows = list(dict.fromkeys(name for found in columns.values() for name in found))
     rows = rows if len(columns) <= MOST_BARS else rows[:1]
     height = 0.82 / len(columns)
-    for place, (who, found) in enumerate(columns.items()):
+    for number, (column, found) in enumerate(columns.items()):
         known = [(row, found[name]) for row, name in enumerate(rows) if name in found]
         bars = axis.barh(
-            [row + (place - (len(columns) - 1) / 2) * height for row, _ in known],
+            [row + (number - (len(columns) - 1) / 2) * height for row, _ in known],
             [rate for _, rate in known],
             height=height * 0.92,
-            color=colours[who],
-            label=who,
+            color=colours[column],
+            label=column,
         )
         axis.bar_label(bars, fmt="%.3f" if len(rows) == 1 else "%.2f", padding=3, fontsize=8)
     axis.set_yticks(range(len(rows)), map(label, rows))
@@ -228,7 +230,8 @@ def _rates(
         )
 
 
-def _settings(axis: Any, title: str, below: str, over: str) -> None:
+def _finish(axis: Any, title: str, below: str, over: str) -> None:
+    """Title, label and number format of an axis; `over`: "tokens" or "seconds"."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_title(title, fontsize=11)
@@ -241,18 +244,19 @@ def _settings(axis: Any, title: str, below: str, over: str) -> None:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / seconds:g}"))
         axis.set_xlabel(f"{below} ({unit})")
     else:
-        _numbers(axis.xaxis)
+        _engineering(axis.xaxis)
     axis.set_xlim(left=0)
 
 
-def _numbers(axis: Any) -> None:
+def _engineering(axis: Any) -> None:
+    """Numbers with metric prefixes: 10k, 2M."""
     from matplotlib.ticker import EngFormatter
 
     axis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _unit(longest: float) -> tuple[str, float]:
-    """The unit in which a time reads well, and its seconds."""
+    """The unit in which a time is easy to read, and its length in seconds."""
     for unit, seconds in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if longest >= 2 * seconds:
             return unit, seconds

@@ -4,13 +4,17 @@
     baseline   2500/2500  2.4113  2.4113 finished      0.004         rms
     layer      1500/2500  2.6021  2.6021 interrupted   0.004         layer
 
-The loss is the validation's, last and best. A run is `running` while a process holds its lock,
-`finished` at its last step, `stopped` by SIGTERM or Ctrl-C (after a checkpoint), `diverged` where
-it gave up on a loss that is not finite, else `interrupted`. The columns on the right are the
-settings that differ between the runs.
+`loss` and `best` are the last and the lowest validation loss. The columns on the right are the
+settings that differ between the runs. The states are
 
-What would surprise: settings are compared as they stand in the files, nothing is imported, so that
-runs of parts or versions that are not here any more can be listed too ("-": not in that file).
+    running       a process holds the run's lock
+    finished      it reached its last step
+    stopped       by SIGTERM or Ctrl-C, after a checkpoint
+    diverged      it ended because of a loss that is not finite
+    interrupted   none of these
+
+What would surprise: settings are compared as they are written in the files, and no part is
+imported, so that runs of missing parts or of other versions are listed too ("-": not in that file).
 """
 
 import json
@@ -31,7 +35,7 @@ WIDEST = 40  # characters of a setting's value
 
 
 def describe_runs(directory: Path) -> str:
-    """The table of the runs in a directory, or of the run that it is.
+    """The table of the runs below a directory, or of the one run that the directory is.
 
     Raises:
         InputError: there is no run, or a configuration cannot be read.
@@ -57,7 +61,7 @@ def describe_runs(directory: Path) -> str:
 
 
 def state(run: RunDirectory) -> str:
-    """How the run stands: running, finished, stopped, diverged, interrupted."""
+    """The run's state: running, finished, diverged, stopped or interrupted."""
     if held(run.path):
         return "running"
     if run.done.exists():
@@ -68,7 +72,7 @@ def state(run: RunDirectory) -> str:
 
 
 def progress(run: RunDirectory) -> tuple[int, list[float]]:
-    """The last logged step, and every validation loss so far."""
+    """The last logged step, and all validation losses so far."""
     step, losses = 0, []
     if run.metrics.is_file():
         for line in run.metrics.read_text(encoding="utf-8").splitlines():
@@ -78,7 +82,7 @@ def progress(run: RunDirectory) -> tuple[int, list[float]]:
                 if "validation" in entry:
                     losses.append(float(entry["validation"]["loss"]))
             except (ValueError, KeyError, TypeError):
-                break  # it is being written, or a kill has torn it
+                break  # the last line is being written, or a kill left half of it
     return step, losses
 
 
@@ -87,7 +91,7 @@ def differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:
     keys: dict[str, None] = {}
     for tree in trees[1:]:
         keys |= dict.fromkeys(differences(trees[0], tree))
-    # Where a part's name differs only settings that all of the parts have can be compared.
+    # Where the part differs (`optimizer.name`), only settings that all of the parts have are shown.
     parts = tuple(key.removesuffix("name") for key in keys if key.endswith(".name"))
     return [
         key
@@ -97,7 +101,7 @@ def differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _runs_below(directory: Path) -> Iterator[Path]:
-    """Run directories, at any depth; what lies inside one (trackers' files) is none."""
+    """Run directories at any depth; a run is not searched, since trackers keep files in it."""
     if (directory / "config.yaml").is_file():
         yield directory
         return
@@ -125,7 +129,7 @@ def _shown(tree: Any, key: str) -> str:
 
 
 def _total(tree: Mapping[str, Any]) -> str:
-    """The run's length in steps; "?" where it is counted in epochs of a corpus that is gone."""
+    """The run's length in steps; "?" where it is in epochs and the prepared data is gone."""
     try:
         training = TrainingSettings.model_validate(tree["training"])
         rows = 0

@@ -4,9 +4,10 @@
     inspect([Path("runs/pre"), Path("runs/lns")])           both in the same pictures
     inspect([Path("gpt2")], data=Path("runs/quickstart"))   any decoder that transformers loads
 
-A run is measured on its validation rows; a directory, which has none, on those of `--data` (or of
-the run beside it), in its own tokens. The files: inspect.html (everything in one file),
-inspect.json and a PNG a figure.
+A run is measured on its own validation rows. An exported or stock directory has none; it is
+measured on those of `--data` or of the run that it is compared with, tokenised by its own
+tokenizer. The files written are inspect.html (a page with everything in it), inspect.json and a PNG
+per figure.
 """
 
 import json
@@ -31,7 +32,7 @@ from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
 
 ROWS = 128
-MOST_NUMBERS = 2**27  # of a batch's logits, streams of all blocks, or attention of one
+MOST_NUMBERS = 2**27  # in a batch's logits, the streams of all blocks, or one block's attention
 
 
 def inspect(
@@ -44,19 +45,20 @@ def inspect(
     data: Path | None = None,
     output: Path | None = None,
 ) -> None:
-    """Measure one model or two, write the page and say what was found.
+    """Measure one model or two, write the page and print a summary.
 
     Args:
         paths: one or two of: run, checkpoint, exported or stock directory.
-        overrides: of the settings whose rows are read.
+        overrides: `key=value` for the configuration whose validation rows are read.
         rows: validation rows to measure on; all, if there are fewer.
-        checkpoint: of runs: `latest`, `best` or a step.
-        ema: of runs: the moving average of the weights.
+        checkpoint: which checkpoint of a run: `latest`, `best` or a step.
+        ema: take a run's moving average of the weights.
         data: the configuration or run whose validation rows are read instead of the run's own.
-        output: directory to write; RUN/plots/inspect or DIR/inspect of the first path if None.
+        output: directory to write; None: RUN/plots/inspect or DIR/inspect of the first path.
 
     Raises:
-        InputError: something that the user can mend, in one line.
+        InputError: a model or its validation rows cannot be read, a model cannot be inspected, or
+            the directory cannot be written.
     """
     settings = list(overrides)
     subjects = [open_subject(path, checkpoint=checkpoint, ema=ema) for path in paths]
@@ -72,7 +74,7 @@ def inspect(
     parallel = Parallel(configs[0].parallel, configs[0].training)
     try:
         if parallel.world > 1:
-            raise InputError("inspect: is one process; start it without a launcher")
+            raise InputError("inspect: runs as one process; start it without a launcher")
         packed = [
             validation_data(
                 subject.path,
@@ -91,23 +93,26 @@ def inspect(
     finally:
         parallel.close()
     _write(output, found)
-    print("\n\n".join([*map(_said, found), f"page: {output / 'inspect.html'}"]))
+    print("\n\n".join([*map(_summary, found), f"page: {output / 'inspect.html'}"]))
 
 
 def _measured(
     subjects: Sequence[Subject], packed: Sequence[PackedData], rows: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """The models one after the other; of the first only its matrices are kept for the second."""
+    """The figures of each model.
+
+    Only one model is in memory at a time; of the first, its matrices are kept for `weight_distance`.
+    """
     found: list[dict[str, Any]] = []
     before: Weights | None = None
-    for subject, rows_of, name in zip(subjects, packed, _names(subjects), strict=True):
+    for subject, text_of, name in zip(subjects, packed, _names(subjects), strict=True):
         model = subject.load().to(device)
         config = model.config.get_text_config()
         streams = (config.num_hidden_layers + 1) * config.hidden_size
-        heads = getattr(config, "num_attention_heads", 1) * rows_of.context_length
-        widest = rows_of.context_length * max(config.vocab_size, streams, heads)
-        text = held_out(rows_of, rows, at_once=max(1, min(16, MOST_NUMBERS // widest)))
-        one = {
+        heads = getattr(config, "num_attention_heads", 1) * text_of.context_length
+        widest = text_of.context_length * max(config.vocab_size, streams, heads)
+        text = held_out(text_of, rows, at_once=max(1, min(16, MOST_NUMBERS // widest)))
+        entry = {
             "name": name,
             "weights": str(subject.path),
             "step": subject.step,
@@ -116,21 +121,21 @@ def _measured(
             "parameters": model.num_parameters(),
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
-            "data": rows_of.identity,
+            "data": text_of.identity,
             "rows": text.rows,
             "tokens": text.tokens,
             **measure(model, text, name=name),
         }
         if before is not None:
-            one["figures"]["weight_distance"] = weight_distance(before, block_matrices(model))
+            entry["figures"]["weight_distance"] = weight_distance(before, block_matrices(model))
         elif len(subjects) > 1:
             before = block_matrices(model)
-        found.append(one)
+        found.append(entry)
     return found
 
 
 def _names(subjects: Sequence[Subject]) -> list[str]:
-    """As short as tells them apart."""
+    """The models' names; their paths where two names are equal."""
     names = [subject.name for subject in subjects]
     return names if len(set(names)) == len(names) else [str(s.path) for s in subjects]
 
@@ -154,8 +159,8 @@ def _writing(output: Path) -> Iterator[None]:
         raise InputError(f"{output}: cannot be written: {error.strerror}") from None
 
 
-def _said(found: dict[str, Any]) -> str:
-    """A table for the terminal, a line a block, and the findings."""
+def _summary(found: dict[str, Any]) -> str:
+    """A table for the terminal with a line per block, and the findings."""
     figures = found["figures"]
     removed = figures["removal"]
     loss, error = (removed["loss"][key] for key in ("mean", "standard_error"))
@@ -178,7 +183,7 @@ def _said(found: dict[str, Any]) -> str:
             f"{_number(figures['spectra']['alpha'][layer], '.2f'):>7}"
         )
     lines += found["findings"]
-    lines += [f"not measured: {name}: {why}" for name, why in found["absent"].items()]
+    lines += [f"not measured: {name}: {reason}" for name, reason in found["absent"].items()]
     return "\n".join(lines)
 
 

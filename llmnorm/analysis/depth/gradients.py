@@ -1,11 +1,11 @@
-"""How gradients reach the depth: norms per block and matrix, and how near a block is to identity.
+"""Gradients by depth: norms per block and matrix, and how far each block is from the identity.
 
 The Jacobian's distance (Sun et al. 2025, arXiv 2502.05795, figure 5) is ||J_l - I||_F^2 / (tokens
-hidden), J_l the derivative of all real tokens of x_{l+1} by those of x_l, estimated with random
-signs u: E |J^T u - u|^2 = ||J - I||_F^2 (Hutchinson), one u a batch.
+hidden), where J_l is the derivative of all real tokens of x_{l+1} by those of x_l. It is estimated
+with random signs u, one draw a batch: E |J^T u - u|^2 = ||J - I||_F^2 (Hutchinson).
 
-What would surprise: gradients are of each batch's mean loss without dropout; running statistics are
-used, not moved.
+What would surprise: gradients are of each batch's mean loss without dropout, and norms with running
+statistics use theirs without updating them.
 """
 
 import math
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llmnorm.analysis.depth.anatomy import Block, Place, matrices, recorded, wide
+from llmnorm.analysis.depth.anatomy import Block, matrices
+from llmnorm.analysis.depth.hooks import Place, recorded, wide
 from llmnorm.analysis.depth.pieces import Text
 from llmnorm.data.loader import IGNORED
 
@@ -24,9 +25,12 @@ from llmnorm.data.loader import IGNORED
 def gradients(
     model: nn.Module, blocks: list[Block], text: Text, tick: Callable[[], object]
 ) -> dict[str, Any]:
-    """Means over the batches of `text`.
+    """Gradient norms and Jacobian distances, means over the batches of `text`.
 
     Args:
+        model: a causal language model in evaluation mode.
+        blocks: its blocks.
+        text: the rows to measure on.
         tick: called after every batch.
 
     Returns:
@@ -37,14 +41,14 @@ def gradients(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     parameters = [dict(block.module.named_parameters()) for block in blocks]
-    held = [matrices(block.module) for block in blocks]
-    names = list(dict.fromkeys(name for one in held for name in one))
-    squares = torch.zeros(len(blocks), dtype=torch.float64)
+    weights = [matrices(block.module) for block in blocks]
+    names = list(dict.fromkeys(name for of_block in weights for name in of_block))
+    block_norms = torch.zeros(len(blocks), dtype=torch.float64)
     norms = {name: [0.0] * len(blocks) for name in names}
     distances = torch.zeros(len(blocks), dtype=torch.float64)
     places = [Place(block.module, end) for block in blocks for end in ("in", "out")]
-    for one in text.batches:
-        batch = one.to(device)
+    for cpu_batch in text.batches:
+        batch = cpu_batch.to(device)
         with recorded(places, graph=True) as seen:
             logits = model(input_ids=batch.ids, use_cache=False).logits
         loss = F.cross_entropy(
@@ -62,23 +66,23 @@ def gradients(
         for layer, own in enumerate(parameters):
             grads = {name: found.get(p) for name, p in own.items()}
             total = sum(float(g.double().square().sum()) for g in grads.values() if g is not None)
-            squares[layer] += math.sqrt(total)
-            for name in held[layer]:
+            block_norms[layer] += math.sqrt(total)
+            for name in weights[layer]:
                 norms[name][layer] += _norm(grads, name)
         tick()
     count = len(text.batches)
     return {
         "batches": count,
-        "block": (squares / count).tolist(),
+        "block": (block_norms / count).tolist(),
         "matrices": {
             name: [
                 total / count if name in own else None
-                for total, own in zip(norms[name], held, strict=True)
+                for total, own in zip(norms[name], weights, strict=True)
             ]
             for name in names
         },
         "weights": {
-            name: [float(own[name].detach().norm()) if name in own else None for own in held]
+            name: [float(own[name].detach().norm()) if name in own else None for own in weights]
             for name in names
         },
         "jacobian": (distances / count).tolist(),
@@ -86,7 +90,7 @@ def gradients(
 
 
 def _norm(grads: dict[str, Any], name: str) -> float:
-    """Of a parameter's gradient, or of one matrix of a stack: `experts.up.3`."""
+    """The norm of a parameter's gradient, or of one matrix of a stacked one (`experts.up.3`)."""
     if name in grads:
         grad = grads[name]
     else:

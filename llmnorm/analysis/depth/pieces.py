@@ -1,9 +1,9 @@
-"""Held-out text as any causal decoder can read it: every document of a row by itself.
+"""Held-out text in a form that any causal decoder can read: every document of a row by itself.
 
-A packed row holds several documents that must not see each other. Models tell each other's ways to
-say so apart (positions, masks, boundaries), but all causal decoders agree on one: a document from
-position 0 on, padded at its end, where no real token looks. So a row becomes its documents, each a
-line of a batch; the figures of a row are the sums over its lines.
+A packed row holds several documents that must not see each other. Models differ in how they are
+told so (positions, masks, boundaries). But every causal decoder reads a single document from
+position 0 on, with padding behind it, which no real token sees. So a row is taken apart into its
+documents, each a line of a batch; the figures of a row are the sums over its lines.
 
 Shapes: ids, labels, real (lines, length), row (lines,).
 """
@@ -22,10 +22,10 @@ class Batch(NamedTuple):
     """Documents of some rows.
 
     Attributes:
-        ids: tokens; whatever stands in the padding.
-        labels: the next tokens, -100 where none is charged.
-        real: which are no padding.
-        row: which row each line belongs to, counted from 0 over the whole text.
+        ids: tokens; 0 in the padding.
+        labels: the next tokens; -100 where there is none to predict.
+        real: which tokens are not padding.
+        row: the row that each line belongs to, counted from 0 over the whole text.
     """
 
     ids: Tensor
@@ -38,18 +38,18 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device) for tensor in self))
 
     @property
-    def places(self) -> Tensor:
-        """(lines, length): the place of every token in its document, from 1."""
+    def positions(self) -> Tensor:
+        """(lines, length): the position of every token in its document, counted from 1."""
         return torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device).expand_as(self.ids)
 
 
 class Text(NamedTuple):
-    """Rows to measure on.
+    """The rows to measure on.
 
     Attributes:
-        batches: all of it, some rows each.
-        rows: how many by source.
-        tokens: those with a label.
+        batches: the rows' documents, some rows a batch.
+        rows: the number of rows by source.
+        tokens: the number of labels.
     """
 
     batches: list[Batch]
@@ -58,16 +58,18 @@ class Text(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Rows in all."""
+        """The number of rows of all sources."""
         return sum(self.rows.values())
 
 
 def held_out(packed: PackedData, rows: int, *, at_once: int) -> Text:
-    """`rows` validation rows (or all, if there are fewer), evenly spread over all sources' rows.
+    """Validation rows, evenly spread over the rows of all sources.
 
     Args:
-        at_once: rows of a batch at most; fewer if there would not be eight batches, since some
-            figures are means over batches.
+        packed: prepared data.
+        rows: how many; all of them, if there are fewer.
+        at_once: the most rows of a batch. Batches are smaller if there would not be eight of them
+            otherwise, since some figures are means over batches.
     """
     total = sum(source.validation_rows for source in packed.sources)
     count = min(rows, total)
@@ -90,7 +92,7 @@ def held_out(packed: PackedData, rows: int, *, at_once: int) -> Text:
 
 
 def documents(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and labels of the documents in the rows of a loader's batch; no padding."""
+    """Tokens and labels of each document in the rows of a loader's batch, padding left out."""
     for ids, labels, positions in zip(
         batch["input_ids"], batch["shift_labels"], batch["position_ids"], strict=True
     ):

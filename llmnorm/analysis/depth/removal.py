@@ -1,15 +1,16 @@
-"""What a block is worth: the loss without it, without its mixer, without its MLP.
+"""How much the loss changes without a block, without its mixer, without its MLP.
 
 Source: Sun et al. 2025 (arXiv 2502.05795), figure 1 (performance drop of a removed block), here as
-the change of the held-out loss. A removed block gives its input; a removed branch adds nothing, at
-its place in the block (so a norm of the sum still acts). No block is renumbered, so that scales
-which depend on the depth stay those of their layer.
+the change of the held-out loss. A removed block returns its input. A removed branch adds zero where
+it is added, so that a norm of the sum still acts. Blocks keep their numbers, and so scales that
+depend on the depth stay as they are.
 
-The change of the mean loss over rows i with n_i tokens and summed change d_i is D = sum d / sum n;
-its standard error, of that ratio, is sqrt(N/(N-1) sum (d_i - D n_i)^2) / sum n over N rows.
+Over N rows, row i with n_i tokens and the summed change d_i, the change of the mean loss is
+D = sum d / sum n, and its standard error is sqrt(N/(N-1) sum (d_i - D n_i)^2) / sum n (that of a
+ratio).
 
-What would surprise: the blocks before the removed one are not computed again: the one in front of
-it hands out its stored stream, which halves the work.
+What would surprise: the blocks in front of the removed one are not computed again. They return the
+stream that was stored in the complete pass, which halves the work.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmnorm.analysis.depth.anatomy import (
-    SIDES,
-    Block,
+from llmnorm.analysis.depth.anatomy import SIDES, Block
+from llmnorm.analysis.depth.hooks import (
     Place,
     first,
-    instead,
     logits_of,
     recorded,
     stream_in,
     wide,
+    with_first,
 )
 from llmnorm.analysis.depth.pieces import Batch, Text
 from llmnorm.data.loader import IGNORED
@@ -41,9 +41,12 @@ KINDS = ("block", *SIDES)
 def removal(
     model: nn.Module, blocks: list[Block], text: Text, tick: Callable[[], object]
 ) -> dict[str, Any]:
-    """The loss, and how much it changes where something is removed.
+    """The loss, and how much it changes when a block or branch is removed.
 
     Args:
+        model: a causal language model in evaluation mode.
+        blocks: its blocks.
+        text: the rows to measure on.
         tick: called after every forward pass.
 
     Returns:
@@ -54,21 +57,21 @@ def removal(
     counts = torch.zeros(text.total, dtype=torch.float64)
     losses = torch.zeros(text.total, dtype=torch.float64)
     changes = {kind: torch.zeros(len(blocks), text.total, dtype=torch.float64) for kind in KINDS}
-    for one in text.batches:
-        batch = one.to(device)
+    for cpu_batch in text.batches:
+        batch = cpu_batch.to(device)
         with recorded([Place(block.module, "in") for block in blocks]) as seen:
-            whole = row_losses(model, batch, text.total)
+            complete = row_losses(model, batch, text.total)
         streams = [seen[Place(block.module, "in")] for block in blocks]
-        counts.index_add_(0, one.row, (one.labels != IGNORED).sum(-1).double())
-        losses += whole
+        counts.index_add_(0, cpu_batch.row, (cpu_batch.labels != IGNORED).sum(-1).double())
+        losses += complete
         tick()
         for layer, block in enumerate(blocks):
-            with _standing_for(blocks[: layer + 1], streams[layer]):
-                changes["block"][layer] += row_losses(model, batch, text.total) - whole
+            with _skipped(blocks[: layer + 1], streams[layer]):
+                changes["block"][layer] += row_losses(model, batch, text.total) - complete
             tick()
             for side, branch in block.branches.items():
-                with _standing_for(blocks[:layer], streams[layer]), _silent(branch.added):
-                    changes[side][layer] += row_losses(model, batch, text.total) - whole
+                with _skipped(blocks[:layer], streams[layer]), _zeroed(branch.added):
+                    changes[side][layer] += row_losses(model, batch, text.total) - complete
                 tick()
     found: dict[str, Any] = {"loss": dict(zip(_NAMES, _ratio(losses, counts), strict=True))}
     for kind in KINDS:
@@ -84,12 +87,19 @@ _NAMES = ("mean", "standard_error")
 
 
 def passes(blocks: list[Block], text: Text) -> int:
-    """How often `removal` calls its `tick`."""
+    """How many forward passes `removal` makes, and so how often it calls its `tick`."""
     return len(text.batches) * (1 + len(blocks) + sum(len(block.branches) for block in blocks))
 
 
 def row_losses(model: nn.Module, batch: Batch, rows: int) -> Tensor:
-    """The summed loss of every row of the text, 0 for rows of other batches; float64, CPU."""
+    """The summed loss of every row of the text; 0 for rows of other batches.
+
+    Args:
+        rows: rows of the whole text.
+
+    Returns:
+        (rows,) float64, on the CPU.
+    """
     losses = F.cross_entropy(
         wide(logits_of(model, batch.ids)).flatten(0, 1),
         batch.labels.flatten(),
@@ -101,7 +111,7 @@ def row_losses(model: nn.Module, batch: Batch, rows: int) -> Tensor:
 
 
 def _ratio(values: Tensor, counts: Tensor) -> tuple[float, float | None]:
-    """sum values / sum counts, and its standard error over rows; None of a single row."""
+    """sum values / sum counts, and its standard error over rows; None for a single row."""
     mean = values.sum() / counts.sum()
     rows = len(counts)
     if rows < 2:
@@ -111,14 +121,14 @@ def _ratio(values: Tensor, counts: Tensor) -> tuple[float, float | None]:
 
 
 @contextmanager
-def _standing_for(blocks: Sequence[Block], stream: Tensor) -> Iterator[None]:
-    """The blocks compute nothing; the last of them gives `stream`."""
+def _skipped(blocks: Sequence[Block], stream: Tensor) -> Iterator[None]:
+    """Inside the `with` the blocks compute nothing, and the last of them returns `stream`."""
 
     def forward(block: Block, last: bool) -> Callable[..., Any]:
-        def give(*args: Any, **kwargs: Any) -> Any:
-            return block.giving(stream if last else stream_in(args, kwargs))
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            return block.output_with(stream if last else stream_in(args, kwargs))
 
-        return give
+        return skip
 
     for block in blocks:
         block.module.forward = forward(block, block is blocks[-1])
@@ -130,11 +140,11 @@ def _standing_for(blocks: Sequence[Block], stream: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _silent(module: nn.Module) -> Iterator[None]:
-    """What the module gives is zero."""
+def _zeroed(module: nn.Module) -> Iterator[None]:
+    """Inside the `with` the module's output is zero."""
 
     def zero(_: nn.Module, __: Any, output: Any) -> Any:
-        return instead(output, torch.zeros_like(first(output)))
+        return with_first(output, torch.zeros_like(first(output)))
 
     hook = module.register_forward_hook(zero)
     try:

@@ -1,12 +1,12 @@
-"""What a forward pass shows of the depth: variance, branches, angles, ranks, attention.
+"""Figures of the streams between blocks: variance, branches, angles, ranks, attention.
 
 Sources: variance and angular distance, Sun et al. 2025 (arXiv 2502.05795), figure 4 and equation 1;
 effective rank, Roy & Vetterli 2007; the others are defined below.
 
-Shapes: L blocks; the stream x_l is what block l reads (l from 0), x_L what the last one gives,
+Shapes: L blocks; the stream x_l is what block l reads (l from 0), x_L what the last block returns,
 before the final norm; streams (L + 1, tokens, hidden), real tokens only.
 
-What would surprise: all sums are float64. An angle near zero is worth it: from float32 cosines two
+What would surprise: all sums are float64, because of angles near zero: from float32 cosines two
 equal streams would be 1e-4 apart.
 """
 
@@ -18,20 +18,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from llmnorm.analysis.depth.anatomy import SIDES, Block, Place, recorded
+from llmnorm.analysis.depth.anatomy import SIDES, Block
+from llmnorm.analysis.depth.hooks import Place, recorded
 from llmnorm.analysis.depth.pieces import Batch
 from llmnorm.nn.mixers.contract import Mixer
 
 Figures = dict[str, Any]
-TOKENS = 512  # whose angles are computed at once
+TOKENS = 512  # whose angles are computed at a time
 
 
 class Streams:
-    """Sums over batches; `figures` divides them.
+    """Sums over batches, which `add` extends and `figures` divides.
 
     Args:
-        blocks: the model's.
+        blocks: the model's blocks.
+        hidden_size: width of the stream.
         device: where the sums are kept.
+
+    Attributes:
+        tokens: real tokens so far.
+        harmonic: sum over them of 1 / (position in the document, from 1).
+        absent: figures that cannot be measured, with the reason.
     """
 
     def __init__(self, blocks: list[Block], hidden_size: int, device: torch.device) -> None:
@@ -49,8 +56,9 @@ class Streams:
             zeros(layers + 1, hidden_size, hidden_size),
         )
         self.pairs, self.cosines = 0.0, zeros(layers + 1)
-        self.branches = {side: zeros(2, layers) for side in SIDES}  # of f and of carry x
-        self.entropy: list[Tensor | None] = [None] * layers  # (2, heads): nats, of the uniform's
+        self.branches = {side: zeros(2, layers) for side in SIDES}  # energies of f and of carry x
+        # (2, heads) by layer: nats, and the share of uniform attention's entropy
+        self.entropy: list[Tensor | None] = [None] * layers
         self.queries = 0
         self.absent: dict[str, str] = {}
         self.places = [Place(block.module, "in") for block in blocks]
@@ -58,7 +66,12 @@ class Streams:
 
     @torch.no_grad()
     def add(self, forward: Callable[[], object], batch: Batch) -> None:
-        """Take in what `forward()` sends through the model for `batch`."""
+        """Add a batch to the sums.
+
+        Args:
+            forward: passes `batch` through the model once.
+            batch: documents on the model's device.
+        """
         places = list(self.places)
         for block in self.blocks:
             for branch in block.branches.values():
@@ -84,10 +97,11 @@ class Streams:
         self._pairs(x, batch)
         self._tokens(x[:, batch.real].double())
         self.tokens += int(batch.real.sum())
-        self.queries += int((batch.real & (batch.places > 1)).sum())
-        self.harmonic += float((1 / batch.places[batch.real].double()).sum())
+        self.queries += int((batch.real & (batch.positions > 1)).sum())
+        self.harmonic += float((1 / batch.positions[batch.real].double()).sum())
 
     def _tokens(self, x: Tensor) -> None:
+        """Sums over single tokens; x (L + 1, tokens, hidden) float64."""
         self.variance += x.var(-1, correction=0).sum(-1)
         self.square += x.square().mean(-1).sum(-1)
         self.sums += x.sum(1)
@@ -97,38 +111,45 @@ class Streams:
             self.angles += cosines.arccos().sum(0) / math.pi
 
     def _pairs(self, x: Tensor, batch: Batch) -> None:
-        """Cosines of all pairs of different tokens of a document: |sum u|^2 = n + their sum."""
+        """Cosines of all pairs of different tokens of a document.
+
+        For unit vectors u of n tokens, |sum u|^2 = n + the sum of the cosines of all pairs.
+        x: (L + 1, lines, length, hidden).
+        """
         unit = normalize(x.double(), dim=-1) * batch.real.unsqueeze(-1)
         counts = batch.real.sum(-1).double()
         self.cosines += (unit.sum(-2).square().sum(-1) - unit.square().sum((-1, -2))).sum(-1)
         self.pairs += float((counts * (counts - 1)).sum())
 
     def _attention(self, layer: int, batch: Batch) -> Callable[..., None]:
-        def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A forward hook that adds the entropy of a layer's attention weights."""
+
+        def add_entropy(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            kind = type(module).__name__
             matrix = mixing_matrix(module, args, output)
             if matrix is None:
-                self._no_entropy(layer, f"{type(module).__name__} does not show its matrix")
+                self._no_entropy(layer, f"{kind} does not return its mixing matrix")
                 return
-            queries = batch.real & (batch.places > 1)  # the first token has no choice
+            queries = batch.real & (batch.positions > 1)  # the first token sees itself alone
             if not bool(queries.any()):
                 return
             p = matrix.transpose(1, 2)[queries].double()  # (queries, heads, keys)
             if float(p.min()) < 0 or not torch.allclose(p.sum(-1), p.new_ones(()), atol=1e-3):
-                self._no_entropy(layer, f"the rows of {type(module).__name__} are no distributions")
+                self._no_entropy(layer, f"the weights of {kind} are not distributions")
                 return
             nats = torch.special.entr(p).sum(-1)
-            share = nats / batch.places[queries].double().log().unsqueeze(-1)
+            share = nats / batch.positions[queries].double().log().unsqueeze(-1)
             found = torch.stack((nats.sum(0), share.sum(0)))
             before = self.entropy[layer]
             self.entropy[layer] = found if before is None else before + found
 
-        return look
+        return add_entropy
 
-    def _no_entropy(self, layer: int, why: str) -> None:
-        self.absent["attention_entropy"] = f"block {layer + 1}: {why}"
+    def _no_entropy(self, layer: int, reason: str) -> None:
+        self.absent["attention_entropy"] = f"block {layer + 1}: {reason}"
 
     def figures(self) -> Figures:
-        """The figures by name; a list has a number a block, or one a stream (L + 1)."""
+        """The figures by name; lists have an entry per block (L) or per stream (L + 1)."""
         n = self.tokens
         mean = self.sums / n
         covariance = self.products / n - mean.unsqueeze(-1) * mean.unsqueeze(-2)
@@ -164,7 +185,11 @@ class Streams:
 
 
 def mixing_matrix(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-    """(batch, heads, length, length) of an attention module that has just been called."""
+    """The mixing matrix of a module, given the arguments and the output of its last call.
+
+    Returns:
+        (batch, heads, length, length); None if the module does not offer it.
+    """
     if isinstance(module, Mixer):
         return module.materialize(module.prepare(*args[:2]), args[1])
     if isinstance(output, tuple) and len(output) > 1:
@@ -175,7 +200,7 @@ def mixing_matrix(module: nn.Module, args: Any, output: Any) -> Tensor | None:
 
 
 def ranks(covariance: Tensor) -> Figures:
-    """Three ranks of centred streams whose covariances are (..., hidden, hidden).
+    """Three ranks of centred streams with the covariances (..., hidden, hidden).
 
     With eigenvalues e and singular values s = sqrt(e): effective rank exp(-sum p log p) for
     p = s / sum s; participation ratio (sum e)^2 / sum e^2; stable rank sum e / max e.
@@ -191,4 +216,5 @@ def ranks(covariance: Tensor) -> Figures:
 
 
 def _energy(x: Tensor, batch: Batch) -> Tensor:
+    """The sum of squares over real tokens."""
     return x[batch.real].double().square().sum()

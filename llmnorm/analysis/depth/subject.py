@@ -1,8 +1,8 @@
-"""A model to look at, wherever it lies: ours, or any decoder that transformers loads.
+"""Opening the model that is inspected: one of ours, or any decoder that transformers loads.
 
-Runs, checkpoints and exported directories go through exchange/loading.py. A stock directory is
-loaded as its own class, whatever the architecture, from its safetensors files alone and with
-attention computed eagerly, so that its weights can be seen.
+Runs, checkpoints and exported directories are read by exchange/loading.py. Any other directory
+("stock") is loaded by transformers as its own class, from its safetensors files alone, and with
+attention computed eagerly, so that attention weights can be read.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ class Subject(NamedTuple):
     """A model that can be loaded.
 
     Attributes:
-        path: what the user named.
-        run: the run that it belongs to.
-        step: of a run: of which step the weights are.
-        ema: whether they are the moving average.
-        trained_on: identity of the run's data.
-        tokenizer: a tokenizer directory.
-        longest: positions that it can read.
-        load: gives the model in float32, in evaluation mode.
+        path: the path that the user gave.
+        run: the run that the model belongs to; None for exported and stock directories.
+        step: the step of the weights, if they belong to a run.
+        ema: whether the weights are the moving average.
+        trained_on: identity of the data that the model was trained on, if it is known.
+        tokenizer: a tokenizer directory; None if there is none.
+        longest: the most positions that the model can read.
+        load: returns the model in float32, in evaluation mode.
     """
 
     path: Path
@@ -41,26 +41,30 @@ class Subject(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called on the page."""
+        """The model's name on the page: `deep, step 12, moving average`."""
         where = self.path if self.run is None else self.run
         step = "" if self.step is None else f", step {self.step}"
         return f"{where.resolve().name}{step}{', moving average' if self.ema else ''}"
 
 
 def open_subject(path: Path, *, checkpoint: str, ema: bool) -> Subject:
-    """Look for a model at `path`.
+    """The model at `path`; its weights are not loaded yet.
 
     Args:
-        checkpoint: of a run: `latest`, `best` or a step.
-        ema: of a run: the moving average of the weights.
+        path: run, checkpoint, exported or stock directory.
+        checkpoint: which checkpoint of a run: `latest`, `best` or a step.
+        ema: take a run's moving average of the weights.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: there is no model, or it is damaged.
     """
     if is_stock(path):
         if checkpoint != "latest" or ema:
             option = "--ema" if ema else "--checkpoint"
-            raise InputError(f"{option}: {path} is no run; it holds one set of weights")
+            raise InputError(
+                f"{option}: {path} is not a run but a directory with one set of weights; "
+                "leave the option out"
+            )
         return _stock(path)
     source = open_source(path, checkpoint=checkpoint, ema=ema)
     return Subject(
@@ -80,7 +84,7 @@ def _stock(path: Path) -> Subject:
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # of any kind: json's, huggingface_hub's, transformers' own
+    except Exception as error:  # json's, huggingface_hub's or transformers' own
         raise InputError(f"{path}: {_reason(error)}") from None
     tokenizer = path if (path / "tokenizer.json").is_file() else None
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -91,7 +95,7 @@ def _stock(path: Path) -> Subject:
         False,
         None,
         tokenizer,
-        # Some architectures read any length and say nothing of it.
+        # Architectures that read any length have no such setting.
         longest if isinstance(longest, int) else 2**31,
         lambda: _load(path, config),
     )
@@ -110,7 +114,7 @@ def _load(path: Path, config: Any) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # of any kind: safetensors', transformers' own
+    except Exception as error:  # safetensors' or transformers' own
         raise InputError(f"{path}: {_reason(error)}") from None
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""

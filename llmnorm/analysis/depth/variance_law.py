@@ -1,4 +1,4 @@
-"""How the stream's variance would grow if the weights were noise of their size.
+"""How the stream's variance would grow if the weights were random numbers of the same size.
 
 For independent weights, uniform causal attention and pre-norm blocks (derivation as in Sun et al.
 2025, arXiv 2502.05795, section 3 and appendix A.3, with the attention's average written out):
@@ -8,11 +8,12 @@ For independent weights, uniform causal attention and pre-norm blocks (derivatio
 
 with d = hidden size, w = heads * head_dim, m = the MLP's inner width; sv2, so2, sg2, su2, sd2 =
 mean squares of the entries of v, o, gate, up, down; s_a, s_m = rms of the effective gains of the
-two norms; rho_l = mean cosine of two tokens of a document; h = mean of 1/t over the tokens' places
-t. An MLP without a gate has (m sd2) E[act(z)^2], z ~ N(0, d su2 s_m^2).
+two norms; rho_l = mean cosine of two tokens of a document; h = mean of 1/t over the tokens'
+positions t, counted from 1. An MLP without a gate has (m sd2) E[act(z)^2], z ~ N(0, d su2 s_m^2).
 
-At initialisation this is what happens (tests: within 20 %): linear growth for Pre-LN, logarithmic
-with LayerNorm Scaling. In a trained model the distance from the law is what training has built.
+A model at initialisation follows it (within 20 %: tests/analysis/depth/test_measure.py), linearly
+for Pre-LN and logarithmically with LayerNorm Scaling. How far a trained model is from it shows what
+training has changed.
 """
 
 import math
@@ -41,20 +42,22 @@ def predicted_variance(
     """V_0, ..., V_L by the law.
 
     Args:
+        blocks: the model's blocks.
+        hidden_size: d.
         first: V_0.
         token_cosine: rho of x_0, ..., x_L.
         harmonic: h.
 
     Raises:
-        InputError: the law does not speak of such a block; the message says why.
+        InputError: the law does not hold for such blocks; the message gives the reason.
     """
     variances = [first]
     for block, rho in zip(blocks, token_cosine, strict=False):
         if len(block.branches) != 2:
-            raise InputError("its blocks have no two branches")
+            raise InputError("its blocks do not have two branches")
         mixer, mlp = block.branches["mixer"], block.branches["mlp"]
         if isinstance(mixer.module, Mixer) and not isinstance(mixer.module, SoftmaxAttention):
-            raise InputError(f"{type(mixer.module).__name__} is no softmax attention")
+            raise InputError(f"{type(mixer.module).__name__} is not softmax attention")
         values = hidden_size * _gain(mixer, hidden_size) ** 2
         spread = rho + (1 - rho) * harmonic
         v, o = _weight(mixer.module, "v_proj"), _weight(mixer.module, "o_proj")
@@ -67,12 +70,12 @@ def predicted_variance(
 def _gain(branch: Branch, hidden_size: int) -> float:
     """The rms of the effective gain of the norm in front of a branch."""
     if branch.norm is None or branch.added is not branch.module or branch.carry != 1:
-        raise InputError("its blocks are not x + f(norm(x))")
+        raise InputError("its blocks do not have the form x + f(norm(x))")
     return float(effective_gain(branch.norm, hidden_size, 1.0).square().mean().sqrt())
 
 
 def _mlp(mlp: nn.Module, inputs: float) -> float:
-    """The variance that the MLP adds, its normed input having mean square inputs / hidden."""
+    """The variance that the MLP adds; `inputs` = d times the mean square of its normed input."""
     up, down = _weight(mlp, "up_proj"), _weight(mlp, "down_proj")
     activation = _activation(mlp)
     inner = inputs * _mean_square(up)

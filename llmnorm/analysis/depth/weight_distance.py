@@ -1,6 +1,6 @@
-"""How far the weights of two models are apart: of two checkpoints, what the steps between did.
+"""The distance between two models' weights; for two checkpoints, what the steps between changed.
 
-||W' - W|| / ||W|| in the Frobenius norm, of every matrix, and of a block's matrices together.
+||W' - W|| / ||W|| in the Frobenius norm, for every matrix and for a block's matrices together.
 """
 
 import math
@@ -15,7 +15,7 @@ Weights = Sequence[dict[str, Tensor]]
 
 
 def block_matrices(model: nn.Module) -> Weights:
-    """Copies of the matrices of every block, by name, on the CPU."""
+    """Copies of each block's matrices by name, on the CPU."""
     return [
         {name: weight.detach().to("cpu", copy=True) for name, weight in matrices(block).items()}
         for block in blocks_of(model)
@@ -23,26 +23,26 @@ def block_matrices(model: nn.Module) -> Weights:
 
 
 def weight_distance(before: Weights, after: Weights) -> dict[str, Any] | None:
-    """The distances, or None where the two are not of one shape.
+    """The distances of `after` from `before`, relative to `before`.
 
     Returns:
-        `{"block": [...], "matrices": {name: [...]}}`, relative to `before`; None for a matrix of
-        zeros.
+        `{"block": [...], "matrices": {name: [...]}}`, with None for matrices of zeros; None if the
+        two models differ in shape.
     """
-    if [_shapes(one) for one in before] != [_shapes(one) for one in after]:
+    if [_shapes(block) for block in before] != [_shapes(block) for block in after]:
         return None
-    names = dict.fromkeys(name for one in before for name in one)
+    names = dict.fromkeys(name for block in before for name in block)
     found: dict[str, Any] = {"block": [], "matrices": {name: [] for name in names}}
-    for one, other in zip(before, after, strict=True):
+    for old, new in zip(before, after, strict=True):
         pairs = {
-            n: (float((other[n] - w).double().norm()), float(w.double().norm()))
-            for n, w in one.items()
+            name: (float((new[name] - weight).double().norm()), float(weight.double().norm()))
+            for name, weight in old.items()
         }
         for name in names:
-            moved, size = pairs.get(name, (0.0, 0.0))
-            found["matrices"][name].append(moved / size if size else None)
-        moved, size = (math.hypot(*column) for column in zip(*pairs.values(), strict=True))
-        found["block"].append(moved / size if size else None)
+            change, size = pairs.get(name, (0.0, 0.0))
+            found["matrices"][name].append(change / size if size else None)
+        change, size = (math.hypot(*column) for column in zip(*pairs.values(), strict=True))
+        found["block"].append(change / size if size else None)
     return found
 
 

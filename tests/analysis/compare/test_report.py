@@ -94,9 +94,7 @@ def test_without_other_lengths_the_answer_is_the_gap(tmp_path: Path) -> None:
     written = (tmp_path / "report.md").read_text()
     assert "**quick** is better: a gap in loss of +0.0315 [+0.0315, +0.0315]." in written
     assert "| quick | 0.003 | 3.0285 ± 0.0173 | +0.0315 [+0.0315, +0.0315] | - | - | - |" in written
-    assert (
-        "so gaps in loss are not converted into factors." in written
-    )
+    assert "so gaps in loss are not converted into factors." in written
 
 
 def test_two_baselines_invert_each_other() -> None:

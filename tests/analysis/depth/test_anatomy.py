@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmnorm.analysis.depth.anatomy import SIDES, Place, anatomy, recorded
+from llmnorm.analysis.depth.anatomy import SIDES, anatomy
+from llmnorm.analysis.depth.hooks import Place, recorded
 from llmnorm.part import InputError
 from tests.analysis.depth.tiny import VOCABULARY, ours, stock
 

@@ -92,7 +92,7 @@ def test_a_planted_dead_block_is_named_beside_the_run(trained, exported, tmp_pat
     assert one["dead"] == [2] and other["dead"] == []
     assert one["figures"]["removal"]["block"]["mean"][1] == 0
     assert one["figures"]["branch_ratio"]["mlp"][1] == 0
-    assert "Block 2 is dead: the stream leaves as it came." in capsys.readouterr().out
+    assert "Block 2 is dead: the stream is not changed." in capsys.readouterr().out
     html = (spoilt / "inspect" / "inspect.html").read_text()
     assert html.count("Block 2 is dead") == 1 and html.count('<tr class="dead">') == 1
     assert "spoilt &lt;b&gt;" in html and "<b>, step" not in html

@@ -373,7 +373,7 @@ def test_a_planted_dead_block_is_found_and_named() -> None:
     assert figures["gains"]["before the MLP"]["name"] == "post_attention_layernorm"
     assert figures["gains"]["before the MLP"]["rms"] == pytest.approx([1] * 4, rel=1e-4)
     assert figures["angular_distance"][2][3] == pytest.approx(0, abs=1e-7)
-    assert found["findings"][0] == "Block 3 is dead: the stream leaves as it came."
+    assert found["findings"][0] == "Block 3 is dead: the stream is not changed."
 
 
 def test_findings_are_sentences() -> None:
@@ -388,10 +388,10 @@ def test_findings_are_sentences() -> None:
     }
     assert dead_blocks(figures) == [3]
     assert findings(figures) == [
-        "Block 3 is dead: the stream leaves as it came.",
+        "Block 3 is dead: the stream is not changed.",
         "The mixer of block 1 adds nothing.",
         "Without block 2 (one at a time) the loss is lower.",
-        "The deeper half of the blocks carries 0 % of what removing single blocks costs.",
+        "The deeper half of the blocks accounts for 0 % of the summed cost of removing single blocks.",
         "The stream's variance goes from 0.5 to 2 (4 times).",
     ]
     assert spans([2]) == "block 2" and spans([1, 2, 3, 7]) == "blocks 1-3, 7"
