@@ -197,7 +197,7 @@ def _make(
     start = time.perf_counter()
     documents = [_survey(work / f"survey-{i}.npz", texts(i)) for i in range(len(sources))]
     own = [_own_validation(source, key) for source, key in zip(sources, keys, strict=True)]
-    held = [
+    held_out = [
         np.zeros_like(found.sizes)
         if validation is not None and found.bytes
         else split.held_out(found, data.validation_bytes, key)
@@ -205,13 +205,13 @@ def _make(
     ]
     if settings.path is None:
         # A token of our own BPE is at least a byte long, so too little text is noticed right here.
-        for found, held_bytes, key in zip(documents, held, keys, strict=True):
+        for found, held_bytes, key in zip(documents, held_out, keys, strict=True):
             most = int((found.sizes - held_bytes).sum()) + 2 * len(found.sizes)
             check_fills_a_row(f"{key}: at most {most} tokens do", most, data.context_length)
     total = sum(found.bytes for found in documents)
     _print(f"{_megabytes(total)} of text read and measured in {time.perf_counter() - start:.1f} s")
     if not (directory / "tokenizer" / "tokenizer.json").is_file():
-        _make_tokenizer(directory / "tokenizer", settings, documents, held, texts)
+        _make_tokenizer(directory / "tokenizer", settings, documents, held_out, texts)
     encoder = tokenizers.TextEncoder(directory / "tokenizer", "tokenizer.path")
     start = time.perf_counter()
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
@@ -220,14 +220,14 @@ def _make(
             {
                 "name": source.name,
                 "train": _pack_training(
-                    directory / source.name, encoder, texts(index), held[index], threads, bar
+                    directory / source.name, encoder, texts(index), held_out[index], threads, bar
                 ),
                 "validation": _pack_validation(
                     directory / source.name,
                     encoder,
                     own[index],
                     texts(index),
-                    held[index],
+                    held_out[index],
                     threads,
                     bar,
                 ),
@@ -273,7 +273,7 @@ def _make_tokenizer(
     directory: Path,
     settings: TokenizerSettings,
     documents: list[split.Documents],
-    held: list[NDArray[np.int64]],
+    held_out: list[NDArray[np.int64]],
     texts: Callable[[int], Iterator[str]],
 ) -> None:
     """Copy the configured tokenizer, or train one on a sample of the training text."""
@@ -281,7 +281,7 @@ def _make_tokenizer(
         tokenizers.copy(settings.directory, directory)
         return
     start = time.perf_counter()
-    taken = split.sample(documents, held, settings.train_bytes)
+    taken = split.sample(documents, held_out, settings.train_bytes)
     chosen = (split.sampled(texts(index), part) for index, part in enumerate(taken))
     text = itertools.chain.from_iterable(chosen)
     tokenizers.train(text, settings.vocab_size, directory, mask=settings.mask)
@@ -293,7 +293,7 @@ def _pack_training(
     directory: Path,
     encoder: tokenizers.TextEncoder,
     texts: Iterator[str],
-    held: NDArray[np.int64],
+    held_out: NDArray[np.int64],
     threads: int,
     bar: tqdm,
 ) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def _pack_training(
 
     def parts() -> Iterator[str]:
         nonlocal size, documents
-        for text, held_bytes in zip(texts, held.tolist(), strict=True):
+        for text, held_bytes in zip(texts, held_out.tolist(), strict=True):
             part = split.cut(text, held_bytes)[0]
             if part:
                 length = len(part.encode())
@@ -321,14 +321,14 @@ def _pack_validation(
     encoder: tokenizers.TextEncoder,
     own: list[str] | None,
     texts: Iterator[str],
-    held: NDArray[np.int64],
+    held_out: NDArray[np.int64],
     threads: int,
     bar: tqdm,
 ) -> dict[str, Any]:
     """Write a source's validation shards; their entry of the manifest."""
     parts = own or [
         split.cut(text, held_bytes)[1]
-        for text, held_bytes in zip(texts, held.tolist(), strict=True)
+        for text, held_bytes in zip(texts, held_out.tolist(), strict=True)
         if held_bytes
     ]
     raw = "".join(parts).encode()

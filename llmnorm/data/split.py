@@ -78,9 +78,9 @@ def held_out(documents: Documents, limit: int, key: str) -> NDArray[np.int64]:
             f"{key}: {total} bytes of text are too few, since {target} are held out for "
             "validation; give more text, or a validation file"
         )
-    held = np.zeros_like(sizes)
+    held_bytes = np.zeros_like(sizes)
     if few:
-        held[:] = np.minimum(sizes, -(-target * sizes // total) + 3)
+        held_bytes[:] = np.minimum(sizes, -(-target * sizes // total) + 3)
     else:
         order = np.argsort(documents.hashes, kind="stable")
         hashes = documents.hashes[order]
@@ -91,32 +91,32 @@ def held_out(documents: Documents, limit: int, key: str) -> NDArray[np.int64]:
             if taken >= target:
                 break
             if taken + size <= limit:
-                held[order[start:stop]] = sizes[order[start:stop]]
+                held_bytes[order[start:stop]] = sizes[order[start:stop]]
                 taken += int(size)
-    if target < 1 or not 0 < held.sum() < total:
+    if target < 1 or not 0 < held_bytes.sum() < total:
         raise InputError(
             f"{key}: no document is small enough to be held out within data.validation_bytes "
             f"{limit}; raise it, or give the source a validation file"
         )
-    return held
+    return held_bytes
 
 
-def cut(text: str, held: int) -> tuple[str, str]:
-    """A document's training part and its validation part, the last `held` bytes.
+def cut(text: str, held_bytes: int) -> tuple[str, str]:
+    """A document's training part and its validation part, the last `held_bytes` bytes.
 
     A cut inside a character moves forward to the next one.
     """
-    if not held:
+    if not held_bytes:
         return text, ""
     raw = text.encode()
-    border = len(raw) - held
+    border = len(raw) - held_bytes
     while border < len(raw) and raw[border] & 0xC0 == 0x80:  # inside a character
         border += 1
     return raw[:border].decode(), raw[border:].decode()
 
 
 def sample(
-    sources: list[Documents], held: list[NDArray[np.int64]], budget: int
+    sources: list[Documents], held_bytes: list[NDArray[np.int64]], budget: int
 ) -> list[NDArray[np.int64]]:
     """How many bytes at the start of each document train the tokenizer.
 
@@ -125,13 +125,13 @@ def sample(
 
     Args:
         sources: the sources' documents.
-        held: what `held_out` returned for each source.
+        held_bytes: what `held_out` returned for each source.
         budget: bytes in all.
 
     Returns:
         For each source (documents,) int64.
     """
-    available = [d.sizes - h for d, h in zip(sources, held, strict=True)]
+    available = [d.sizes - h for d, h in zip(sources, held_bytes, strict=True)]
     totals = [int(sizes.sum()) for sizes in available]
     shares = [0] * len(sources)
     smallest_first = sorted(range(len(sources)), key=totals.__getitem__)

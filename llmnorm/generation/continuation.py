@@ -1,7 +1,7 @@
-"""Tokens that a model puts after a prompt, through Hugging Face's `generate`.
+"""Continuing a prompt of tokens by Hugging Face's `generate`.
 
-What would surprise: the noise is a function of `settings.seed` alone, and torch's generators are
-afterwards as they were, so that a run may be looked at while it trains.
+What would surprise: the noise is a function of `settings.seed` alone, and torch's generators keep
+their states, so that a run can print samples while it trains.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,16 @@ def continuation(
     *,
     together: bool = False,
 ) -> list[int]:
-    """The tokens that follow `prompt`, at most `settings.max_new_tokens`, an end token included.
+    """The tokens that follow `prompt`: at most `settings.max_new_tokens`, the end token included.
 
     Args:
         model: in evaluation mode.
-        tokenizer: names the end and the padding token.
+        tokenizer: its end token and its padding token are used.
         prompt: token ids, at least one.
         settings: sampling; temperature 0 is greedy.
-        together: the model is spread over processes, which all make this call: none stops before
-            the last has its end token.
+        together: the model is sharded over processes, all of which make this call. Then every
+            process runs the model until all have reached their end token, since a forward pass
+            needs all of them.
     """
     greedy = settings.temperature == 0
     devices = [model.device] if model.device.type == "cuda" else []

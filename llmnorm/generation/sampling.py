@@ -16,10 +16,10 @@ def generate(
     prompts: Sequence[str],
     settings: GenerationSettings,
 ) -> Iterator[str]:
-    """Each prompt followed by its continuation, one after the other.
+    """Yield each prompt followed by its continuation.
 
-    A prompt is the beginning of a document: it is put after the token that starts one. The noise is
-    a function of `settings.seed` alone.
+    A prompt is taken for the beginning of a document, so the bos token is put in front of it. The
+    noise is a function of `settings.seed` alone, the same for every prompt.
     """
     for prompt in prompts:
         ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]

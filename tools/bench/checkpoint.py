@@ -1,12 +1,12 @@
-"""Saving and loading a sharded state: memory beyond what is live, and how long a save holds up.
+"""Measure saving and loading of a sharded state: extra memory, and how long a save blocks a run.
 
 usage: python tools/bench/checkpoint.py [--mebibytes 512] [--rounds 5] [--out docs/results/checkpoint.json]
 
-Two processes over gloo hold half of every tensor's rows, `--mebibytes` each in all. Memory is the
-growth of a process's anonymous pages (mapped files are the system's cache), looked at every
-millisecond; limits: the largest tensor and 64 MiB, and with a background save one copy of the shard
-more. A background save may hold the loop up 1.3 times as long as copying the shard does; the two
-are timed in turns, after a first save that also allocates.
+Each of two processes over gloo holds half of every tensor's rows, `--mebibytes` in all. Memory is
+the growth of a process's anonymous pages (mapped files are the system's cache), sampled every
+millisecond. Its limit is the size of the largest tensor and 64 MiB; a background save may use one
+copy of the shard more. A background save may block the loop for 1.3 times as long as copying the
+shard takes; the two are timed in turns, after a first save that also allocates.
 """  # noqa: E501
 
 import argparse
@@ -32,14 +32,14 @@ SPARE = 64  # MiB
 
 
 def grown(work: Callable[[], object]) -> float:
-    """MiB by which the process's anonymous memory grew at most."""
+    """The largest growth of the process's anonymous memory during `work`, MiB."""
     before, found, ended = memory_of("RssAnon"), [0], threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not ended.wait(0.001):
             found.append(memory_of("RssAnon") - before)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=sample)
     thread.start()
     work()
     ended.set()
@@ -48,7 +48,7 @@ def grown(work: Callable[[], object]) -> float:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes, all processes starting together."""
+    """How long `work` takes when all processes start together."""
     dist.barrier()
     start = time.perf_counter()
     work()
@@ -58,7 +58,7 @@ def seconds(work: Callable[[], object]) -> float:
 def measure(
     directory: Path, rank: int, world: int, *, mebibytes: int, rounds: int
 ) -> dict[str, Any]:
-    """On every process: MiB, and seconds."""
+    """This process's figures: MiB of `saving`, `loading`, `saving behind`; `ratio`; `seconds`."""
     rows, columns = TENSOR * 2**8, 2**10
     state = {
         f"model.{number}": Interval(
@@ -96,16 +96,16 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write; 1 if a limit is not kept."""
+    """Measure, print, write; returns 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--mebibytes", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint.json")
     options = parser.parse_args(arguments)
     task = partial(measure, mebibytes=options.mebibytes, rounds=options.rounds)
-    with tempfile.TemporaryDirectory() as place:
-        said = run(task, Path(place) / "run")
-    assert all(isinstance(one, dict) for one in said), said
+    with tempfile.TemporaryDirectory() as directory:
+        by_process = run(task, Path(directory) / "run")
+    assert all(isinstance(figures, dict) for figures in by_process), by_process
     shard = options.mebibytes
     limits = {
         "saving": TENSOR + SPARE,
@@ -113,13 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
         "saving behind": shard + TENSOR + SPARE,
         "ratio": 1.3,
     }
-    worst = {key: max(one[key] for one in said) for key in limits}
+    worst = {key: max(figures[key] for figures in by_process) for key in limits}
     holds = {key: worst[key] <= limits[key] for key in limits}
     names = {
         "saving": "saving, MiB",
         "loading": "loading, MiB",
         "saving behind": "saving in the background, MiB",
-        "ratio": "hold-up of a background save over a copy of the shard",
+        "ratio": "time that a background save blocks, over a copy of the shard",
     }
     rows = [
         [names[key], f"{worst[key]:.4g}", f"{limits[key]:g}", "yes" if holds[key] else "no"]
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         ["", "measured", "limit", "holds"],
         rows,
     )
-    publish(options.out, "Checkpoints", [table], {"limits": limits, "processes": said})
+    publish(options.out, "Checkpoints", [table], {"limits": limits, "processes": by_process})
     return 0 if all(holds.values()) else 1
 
 

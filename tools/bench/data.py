@@ -1,12 +1,13 @@
-"""Measures the data room: packing against `tokenizers` called alone, and the loader against a step.
+"""Measure data preparation against `tokenizers` alone, and the loader against a training step.
 
 usage: python tools/bench/data.py RUN [key=value ...] [--megabytes 8] [--rounds 5]
            [--out docs/results/data.json]
 
 Packing reads records, tokenises, packs and writes fsynced, checksummed shards with `data.processes`
-threads; `tokenizers` alone is `encode_batch_fast` and `encode_batch` of the same texts, already in
-memory, with its own pool of as many threads. The three alternate, so that a busy machine slows all.
-RUN is a run directory whose data is still there; a step is as long as its metrics.jsonl says.
+threads. It is compared with `encode_batch_fast` and `encode_batch` of `tokenizers` on the same
+texts, already in memory, with its own pool of as many threads. The three take turns, so that a busy
+machine slows all alike. RUN is a run directory whose data is still there; the length of a training
+step is taken from its metrics.jsonl.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from llmnorm.part import InputError
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Time that `work` takes."""
+    """How long `work` takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -52,7 +53,7 @@ def some_texts(sources: list[SourceSettings], size: int) -> list[str]:
 
 
 def packing_rates(packed: PackedData, texts: list[str], threads: int, rounds: int) -> dict:
-    """MB/s of packing and of `tokenizers` alone: medians and all rounds."""
+    """MB/s of packing and of `tokenizers` alone: medians, ratios and all rounds."""
     encoder = TextEncoder(packed.tokenizer_directory)
     alone = Tokenizer.from_file(str(packed.tokenizer_directory / "tokenizer.json"))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
@@ -86,7 +87,7 @@ def packing_rates(packed: PackedData, texts: list[str], threads: int, rounds: in
 
 
 def loader_cost(packed: PackedData, rows: int, step: float, rounds: int) -> dict:
-    """Seconds a step of `rows` rows waits for the loader, looking ahead included."""
+    """How long a step of `rows` rows waits for the loader; locating rows ahead is included."""
     steps = max(1, 2**14 // rows)
     batches = Loader(packed, seed=0, global_batch=rows).batches()
     next(batches)  # opens the shards

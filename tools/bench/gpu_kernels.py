@@ -1,11 +1,11 @@
-"""Checks what a GPU computes by kernels against what it should be, and measures their speed.
+"""Check the results of GPU kernels against references, and measure the kernels' speed.
 
 usage: python tools/bench/gpu_kernels.py [--tune] [--out docs/results/gpu_kernels.json]
 
-On one NVIDIA GPU, in about a minute; without one it says so and exits with 2. Every part reports
-what it could not do as a row and goes on. An error is the largest difference over the largest
-value of the expected tensor; fla's are judged by the root mean square of the difference over that
-of the expected values, as fla's own tests do.
+It takes about a minute on one NVIDIA GPU; without one it prints a message and exits with 2. Where a
+part fails, its row shows the reason and the next part runs. An error is the largest difference over
+the largest value of the expected tensor. fla's kernels are judged by the root mean square of the
+difference over that of the expected values, as in fla's own tests.
   fla        the kernels that llmnorm/nn/mixers/fla.py calls, on packed rows with states, against
              our engines in float64 on the same rounded inputs: outputs, states, gradients; ours in
              float32 beside them; isolation of documents; times against ours
@@ -14,8 +14,8 @@ of the expected values, as fla's own tests do.
   mixers     a model of every mixer on packed rows, its outputs and gradients against float64 on the
              CPU; the same under bf16 autocast
 
-Without --tune each of fla's kernels is compiled for one choice of tiles instead of dozens, so that
-compiling takes seconds, which processes side by side do first; its times are then an upper bound.
+Without --tune each of fla's kernels is compiled for one choice of tiles instead of dozens. Then
+compiling takes seconds (parallel processes do it first), and the kernels' times are upper bounds.
 """
 
 import argparse
@@ -55,7 +55,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "TF32"}
 
 
 class Recurrence(NamedTuple):
-    """One of fla's kernels under its name of ours, and our engine for it."""
+    """One of fla's kernels, by our name for it, and our engine for the same recurrence."""
 
     ours: Callable[..., tuple[Tensor, Tensor]]
     theirs: Callable[..., tuple[Tensor, Tensor]]
@@ -166,7 +166,7 @@ def packed() -> dict[str, Tensor]:
 
 
 def fla_errors(name: str, dtype: torch.dtype) -> dict[str, tuple[float, float, float]]:
-    """Of every tensor: fla's error, ours in float32, fla's root mean square; all against float64.
+    """For each tensor: fla's error, ours in float32, fla's root mean square; all against float64.
 
     float64 is our engine's.
     """
@@ -184,7 +184,7 @@ def fla_errors(name: str, dtype: torch.dtype) -> dict[str, tuple[float, float, f
 
 
 def has_gradients(name: str, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether fla's kernels give right ones here (gpus.py)."""
+    """Whether fla's kernels compute right gradients on this machine (gpus.py)."""
     one_decay = name in RECURRENCES and RECURRENCES[name].decay != "channel"
     return dtype == torch.float32 or not one_decay or one_decay_problem() is None
 
@@ -276,7 +276,7 @@ def fla_times(name: str, batch: int, length: int) -> Iterator[tuple[str, float |
 
 
 def one_choice_of_tiles() -> None:
-    """Leaves every kernel of fla the one configuration that suits heads of 64 best by guess."""
+    """Leave each of fla's kernels one configuration: the one we guess to suit heads of 64 best."""
     import fla.ops  # noqa: F401
 
     def cost(config: Any) -> tuple[int, int, int]:
@@ -309,7 +309,7 @@ def compile_for(case: str) -> None:
 
 
 def compilers(tune: bool) -> list[subprocess.Popen[bytes]]:
-    """A process for every case; what fails there fails again where it is reported."""
+    """Compile each case in a process; the checks meet a failure again, and report it."""
     cases = [f"fla/{name}/{NAMES[dtype]}" for name, dtype in CASES]
     cases += [f"fla/nala/{NAMES[torch.bfloat16]}"]
     cases += [f"mixer/{name}/" for name in RECURRENT]
@@ -528,7 +528,7 @@ def mixer_row(mixer: Any) -> list[str]:
 
 
 def mixer_tables(figures: dict[str, Any]) -> Iterator[Table]:
-    """A row a mixer."""
+    """A row for each mixer."""
     rows: Rows = []
     for name, mixer in mixers().items():
         try:

@@ -1,4 +1,4 @@
-"""Measures a training step of a 1B model on one GPU against the same in plain PyTorch.
+"""Measure a training step of a 1B model on one GPU against the same step in plain PyTorch.
 
 usage: python tools/bench/gpu_step.py [--rows 8] [--rounds 6] [--steps 3] [--peers bf16 autocast
            whole] [--out docs/results/gpu_step.json]
@@ -6,25 +6,26 @@ usage: python tools/bench/gpu_step.py [--rows 8] [--rounds 6] [--steps 3] [--pee
 
 Llama of 1.1 billion parameters (width 2048, 16 layers, untied head of 32768), rows of 2048 tokens
 that hold documents of 512 on average, FSDP2 on one process, every block compiled, fused AdamW,
-clipping at norm 1. Ours is what a step of `llmnorm train training.precision=bf16
-parallel.compile=true` under fsdp2.yaml does, from the batch on. The peer is a Llama written down
-below in torch's own parts: F.rms_norm, the whole logits, a compiled F.cross_entropy, fully_shard
-and compile block by block.
+clipping at norm 1. Ours is a step of `llmnorm train training.precision=bf16
+parallel.compile=true` under fsdp2.yaml, without reading the batch. The peer is a Llama written
+below with torch's own functions: F.rms_norm, all logits at once, a compiled F.cross_entropy,
+fully_shard and compile block by block.
   bf16      torch's MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=float32): weights gathered
             and activations kept in bf16, which is torch's usual way
   autocast  weights gathered in float32, products in bf16, sums in float32: our arithmetic
   whole     bf16, the documents of a row not kept apart: F.scaled_dot_product_attention over the
             whole row instead of the kernel over documents (llmnorm/nn/mixers/varlen.py) that ours
             and the other peers use
-All start from the same weights and must agree in their first losses. They live in one process and
-take turns, `steps` steps each with one synchronisation at either end; of the peers one at a time
-is there. Ratios are medians over the rounds.
+All start from the same weights, and their first losses must agree. Ours and one peer at a time are
+in one process and take turns of `steps` steps, with one synchronisation at the beginning and one at
+the end of a turn. Ratios are medians over the rounds.
 
-MFU counts six operations a weight of a matrix product and token, and attention as if every token
+MFU counts six operations per token and weight of a matrix product, and attention as if every token
 saw the whole row (llmnorm/models/flops.py; PaLM's convention); `weights alone` leaves attention
-out. Both over the card's dense bf16 peak. Memory is the peak of a candidate's turn less what the
-other one holds. `compiled again` counts graphs that a compiler made after the first steps: 0 unless
-something is wrong. Kernels' times are those of one step under torch's profiler.
+out. Both are divided by the card's dense bf16 peak. Memory is the peak during a candidate's turn
+minus what the other candidate holds. `compiled again` counts graphs that were compiled after the
+first steps: 0 unless something is wrong. Kernels' times are those of one step under torch's
+profiler.
 """
 
 import argparse
@@ -148,7 +149,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class Packing:
-    """What the peer's blocks know of their tokens; no tuple, so that FSDP casts none of it."""
+    """What the peer's blocks are told about their tokens; not a tuple, which FSDP would cast."""
 
     cos: Tensor
     """(batch, length, 1, head_dim/2), float32."""
@@ -296,7 +297,7 @@ Candidate = Ours | Plain
 
 @torch.no_grad()
 def _fill(modules: Mapping[str, nn.Module]) -> None:
-    """First weights, drawn where they lie, which is quicker than llmnorm's own."""
+    """Initial weights, drawn on the device itself, which is faster than llmnorm's own way."""
     for module in modules.values():
         for parameter in module.parameters(recurse=False):
             if parameter.ndim == 1:
@@ -306,7 +307,7 @@ def _fill(modules: Mapping[str, nn.Module]) -> None:
 
 
 class Turns:
-    """Lets candidates take turns on the same rows, and writes down what they took."""
+    """Lets candidates take turns on the same rows, and records their time and memory."""
 
     def __init__(self, shape: dict[str, Any], device: str, options: argparse.Namespace) -> None:
         self.shape, self.cuda, self.options = shape, device == "cuda", options
@@ -417,7 +418,7 @@ def product_rate(size: int = 8192) -> float:
 
 
 def head_times(shape: dict[str, Any], rows: int) -> dict[int, dict[str, float]]:
-    """Of our loss by itself, there and back, in float32 hidden states: by tokens at a time."""
+    """Forward and backward of our loss alone, for float32 hidden states, by tokens at a time."""
     tokens, width = rows * shape["max_position_embeddings"], shape["hidden_size"]
     hidden = torch.randn(tokens, width, device="cuda", requires_grad=True)
     weight = torch.randn(shape["vocab_size"], width, device="cuda").mul_(0.02).requires_grad_()
@@ -491,7 +492,7 @@ def measure(shape: dict[str, Any], device: str, options: argparse.Namespace) -> 
 
 
 def tables(figures: dict[str, Any]) -> Iterator[Table]:
-    """The figures as they are read."""
+    """The tables of the figures."""
     candidates: dict[str, dict[str, Any]] = figures["candidates"]
     our_memory = candidates["ours"]["memory_mib"]
     rows = []

@@ -2,16 +2,19 @@
 
 usage: python tools/bench/mixer_accuracy.py [--mixers nala ssd] [--out FILE]
 
-The mixers are those of the tests, and a model that is a hybrid of three; three rows of 131 tokens:
-plain, packed (documents of 1 to 67 tokens, with borders inside and at the ends of chunks), padded
-(on the left in one row, on the right in another). Oracles are made of the same rounded weights and
-inputs in float64: `mix` by the explicit matrix, or by a loop over the tokens (in both directions
-where the mixer has both). An error is max|got - oracle| / max|oracle| of a tensor at real tokens:
-of the mixed values y (of the hybrid its output), and the largest of the gradients of the input and
-of all parameters. bfloat16 is autocast's. Decoding, one token at a time from the start and behind
-64 tokens, is held to the pass over the whole row. The last table says by how much anything changes
-that belongs to a document when another one (or what padding holds) does: 0 is 0. With `--mixers`
-nothing is written unless `--out` says where.
+The mixers are those of the tests, and a model that is a hybrid of three. Each computes three rows
+of 131 tokens: plain, packed (documents of 1 to 67 tokens, with borders inside and at the ends of
+chunks), and padded (on the left in one row, on the right in another).
+
+Oracles use the same rounded weights and inputs in float64: `mix` by the explicit matrix, or by a
+loop over the tokens (in both directions where the mixer has both). An error is max|got - oracle| /
+max|oracle| of a tensor at real tokens. The tables show it for the mixed values y (for the hybrid:
+its output), and the largest one of all gradients, of the input and of the parameters. bfloat16 is
+that of autocast. Decoding, one token at a time from the start and after 64 tokens, is compared with
+the pass over the whole row. The last table shows the largest change in a document when another
+document, or the padding, changes; it must be exactly 0.
+
+With `--mixers` no file is written unless `--out` is given.
 """
 
 import argparse
@@ -136,7 +139,7 @@ def run(module: nn.Module, x: Tensor, given: Rows) -> tuple[Tensor, Tensor]:
 def mixing(
     module: nn.Module, way: Callable[[Mixer, Any, Context], Tensor | None]
 ) -> Iterator[None]:
-    """`way` in the place of every mixer's `mix`; where it has none, the matrix."""
+    """Inside the `with`, `way` replaces every mixer's `mix`; where it returns None, the matrix."""
 
     def mix(mixer: Mixer, parameters: Any, context: Context, cache: Any = None) -> Tensor:
         y = way(mixer, parameters, context)
@@ -169,7 +172,7 @@ class Errors(NamedTuple):
 
 
 def against(mixer: Any, precision: str, way: Callable[[Mixer, Any, Context], Any]) -> Errors:
-    """Errors in a precision, the oracle mixing in this way."""
+    """Errors in a precision against the oracle that mixes by `way`."""
     module, x = build(mixer), tests.inputs(LENGTH)
     causal = not isinstance(module, Mixer) or module.causal
     if precision != "float64":
@@ -220,7 +223,7 @@ def _stepwise(module: nn.Module, x: Tensor, cuts: list[int]) -> Iterator[Tensor]
 
 
 def isolation(mixer: Any) -> dict[str, float]:
-    """What changes in a document, in output and gradient, when others or padding do."""
+    """The largest change in a document's output and gradient when others or padding change."""
     found = dict.fromkeys(("document", "document, by a mask", "padding"), 0.0)
     for dtype in (torch.float64, torch.float32):
         module = build(mixer).to(dtype)
@@ -298,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
 def tables(
     figures: dict[str, dict[str, Any]], recorded: dict[str, list[dict[str, Any]]]
 ) -> Iterator[Table]:
-    """The figures as they are read; what misses its bar says so."""
+    """The tables of the figures; a figure above its bar is marked MISSES."""
 
     def cell(error: float, bar: float) -> str:
         return f"{error:.1e}" + ("" if error <= bar else " MISSES")

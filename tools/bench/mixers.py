@@ -1,20 +1,24 @@
-"""Measures how the mixers' time and memory grow with the length, beside softmax attention.
+"""Measure how the mixers' time and memory grow with the length, beside softmax attention.
 
 usage: python tools/bench/mixers.py [--quick] [--longest 32768] [--rounds 2] [--mixers nala ssd]
            [--out docs/results/mixers.json]
 
-For rows of 512 tokens up to the longest: forward and backward of the mixing core (`mix`, features
-of NaLa and linear attention included; projections not) of every mixer, of one width, beside torch's
-scaled_dot_product_attention that looks the same way (up to 8192 tokens; families of matrices that
-are made entry by entry up to 4096); the candidates of a length alternate and the best of all rounds
-counts. The slope is that of a least-squares line through log seconds over log tokens from 2048 on;
-the picture, mixers.png beside the file, shows all lengths. Decoding: one token, and bytes carried,
-after 128 and after half of the longest number of tokens. The training step: models of equal
-parameters (the MLP makes up for the mixer), context 512, in turns; the ratio is the median over the
-rounds. With `--mixers` only these (and what they are held to) are measured, and nothing is written
-unless `--out` says where.
+Lengths: forward and backward of every mixer's core (`mix`, with the feature maps of NaLa and linear
+attention, without projections), for one row of 512 tokens up to the longest. Beside it stands
+torch's scaled_dot_product_attention, causal or bidirectional as the mixer is. Quadratic mixers are
+measured up to 8192 tokens, matrices that are made entry by entry up to 4096. The candidates of a
+length take turns, and the best round counts. The slope is that of a least-squares line through log
+seconds over log tokens from 2048 on. The picture, mixers.png beside the file, shows all lengths.
 
-Times are the processor's, of one thread, so that other work on the machine counts little.
+Decoding: seconds of one more token, and bytes of the state, after 128 tokens and after half of the
+longest length.
+
+Training step: models of equal parameters (the MLP's width makes up for the mixer's), context 512,
+in turns; the ratio to softmax is the median over the rounds.
+
+With `--mixers` only these and the attention beside them are measured, and no file is written unless
+`--out` is given. Times are CPU seconds of one thread, so that other work on the machine makes
+little difference.
 """
 
 import argparse
@@ -61,7 +65,7 @@ MIXERS |= {
 }
 TRAINED = {name: MIXERS[name] for name in ("softmax", "linear", "nala", "gla", "gated_delta")}
 TRAINED["ssd"] = "ssd"
-# Tokens that what is quadratic by its nature is run to.
+# The longest rows for mixers whose time is quadratic.
 QUADRATIC = {"sdpa": 8192, "softmax": 8192, "sdpa, both ways": 8192, "matrix attention": 8192}
 QUADRATIC |= {f"matrix {family}": 4096 for family in ENTRY_BY_ENTRY[1:]}
 
@@ -105,7 +109,7 @@ def seconds(name: str, mixer: Mixer, length: int) -> float:
 
 
 def slope(times: dict[int, float]) -> float | None:
-    """The exponent of the growth from 2048 tokens on."""
+    """The exponent with which time grows from 2048 tokens on; None with fewer than two lengths."""
     known = {n: s for n, s in times.items() if n >= 2048 and math.isfinite(s)}
     points = [(math.log(n), math.log(s)) for n, s in known.items()]
     if len(points) < 2:
@@ -116,7 +120,7 @@ def slope(times: dict[int, float]) -> float | None:
 
 @torch.no_grad()
 def decoding(mixer: Mixer, lengths: tuple[int, int]) -> list[dict[str, float]]:
-    """Seconds of one token, and bytes carried, after each number of tokens."""
+    """Milliseconds of one more token, and bytes of the state, after each number of tokens."""
     found = []
     for length in lengths:
         cache = RaggedCache([mixer.new_cache()])
@@ -137,7 +141,7 @@ def decoding(mixer: Mixer, lengths: tuple[int, int]) -> list[dict[str, float]]:
 
 
 def training(names: list[str], rounds: int) -> dict[str, float]:
-    """Training steps of models of equal parameters, over softmax's."""
+    """Training steps' times of models of equal parameters, as ratios to softmax."""
     shape = dict(training_step.SHAPE)
 
     def parameters(mixer: Any) -> int:
@@ -170,7 +174,7 @@ def draw(
     both_ways: set[str],
     path: Path,
 ) -> None:
-    """Seconds over tokens, both logarithmic: mixers that look back, and those that look around."""
+    """Draw seconds over tokens, both logarithmic: causal mixers left, bidirectional ones right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 5.5), layout="constrained")
@@ -208,9 +212,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     mixers = {name: build(mixer) for name, mixer in MIXERS.items()}
     both_ways = {name for name, mixer in mixers.items() if not mixer.causal}
-    held_to = {name: "sdpa, both ways" if name in both_ways else "sdpa" for name in mixers}
+    reference = {name: "sdpa, both ways" if name in both_ways else "sdpa" for name in mixers}
     asked = set(options.mixers or mixers)
-    asked |= {held_to[name] for name in asked}
+    asked |= {reference[name] for name in asked}
     mixers = {name: mixer for name, mixer in mixers.items() if name in asked}
     lengths = [512 * 2**i for i in range(20) if 512 * 2**i <= options.longest]
     times: dict[str, dict[int, float]] = {name: dict.fromkeys(lengths, math.inf) for name in mixers}
@@ -237,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         spent = times[name][length]
         if not math.isfinite(spent):
             return "-"
-        against = times[held_to[name]][length] / spent
+        against = times[reference[name]][length] / spent
         digits = ".0f" if against >= 10 else ".2g"
         return f"{1e3 * spent:.1f}" + (f" ({against:{digits}}x)" if math.isfinite(against) else "")
 

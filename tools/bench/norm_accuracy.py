@@ -2,12 +2,11 @@
 
 usage: python tools/bench/norm_accuracy.py [--out docs/results/norm_accuracy.json]
 
-The oracles are those of the tests, in float64: the definition and autograd through it, or, for
-norms with running statistics, their equations as a list of statements over nine steps with ragged
-masks.
-An error is max|got - oracle| / max|oracle| of a tensor; the table has the largest over outputs and
-gradients. With 2 processes (gloo) each has half of the rows; in a third of the steps the second has
-no real token.
+The oracles are those of the tests, in float64: the norm's definition and autograd through it. For
+norms with running statistics they are the paper's equations written out, over nine steps with masks
+of different lengths. An error is max|got - oracle| / max|oracle| of a tensor; the table has the
+largest over outputs and gradients. Of 2 processes (gloo) each has half of the rows; in a third of
+the steps the second one has no real token.
 """
 
 import argparse
@@ -57,7 +56,7 @@ def batch(number: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def build(settings: Any) -> Any:
-    """The norm with random gains and offsets."""
+    """The norm, its parameters random."""
     torch.manual_seed(0)
     norm = settings.build(WIDTH)
     for parameter in norm.parameters():
@@ -66,7 +65,7 @@ def build(settings: Any) -> Any:
 
 
 def run(settings: Any, dtype: torch.dtype, rank: int, world: int) -> list[list[Tensor]]:
-    """Output and gradients of every step, of this process's rows."""
+    """Output and gradients of every step for this process's rows, computed in `dtype`."""
     norm, found = build(settings), []
     norm = norm.double() if dtype == torch.float64 else norm
     statistics = RunningStatistics(norm, _sum if world > 1 else lambda values: values)
@@ -85,7 +84,7 @@ def run(settings: Any, dtype: torch.dtype, rank: int, world: int) -> list[list[T
 
 
 def oracle(settings: Any, dtype: torch.dtype) -> list[list[Tensor]]:
-    """The same of the whole batch, in float64."""
+    """What `run` should return for the whole batch, in float64."""
     norm, found = build(settings).double(), []
     step = by_hand(settings, norm) if isinstance(norm, RunningNorm) else None
     for number in range(STEPS):
@@ -123,8 +122,8 @@ def worst(got: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
     """The largest relative error over all steps and tensors."""
     errors = []
     for ours, theirs in zip(got, expected, strict=True):
-        for one, other in zip(ours, theirs, strict=True):
-            errors.append(float((one.double() - other).abs().max() / other.abs().max()))
+        for tensor, wanted in zip(ours, theirs, strict=True):
+            errors.append(float((tensor.double() - wanted).abs().max() / wanted.abs().max()))
     return max(errors)
 
 

@@ -1,24 +1,24 @@
-"""Measures the step of every optimizer on the hidden matrices of a 12-layer Llama, 768 / 2048.
+"""Measure the step of every optimizer on the hidden matrices of a 12-layer Llama, 768 / 2048.
 
 usage: python tools/bench/optimizer_step.py [--quick] [--layers 12] [--rounds 10]
            [--only NAME] [--out docs/results/optimizer_step.json]
 
-Float32, threads as OMP_NUM_THREADS says, full-rank random gradients made outside the timer.
-Candidates take turns, a step each, after one step of warming up, so that a busy machine slows all;
-another one begins each round, since who steps first finds less in the caches (2 % of AdamW);
-time is the process's own (CPU seconds), the table shows medians and quartiles, and a ratio is the
-median over the rounds of (ours / peer in that round). Conda's first step, which finds the bases, is
-timed apart and counted with 1/2000 of its excess.
+Everything is float32, with OMP_NUM_THREADS threads; the gradients are random matrices of full rank,
+made outside the timer. After a step of warming up, candidates take turns of one step, so that a
+busy machine slows all alike. Each round begins with another candidate, since the first one finds
+less in the caches (2 % of AdamW). Times are CPU seconds of the process. The table shows medians and
+quartiles; a ratio is the median over the rounds of (ours / peer in that round). Conda's first step,
+which computes the bases, is timed separately; 1/2000 of its excess is added to a step.
 
-Peers: torch's fused AdamW; `torch.optim.Muon` with its Newton-Schulz iteration in float32 in place
-of bf16, and as it is; the official Conda step re-stated per matrix (its code has no licence).
-As it is, Muon's peer casts to bf16 on any machine: without bf16 products it takes minutes, so it is
-timed on one layer and marked so.
+Peers: torch's fused AdamW; `torch.optim.Muon` unchanged, and with its Newton-Schulz iteration in
+float32 instead of bf16; the official Conda step, rewritten per matrix (its code has no licence).
+The unchanged Muon casts to bf16 on any machine. On one without bf16 products a step takes minutes,
+so there it is timed on one layer, and the table says so.
 
-Work is counted in the operations that each rule's definition needs (4 k^2 L for Conda, k the
+Work is counted as the operations that each rule's definition needs (4 k^2 L for Conda, k the
 shorter, L the longer side), and compared with the rate of torch.mm on the same shapes. Temporaries
-are the highest resident size during a step above the one before it. A training step is
-forward and backward of the whole model, vocabulary 32000, measured on one row of 1024 tokens.
+are the highest resident size during a step minus that before it. A training step is forward and
+backward of the whole model, vocabulary 32000, measured on one row of 1024 tokens.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def matrices(layers: int) -> dict[str, nn.Parameter]:
 
 
 def ours(settings: Any, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """Our optimizer over copies of the parameters' memory."""
+    """Our optimizer for these parameters."""
     from llmnorm.optim.groups import Groups
 
     return settings.build(Groups(parameters, {}))
@@ -138,7 +138,7 @@ class OfficialConda:
 
 
 def families() -> list[dict[str, Callable[[dict[str, nn.Parameter]], Any]]]:
-    """Candidates that are compared with each other: name -> how it is made."""
+    """Groups of candidates that take turns: name -> what makes its optimizer."""
     from llmnorm.optim import settings
 
     def rule(chosen: Any) -> Callable[[dict[str, nn.Parameter]], Any]:

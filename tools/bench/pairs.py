@@ -1,10 +1,11 @@
-"""Every layout's checkpoint, loaded by every layout: the matrix of pairs.
+"""Checkpoints between layouts: every layout loads the checkpoint of every other one.
 
 usage: python tools/bench/pairs.py [--out docs/results/pairs.json]
 
 Real processes over gloo train the tests' tiny model in float32 for 4 steps under one layout, save,
-and go on for 4 steps under another; one process that never stopped is beside them. A figure is the
-largest relative difference of a loss, over steps and optimizers; the limit is 1e-6.
+and continue for 4 steps under another layout. They are compared with one process that is not
+interrupted. A figure is the largest relative difference of a loss, over steps and optimizers; the
+limit is 1e-6.
 """
 
 import argparse
@@ -32,8 +33,8 @@ OPTIMIZERS = ("adamw", "muon", "conda", "muon+nap")  # elementwise, momentum, ba
 STEPS, LIMIT = 4, 1e-6
 
 
-class Told(Run):
-    """A run that keeps its losses."""
+class RunWithLosses(Run):
+    """A run that keeps its losses in `losses`."""
 
     def __init__(self, layout: str, optimizer: str) -> None:
         sharding, _, replicas = LAYOUTS[layout]
@@ -41,52 +42,55 @@ class Told(Run):
         super().__init__(sharding, optimizer, replicas, dtype=torch.float32, lr=1e-3)
 
     def forward_backward(self, step: int, scale: float = 1.0) -> float:
-        """As a run's."""
+        """As `Run.forward_backward`; the loss is kept."""
         self.losses.append(super().forward_backward(step, scale))
         return self.losses[-1]
 
 
 def saved(directory: Path, rank: int, world: int, *, layout: str) -> dict[str, list[float]]:
-    """Train and save; the losses, and of one process those of the steps that follow too."""
-    said = {}
+    """Train and save under a layout; the losses by optimizer.
+
+    A single process then trains the remaining steps too, as the uninterrupted run.
+    """
+    losses = {}
     for optimizer in OPTIMIZERS:
-        one = Told(layout, optimizer)
-        one.train(0, STEPS)
-        one.save(directory.parent / f"{layout} {optimizer}", STEPS)
+        trained = RunWithLosses(layout, optimizer)
+        trained.train(0, STEPS)
+        trained.save(directory.parent / f"{layout} {optimizer}", STEPS)
         if world == 1:
-            one.train(STEPS, 2 * STEPS)
-        said[optimizer] = one.losses
-    return said
+            trained.train(STEPS, 2 * STEPS)
+        losses[optimizer] = trained.losses
+    return losses
 
 
-def gone_on(directory: Path, rank: int, world: int, *, layout: str) -> dict[str, Any]:
-    """Load what every layout saved and train; the losses."""
-    said: dict[str, Any] = {}
+def resumed(directory: Path, rank: int, world: int, *, layout: str) -> dict[str, Any]:
+    """Resume what every layout has saved; the losses by old layout and optimizer."""
+    losses: dict[str, Any] = {}
     for old in LAYOUTS:
         for optimizer in OPTIMIZERS:
-            one = Told(layout, optimizer)
-            one.load(directory.parent / f"{old} {optimizer}", STEPS)
-            one.train(STEPS, 2 * STEPS)
-            said.setdefault(old, {})[optimizer] = one.losses
-    return said
+            continued = RunWithLosses(layout, optimizer)
+            continued.load(directory.parent / f"{old} {optimizer}", STEPS)
+            continued.train(STEPS, 2 * STEPS)
+            losses.setdefault(old, {})[optimizer] = continued.losses
+    return losses
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Save, go on, print, write; 1 if a pair misses the limit."""
+    """Save, resume, print, write; returns 1 if a pair exceeds the limit."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "pairs.json")
     options = parser.parse_args(arguments)
     figures: dict[str, dict[str, float]] = {old: {} for old in LAYOUTS}
     with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
+        root = Path(directory)
         first = {
-            layout: run(partial(saved, layout=layout), place, world)[0]
+            layout: run(partial(saved, layout=layout), root, world)[0]
             for layout, (_, world, _) in LAYOUTS.items()
         }
         for layout, (_, world, _) in LAYOUTS.items():
-            found = run(partial(gone_on, layout=layout), place, world)[0]
+            found = run(partial(resumed, layout=layout), root, world)[0]
             assert isinstance(found, dict), found
-            print(f"{layout} has gone on from all", file=sys.stderr, flush=True)
+            print(f"{layout} has resumed from all", file=sys.stderr, flush=True)
             for old in LAYOUTS:
                 figures[old][layout] = max(
                     abs(loss - alone) / alone

@@ -1,9 +1,10 @@
-"""What becomes of a benchmark's figures: tables on screen, docs/results/*.json, docs/benchmarks.md.
+"""Publishing a benchmark's figures: tables on screen, docs/results/*.json, docs/benchmarks.md.
 
 usage: python tools/bench/report.py      (makes the page from the files again)
 
-A file holds `title`, `command`, `machine`, `tables` (title, columns, rows of text) and the figures
-themselves; the page is made of nothing else, so what it says was measured.
+A file of docs/results holds `title`, `command`, `machine`, `tables` (title, columns, rows of text)
+and the figures themselves. The page is made from these files alone, so all its numbers were
+measured (tests/tools/test_report.py makes it again).
 """
 
 import json
@@ -24,7 +25,7 @@ Every table was measured by the command above it, which runs ours and its peer o
 
 
 class Table(NamedTuple):
-    """Figures as they are read: every cell is text."""
+    """A table of a benchmark; every cell is text."""
 
     title: str
     columns: Sequence[str]
@@ -32,7 +33,16 @@ class Table(NamedTuple):
 
 
 def publish(out: Path | None, title: str, tables: Sequence[Table], figures: dict[str, Any]) -> None:
-    """Print the tables; with `out`, write them and the figures there and make the page again."""
+    """Print the tables; with `out`, write tables and figures there.
+
+    If `out` is in docs/results, docs/benchmarks.md is made again too.
+
+    Args:
+        out: the JSON file to write, or None.
+        title: heading of the benchmark on the page.
+        tables: what is shown.
+        figures: JSON values that are kept beside the tables.
+    """
     for table in tables:
         print(f"\n{table.title}")
         widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
@@ -60,7 +70,7 @@ def publish(out: Path | None, title: str, tables: Sequence[Table], figures: dict
 
 
 def page() -> str:
-    """The page, from the files."""
+    """The text of docs/benchmarks.md, from the files of docs/results."""
     parts = [HEADING]
     for file in sorted(RESULTS.glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -75,13 +85,16 @@ def page() -> str:
 
 
 def memory_of(key: str) -> int:
-    """Bytes of this process (Linux): now (VmRSS), at most (VmHWM; rusage counts the parent's)."""
+    """A field of /proc/self/status in bytes: VmRSS is the resident size now, VmHWM its peak.
+
+    (The peak of `resource.getrusage` may be that of the parent.)
+    """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The machine, its load and the versions, on which the figures depend."""
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()

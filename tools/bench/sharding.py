@@ -1,18 +1,19 @@
-"""Every optimizer under every sharding against one process on the same rows: the equality table.
+"""Compare every optimizer under every sharding with one process on the same rows.
 
 usage: python tools/bench/sharding.py [--steps 20] [--out docs/results/sharding.json]
 
-Real processes over gloo train the tests' tiny model with learning rate 0.001; a figure is the
-largest difference of any weight from one process's. In float64 the limit is 1e-9. In float32 the
-yardstick stands beside it: how far two runs of one process are from each other that cut a step's
-rows into 1 and into W micro-batches; the limit is 3 times that, and 2e-6 for AdamW and Muon after 5
-steps. DeepSpeed's weights are always float32; `zero1` to `zero3` want its extra. One launch a
-column runs all optimizers.
+Real processes over gloo train the tests' tiny model with learning rate 0.001. A figure is the
+largest difference of any weight from that of one process. In float64 the limit is 1e-9. In float32
+there is a yardstick beside it: the difference between two runs of one process that cut a step's
+rows into 1 and into W micro-batches. The limit is 3 times the yardstick, and 2e-6 for AdamW and
+Muon after 5 steps. DeepSpeed's weights are always float32; `zero1` to `zero3` need its extra. All
+optimizers of a column run in one launch.
 
-With learning rate 0.01 all cells keep their limits (SOAP 1.5 times the yardstick) but AdamW's after
-5 steps, 4.6e-6 on 3 and 2.1e-6 on 4 processes: one weight, whose first gradient of 1.4e-8 is as
-small as AdamW's eps, beside an RMS of 2e-4. lr g / (|g| + eps) makes 4.6e-6 of the 2.6e-11 by which
-the processes' sums are rounded differently; cutting one process's rows does the same.
+With learning rate 0.01 all cells keep their limits (SOAP 1.5 times the yardstick) except AdamW's
+after 5 steps: 4.6e-6 on 3 and 2.1e-6 on 4 processes. It is a single weight, whose first gradient of
+1.4e-8 is as small as AdamW's eps, beside an RMS of 2e-4. Its sum over processes is rounded
+differently by 2.6e-11, of which lr g / (|g| + eps) makes 4.6e-6; cutting the rows of one process
+into micro-batches has the same effect.
 """
 
 import argparse
@@ -39,36 +40,36 @@ CELLS = [
 ]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 LR = 1e-3
-SOON, AT_ONCE = 5, ("adamw", "muon")  # steps, and whose
+SOON, AT_ONCE = 5, ("adamw", "muon")  # after these steps, these optimizers have a limit too
 LIMITS = {"float64": 1e-9, "soon": 2e-6, "times the yardstick": 3}
 Weights = dict[str, Tensor]
 
 
-def trained(one: Run, steps: int) -> dict[str, Weights]:
-    """Whole weights after a few and after all steps."""
+def trained(run: Run, steps: int) -> dict[str, Weights]:
+    """Whole weights after SOON steps (`soon`) and after all (`end`)."""
     found: dict[str, Weights] = {}
 
     def keep(step: int) -> None:
         for name, when in (("soon", SOON), ("end", steps)):
             if step + 1 == when:
-                found[name] = {n: whole(p) for n, p in one.model.named_parameters()}
+                found[name] = {n: whole(p) for n, p in run.model.named_parameters()}
 
-    one.train(0, steps, keep)
+    run.train(0, steps, keep)
     return found
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """A copy of all of it, wherever it lies."""
+    """A copy of a whole parameter, however it is sharded."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter).clone()
-    held = parameter.detach()
-    return getattr(held, "full_tensor", held.clone)()
+    local = parameter.detach()
+    return getattr(local, "full_tensor", local.clone)()
 
 
 def precisions(sharding: str) -> dict[str, torch.dtype]:
-    """Those that a sharding has."""
+    """The precisions that a sharding offers: DeepSpeed's weights are float32."""
     return {p: d for p, d in DTYPES.items() if p == "float32" or not sharding.startswith("zero")}
 
 
@@ -79,20 +80,21 @@ def column(
     sharded.BUCKET_BYTES = 4096  # several buckets
     for name in OPTIMIZERS:
         for precision, dtype in precisions(sharding).items():
-            one = Run(sharding, name, replicas, micro_batches=1, dtype=dtype, lr=LR)
-            found = trained(one, steps)
+            found = trained(
+                Run(sharding, name, replicas, micro_batches=1, dtype=dtype, lr=LR), steps
+            )
             if rank == 0:
                 torch.save(found, directory.parent / f"{name} {precision}")
     return True
 
 
-def distance(one: Weights, other: Weights) -> float:
+def distance(first: Weights, second: Weights) -> float:
     """The largest difference of a weight."""
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, compare, print, write; 1 if a limit is not kept."""
+    """Train, compare, print, write; returns 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS / "sharding.json")
@@ -108,15 +110,15 @@ def main(arguments: list[str] | None = None) -> int:
         for cut in (cuts if precision == "float32" else [1])
     }
     figures: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as root:
         for sharding, world, replicas in CELLS:
-            where = Path(place) / f"{sharding} {world}"
+            directory = Path(root) / f"{sharding} {world}"
             task = partial(column, sharding=sharding, replicas=replicas, steps=options.steps)
-            said = run(task, where, world)
-            assert said == [True] * world, said
+            results = run(task, directory, world)
+            assert results == [True] * world, results
             print(f"{sharding} on {world} processes is done", file=sys.stderr, flush=True)
             for name in OPTIMIZERS:
-                found = {p: torch.load(where / f"{name} {p}") for p in precisions(sharding)}
+                found = {p: torch.load(directory / f"{name} {p}") for p in precisions(sharding)}
                 single = {p: alone[f"{name} {p} 1"] for p in DTYPES}
                 cut = alone[f"{name} float32 {world}"]
                 exact = None
@@ -152,8 +154,8 @@ def _tables(figures: list[dict[str, Any]]) -> list[Table]:
     def table(title: str, cell: Any, names: Iterable[str] = OPTIMIZERS) -> Table:
         rows = []
         for name in names:
-            mine = [row for row in figures if row["optimizer"] == name]
-            rows.append([name, *map(cell, mine)])
+            of_optimizer = [row for row in figures if row["optimizer"] == name]
+            rows.append([name, *map(cell, of_optimizer)])
         return Table(title, ["optimizer", *columns], rows)
 
     return [

@@ -1,34 +1,33 @@
-"""The curse of depth at small size: placements of the norm against Pre-LN with scaled init.
+"""The curse of depth at small size: placements of the norm beside Pre-LN with scaled init.
 
 usage: python tools/reproduce/curse_of_depth.py [--arms NAME ...] [--parallel 2] [--seeds 3]
        [--lr-points 5] [--plan]
 
-Every file of configs/recipes/curse_of_depth is an arm with a learning rate tuned for it alone, the
-same tokens, the same paired seeds. The table shows perplexity relative to the honest baseline,
-Pre-LN whose residual projections start smaller (1 / sqrt(2 layers)), with standard errors, beside
-the same ratio of the paper. Each finished run is a line of docs/results/curse_of_depth/runs.jsonl,
-to be committed; what stands there is not run again, so arms can be added one by one. Run
-directories lie in runs/reproduce.
+Every file of configs/recipes/curse_of_depth is an arm. Each arm's learning rate is tuned, and all
+train on the same tokens with the same paired seeds. The table shows perplexities, with standard
+errors, relative to the stronger baseline: Pre-LN whose residual projections start smaller
+(1 / sqrt(2 layers)). Beside them are the same ratios of the paper. Each finished run is a line of
+docs/results/curse_of_depth/runs.jsonl, which is committed; such a run is not made again, so arms
+can be added one by one. Run directories are in runs/reproduce.
 
 Source: Sun et al., "The Curse of Depth in Large Language Models", arXiv 2502.05795: table 1 (130M
 and 250M, perplexity on C4), table 6 (scaled init) and table 7 (sandwich norm, 130M).
 
-What would surprise: the paper's own gain over this baseline is 1.1 % at 130M and 3.0 % at 250M, not
-the 3.6 % and 7.2 % over plain Pre-LN; at this size only the direction can be expected, if that.
+What would surprise: the paper's gain over this baseline is 1.1 % at 130M and 3.0 % at 250M, not the
+3.6 % and 7.2 % over plain Pre-LN. At this size one can expect the same direction at most.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from arms import keep_table, mean, parser, run
+from arms import mean_and_error, parser, reproduce
 
 from llmnorm.analysis.compare.arms import read_arms, read_protocol
+from llmnorm.analysis.compare.plan import Protocol
 from llmnorm.analysis.compare.report import markdown
-from llmnorm.part import InputError
 
 RECIPES = Path("configs/recipes/curse_of_depth")
 RESULTS = Path("docs/results/curse_of_depth")
@@ -36,7 +35,7 @@ RUNS = Path("runs/reproduce/curse_of_depth")
 
 
 class Paper(NamedTuple):
-    """Perplexity in the paper, None where it has none."""
+    """An arm's perplexities in the paper; None where the paper has none."""
 
     title: str
     at_130m: float | None
@@ -56,7 +55,11 @@ BASELINE = "pre_ln_scaled"
 
 
 def table(found: dict[str, Any]) -> str:
-    """The arms' perplexities beside the paper's, in Markdown."""
+    """The arms' perplexities beside the paper's, in Markdown.
+
+    Args:
+        found: the tree of result.json.
+    """
     base = np.array(found["arms"][BASELINE]["losses"], dtype=float)
     rows = []
     for name, paper in ARMS.items():
@@ -68,13 +71,14 @@ def table(found: dict[str, Any]) -> str:
         if len(losses) > 1 and name != BASELINE:
             # To first order: the ratio times the standard error of its logarithm.
             relative += f" ± {ratio * (losses - base).std(ddof=1) / math.sqrt(len(losses)):.3f}"
-        theirs = [
+        of_paper = [
             f"{value / reference:.3f}" if value and reference else "-"
             for value, reference in zip(paper[1:], ARMS[BASELINE][1:], strict=True)
         ]
         rate = f"{found['arms'][name]['lr']:.3g}"
-        loss = mean(found["arms"][name]["losses"], 4)
-        rows.append([paper.title, rate, loss, f"{math.exp(losses.mean()):.2f}", relative, *theirs])
+        loss = mean_and_error(found["arms"][name]["losses"], 4)
+        perplexity = f"{math.exp(losses.mean()):.2f}"
+        rows.append([paper.title, rate, loss, perplexity, relative, *of_paper])
     head = ["arm", "lr", "loss", "perplexity", "over the first's", "paper, 130M", "paper, 250M"]
     return markdown(head, rows)
 
@@ -84,30 +88,19 @@ def main(arguments: list[str] | None = None) -> int:
     words = parser(__doc__, ARMS, ARMS)
     words.add_argument("--lr-points", type=int, default=5, help="a grid begins with; it grows")
     options = words.parse_args(arguments)
-    try:
-        protocol = read_protocol(
-            read_arms(
-                RECIPES / f"{BASELINE}.yaml",
-                [],
-                [
-                    [name, str(RECIPES / f"{name}.yaml")]
-                    for name in ARMS
-                    if name in (BASELINE, *options.arms)
-                ],
-            ),
+    names = [name for name in ARMS if name in (BASELINE, *options.arms)]
+
+    def read() -> Protocol:
+        given = [[name, str(RECIPES / f"{name}.yaml")] for name in names]
+        return read_protocol(
+            read_arms(RECIPES / f"{BASELINE}.yaml", [], given),
             baselines=[BASELINE],
             seeds=options.seeds,
             lr_points=options.lr_points,
             horizons="none",
         )
-        code = run(protocol, RESULTS, RUNS, options, arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if code == 0 and not options.plan:
-        found = json.loads((RESULTS / "result.json").read_text(encoding="utf-8"))
-        keep_table(RESULTS, table(found))
-    return code
+
+    return reproduce(read, lambda _, found: table(found), RESULTS, RUNS, options, arguments)
 
 
 if __name__ == "__main__":

@@ -5,25 +5,26 @@ usage: python tools/reproduce/mixers.py language|masked|recall [--arms NAME ...]
 
     language   causal mixers, equal parameters, on the default corpus
     masked     encoders' mixers in blocks without an MLP: both directions of softmax and SSD, and
-               the families of mixing matrices; `own token` is how much of what a mixer gives out
-               before training is the token itself rather than the others
+               the families of mixing matrices; `own token` in the table is the share of a token in
+               its own output before training
     recall     causal mixers: 8, 16, 32 or 64 random key-value pairs, then the same pairs in other
                orders until the row is full; every row is one text of 256 characters, a token each
 
 Every arm's learning rate is tuned alike, then all train with the same paired seeds. Each finished
-run is a line of docs/results/mixers_TASK/runs.jsonl, to be committed; what stands there is not run
-again. Run directories lie in runs/reproduce. The table stands beside the paper's order.
+run is a line of docs/results/mixers_TASK/runs.jsonl, which is committed; such a run is not made
+again. Run directories are in runs/reproduce.
 
 Sources: Hwang et al. 2024 (Hydra), arXiv 2407.09941: table 2 (families, cross-entropy of masked
 language models on C4) and table 3 (ways to two directions). The recall task: Arora et al. 2023
-(Zoology), arXiv 2312.04927, section 3. For language the order that is expected is ours: NaLa at
-most linear attention's loss; its paper's figures for language models could not be read.
+(Zoology), arXiv 2312.04927, section 3. For language we expected NaLa's loss to be at most that of
+linear attention; the figures for language models in its paper could not be read.
 
-What would surprise: in `recall` losses mix what can be predicted (values whose keys were said) with
-what cannot (which pairs, in which order); what counts is the accuracy on the values when each key
-is asked for the first time, of the value that a model finds most likely given all before it
-(chance: 1 in 30). It is measured on the checkpoints of the paired runs, which are removed
-afterwards. Rows that ask once and are filled up with blanks teach the same, but many times slower.
+What would surprise: the losses of `recall` mix what can be predicted (values whose keys have come
+before) with what cannot (which pairs, in which order). The figure that counts is the accuracy on
+the values when each key comes for the second time: how often the value that the model finds most
+likely is right (chance: 1 in 30). It is measured on the checkpoints of the paired runs, which are
+removed afterwards. Rows that ask once and are filled up with blanks teach the same, but many times
+slower.
 """
 
 import json
@@ -34,13 +35,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arms import keep_table, mean, parser, run
+from arms import mean_and_error, parser, reproduce
 
 from llmnorm.analysis.compare.arms import read_arms, read_protocol
 from llmnorm.analysis.compare.plan import Protocol
 from llmnorm.analysis.compare.report import markdown
 from llmnorm.machine.files import write_whole
-from llmnorm.part import InputError
 
 RECIPES = Path("configs/recipes/mixers")
 RESULTS = Path("docs/results")
@@ -49,21 +49,26 @@ LR_POINTS = 3
 
 
 class Arm(NamedTuple):
-    """Overrides and the paper's cross-entropy (None: it has none)."""
+    """An arm's overrides, and its cross-entropy in the paper (None: the paper has none)."""
 
     settings: tuple[str, ...]
     paper: float | None = None
 
 
 def causal(mixer: str, inner: int) -> tuple[str, ...]:
-    """A causal mixer, and the width of the MLP that all parameters together ask for."""
+    """Overrides of a causal mixer and of the MLP's inner width, which equalises the parameters."""
     return f"model.mixer={mixer}", f"model.intermediate_size={inner}"
 
 
 def causal_arms(inner: int, nala: int, ssd: int, gla: int, gated_delta: int) -> dict[str, Arm]:
-    """Causal mixers beside an MLP `inner` wide for softmax, else narrower by what they need more.
+    """The causal mixers as arms of equal size.
 
-    `linear` has NaLa's gate, convolution and norm, and differs in the feature map alone.
+    `linear` has NaLa's gate, convolution and norm, so that only the feature map differs.
+
+    Args:
+        inner: the MLP's inner width beside softmax attention.
+        nala, ssd, gla, gated_delta: by how much the MLP is narrower beside these mixers, which
+            have more parameters.
     """
     linear = "{name: linear, gate: true, conv_kernel: 4, norm: rms}"
     return {
@@ -79,12 +84,12 @@ def causal_arms(inner: int, nala: int, ssd: int, gla: int, gated_delta: int) -> 
 
 
 def family(name: str) -> tuple[str, ...]:
-    """A family of mixing matrices, its parameters made from the tokens."""
+    """Overrides of a family of mixing matrices, whose parameters are made from the tokens."""
     return (f"model.mixer={{name: matrix, family: {name}, head_dim: 64}}",)
 
 
 def ssd_pair(combination: str) -> tuple[str, ...]:
-    """Two SSDs, one a direction."""
+    """Overrides of two SSDs, one per direction, and how they are combined."""
     return (f"model.mixer.combination={combination}",)
 
 
@@ -117,15 +122,15 @@ DATA = Path("data/recall")
 
 
 def recall_text(pairs: int, generator: random.Random) -> str:
-    """Pairs of key and value, then all of them in other orders, again and again: 256 characters."""
+    """256 characters: pairs of key and value, then all pairs in other orders, again and again."""
     keys = generator.sample(KEYS, pairs)
-    said = [key + generator.choice(VALUES) for key in keys]
+    first = [key + generator.choice(VALUES) for key in keys]
     rounds = CHARACTERS // (2 * pairs) - 1
-    return "".join(said + [pair for _ in range(rounds) for pair in generator.sample(said, pairs)])
+    return "".join(first + [pair for _ in range(rounds) for pair in generator.sample(first, pairs)])
 
 
 def write_recall_texts() -> None:
-    """The files that configs/recipes/mixers/recall.yaml names; the same every time."""
+    """Write the files that configs/recipes/mixers/recall.yaml names; they are always the same."""
     DATA.mkdir(parents=True, exist_ok=True)
     for pairs in PAIRS:
         for part, count in TEXTS.items():
@@ -140,7 +145,7 @@ def write_recall_texts() -> None:
 
 
 def recall_accuracy(path: Path) -> dict[str, float]:
-    """Share of the values that a run's model finds most likely when first asked, by pairs."""
+    """How often a run's model gets a value right when first asked, by the number of pairs."""
     import torch
 
     from llmnorm.exchange.loading import load_model
@@ -160,7 +165,10 @@ def recall_accuracy(path: Path) -> dict[str, float]:
 
 
 def measure_recall(protocol: Protocol, found: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The accuracy of every paired run, kept at `path`; checkpoints leave."""
+    """The accuracy of every paired run, which is also written to `path`.
+
+    The runs' checkpoints are removed afterwards.
+    """
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for arm in found["arms"]:
         for job in protocol.paired(arm, found["arms"][arm]["lr"]):
@@ -174,7 +182,7 @@ def measure_recall(protocol: Protocol, found: dict[str, Any], path: Path) -> dic
 
 
 def measure_masked(protocol: Protocol, path: Path) -> dict[str, Any]:
-    """How much of its own token every arm hears before training, kept at `path`."""
+    """Each arm's `own_token`, which is also written to `path`."""
     from own_token import own_token
 
     found = {name: own_token(config) for name, config in protocol.configs.items()}
@@ -183,16 +191,23 @@ def measure_masked(protocol: Protocol, path: Path) -> dict[str, Any]:
 
 
 def table(task: str, found: dict[str, Any], measured: dict[str, Any]) -> str:
-    """The arms beside the paper's figures, in Markdown; `measured`: what is in measured.json."""
+    """The arms beside the paper's figures, in Markdown.
+
+    Args:
+        task: language, masked or recall.
+        found: the tree of result.json.
+        measured: the tree of measured.json, empty for `language`.
+    """
     head = ["arm", "lr", "loss"]
     head += [f"accuracy, {n} pairs" for n in PAIRS] if task == "recall" else []
     head += ["own token", "paper's loss"] if task == "masked" else []
     rows = []
     for name, arm in found["arms"].items():
-        cells = [name, f"{arm['lr']:.3g}", mean(arm["losses"], 4)]
+        cells = [name, f"{arm['lr']:.3g}", mean_and_error(arm["losses"], 4)]
         if task == "recall":
-            mine = [v for k, v in measured.items() if k.startswith(f"{name}/lr{arm['lr']:.6g}-")]
-            cells += [mean([run[str(n)] for run in mine], 3) for n in PAIRS]
+            key = f"{name}/lr{arm['lr']:.6g}-"
+            accuracies = [by_pairs for run, by_pairs in measured.items() if run.startswith(key)]
+            cells += [mean_and_error([a[str(n)] for a in accuracies], 3) for n in PAIRS]
         if task == "masked":
             paper = TASKS[task][name].paper
             cells += [f"{measured[name]:.3f}", "-" if paper is None else f"{paper:.2f}"]
@@ -201,7 +216,14 @@ def table(task: str, found: dict[str, Any], measured: dict[str, Any]) -> str:
 
 
 def read(task: str, chosen: list[str], seeds: int, shared: list[str]) -> Protocol:
-    """The comparison of some arms of a task, the first of the task always among them."""
+    """The comparison of some arms of a task; the task's first arm is the baseline.
+
+    Args:
+        task: language, masked or recall.
+        chosen: names of arms; the baseline is added.
+        seeds: paired seeds.
+        shared: overrides of all arms.
+    """
     names = [name for name in TASKS[task] if name in chosen or name == next(iter(TASKS[task]))]
     arms = [[name, *TASKS[task][name].settings] for name in names]
     return read_protocol(
@@ -220,26 +242,30 @@ def main(arguments: list[str] | None = None) -> int:
     words.add_argument("task", choices=TASKS)
     words.add_argument("--set", nargs="+", default=[], metavar="key=value", help="of all arms")
     options = words.parse_args(arguments)
-    task = options.task
-    results, runs = RESULTS / f"mixers_{task}", RUNS / f"mixers_{task}"
-    try:
+    task, results = options.task, RESULTS / f"mixers_{options.task}"
+
+    def read_task() -> Protocol:
         if task == "recall":
             write_recall_texts()
-        protocol = read(task, options.arms, options.seeds, options.set)
-        code = run(protocol, results, runs, options, arguments, keep_checkpoints=task == "recall")
-        if code or options.plan:
-            return code
-        found = json.loads((results / "result.json").read_text(encoding="utf-8"))
+        return read(task, options.arms, options.seeds, options.set)
+
+    def measure(protocol: Protocol, found: dict[str, Any]) -> str:
         measured, path = {}, results / "measured.json"
         if task == "recall":
             measured = measure_recall(protocol, found, path)
         if task == "masked":
             measured = measure_masked(protocol, path)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    keep_table(results, table(task, found, measured))
-    return 0
+        return table(task, found, measured)
+
+    return reproduce(
+        read_task,
+        measure,
+        results,
+        RUNS / f"mixers_{task}",
+        options,
+        arguments,
+        keep_checkpoints=task == "recall",
+    )
 
 
 if __name__ == "__main__":

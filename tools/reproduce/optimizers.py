@@ -3,35 +3,34 @@
 usage: python tools/reproduce/optimizers.py [--parallel 2] [--seeds 3] [--arms muon soap] [--plan]
 
 The model and its length are configs/recipes/optimizers/t0.yaml (0.79 million parameters in hidden
-matrices, 4 million tokens). Every rule but the shipped AdamW has its learning rate tuned; every
-other arm is held against both AdamWs. Each finished run is a line of
-docs/results/optimizers_t0/runs.jsonl, to be committed; what stands there is not run again, on any
-machine. Run directories lie in runs/reproduce.
+matrices, 4 million tokens). The learning rate of every rule but the shipped AdamW is tuned, and
+every other arm is compared with both AdamWs. Each finished run is a line of
+docs/results/optimizers_t0/runs.jsonl, which is committed; such a run is not made again, on any
+machine. Run directories are in runs/reproduce.
 
 Conventions of the arms:
-    lr       centre of its grid: the Step Law's for AdamW, for the others what published settings
-             are relative to it (Muon and NorMuon 1.3 times, in AdamW's unit; Conda with scale 0.25
-             2.5 times; SOAP 0.7 times)
-    decay    lr * weight_decay is AdamW's, in every arm
-    others   embeddings, head, norms and biases: AdamW with its own centre, in every arm, so that
-             the hidden matrices' rule is all that differs
+    lr       centre of its grid: for AdamW the Step Law's rate, for the others this rate times the
+             factor by which their published rates differ from AdamW's (Muon and NorMuon 1.3, in
+             AdamW's unit; Conda with scale 0.25 2.5; SOAP 0.7)
+    decay    lr * weight_decay is that of AdamW, in every arm
+    others   embeddings, head, norms and biases are trained by AdamW at its own centre, in every
+             arm, so that only the rule of the hidden matrices differs
 
 What would surprise: "shipped" is the AdamW baseline of Conda's own LLaMA scripts (lr 1e-3, beta2
-0.999, no decay), which the Step Law puts an order of magnitude below its best rate here; a factor
-against it says more about the baseline than about the rule. Conda's refresh interval scales with
+0.999, no decay). By the Step Law its rate is a tenth of the best one here, so a factor against it
+says more about the baseline than about the rule. Conda's refresh interval scales with
 the run: steps / 50 (its 1B recipe), and as an arm of its own steps / 5 (its 60M recipe).
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from arms import keep_table, mean, parser, run
+from arms import mean_and_error, parser, reproduce
 
 from llmnorm.analysis.compare.arms import read_arms, read_protocol
+from llmnorm.analysis.compare.plan import Protocol
 from llmnorm.analysis.compare.report import markdown
-from llmnorm.part import InputError
 
 BASE = Path("configs/recipes/optimizers/t0.yaml")
 RESULTS = Path("docs/results/optimizers_t0")
@@ -67,11 +66,15 @@ RACE = ("adamw", "adamw_shipped", "muon", "normuon", "conda", "soap")
 
 
 def table(found: dict[str, Any]) -> str:
-    """The share of tuned AdamW's steps that each rule needs for its final loss, in Markdown."""
+    """The share of tuned AdamW's steps that each rule needs for AdamW's final loss, in Markdown.
+
+    Args:
+        found: the tree of result.json.
+    """
     tuned, shipped = (found["against"][name] for name in BASELINES)
     rows = []
     for name, arm in found["arms"].items():
-        row = [name, f"{arm['lr']:.3g}", mean(arm["losses"], 4)]
+        row = [name, f"{arm['lr']:.3g}", mean_and_error(arm["losses"], 4)]
         if name in tuned:
             tokens, seconds = tuned[name]["tokens"], tuned[name]["timing"]["seconds"]
             row += [_share(tokens), _share(seconds), _inverse(tokens["resolvable"])]
@@ -85,13 +88,13 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _share(factor: dict[str, Any]) -> str:
-    """One over a factor in length, its 95 % interval, and a star if that length was not run."""
+    """One over a factor in length with its 95 % interval, and a star if it is extrapolated."""
     value, least, most = (_inverse(factor[key]) for key in ("value", "high", "low"))
     return f"{value} [{least}, {most}]" + "*" * bool(factor.get("extrapolated"))
 
 
 def _inverse(factor: float | str | None) -> str:
-    """Of a factor, which may be "infinity"; a dash where there is none."""
+    """One over a factor, which may be "infinity"; a dash where there is none."""
     return f"{1 / float(factor):.2f}" if factor else "-"
 
 
@@ -101,21 +104,16 @@ def main(arguments: list[str] | None = None) -> int:
     words.add_argument("--set", nargs="+", default=[], metavar="key=value", help="of all arms")
     options = words.parse_args(arguments)
     chosen = list(dict.fromkeys([*BASELINES, *options.arms]))
-    try:
-        protocol = read_protocol(
+
+    def read() -> Protocol:
+        return read_protocol(
             read_arms(BASE, options.set, [[name, *ARMS[name]] for name in chosen]),
             baselines=BASELINES,
             untuned=["adamw_shipped"],
             seeds=options.seeds,
         )
-        code = run(protocol, RESULTS, RUNS, options, arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if code == 0 and not options.plan:
-        found = json.loads((RESULTS / "result.json").read_text(encoding="utf-8"))
-        keep_table(RESULTS, table(found))
-    return code
+
+    return reproduce(read, lambda _, found: table(found), RESULTS, RUNS, options, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much of what untrained mixers give out is each token itself, rather than the others."""
+"""How much of an untrained mixer's output comes from the token at the same position."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ from llmnorm.nn.mixers.contract import Mixer
 
 
 def own_share(matrix: Tensor, v: Tensor) -> float:
-    """|M_ii v_i|^2 as a share of it and |sum of M_ij v_j over j != i|^2, both summed over all i.
+    """O / (O + R) with O = sum_i |M_ii v_i|^2 and R = sum_i |sum_{j != i} M_ij v_j|^2.
 
     Shapes: matrix (batch, heads, length, length), v (batch, length, heads, value_dim).
     """
     own = matrix.diagonal(dim1=2, dim2=3).transpose(1, 2)[..., None] * v
     others = torch.einsum("bhij,bjhv->bihv", matrix, v) - own
-    mine, theirs = float(own.square().sum()), float(others.square().sum())
-    return mine / (mine + theirs)
+    own_energy, other_energy = float(own.square().sum()), float(others.square().sum())
+    return own_energy / (own_energy + other_energy)
 
 
 @torch.no_grad()
 def own_token(config: RunConfig) -> float:
-    """`own_share`, mean of the layers of a run's model before training, on random tokens."""
+    """The mean `own_share` over the layers of a run's model before training, on random tokens."""
     vocabulary = config.tokenizer.vocab_size
     settings = LlmNormConfig.from_settings(
         config.model, vocab_size=vocabulary, architectures=[config.objective.architecture]
@@ -32,8 +32,8 @@ def own_token(config: RunConfig) -> float:
     model = build_model(settings, seed=0).eval()
     shares: list[float] = []
 
-    def look(mixer: Mixer, given: tuple[Any, ...]) -> None:
-        x, context = given[:2]
+    def measure(mixer: Mixer, arguments: tuple[Any, ...]) -> None:
+        x, context = arguments[:2]
         parameters = mixer.prepare(x, context)
         matrix = mixer.materialize(parameters, context)
         v = parameters.v.repeat_interleave(matrix.shape[1] // parameters.v.shape[2], 2)
@@ -41,7 +41,7 @@ def own_token(config: RunConfig) -> float:
 
     for module in model.modules():
         if isinstance(module, Mixer):
-            module.register_forward_pre_hook(look)
+            module.register_forward_pre_hook(measure)
     generator = torch.Generator().manual_seed(0)
     model(torch.randint(vocabulary, (4, config.data.context_length), generator=generator))
     return sum(shares) / len(shares)

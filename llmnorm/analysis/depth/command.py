@@ -101,7 +101,7 @@ def _measured(
 ) -> list[dict[str, Any]]:
     """The figures of each model.
 
-    Only one model is in memory at a time. The first one's matrices are kept for `weight_distance`.
+    One model is in memory at a time; the first one's matrices are kept for `weight_distance`.
     """
     found: list[dict[str, Any]] = []
     before: Weights | None = None

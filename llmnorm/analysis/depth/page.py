@@ -1,6 +1,6 @@
-"""The page of `llmnorm inspect`: one HTML file that needs nothing beside it.
+"""The page of `llmnorm inspect`: one HTML file, complete in itself.
 
-Everything that comes from outside (names of runs, reasons) is escaped; pictures are embedded.
+Pictures are embedded. Texts from outside (names of runs, reasons) are escaped.
 """
 
 import base64
@@ -11,61 +11,61 @@ from typing import Any
 from llmnorm.analysis.plots import COLOURS
 from llmnorm.machine.doctor import version
 
-# Figure -> heading, what it shows and how to read it.
+# Picture -> its heading, and what it shows and how it is read.
 SECTIONS = {
     "variance": (
         "How the stream grows",
         "Every block adds to the residual stream. <b>Left:</b> the variance over the channels, "
         "mean over tokens, after each block (0: the embedding). Dashed: what independent random "
-        "weights of the same size would give; a fresh model lies on it, training bends away. "
-        "<b>Right:</b> how much a branch adds, as a share of what it is added to. A ratio that "
-        "falls towards 0 is the curse of depth: deep blocks whisper into a loud stream.",
+        "weights of the same size would give; a model before training follows this line. "
+        "<b>Right:</b> the energy that a branch adds, over the energy of what it is added to. A "
+        "ratio that falls towards 0 is the curse of depth: deep blocks hardly change the stream.",
     ),
     "removal": (
-        "What a block is worth",
-        "The held-out loss without one block (its input goes straight through), without its mixer "
-        "alone, without its MLP alone, minus the whole model's loss. Bars are two standard errors "
-        "over rows: a bar that crosses 0 is a block that nobody would miss.",
+        "The loss without a block",
+        "The held-out loss without one block (which returns its input), without its mixer alone, "
+        "and without its MLP alone, minus the whole model's loss. Bars are two standard errors "
+        "over rows: where a bar crosses 0, removing the block makes no measurable difference.",
     ),
     "angles": (
         "How far a block turns the stream",
         "The mean angle between the stream before and after n blocks in a row, over all tokens, in "
-        "units of π: 0 leaves the direction alone, ½ is a right angle. Dark rows far to the right "
-        "are runs of blocks that could be cut out.",
+        "units of π: 0 is no turn, ½ a right angle. Dark rows far to the right are sequences of "
+        "blocks that could be cut out.",
     ),
     "gradients": (
-        "What reaches a block in training",
+        "The gradients that reach a block",
         "<b>Left:</b> the norm of the loss's gradient with respect to all weights of a block, "
-        "mean over batches. <b>Then</b> ‖J − 1‖² / dimension, J the block's Jacobian over all "
-        "tokens: 0 for a block that hands its input on. Of two models of one shape, <b>last</b> "
-        "‖W′ − W‖ / ‖W‖, from the first to the second: what the steps between two checkpoints did.",
+        "mean over batches. <b>Second:</b> ‖J − 1‖² / dimension, J the block's Jacobian over all "
+        "tokens: 0 for a block that returns its input. <b>Third</b>, for two models of one shape: "
+        "‖W′ − W‖ / ‖W‖ from the first to the second, for two checkpoints the change between them.",
     ),
     "ranks": (
         "How many directions the stream uses",
-        "Ranks of the centred stream over all tokens. <b>Left:</b> exp of the entropy of its "
-        "singular values. <b>Right:</b> by energy, which a few large directions can own: "
-        "participation ratio and stable rank.",
+        "Ranks of the centred stream over all tokens. <b>Left:</b> the effective rank, exp of the "
+        "entropy of its singular values. <b>Right:</b> participation ratio and stable rank, which "
+        "count by energy and are small where a few directions have most of it.",
     ),
     "attention": (
         "Where attention looks",
         "<b>Left:</b> the entropy of attention weights, as a share of uniform attention's (1: all "
-        "earlier tokens alike); the band spans the heads. <b>Right:</b> the mean cosine between "
-        "two tokens of a document: towards 1 tokens become alike.",
+        "earlier tokens alike); the band is from the lowest to the highest head. <b>Right:</b> the "
+        "mean cosine of two tokens of a document; near 1 all tokens have become alike.",
     ),
     "spectra": (
-        "What training wrote into the weights",
+        "The spectra of the weights",
         "<b>Left:</b> the tail exponent of each matrix's spectrum, from square windows of one size "
-        "(FARMS), so that wide and square matrices compare. Noise of any shape gives about 2.1; "
-        "smaller is a heavier tail. <b>Right:</b> largest singular values.",
+        "(FARMS), so that wide and square matrices can be compared. Random matrices of any shape "
+        "have about 2.1; smaller is a heavier tail. <b>Right:</b> largest singular values.",
     ),
     "gains": (
-        "What the norms multiply by",
-        "The effective gain of every norm, depth scaling included: rms over channels, band from "
-        "the 10th to the 90th percentile. Dotted: 1/√block, the rule of LayerNorm Scaling; a model "
-        "that began there and leaves it has undone the scale in training.",
+        "The gains of the norms",
+        "The effective gain of every norm, depth scaling included: rms over channels, with a band "
+        "from the 10th to the 90th percentile. Dotted: 1/√block, the rule of LayerNorm Scaling; a "
+        "model with this scaling that has left the line has undone it in training.",
     ),
 }
-RELATED = {  # figure -> what may be absent from it
+RELATED = {  # picture -> the figures in it that an architecture may lack
     "variance": ("variance_law", "mixer", "mlp"),
     "removal": ("mixer", "mlp"),
     "attention": ("attention_entropy",),
@@ -117,16 +117,16 @@ code { font-size: 0.92em; }
 
 
 def page(models: Sequence[Mapping[str, Any]], drawn: Mapping[str, bytes]) -> str:
-    """The HTML.
+    """The page's HTML.
 
     Args:
         models: one or two, as inspect.json holds them.
-        drawn: the PNGs by figure.
+        drawn: the PNGs by name.
     """
     title = " and ".join(str(model["name"]) for model in models)
     body = [
         f"<h1>{escape(title)}</h1>",
-        '<p class="lead">What every block does: measured on held-out text.</p>',
+        '<p class="lead">What every block does, measured on held-out text.</p>',
         f'<div class="models">{"".join(map(_model, models, COLOURS))}</div>',
         *(_section(name, drawn[name], models) for name in SECTIONS),
         *map(_table, models, COLOURS),
@@ -151,18 +151,18 @@ def _model(model: Mapping[str, Any], colour: str) -> str:
         "rows": sum(model["rows"].values()),
     }
     cells = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts.items())
-    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in model["findings"])
+    findings = "".join(f"<li>{escape(sentence)}</li>" for sentence in model["findings"])
     return (
         f'<div class="model" style="--colour: {colour}"><h2>{escape(model["name"])}</h2>'
         f'<div class="note">{escape(model["architecture"])} · <code>{escape(model["weights"])}'
-        f"</code></div><dl>{cells}</dl><ul>{said}</ul></div>"
+        f"</code></div><dl>{cells}</dl><ul>{findings}</ul></div>"
     )
 
 
 def _section(name: str, png: bytes, models: Sequence[Mapping[str, Any]]) -> str:
     heading, text = SECTIONS[name]
     missing = [
-        f"{escape(model['name'])}, {NAMES[key]}: not measured, {escape(model['absent'][key])}."
+        f"{escape(model['name'])}: {NAMES[key]} not measured: {escape(model['absent'][key])}."
         for model in models
         for key in RELATED.get(name, ())
         if key in model["absent"]
@@ -219,9 +219,9 @@ def _footer(models: Sequence[Mapping[str, Any]]) -> str:
             f"{model['figures']['spectra']['window']} for the spectra."
         )
     if len({model["data"] for model in models}) > 1:
-        texts.append("The two read different tokens, so their losses do not compare.")
+        texts.append("The two read different tokens, so their losses cannot be compared.")
     return (
-        f"<footer>{' '.join(texts)} All in float32 with float64 sums, without dropout. Numbers: "
+        f"<footer>{' '.join(texts)} In float32 with float64 sums, without dropout. Numbers: "
         f"<code>inspect.json</code>. llmnorm {escape(version())}.</footer>"
     )
 

@@ -1,9 +1,8 @@
-"""The pictures of `llmnorm inspect`: one PNG a question, all models in it.
+"""The pictures of `llmnorm inspect`: a PNG per question, with all models in it.
 
-A colour is a model (blue the first, orange the second); within a model, solid circles are a block's
-mixer or the thing itself, dashed squares its MLP or the second thing. Blocks are counted from 1; at
-0 stands the embedding. A value of zero, which a logarithmic axis cannot show, is a triangle at its
-bottom.
+A colour is a model: blue the first, orange the second. Where a model has two lines, solid circles
+are the mixer (or the first figure) and dashed squares the MLP (or the second). Blocks are counted
+from 1; 0 is the embedding.
 """
 
 import io
@@ -12,17 +11,24 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmnorm.analysis.depth.axes import (
+    DASHED,
+    INK,
+    SOLID,
+    draw_band,
+    draw_line,
+    finish,
+    marker_size,
+    whole_numbers,
+    with_nan,
+)
 from llmnorm.analysis.plots import COLOURS, GREYS
 
-Values = Sequence[float | None]
-INK = "#222831"
 WIDTH, HEIGHT, DPI = 11.0, 3.9, 150
-SOLID: dict[str, Any] = {"linestyle": "-", "marker": "o"}
-DASHED: dict[str, Any] = {"linestyle": "--", "marker": "s", "markerfacecolor": "white"}
 
 
 def pictures(models: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """The PNGs by name.
+    """All PNGs by name.
 
     Args:
         models: one or two, as inspect.json holds them.
@@ -41,7 +47,7 @@ def pictures(models: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
 
 
 def _picture(models: Sequence[Mapping[str, Any]], draw: Any) -> bytes:
-    # The object interface draws without a display and leaves pyplot's global state alone.
+    # Without pyplot, so that no display is needed and no global state changes.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -65,15 +71,15 @@ def _variance(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
     for colour, f in _coloured(models):
         if law := f.get("variance_law"):
             left.plot(range(len(law)), law, color=colour, linestyle=(0, (4, 2)), linewidth=1.2)
-        _line(left, f["variance"], colour, SOLID, start=0)
-        _line(right, f["branch_ratio"]["mixer"], colour, SOLID)
-        _line(right, f["branch_ratio"]["mlp"], colour, DASHED)
+        draw_line(left, f["variance"], colour, SOLID, start=0)
+        draw_line(right, f["branch_ratio"]["mixer"], colour, SOLID)
+        draw_line(right, f["branch_ratio"]["mlp"], colour, DASHED)
     law = any("variance_law" in model["figures"] for model in models)
     kinds = [("measured", SOLID)] + [
         ("if the weights were noise", {"linestyle": (0, (4, 2))})
     ] * law
-    _finish(left, "Variance of the residual stream", log=True, kinds=kinds)
-    _finish(right, "Energy of a branch / energy of the stream", log=True, kinds=_SIDES)
+    finish(left, "Variance of the residual stream", log=True, kinds=kinds)
+    finish(right, "Energy of a branch / energy of the stream", log=True, kinds=_SIDES)
 
 
 def _removal(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
@@ -86,13 +92,13 @@ def _removal(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
             (right, "mixer", SOLID),
             (right, "mlp", DASHED),
         ):
-            mean = _numbers(f["removal"][kind]["mean"])
-            error = _numbers(f["removal"][kind]["standard_error"])
+            mean = with_nan(f["removal"][kind]["mean"])
+            error = with_nan(f["removal"][kind]["standard_error"])
             error = [0.0 if e != e else 2 * e for e in error]
             ends = [m + e * way for m, e in zip(mean, error, strict=True) for way in (-1, 1)]
             everything += [value for value in ends if value == value]
             at = [n + shift for n in range(1, len(mean) + 1)]
-            size = _size(len(mean))
+            size = marker_size(len(mean))
             bars = axis.errorbar(at, mean, yerr=error, fmt="none", ecolor=colour, elinewidth=1.3)
             bars[2][0].set_alpha(0.45)
             shape = {"color": colour, "markeredgecolor": colour, "markersize": size}
@@ -101,13 +107,16 @@ def _removal(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
         axis.axhline(0, color=GREYS[1], linewidth=0.8, zorder=0)
     if everything:
         _loss_scale(left, everything)
-    _finish(left, "Loss without a block, minus loss (nats a token)")
-    _finish(right, "Without its mixer, without its MLP", kinds=_SIDES)
+    finish(left, "Loss without a block, minus loss (nats a token)")
+    finish(right, "Without its mixer, without its MLP", kinds=_SIDES)
     right.tick_params(labelleft=True)
 
 
 def _loss_scale(axis: Any, values: Sequence[float]) -> None:
-    """Linear, or logarithmic on both sides of 0 where a few blocks dwarf the others."""
+    """A linear scale, or one logarithmic on both sides of 0 where few blocks have most of the loss.
+
+    That is: where the largest value is more than 20 times the median.
+    """
     from matplotlib.ticker import SymmetricalLogLocator
 
     low, high = min(values), max(values)
@@ -148,16 +157,16 @@ def _angles(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
             interpolation="nearest",
         )
         title = "Angle across n blocks (of π)" if len(models) == 1 else _shorter(model["name"])
-        _finish(axis, title, below="first of the n blocks", grid=False)
+        finish(axis, title, below="first of the n blocks", grid=False)
         axis.set_ylabel("n", rotation=0, labelpad=8, color=INK)
-        _whole(axis.yaxis)
+        whole_numbers(axis.yaxis)
     bar = figure.colorbar(drawn, ax=list(axes[: len(models)]), shrink=0.9, pad=0.02, aspect=28)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=9, color=GREYS[0])
     for colour, f in _coloured(models):
         matrix = f["angular_distance"]
-        _line(axes[-1], [matrix[n][n + 1] for n in range(len(matrix) - 1)], colour, SOLID)
-    _finish(axes[-1], "Angle across one block (of π)")
+        draw_line(axes[-1], [matrix[n][n + 1] for n in range(len(matrix) - 1)], colour, SOLID)
+    finish(axes[-1], "Angle across one block (of π)")
     axes[-1].set_ylim(bottom=0)
 
 
@@ -165,37 +174,37 @@ def _gradients(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
     distance = models[-1]["figures"].get("weight_distance")  # of the second from the first
     axes = figure.subplots(1, 3 if distance else 2)
     for colour, f in _coloured(models):
-        _line(axes[0], f["gradients"]["block"], colour, SOLID)
-        _line(axes[1], f["gradients"]["jacobian"], colour, SOLID)
-    _finish(axes[0], "Norm of the gradient of a block", log=True)
-    _finish(axes[1], "Distance of the Jacobian from 1", log=True)
+        draw_line(axes[0], f["gradients"]["block"], colour, SOLID)
+        draw_line(axes[1], f["gradients"]["jacobian"], colour, SOLID)
+    finish(axes[0], "Norm of the gradient of a block", log=True)
+    finish(axes[1], "Distance of the Jacobian from 1", log=True)
     if distance:
-        _line(axes[2], distance["block"], INK, SOLID)
-        _finish(axes[2], "Distance of the weights", log=True)
+        draw_line(axes[2], distance["block"], INK, SOLID)
+        finish(axes[2], "Distance of the weights", log=True)
 
 
 def _ranks(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
     left, right = figure.subplots(1, 2)
     for colour, f in _coloured(models):
-        _line(left, f["effective_rank"], colour, SOLID, start=0)
-        _line(right, f["participation_ratio"], colour, SOLID, start=0)
-        _line(right, f["stable_rank"], colour, DASHED, start=0)
-    _finish(left, "Effective rank of the stream")
+        draw_line(left, f["effective_rank"], colour, SOLID, start=0)
+        draw_line(right, f["participation_ratio"], colour, SOLID, start=0)
+        draw_line(right, f["stable_rank"], colour, DASHED, start=0)
+    finish(left, "Effective rank of the stream")
     left.set_ylim(bottom=0)
     kinds = [("participation ratio", SOLID), ("stable rank", DASHED)]
-    _finish(right, "Its rank by energy", log=True, kinds=kinds)
+    finish(right, "Its rank by energy", log=True, kinds=kinds)
 
 
 def _attention(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
     left, right = figure.subplots(1, 2)
     for colour, f in _coloured(models):
         entropy = f["attention_entropy"]
-        _band(left, entropy["lowest"], entropy["highest"], colour)
-        _line(left, entropy["mean"], colour, SOLID)
-        _line(right, f["token_cosine"], colour, SOLID, start=0)
-    _finish(left, "Entropy of attention / entropy of uniform attention")
+        draw_band(left, entropy["lowest"], entropy["highest"], colour)
+        draw_line(left, entropy["mean"], colour, SOLID)
+        draw_line(right, f["token_cosine"], colour, SOLID, start=0)
+    finish(left, "Entropy of attention / entropy of uniform attention")
     left.set_ylim(0, 1.03)
-    _finish(right, "Mean cosine of two tokens of a document")
+    finish(right, "Mean cosine of two tokens of a document")
     right.axhline(0, color=GREYS[1], linewidth=0.8, zorder=0)
 
 
@@ -203,18 +212,18 @@ def _spectra(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
     left, right = figure.subplots(1, 2)
     for colour, f in _coloured(models):
         found = f["spectra"]
-        for one in found["matrices"].values():
+        for matrix in found["matrices"].values():
             for axis, key in ((left, "alpha"), (right, "spectral_norm")):
-                values = _numbers(one[key])
+                values = with_nan(matrix[key])
                 at = range(1, len(values) + 1)
                 axis.plot(at, values, "o", color=colour, alpha=0.22, markersize=3.2, mew=0)
-        _line(left, found["alpha"], colour, SOLID)
-        norms = [one["spectral_norm"] for one in found["matrices"].values()]
-        there = [[norm for norm in block if norm is not None] for block in zip(*norms, strict=True)]
-        _line(right, [statistics.mean(block) for block in there], colour, SOLID)
+        draw_line(left, found["alpha"], colour, SOLID)
+        norms = [matrix["spectral_norm"] for matrix in found["matrices"].values()]
+        by_block = [[n for n in block if n is not None] for block in zip(*norms, strict=True)]
+        draw_line(right, [statistics.mean(block) for block in by_block], colour, SOLID)
     kinds = [("mean of the block", SOLID), ("a matrix", {"marker": "o", "linestyle": "none"})]
-    _finish(left, "Tail exponent of the weights (FARMS)", kinds=kinds)
-    _finish(right, "Largest singular value of the weights", log=True)
+    finish(left, "Tail exponent of the weights (FARMS)", kinds=kinds)
+    finish(right, "Largest singular value of the weights", log=True)
 
 
 def _gains(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
@@ -224,20 +233,20 @@ def _gains(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
     highest = 1.0
     for axis, role in zip(axes, roles, strict=False):
         for colour, f in _coloured(models):
-            if one := f["gains"].get(role):
-                _band(axis, one["low"], one["high"], colour)
-                _line(axis, one["rms"], colour, SOLID)
-                highest = max([highest, *(v for v in one["high"] + one["rms"] if v is not None)])
+            if gain := f["gains"].get(role):
+                draw_band(axis, gain["low"], gain["high"], colour)
+                draw_line(axis, gain["rms"], colour, SOLID)
+                highest = max([highest, *(v for v in gain["high"] + gain["rms"] if v is not None)])
         at = range(1, longest + 1)
         axis.plot(at, [n**-0.5 for n in at], color=GREYS[2], linestyle=":", linewidth=1.4)
         kinds = [("rms", SOLID), ("1 / √block", {"linestyle": ":", "color": GREYS[2]})]
         title = f"Gain of the norm {role}" if len(roles) < 3 else role.capitalize()
-        _finish(axis, _shorter(title, 40), kinds=kinds if role == roles[0] else ())
+        finish(axis, _shorter(title, 40), kinds=kinds if role == roles[0] else ())
         axis.tick_params(labelleft=True)
     axes[0].set_ylim(0, 1.06 * highest)
     if not roles:
         axes[0].set_axis_off()
-        axes[0].text(0.5, 0.5, "no norms of their own", ha="center", color=GREYS[2])
+        axes[0].text(0.5, 0.5, "the blocks have no norms", ha="center", color=GREYS[2])
 
 
 _SIDES = [("mixer", SOLID), ("MLP", DASHED)]
@@ -247,100 +256,6 @@ def _coloured(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[st
     return [(COLOURS[i], model["figures"]) for i, model in enumerate(models)]
 
 
-def _numbers(values: Values) -> list[float]:
-    return [math.nan if value is None else value for value in values]
-
-
 def _shorter(name: str, length: int = 30) -> str:
-    """Its end, which tells paths apart."""
+    """The end of a long name, by which paths can be told apart."""
     return name if len(name) <= length else f"…{name[1 - length :]}"
-
-
-def _size(count: int) -> float:
-    """Of a marker, so that neighbours do not touch."""
-    return max(1.8, min(5.0, 150 / max(count, 1)))
-
-
-def _line(
-    axis: Any, values: Values, colour: str, style: Mapping[str, Any], *, start: int = 1
-) -> None:
-    numbers = _numbers(values)
-    at = list(range(start, start + len(numbers)))
-    shape = {"linewidth": 1.7, "markersize": _size(len(numbers)), "markeredgewidth": 1.1}
-    axis.plot(at, numbers, color=colour, markeredgecolor=colour, **shape, **style)
-    zeros = [place for place, value in zip(at, numbers, strict=True) if value == 0]
-    if zeros:
-        below = axis.get_xaxis_transform()
-        axis.plot(
-            zeros, [0.03] * len(zeros), "v", color=colour, transform=below, gid="zero", markersize=6
-        )
-
-
-def _band(axis: Any, low: Values, high: Values, colour: str) -> None:
-    at = range(1, len(low) + 1)
-    axis.fill_between(at, _numbers(low), _numbers(high), color=colour, alpha=0.13, linewidth=0)
-
-
-def _finish(
-    axis: Any,
-    title: str,
-    *,
-    log: bool = False,
-    kinds: Sequence[tuple[str, Mapping[str, Any]]] = (),
-    below: str = "block",
-    grid: bool = True,
-) -> None:
-    """Title, scale, legend of line kinds (in grey) and what is the same everywhere."""
-    from matplotlib.lines import Line2D
-
-    axis.set_title(title, loc="left", fontsize=11, color=INK, pad=8)
-    axis.set_xlabel(below, color=INK)
-    positive = any((line.get_ydata() > 0).any() for line in _lines(axis)) if log else False
-    if positive:
-        _log(axis)
-    else:
-        for mark in [line for line in axis.lines if line.get_gid() == "zero"]:
-            mark.remove()
-    axis.spines[["top", "right"]].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(GREYS[0])
-    axis.tick_params(colors=INK, labelsize=9, color=GREYS[0])
-    if grid:
-        axis.grid(axis="y", color=GREYS[0], alpha=0.45, linewidth=0.7)
-        axis.set_axisbelow(True)
-    _whole(axis.xaxis)
-    if len(kinds) > 1:
-        handles = [
-            Line2D([], [], **{"color": GREYS[1], "linewidth": 1.5, "markersize": 4.5, **style})
-            for _, style in kinds
-        ]
-        axis.legend(handles, [name for name, _ in kinds], frameon=False, fontsize=9, loc="best")
-
-
-def _lines(axis: Any) -> list[Any]:
-    import numpy as np
-
-    lines = [line for line in axis.lines if line.get_gid() != "zero"]
-    for line in lines:
-        line.set_ydata(np.asarray(line.get_ydata(), dtype=float))
-    return lines
-
-
-def _log(axis: Any) -> None:
-    """A logarithmic axis whose labels are plain numbers: 1, 2, 5 where it spans little."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    axis.set_yscale("log", nonpositive="mask")
-    low, high = axis.get_ylim()
-    decades = math.log10(high / low)
-    steps = (1, 2, 5) if decades < 2.2 else (1,)
-    narrow = decades < 0.9
-    axis.yaxis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=steps, numticks=9))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter("{x:g}")
-
-
-def _whole(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True, nbins=9))

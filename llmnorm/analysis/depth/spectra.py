@@ -10,9 +10,10 @@ Shapes: weight (rows, columns); eigenvalues = squared singular values, ascending
 Hill's estimate from the i-th of N eigenvalues on, n = N - i (counting from 0, i = N // 2):
 alpha = 1 + n / (sum_{j >= i} log e_j - n log e_i). Low alpha: a heavy tail.
 
-What would surprise: windows overlap as much as it takes to have `ops` an axis; a window never
-exceeds the shorter side; eigenvalues come from the Gram matrix in float64, which halves the digits
-of the small ones (relative to the largest), but Hill's fit reads the upper half alone.
+What would surprise: a window's side is at most the matrix's shorter side. Windows overlap where
+`ops` of them would not fit along an axis otherwise. Eigenvalues come from the Gram matrix in
+float64, which halves the digits of the small ones (relative to the largest); Hill's fit reads the
+upper half alone.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ WINDOW, OPS = 512, 5
 
 
 class Spectrum(NamedTuple):
-    """What is read from a matrix.
+    """Figures of a matrix's spectrum.
 
     Attributes:
         alpha: tail exponent of the pooled windows; nan for a matrix of zeros.
@@ -87,7 +88,15 @@ def eigenvalues(weight: Tensor) -> Tensor:
 
 
 def hill(eigenvalues: Tensor, first: int | None = None) -> float:
-    """The tail exponent from the eigenvalue number `first` on; the middle one if None."""
+    """Hill's tail exponent of ascending eigenvalues.
+
+    Args:
+        eigenvalues: (N,) ascending.
+        first: number of the first eigenvalue of the tail, from 0; None: N // 2.
+
+    Returns:
+        alpha; nan where the tail is constant or begins with 0.
+    """
     first = len(eigenvalues) // 2 if first is None else first
     tail = eigenvalues[first:].double()
     spread = tail.log().sum() - len(tail) * tail[0].log()
@@ -95,9 +104,12 @@ def hill(eigenvalues: Tensor, first: int | None = None) -> float:
 
 
 def block_spectra(blocks: list[Block], tick: Any) -> dict[str, Any]:
-    """Every matrix of every block, and their mean alpha a block; None where alpha is not defined.
+    """The figures of every matrix of every block, and the mean alpha of each block.
+
+    None where a block has no such matrix, or alpha is not defined.
 
     Args:
+        blocks: the model's blocks.
         tick: called after every block.
 
     Returns:
@@ -108,13 +120,13 @@ def block_spectra(blocks: list[Block], tick: Any) -> dict[str, Any]:
     for block in blocks:
         found.append({name: spectrum(weight) for name, weight in matrices(block.module).items()})
         tick()
-    names = dict.fromkeys(name for one in found for name in one)
+    names = dict.fromkeys(name for of_block in found for name in of_block)
     return {
         "window": WINDOW,
-        "alpha": [_mean([s.alpha for s in one.values()]) for one in found],
+        "alpha": [_mean([s.alpha for s in of_block.values()]) for of_block in found],
         "matrices": {
             name: {
-                key: [_finite(getattr(one[name], key)) if name in one else None for one in found]
+                key: [_finite(getattr(b[name], key)) if name in b else None for b in found]
                 for key in Spectrum._fields
             }
             for name in names

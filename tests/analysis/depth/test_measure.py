@@ -395,9 +395,10 @@ def test_findings_are_sentences() -> None:
     assert findings(figures) == [
         "Block 3 is dead: the stream is not changed.",
         "The mixer of block 1 adds nothing.",
-        "Without block 2 (one at a time) the loss is lower.",
-        "The deeper half of the blocks accounts for 0 % "
-        "of the summed cost of removing single blocks.",
+        "Without block 2 (removed one at a time) the loss is lower by more than two "
+        "standard errors.",
+        "The deeper half of the blocks accounts for 0 % of the summed cost of removing single "
+        "blocks.",
         "The stream's variance goes from 0.5 to 2 (4 times).",
     ]
     assert spans([2]) == "block 2" and spans([1, 2, 3, 7]) == "blocks 1-3, 7"
