@@ -95,9 +95,8 @@ def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any]
         path = tokenizer.get("path") if isinstance(tokenizer, dict) else None
         if found.tokenizer is None or path == str(found.tokenizer):
             return tree, []
-        return tree, [
-            f"model.pretrained: the tokenizer section is given, so not {named}'s own is used"
-        ]
+        why = "since the configuration has a tokenizer section"
+        return tree, [f"model.pretrained: {named}'s own tokenizer is not used, {why}"]
     if found.tokenizer is None:
         raise InputError(
             f"{where_of(marks, loc)}: model.pretrained: {named} has no tokenizer.json; give the "
