@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llmnorm.config.shipped import locate
 from llmnorm.data import corpus
 from llmnorm.data.identity import hash_of
 from llmnorm.data.tokenizer import FILES, TextEncoder
@@ -94,7 +95,7 @@ def open_examples(
     """Read and tokenise both files.
 
     Args:
-        train, validation: the files.
+        train, validation: the files; `llmnorm:NAME` is one that the package brings.
         fields: of their records.
         classes: the classes in their order; those of the training file if None.
         regression: labels are real numbers, and there are no classes.
@@ -105,6 +106,7 @@ def open_examples(
         InputError: a file cannot be read, a record lacks a field, a label is none of the classes or
             no number.
     """
+    train, validation = (locate(path, key) for key, path in _named(train, validation))
     encoder = TextEncoder(tokenizer)
     records = {key: list(_read(path, key, fields)) for key, path in _named(train, validation)}
     if regression:
