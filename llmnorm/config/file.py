@@ -139,6 +139,8 @@ def _read(path: Path, marks: Marks, seen: tuple[Path, ...]) -> dict[str, Any]:
         close = difflib.get_close_matches(str(path), beside, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise InputError(f"{path}: no such file{hint}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a directory, not a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     if file.resolve() in seen:
