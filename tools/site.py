@@ -21,6 +21,7 @@ from mkdocs.structure.pages import Page
 from llmnorm.config import shipped
 
 ROOT = Path(__file__).parents[1]
+CODE_IN_TABLE = re.compile(r"(?<=^\| )`[^`\n]*`", re.M)  # in the first column
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 
 
@@ -35,7 +36,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links to where the site has the files."""
+    """Links to where the site has the files; `a\\|b` in a table as mkdocs wants it, `a|b`."""
     source = page.file.src_uri
     folder = "" if source == "readme.md" else posixpath.dirname(f"docs/{source}")
 
@@ -46,6 +47,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
             return match[0]
         return match[1] + posixpath.relpath(in_site, posixpath.dirname(source) or ".") + match[3]
 
+    markdown = CODE_IN_TABLE.sub(lambda row: row[0].replace("\\|", "|"), markdown)
     return LINK.sub(rewritten, markdown)
 
 

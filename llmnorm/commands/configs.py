@@ -28,4 +28,7 @@ def run(parsed: argparse.Namespace, _: list[str]) -> None:
         raise InputError("configs: name what to copy: llmnorm configs NAME --copy DIR")
     written = shipped.copy(parsed.name, parsed.copy)
     print("\n".join(map(str, written)))
-    print(f"change it, then: llmnorm train {written[0]}")
+    if shipped.describe(parsed.name).time:
+        print(f"change it, then: llmnorm train {written[0]}")
+    else:
+        print(f"it gives a model alone: name it as `base: {written[0]}` of a configuration")

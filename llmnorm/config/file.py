@@ -95,9 +95,8 @@ def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any]
         path = tokenizer.get("path") if isinstance(tokenizer, dict) else None
         if found.tokenizer is None or path == str(found.tokenizer):
             return tree, []
-        return tree, [
-            f"model.pretrained: the tokenizer section is given, so not {named}'s own is used"
-        ]
+        why = "since the configuration has a tokenizer section"
+        return tree, [f"model.pretrained: {named}'s own tokenizer is not used, {why}"]
     if found.tokenizer is None:
         raise InputError(
             f"{where_of(marks, loc)}: model.pretrained: {named} has no tokenizer.json; give the "
@@ -140,6 +139,8 @@ def _read(path: Path, marks: Marks, seen: tuple[Path, ...]) -> dict[str, Any]:
         close = difflib.get_close_matches(str(path), beside, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise InputError(f"{path}: no such file{hint}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a directory, not a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     if file.resolve() in seen:

@@ -94,9 +94,13 @@ class Description(NamedTuple):
 
 
 def describe(name: str) -> Description:
-    """Read the comment: sentences, and one line `# size: ...; time: ...` that may lack either."""
+    """Read the comment: sentences, and one line `# size: ...; time: ...` that may lack either.
+
+    Args:
+        name: NAME, with `llmnorm:` or without.
+    """
     lines = []
-    for line in _path_of(name).read_text(encoding="utf-8").splitlines():
+    for line in _path_of(_name(name)).read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         if "yaml-language-server" not in line:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llmnorm.config.shipped import locate
 from llmnorm.data import corpus
 from llmnorm.data.identity import hash_of
 from llmnorm.data.tokenizer import FILES, TextEncoder
@@ -99,7 +100,7 @@ def open_examples(
     """Read and tokenise both files.
 
     Args:
-        train, validation: the files.
+        train, validation: the files; `llmnorm:NAME` is one that the package brings.
         fields: names of their records' fields.
         classes: the classes in their order; None: those of the training file.
         regression: labels are real numbers, and there are no classes.
@@ -110,6 +111,7 @@ def open_examples(
         InputError: a file cannot be read, a record lacks a field, a label is not a class, or (with
             `regression`) not a number.
     """
+    train, validation = locate(train, "objective.train"), locate(validation, "objective.validation")
     encoder = TextEncoder(tokenizer)
     paths = {"objective.train": train, "objective.validation": validation}
     records = {key: list(_read(path, key, fields)) for key, path in paths.items()}

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from llmnorm.config.shipped import locate
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.examples import Fields, Table, open_examples
 from llmnorm.data.order import Order
@@ -46,8 +45,8 @@ class Classification(Objective):
             )
         self._config, self._settings = config, settings
         self.data = self._examples = open_examples(
-            locate(settings.train, "objective.train"),
-            locate(settings.validation, "objective.validation"),
+            settings.train,
+            settings.validation,
             Fields(settings.text_field, settings.pair_field, settings.label_field),
             classes=settings.labels,
             regression=settings.regression,

@@ -243,6 +243,21 @@ def test_a_copy_is_the_same_configuration(tmp_path: Path, capsys) -> None:
     json.loads((copied.parent / schema).read_text())
 
 
+def test_a_copy_of_a_size_is_a_base(tmp_path: Path, capsys) -> None:
+    """Oracle: the configuration that the last line tells to write."""
+    assert cli.main(["configs", "models/tiny.yaml", "--copy", "mine"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    base = last.partition("`")[2].partition("`")[0]
+    Path("own.yaml").write_text(f"{base}\ndata: {{sources: default}}\ntraining: {{steps: 1}}\n")
+    assert load(Path("own.yaml")).config.model.hidden_size == 192
+
+
+def test_a_directory_is_no_configuration(capsys) -> None:
+    """Oracle: the message, written out."""
+    message = "llmnorm:models: is a directory, not a YAML file"
+    assert refused(capsys, "config", "llmnorm:models") == message
+
+
 def test_a_copy_overwrites_nothing(tmp_path: Path, capsys) -> None:
     """Oracle: the files' contents before and after."""
     assert cli.main(["configs", "llmnorm:quickstart.yaml", "--copy", "mine"]) == 0
