@@ -349,7 +349,8 @@ def _module(
         pairs = [(out, vectors["out"]), (x.grad, vectors["grad_x"])]
         if "M" in vectors.tensors:
             pairs += [(mixer.materialize(parameters, context), vectors["M"])]
-        mids = {"mid/y_mixed": lambda p, y=y: y.reshape(vectors["mid/y_mixed"].shape), **mids}
+        if (mixed := vectors.tensors.get("mid/y_mixed")) is not None:
+            pairs += [(y.reshape(mixed.shape), mixed)]
         pairs += [(g(parameters), vectors[k]) for k, g in mids.items() if k in vectors.tensors]
         grads = vectors.below("grad")
         pairs += [(weight.grad, grads[name]) for name, weight in mixer.named_parameters()]
@@ -400,8 +401,8 @@ def linear_attention(vectors: Vectors) -> Iterator[Result]:
             begun = torch.cat((sums, leaves.get("initial_z", nothing[..., 0])[..., None]), -1)
         out, after = run(leaves, begun, slice(None))
         out.backward(vectors["grad_out"].to(dtype))
-        got = {"out": out, "final_state": after[..., :-1], "final_z": after[..., -1]}
-        got |= {f"grad_in/{key}": value.grad for key, value in leaves.items()}
+        got: dict[str, Tensor | None] = {f"grad_in/{k}": t.grad for k, t in leaves.items()}
+        got |= {"out": out, "final_state": after[..., :-1], "final_z": after[..., -1]}
         steps = []
         with torch.no_grad():
             for step in range(len(vectors.tensors.get("step/out", ()))):
