@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmnorm.data.loader import IGNORED, Batch, evaluation_batches
+from llmnorm.data.loader import IGNORED, Batch, document_bounds, evaluation_batches
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.objectives.packed_text import PackedText
 from llmnorm.objectives.samples import Samples
@@ -28,8 +28,9 @@ class CausalLM(PackedText):
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """The rows with their next tokens as labels; what counts as trained on is the labels."""
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "shift_labels")}
+        bounds = document_bounds(batch["position_ids"])
         labels = int((batch["shift_labels"].numpy() != IGNORED).sum())
-        return MicroBatch(inputs, labels, labels, batch["rows"])
+        return MicroBatch({**inputs, **bounds}, labels, labels, batch["rows"])
 
     def evaluate(
         self, model: "PreTrainedModel", *, micro_batch: int, parallel: Parallel

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmnorm.config.tree import RunConfig
-from llmnorm.data.loader import IGNORED, Batch, evaluation_batches
+from llmnorm.data.loader import IGNORED, Batch, document_bounds, evaluation_batches
 from llmnorm.data.masking import Masking
 from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.objectives.contract import MicroBatch
@@ -95,5 +95,6 @@ class MaskedLM(PackedText):
     def _masked(self, batch: Batch, share: float, key: int) -> MicroBatch:
         seen, labels = self._masking(batch["input_ids"], batch["rows"], share=share, key=key)
         inputs = {"input_ids": seen, "position_ids": batch["position_ids"], "labels": labels}
+        bounds = document_bounds(batch["position_ids"])
         counted = int((labels.numpy() != IGNORED).sum())
-        return MicroBatch(inputs, counted, seen.numel(), batch["rows"])
+        return MicroBatch({**inputs, **bounds}, counted, seen.numel(), batch["rows"])
