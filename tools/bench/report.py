@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "benchmarks.md"
+# What makes a processor one with fewer instructions; without them a command would measure another.
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 HEADING = """# Benchmarks
 
 Every table was measured by the command above it, which runs ours and its peer on the same work in turns; a ratio is the median of its rounds. Absolute times belong to the machine that is named and say little about another; ratios travel better. The page is made from `docs/results/` by `tools/bench/report.py`.
@@ -54,9 +56,10 @@ def publish(out: Path | None, title: str, tables: Sequence[Table], figures: dict
     if out is None:
         return
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
+    variables = [f"{name}={os.environ[name]} " for name in LIMITS if name in os.environ]
     result = {
         "title": title,
-        "command": f"python {script}",
+        "command": f"{''.join(variables)}python {script}",
         "machine": found,
         "tables": [table._asdict() for table in tables],
         **figures,
