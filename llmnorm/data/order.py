@@ -1,6 +1,6 @@
 """The order of rows: a run's row n -> (source, index), a pure function of (seed, weights, n).
 
-Shape legend: every array is (count,). `n` counts the run's rows from 0 and never wraps; `visit`
+Shape legend: every array is (count,). `n` counts the run's rows from 0, through all epochs; `visit`
 counts the rows that one source has given so far; `index` numbers a source's rows. Of a visit,
 `epoch` = visit // rows and `slot` = visit mod rows.
 

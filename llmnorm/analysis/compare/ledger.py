@@ -64,10 +64,8 @@ class Ledger:
             try:
                 record = Record(**json.loads(line))
             except (ValueError, TypeError):
-                raise InputError(
-                    f"{path}, line {number}: not a line of runs.jsonl; delete the line, and its "
-                    "run is made again"
-                ) from None
+                problem = "not a line of runs.jsonl; delete it, and its run is made again"
+                raise InputError(f"{path}, line {number}: {problem}") from None
             self.records[record.run] = record
             self._whole += len(line)
 

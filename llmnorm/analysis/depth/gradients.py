@@ -28,9 +28,8 @@ def gradients(
     """Gradient norms and Jacobian distances, means over the batches of `text`.
 
     Args:
-        model: a causal language model in evaluation mode.
-        blocks: its blocks.
-        text: the rows to measure on.
+        model, blocks: a causal language model in evaluation mode, and its blocks.
+        text: where its loss is taken.
         tick: called after every batch.
 
     Returns:
