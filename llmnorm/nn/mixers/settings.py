@@ -1,7 +1,6 @@
 """Settings of the sequence mixers: the registry of `model.mixer`.
 
-A mixer gets its shape (hidden_size, num_attention_heads, num_key_value_heads, head_dim) from the
-model's settings; only what belongs to its own kind stands here.
+Sizes (hidden_size, num_attention_heads, num_key_value_heads, head_dim) are the model's settings.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal, Self
