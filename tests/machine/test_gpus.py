@@ -11,7 +11,7 @@ import torch
 
 from llmnorm.machine import gpus
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAME = "NVIDIA A100-SXM4-40GB"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this machine's GPU")
 
