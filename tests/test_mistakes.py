@@ -692,7 +692,7 @@ TROUBLE = {
     "gpu": "nvidia-smi shows a GPU (<gpus>, driver <version>, which runs CUDA up to <version>) "
     "that torch <version> (<build>) cannot use: <reason>; <cure>, "
     "or train on the CPU with training.device=cpu (setup: LLMNORM_DEVICE=cpu)",
-    "launch": "one process was started and <n> GPUs are free; for all of them: <command>",
+    "launch": "one process was started, but <n> GPUs are free; to use them all, run: <command>",
     "extra": "<module> is not installed; run: bash tools/bootstrap.sh <extra>",
     "locked": "<run>: <owner> is training in this directory; "
     "wait for it, stop it, or set another run_dir",

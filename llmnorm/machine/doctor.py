@@ -1,12 +1,12 @@
-"""What this machine and this installation are: the report of `llmnorm doctor`, for a bug report.
+"""The report of `llmnorm doctor`: this machine and this installation, for a bug report.
 
     report()                      software, machine, GPUs, extras, and a sum over two real processes
     versions()                    the line of `llmnorm --version`
     version()                     the package and its commit, as saved with every run
     missing_extra("peft")         the error that names the line which installs it
 
-What would surprise: this file stands beside cli.py but imports only the ground floor, and torch
-only inside functions: any room may raise `missing_extra`.
+What would surprise: every room may import this file, to raise `missing_extra`. So it imports only
+the ground floor, and torch only inside functions.
 """
 
 import importlib.metadata
@@ -151,13 +151,13 @@ def _extra(name: str) -> str:
 
 
 def _served() -> str:
-    """What fla's kernels compute on this machine (llmnorm/nn/mixers/fla.py)."""
+    """Which mixers fla's kernels compute on this machine (llmnorm/nn/mixers/fla.py)."""
     problem = fla_problem()
     if problem:
-        return f"; recurrences do without it: {problem}"
+        return f"; recurrent mixers do not use it: {problem}"
     problem = one_decay_problem()
-    but = f", but none with a single decay a head: {problem}" if problem else ""
-    return f"; recurrences use its kernels in bf16{but}"
+    but = f", except with a single decay a head or none: {problem}" if problem else ""
+    return f"; recurrent mixers use its kernels in bf16{but}"
 
 
 def _backends() -> list[str]:
@@ -171,7 +171,11 @@ def _backends() -> list[str]:
 
 
 def _collective(backend: str) -> str:
-    """Two real processes sum a tensor; a hang (firewall, wrong interface) is cut off, reported."""
+    """Whether two real processes can sum a tensor.
+
+    A firewall or a wrong network interface makes them wait for ever: they are killed after
+    COLLECTIVE_SECONDS, and the report says so. A busy machine needs a minute for the two imports.
+    """
     from torch import multiprocessing
 
     start = time.monotonic()
@@ -182,7 +186,11 @@ def _collective(backend: str) -> str:
         try:
             while not workers.join(timeout=1):
                 if time.monotonic() - start > COLLECTIVE_SECONDS:
-                    return f"{backend}: 2 processes did not finish within {COLLECTIVE_SECONDS} s"
+                    return (
+                        f"{backend}: 2 processes could not sum a tensor in {COLLECTIVE_SECONDS} s; "
+                        "look at the firewall, or name the network interface in GLOO_SOCKET_IFNAME "
+                        "(nccl: NCCL_SOCKET_IFNAME)"
+                    )
         except (
             multiprocessing.ProcessRaisedException,
             multiprocessing.ProcessExitedException,

@@ -1,10 +1,13 @@
-"""Files that are whole or as they were."""
+"""Writing a file so that a reader never sees half of it."""
 
 from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write beside `path`, then rename: a kill in between leaves what was there.
+    """Write a file beside `path`, then rename it to `path`.
+
+    A process that is killed in between leaves the old file. The bytes are not fsynced: a power cut
+    may still lose them.
 
     Raises:
         OSError: the disk refuses.

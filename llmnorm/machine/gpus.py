@@ -1,11 +1,11 @@
-"""The GPUs that nvidia-smi shows, and whether torch can use them: setup and train ask before work.
+"""Which GPUs this machine has and whether torch can use them; setup and train ask first.
 
-    check_gpu("auto")             stops where nvidia-smi shows a GPU that torch cannot use
-    launch_hint(["CONFIG.yaml"])  the launch line for all free GPUs, where one process was started
-    python -m llmnorm.machine.gpus auto   the same check as a command, for tools/bootstrap.sh
+    check_gpu("auto")             raises where nvidia-smi shows a GPU that torch cannot use
+    launch_hint(["CONFIG.yaml"])  the command that would use all free GPUs, where several are
+    python -m llmnorm.machine.gpus auto   check_gpu as a command, for tools/bootstrap.sh
 
-What would surprise: it asks nvidia-smi, not torch, what is in the machine, because a torch that
-cannot see the GPU is just what has to be found; torch is imported only inside functions.
+What would surprise: nvidia-smi is asked what is in the machine, not torch, because a torch that
+cannot see the GPU is the fault to be found. torch is imported only inside functions.
 """
 
 import importlib.metadata
@@ -51,7 +51,7 @@ class Nvidia:
 
 
 def nvidia() -> Nvidia:
-    """Ask nvidia-smi; a machine without it, or with one that fails, has no GPUs and a problem."""
+    """What nvidia-smi prints. Without nvidia-smi, or where it fails: no GPUs, and the `problem`."""
     if shutil.which("nvidia-smi") is None:
         return Nvidia((), None, "nvidia-smi is not installed")
     query = "--query-gpu=index,uuid,name,driver_version,memory.total,memory.used"
@@ -153,10 +153,11 @@ def fla_problem() -> str | None:
 
 @cache
 def one_decay_problem() -> str | None:
-    """Why those with one decay a head, or none, do not even so; None where they do.
+    """Why fla cannot compute mixers with one decay a head, or with none; None where it can.
 
-    Source: fla-org/flash-linear-attention issue 640; fla's kernels refuse this themselves where
-    there is a decay. Without one their gradient of q in bf16 was off by half on an H200.
+    triton 3.4.0 to 3.7.0 compiles these kernels wrongly for Hopper GPUs (fla-org issue 640). With a
+    decay fla refuses by itself. Without one it does not, and its gradient of q in bf16 was off by
+    half on an H200.
     """
     import torch
 
@@ -186,7 +187,9 @@ def driver_line(found: Nvidia) -> str:
 
 
 def launch_hint(arguments: Sequence[str]) -> str | None:
-    """The line that uses all free GPUs, where only one process was started; else None.
+    """A sentence with the command that would use all free GPUs, where one process was started.
+
+    None where several processes were started or fewer than two GPUs are free.
 
     Args:
         arguments: what follows `llmnorm train` on the command line.
@@ -199,7 +202,7 @@ def launch_hint(arguments: Sequence[str]) -> str | None:
         return None
     chosen = f"CUDA_VISIBLE_DEVICES={','.join(str(gpu.index) for gpu in free)} "
     return (
-        f"one process was started and {len(free)} GPUs are free; for all of them: "
+        f"one process was started, but {len(free)} GPUs are free; to use them all, run: "
         f"{'' if free == gpus else chosen}accelerate launch "
         f"--config_file launch/accelerate/ddp.yaml --num_processes {len(free)} "
         f"-m llmnorm train {shlex.join(arguments)}".rstrip()
@@ -207,7 +210,7 @@ def launch_hint(arguments: Sequence[str]) -> str | None:
 
 
 def cuda_build() -> str:
-    """Read from the file that torch keeps it in: importing torch takes seconds."""
+    """For example "built for CUDA 12.8", from torch's version file: importing torch is slow."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return "not installed"
@@ -216,7 +219,7 @@ def cuda_build() -> str:
 
 
 def output_of(command: list[str]) -> tuple[str, str | None]:
-    """A command's standard output, and its last line of complaint (None where it went well)."""
+    """A command's standard output, and the last line of its errors (None if it succeeded)."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
