@@ -300,7 +300,9 @@ class Fork:
 def _comparison(directory: Path, data: Path, out: Path) -> None:
     os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
-    torch.set_num_threads(1)  # OpenMP's other threads would not be there in what is forked
+    # OpenMP's other threads would not be there in what is forked, and it would wait for them.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     given = [words.split() for words in ARMS]
     shared = [*SHARED, f"data.dir={data}"]
     protocol = read_protocol(read_arms(SMOKE, shared, given), seeds=2, lr_points=1)
