@@ -111,7 +111,7 @@ class EvaluationSettings(Settings):
     """Texts to continue at every evaluation, with the sampling of `generation` and fixed noise."""
     samples: int = Field(default=2, ge=0)
     """Without `prompts`: how many validation rows' first tokens are continued instead; 0: none.
-    Other objectives than causal_lm continue nothing."""
+    Only objectives of a causal language model continue text."""
     sample_tokens: Count = 32
     """Tokens generated at most for each of them."""
 

@@ -27,7 +27,8 @@ class MicroBatch(NamedTuple):
     Attributes:
         inputs: the model's arguments by name, labels among them; tensors are on the CPU.
         labels: how many labels of this micro-batch count in the loss.
-        tokens: how many of its tokens count as trained on.
+        tokens: how many of its tokens count as trained on, which rate and MFU are taken of: the
+            labels of causal_lm, all tokens that masked_lm and classification read.
         rows: (rows,) their numbers in the run; no two processes have the same.
     """
 
@@ -49,7 +50,9 @@ class Objective:
 
     Attributes:
         data: the opened data: rows of packed text, or labelled examples.
-        head_share: the share of the tokens for which the model's head is computed, for the FLOPs.
+        head_share: the share of the tokens for which the model's head is computed, for the FLOPs:
+            1 with LlmNormForCausalLM, whatever its labels; LlmNormForMaskedLM computes its head at
+            labels alone.
     """
 
     data: PackedData | Examples

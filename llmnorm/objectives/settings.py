@@ -6,12 +6,12 @@ and evaluation use only the interface in contract.py.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from llmnorm.nn.settings import ModelSettings
-from llmnorm.part import Part, Settings, part_name
+from llmnorm.part import InputError, Part, Settings, part_name
 
 if TYPE_CHECKING:
     from llmnorm.config.tree import RunConfig
@@ -33,13 +33,21 @@ class ObjectiveSettings(Settings):
     packs: ClassVar[bool] = True
     """Whether its rows are packed text, which `llmnorm data` prepares."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not hasattr(cls, "architecture"):
+            raise InputError(
+                f"objective {cls.__name__}: has no `architecture`, the name of the model class "
+                'that it trains, e.g. architecture = "LlmNormForCausalLM"'
+            )
+
     def refusal(self, config: "RunConfig") -> str | None:
         """Why a run with this configuration cannot have the objective; None if it can."""
         return None
 
     def uses(self, run: str) -> str:
         """What to type next with a trained run at this path: a line."""
-        raise NotImplementedError
+        return f"evaluate it:   llmnorm eval {run}"
 
     def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Learned":
         """The objective on the run's data.
@@ -171,6 +179,7 @@ class ClassificationSettings(ObjectiveSettings):
         return Classification(config, self)
 
 
+# `llmnorm eval` of an exported model takes the first with the model's architecture.
 Objective = Annotated[
     CausalLMSettings | MaskedLMSettings | ClassificationSettings, Part(default="causal_lm")
 ]

@@ -81,6 +81,9 @@ class OptimizerSettings(Settings):
     def adamw_lr(self, lr: float, width: int) -> float:
         """The learning rate at which AdamW's steps are as large as this rule's at `lr`.
 
+        A step of AdamW has a root mean square of about .2 of its rate. So a rule whose steps are
+        exactly `lr` large would give lr / .2 here.
+
         Args:
             width: the number of columns that most hidden matrices of the model have.
         """

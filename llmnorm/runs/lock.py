@@ -29,9 +29,11 @@ class RunLock:
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "run.lock"
         self._descriptor = -1
+        self._made: list[Path] = []  # directories that were not there, the innermost first
 
     def __enter__(self) -> "RunLock":
         directory = self._path.parent
+        self._made = [path for path in (directory, *directory.parents) if not path.exists()]
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -55,10 +57,11 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # a refused run does not leave an empty directory
+        with suppress(OSError):  # a refused run leaves no empty directory, nor those above it
             if os.listdir(self._path.parent) == [self._path.name]:
                 self._path.unlink()
-                self._path.parent.rmdir()
+                for directory in self._made or [self._path.parent]:
+                    directory.rmdir()
         os.close(self._descriptor)
 
 

@@ -12,13 +12,24 @@ from llmnorm.optim.settings import (
     CondaSettings,
     MuonSettings,
     NorMuonSettings,
+    Optimizer,
     SOAPSettings,
 )
+from llmnorm.part import part_name, settings_in
 from tests.optim.rules import RULES, SHAPES, SPECTRAL, Run, draw, gradients, zeros
+from tests.optim.test_official import CASES
 
 GRADS = gradients(SHAPES, 7)
 WEIGHTS = {name: draw(*shape, seed=9) for name, shape in SHAPES.items()}
 WITH_WEIGHTS = ("adamp",)  # directions depend on the weights too
+
+
+def test_every_optimizer_is_among_the_rules_that_are_tested() -> None:
+    """Oracle: the union of settings classes."""
+    offered = {part_name(cls) for cls in settings_in(Optimizer)}
+    assert offered == {part_name(type(settings())) for settings in RULES.values()}
+    by_paper = {part_name(type(settings)) for _, settings in CASES.values()}
+    assert offered - by_paper == {"adamw"}  # test_adamw.py: torch's own
 
 
 def close(one, other, tolerance) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmnorm import cli
-from llmnorm.checkpoints.checkpoints import read_meta
+from llmnorm.checkpoints.format import read_checkpoint
 from llmnorm.config.file import load
 from llmnorm.exchange.loading import load_model
 from llmnorm.parallel.processes import Parallel
@@ -82,7 +82,7 @@ def test_a_skipped_step_leaves_the_weights(tmp_path: Path, smoke_data: Path, who
     assert signs(run) == {"DONE": 4}
     before, after = state_of(run, 3), state_of(run, 4)
     assert all(tensor.equal(before[name]) for name, tensor in after.items())
-    meta = read_meta(run / "checkpoints" / "step_00000004")
+    meta = read_checkpoint(run / "checkpoints" / "step_00000004").meta
     assert (meta["step"], meta["skipped_steps"], meta["skipped_in_a_row"]) == (4, 1, 1)
     # The end's evaluation is of weights that were not changed: it is what the checkpoint goes by.
     validation = [line["validation"] for line in metrics_of(run) if "validation" in line][-1]

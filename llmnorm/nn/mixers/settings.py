@@ -91,7 +91,7 @@ class SoftmaxSettings(MixerSettings):
     @model_validator(mode="after")
     def _windows_look_back(self) -> Self:
         if self.bidirectional and self.sliding_window is not None:
-            raise ValueError("sliding_window looks back only; leave it or bidirectional out")
+            raise ValueError("sliding_window covers tokens before; leave it or bidirectional out")
         return self
 
     @property

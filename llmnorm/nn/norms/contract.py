@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Norm(nn.Module):
-    """A norm over the last axis.
+    """A norm over the last axis. Its class takes hidden_size, and its settings' fields by name.
 
     Attributes:
         scale: a factor on the output (depth_scaling.py). It multiplies the gain and the offset, so
