@@ -25,7 +25,7 @@ pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 STAGES = ("zero1", "zero2", "zero3")
 CELLS = [(stage, case) for stage in STAGES for case in CASES]
 # Directions without a gradient hold rounding errors alone, which these bring to a step's size.
-NOISY = {"conda": 1e-4, "soap": 3e-5}
+NOISY = {"conda": 1e-4, "soap": 1e-4}
 LIMIT = 2e-6  # of weights, after 2 * STEPS steps
 
 
@@ -177,8 +177,9 @@ def limit(alone: dict[str, dict[str, Any]], name: str) -> float:
     if name.endswith(NORMS):  # whose statistics are a micro-batch's, so that cutting it shows more
         return 3 * LIMIT
     noise = 3 * alone[name]["noise"]
-    # Or it would excuse anything: a thousandth of a step of AdamW, whose learning rate is 0.01.
-    assert noise <= NOISY.get(name, 1e-5)
+    # Or it would excuse anything: 1/300 of a step of AdamW, whose learning rate is 0.01. Without
+    # vector instructions a sum has more terms in a row; the noise is then 1.3e-5 (SOAP: 5e-5).
+    assert noise <= NOISY.get(name, 3e-5)
     return max(noise, LIMIT)
 
 
