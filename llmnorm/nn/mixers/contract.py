@@ -138,3 +138,20 @@ class Mixer(nn.Module, Generic[Parameters, Cache]):
         assert (cache is not None) == isinstance(context.visibility, Cached)
         parameters = self.prepare(x, context, cache)
         return self.finish(self.mix(parameters, context, cache), x, parameters)
+
+
+class ProjectedMixer(Mixer[Parameters, Cache]):
+    """A mixer that projects values and output apart, by Llama's names."""
+
+    v_proj: Linear
+    o_proj: Linear
+
+    @property
+    def output(self) -> Linear:
+        """The projection that writes to the residual stream."""
+        return self.o_proj
+
+    @property
+    def values(self) -> Linear:
+        """The projection that makes the values."""
+        return self.v_proj

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.chunks import Documents, in_blocks, whole_chunks
-from llmnorm.nn.mixers.contract import Context, Mixer
+from llmnorm.nn.mixers.contract import Context, ProjectedMixer
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
@@ -42,7 +42,7 @@ class GLAParameters(NamedTuple):
     gate: Tensor
 
 
-class GatedLinearAttention(Mixer[GLAParameters, RecurrentCache]):
+class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
     """The layer; projections carry fla's names."""
 
     causal = True
@@ -71,16 +71,6 @@ class GatedLinearAttention(Mixer[GLAParameters, RecurrentCache]):
         )
         self.g_norm = RMSNorm(value_dim, eps=norm_eps)
         self.o_proj = Linear(values, hidden_size, bias=False)
-
-    @property
-    def output(self) -> Linear:
-        """o_proj."""
-        return self.o_proj
-
-    @property
-    def values(self) -> Linear:
-        """v_proj."""
-        return self.v_proj
 
     def new_cache(self) -> RecurrentCache:
         """The state."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers import fla
-from llmnorm.nn.mixers.contract import Context, Mixer
+from llmnorm.nn.mixers.contract import Context, ProjectedMixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.linear_recurrence import CHUNK, flops_per_token, linear_recurrence
@@ -63,7 +63,7 @@ class LinearBlock(TypedDict, total=False):
     eps: float
 
 
-class LinearAttention(Mixer[LinearParameters, RecurrentCache]):
+class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
     """Linear attention; subclasses change `features`."""
 
     def __init__(
@@ -110,16 +110,6 @@ class LinearAttention(Mixer[LinearParameters, RecurrentCache]):
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Non-negative features of float32 queries and keys, phi_q(q) and phi_k(k)."""
         return F.elu(q) + 1, F.elu(k) + 1
-
-    @property
-    def output(self) -> Linear:
-        """o_proj."""
-        return self.o_proj
-
-    @property
-    def values(self) -> Linear:
-        """v_proj."""
-        return self.v_proj
 
     def new_cache(self) -> RecurrentCache:
         """S, Z and the convolution's last inputs; refused where it looks at later tokens."""

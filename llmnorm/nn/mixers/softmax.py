@@ -28,7 +28,7 @@ from llmnorm.nn.linear import Linear
 from llmnorm.nn.masks import causal_mask, document_mask
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.causal import causal_attention, halves_are_faster
-from llmnorm.nn.mixers.contract import Context, Mixer
+from llmnorm.nn.mixers.contract import Context, ProjectedMixer
 from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.rms import RMSNorm
@@ -44,7 +44,7 @@ class SoftmaxParameters(NamedTuple):
     v: Tensor
 
 
-class SoftmaxAttention(Mixer[SoftmaxParameters, KeyValues]):
+class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
     """Softmax attention; the projections carry Hugging Face's names."""
 
     def __init__(
@@ -78,16 +78,6 @@ class SoftmaxAttention(Mixer[SoftmaxParameters, KeyValues]):
             self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps)
         self.qk_norm = qk_norm_eps is not None
         self.sliding_window = sliding_window
-
-    @property
-    def output(self) -> Linear:
-        """o_proj."""
-        return self.o_proj
-
-    @property
-    def values(self) -> Linear:
-        """v_proj."""
-        return self.v_proj
 
     def new_cache(self) -> KeyValues:
         """Keys and values; refused where it looks at later tokens."""
