@@ -6,9 +6,10 @@ answered at once.
 """
 
 import argparse
+import io
 import os
-import re
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from llmnorm.commands import (
@@ -27,7 +28,7 @@ from llmnorm.commands import (
     runs,
     train,
 )
-from llmnorm.commands.arguments import Command, Parser
+from llmnorm.commands.arguments import Command, Parser, split_overrides
 from llmnorm.part import InputError
 
 COMMANDS: dict[str, Command] = {
@@ -46,7 +47,6 @@ COMMANDS: dict[str, Command] = {
     "compare": compare,
     "doctor": doctor,
 }
-OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,11 +56,17 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words after `llmnorm`; None: those of this process.
 
     Returns:
-        The exit code: 0 done, 2 a mistake of the user, or what the command returns.
+        The exit code: 0 done, 2 a mistake of the user, 3 diverged, 70 a defect of llmnorm, 74
+        another process was lost, or what the command returns (75, 130 and 143: stopped by a
+        signal, saved).
     """
     words = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes
+            stream.reconfigure(errors="backslashreplace")
+    parsed = None
     try:
-        overrides, others = _overrides(words)
+        overrides, others = split_overrides(words)
         parser = _parser()
         parsed = parser.parse_args(others)
         if parsed.command is None:
@@ -73,38 +79,26 @@ def main(arguments: list[str] | None = None) -> int:
         return command.run(parsed, overrides) or 0
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
-            for line in str(error).splitlines():
-                print(f"llmnorm: error: {line}", file=sys.stderr)
-        return 2
+            _print_error(str(error))
+        return error.exit_code
     except BrokenPipeError:  # `llmnorm parts | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:  # outside the training loop, which saves and returns 130 itself
         print("llmnorm: interrupted; the same command starts it again", file=sys.stderr)
         return 130
+    except Exception as error:
+        from llmnorm.machine.failures import failure
+
+        named = getattr(parsed, "path", None) or getattr(parsed, "config", None)
+        found = failure(error, words, named if isinstance(named, Path) and named.is_dir() else None)
+        _print_error(found.line)
+        return found.exit_code
 
 
-def _overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """The settings `key=value`, and all other words. Settings of an arm stay with the other words.
-
-    argparse cannot take positional words both before and after options, so settings are found by
-    their shape before it sees them. What follows `--arm NAME` belongs to that arm.
-    """
-    overrides, others, arm, arms = [], [], False, False
-    for word in words:
-        if word.startswith("-"):
-            arm = word == "--arm"
-            arms = arms or arm
-        if arm or not OVERRIDE.match(word):
-            others.append(word)
-        elif arms:
-            raise InputError(
-                f"'{word}': settings of all arms stand before the first --arm, an arm's own right "
-                "after --arm NAME"
-            )
-        else:
-            overrides.append(word)
-    return overrides, others
+def _print_error(text: str) -> None:
+    for line in text.split("\n"):
+        print(f"llmnorm: error: {line}", file=sys.stderr)
 
 
 class _Version(argparse.Action):

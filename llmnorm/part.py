@@ -43,8 +43,10 @@ class InputError(ValueError):
     """A mistake that a user can make, in a configuration, in data, with a checkpoint or a request.
 
     The message has a line for each mistake: the key or file, what is wrong, and the nearest valid
-    choice. The command line prints it without a traceback and exits with code 2.
+    choice. The command line prints it without a traceback and exits with `exit_code`.
     """
+
+    exit_code = 2
 
 
 class Imports(Enum):

@@ -11,6 +11,8 @@ from typing import NoReturn, Protocol
 
 from llmnorm.part import InputError, nearest
 
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
 
 class Command(Protocol):
     """One command: a module of this room.
@@ -57,6 +59,29 @@ class Parser(argparse.ArgumentParser):
         below = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         parsers = [self, *(parser for choices in below for parser in choices.values())]
         return {o for p in parsers for o in p._option_string_actions if o.startswith("--")}
+
+
+def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """The settings `key=value`, and all other words. Settings of an arm stay with the other words.
+
+    argparse cannot take positional words both before and after options, so settings are found by
+    their shape before it sees them. What follows `--arm NAME` belongs to that arm.
+    """
+    overrides, others, arm, arms = [], [], False, False
+    for word in words:
+        if word.startswith("-"):
+            arm = word == "--arm"
+            arms = arms or arm
+        if arm or not _OVERRIDE.match(word):
+            others.append(word)
+        elif arms:
+            raise InputError(
+                f"'{word}': settings of all arms stand before the first --arm, an arm's own right "
+                "after --arm NAME"
+            )
+        else:
+            overrides.append(word)
+    return overrides, others
 
 
 def count(text: str) -> int:

@@ -1,0 +1,110 @@
+"""What is said, and which exit code returned, where something fails that no check foresaw.
+
+Three kinds of failure look alike to a caller: this machine is out of something (memory, threads,
+open files, disk), another process of the run was lost, or llmnorm has a defect. Each becomes one
+line. A defect's traceback goes to a file beside the run, so that it can be sent to us.
+"""
+
+import errno
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+MISTAKE, DEFECT, LOST_PROCESS = 2, 70, 74  # exit codes
+_NO_MEMORY = re.compile(
+    r"allocate memory|DefaultCPUAllocator|out of memory|not enough memory|"
+    r"failed to map segment|bad_alloc",
+    re.IGNORECASE,
+)
+_NO_THREAD = re.compile(r"can't start new thread|pthread_create|thread constructor failed", re.I)
+_LOST = re.compile(
+    r"(?=.*(gloo|nccl|process ?group|TCPStore))"
+    r".*(closed by peer|reset by peer|timed? ?out|aborted|broken pipe|connection was)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class Failure(NamedTuple):
+    """One line for the user, and the exit code."""
+
+    line: str
+    exit_code: int
+
+
+def failure(error: BaseException, words: Sequence[str], run: Path | None) -> Failure:
+    """What an unforeseen exception of a command means.
+
+    Args:
+        error: the exception.
+        words: what was typed after `llmnorm`.
+        run: the run or model directory that the command was given, if there is one.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+        asked = re.search(r"allocate (\d+) bytes|[Tt]ried to allocate ([\d.]+ \w+)", text)
+        how_much = f" ({asked[1] + ' bytes' if asked[1] else asked[2]} asked for)" if asked else ""
+        return Failure(
+            f"out of memory{how_much}; a smaller model, context_length or micro_batch needs less, "
+            "and `ulimit -v` shows whether the shell sets a limit",
+            MISTAKE,
+        )
+    if _NO_THREAD.search(text):
+        return Failure(
+            "no more threads can be started; `ulimit -u` shows the limit, OMP_NUM_THREADS=1 needs "
+            "fewer",
+            MISTAKE,
+        )
+    if _LOST.search(text):
+        saved = f"; go on from the newest checkpoint: llmnorm train {run}" if run else ""
+        return Failure(f"another process of this run was lost ({text[:160]}){saved}", LOST_PROCESS)
+    if isinstance(error, OSError) and (line := _of_the_system(error)):
+        return Failure(line, MISTAKE)
+    report = _written(error, words, run)
+    command = f"llmnorm {' '.join(words[:2])}".strip()
+    where = f"details in {report}" if report else f"{type(error).__name__}: {text[:200]}"
+    return Failure(f"{command}: unexpected; {where}; this is a defect of llmnorm", DEFECT)
+
+
+def _of_the_system(error: OSError) -> str | None:
+    """The line for an error that the system raised about a file; None for any other."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{error.filename or 'a file'}: too many files are open; raise `ulimit -n`"
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return "no more processes or memory (`ulimit -u`, `ulimit -v` show the limits)"
+    if error.filename is None or error.errno is None:
+        return None
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
+
+
+def _written(error: BaseException, words: Sequence[str], run: Path | None) -> Path | None:
+    """The file that the report was written to; None where no directory can be written."""
+    name = f"llmnorm-defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    versions = [f"python {platform.python_version()}"]
+    versions += [
+        f"{module} {sys.modules[module].__version__}"
+        for module in ("torch", "transformers", "numpy")
+        if module in sys.modules
+    ]
+    text = (
+        f"command: llmnorm {' '.join(words)}\n"
+        f"directory: {os.getcwd()}\n"
+        f"versions: {', '.join(versions)}, {platform.platform()}\n\n"
+        f"{''.join(traceback.format_exception(error))}"
+    )
+    for directory in (run, Path(), Path(tempfile.gettempdir())):
+        if directory is None or not directory.is_dir():
+            continue
+        try:
+            file = directory / name
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return file
+        except OSError:
+            continue
+    return None
