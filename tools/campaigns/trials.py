@@ -1,0 +1,295 @@
+"""Many small attempts to break a command, and the judgement of each.
+
+    python tools/campaigns/settings.py --trials 300 --seed 7 [--out FILE]
+
+A campaign makes trial number n from (seed, n) alone, so that any trial can be run again:
+`--only N` does, and prints all of it. Each trial is a fork of this process, which has torch
+imported, with one thread; every tenth is a real command instead. Finished trials stand in `--out`,
+a line each, and are not run again by the same call: so a campaign that was killed goes on.
+
+A trial passes if the command ended with exit code 0 or 2 (or what the campaign allows), within 20 s
+(four times that beside a load), without a traceback; if a refusal is at most 21 lines which all
+name the file or key, and took less than 1 GB; and if the campaign's own check finds nothing lost.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+SECONDS = 20.0
+MEMORY = 1_000_000_000  # bytes that a refusal may need beyond what this process has at the fork
+REAL = 10  # one trial in so many is a real command
+
+
+class Result(NamedTuple):
+    """How a command ended.
+
+    Attributes:
+        code: exit code; minus the signal's number where a signal has killed it.
+        out, err: what it printed.
+        seconds: wall time.
+        memory: peak bytes, without those that this process had at the fork.
+        timed_out: it was killed after its time.
+    """
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    memory: int
+    timed_out: bool
+
+
+@dataclass
+class Trial:
+    """One attempt.
+
+    Attributes:
+        what: the mutation, for people.
+        words: after `llmnorm`.
+        folder: where the command runs; removed after the trial.
+        names: texts of which every line of a refusal holds one: files, keys, option names.
+        codes: allowed exit codes.
+        check: what was lost or is wrong, given the result; empty for nothing.
+        environment: variables beside those of this process.
+    """
+
+    what: str
+    words: list[str]
+    folder: Path
+    names: list[str]
+    codes: tuple[int, ...] = (0, 2)
+    check: Callable[[Result], list[str]] = lambda _: []
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def command(
+    words: list[str],
+    folder: Path,
+    *,
+    real: bool = False,
+    environment: dict[str, str] | None = None,
+    seconds: float = SECONDS,
+) -> Result:
+    """Run `llmnorm WORDS` in `folder`, as a fork of this process or as a real command."""
+    log = Path(tempfile.mkdtemp(prefix="trial-"))
+    baseline = 0 if real else _resident()
+    started = time.monotonic()
+    with (log / "out").open("wb") as out, (log / "err").open("wb") as err:
+        if real:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "llmnorm", *words],
+                cwd=folder,
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            ).pid
+        else:
+            child = os.fork()
+            if child == 0:
+                _run_and_exit(words, folder, environment or {}, out.fileno(), err.fileno())
+    status, usage, timed_out = _wait(child, started + seconds)
+    taken = time.monotonic() - started
+    texts = [(log / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err")]
+    shutil.rmtree(log)
+    peak = max(0, usage.ru_maxrss * 1024 - baseline)
+    return Result(os.waitstatus_to_exitcode(status), *texts, taken, peak, timed_out)
+
+
+def _run_and_exit(
+    words: list[str], folder: Path, environment: dict[str, str], out: int, err: int
+) -> None:
+    code = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        os.environ.update(environment)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+        sys.path[:] = ["", *sys.path]
+        from llmnorm.cli import main
+
+        code = main(words)
+        sys.stdout.flush()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(child: int, until: float) -> tuple[int, resource.struct_rusage, bool]:
+    """Wait for a process, and kill its session at the time `until`."""
+    timed_out = False
+    while True:
+        found, status, usage = os.wait4(child, 0 if timed_out else os.WNOHANG)
+        if found:
+            return status, usage, timed_out
+        if time.monotonic() > until:
+            timed_out = True
+            os.killpg(child, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def judge(trial: Trial, result: Result) -> list[str]:
+    """What is wrong with a trial's result; empty if it passes."""
+    wrong = []
+    errors = [line for line in result.err.splitlines() if line.startswith("llmnorm: error: ")]
+    if result.timed_out:
+        wrong.append(f"did not end within {result.seconds:.0f} s")
+    elif result.code not in trial.codes:
+        wrong.append(f"exit code {result.code}")
+    if "Traceback (most recent call last)" in result.err + result.out:
+        wrong.append("a traceback")
+    if result.code == 2:
+        if not 1 <= len(errors) <= 21:
+            wrong.append(f"{len(errors)} lines of errors")
+        wrong += [
+            f"names no file or key: {line[:200]}"
+            for line in errors
+            if not any(name in line for name in trial.names)
+        ]
+        if result.memory > MEMORY:
+            wrong.append(f"{result.memory / 1e9:.1f} GB for a refusal")
+    return wrong + ([] if result.timed_out else trial.check(result))
+
+
+def campaign(
+    name: str, make: Callable[[int, random.Random, Path], Trial], *, default: int, about: str
+) -> int:
+    """The command line of a campaign: run its trials, print what failed and a last line.
+
+    Args:
+        name: of the campaign; with the seed and the trial's number it seeds the trial's generator.
+        make: the trial of a number, given its generator and an empty folder.
+        default: trials without `--trials`.
+        about: what `--help` says.
+
+    Returns:
+        The exit code: 1 if a trial failed.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--trials", type=int, default=default)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="finished trials, a JSON line each")
+    parser.add_argument("--only", type=int, metavar="N", help="run this trial and print it")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of a trial")
+    given = parser.parse_args()
+    _settle()
+    done = _finished(given.out, given.seed)
+    numbers = [given.only] if given.only is not None else range(given.trials)
+    print(f"{name}: seed {given.seed}, {len(numbers)} trials, {len(done)} of them done before")
+    for number in tqdm(numbers, desc=name, unit="trial", disable=None):
+        if number in done and given.only is None:
+            continue
+        record = _one(name, make, given.seed, number, given.seconds, show=given.only is not None)
+        done[number] = record
+        if record["wrong"]:
+            tqdm.write(f"{name} {number}: {record['what']}: {'; '.join(record['wrong'])}")
+        if given.out:
+            with given.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+    return _summary(name, given.seed, [done[number] for number in numbers])
+
+
+def _one(
+    name: str,
+    make: Callable[[int, random.Random, Path], Trial],
+    seed: int,
+    number: int,
+    seconds: float,
+    *,
+    show: bool,
+) -> dict[str, object]:
+    folder = Path(tempfile.mkdtemp(prefix=f"campaign-{name}-"))
+    try:
+        trial = make(number, random.Random(f"{name} {seed} {number}"), folder)
+        real = number % REAL == 0
+        result = command(
+            trial.words,
+            trial.folder,
+            real=real,
+            environment=trial.environment,
+            seconds=seconds,
+        )
+        if show:
+            print(f"{trial.what}\n$ llmnorm {' '.join(trial.words)}\n{result.out}{result.err}")
+        return {
+            "seed": seed,
+            "number": number,
+            "what": trial.what,
+            "real": real,
+            "code": result.code,
+            "seconds": round(result.seconds, 2),
+            "memory": result.memory,
+            "error": re.sub(r"\s+", " ", result.err)[-300:] if result.code else "",
+            "wrong": judge(trial, result),
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _settle() -> None:
+    """Import what every trial needs, once, with one thread, so that a fork of it is sound."""
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+        HF_HUB_OFFLINE="1",
+        PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), *sys.path[1:2]]),
+    )
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    import torch
+
+    torch.set_num_threads(1)
+    importlib.import_module("llmnorm.training.loop")
+
+
+def _finished(file: Path | None, seed: int) -> dict[int, dict[str, object]]:
+    if file is None or not file.is_file():
+        return {}
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    return {record["number"]: record for record in records if record["seed"] == seed}
+
+
+def _summary(name: str, seed: int, records: list[dict]) -> int:
+    codes = Counter(record["code"] for record in records)
+    failed = [record for record in records if record["wrong"]]
+    listed = ", ".join(f"{count} ended with {code}" for code, count in sorted(codes.items()))
+    print(
+        f"{name}: seed {seed}: {len(records)} trials "
+        f"({sum(record['real'] for record in records)} real commands): {listed}; "
+        f"slowest {max(r['seconds'] for r in records):.1f} s, "
+        f"most memory {max(r['memory'] for r in records) / 1e6:.0f} MB; {len(failed)} failed"
+    )
+    return 1 if failed else 0
