@@ -63,20 +63,6 @@ def losses_against(
     return {compressor: names for compressor, names in ahead.items() if names}
 
 
-def table(bits_per_byte: Mapping[str, float], references: References) -> str:
-    """The bits per byte as text, a line a source, and the verdict as the last line."""
-    columns = {MODEL: bits_per_byte, **references}
-    width = max(len(name) for name in [*bits_per_byte, "bits per byte"])
-    lines = [f"{'bits per byte':{width}}" + "".join(f"{column:>10}" for column in columns)]
-    for name in bits_per_byte:
-        cells = (rates.get(name) for rates in columns.values())
-        numbers = (f"{cell:>10.3f}" if cell is not None else f"{'-':>10}" for cell in cells)
-        lines.append(f"{name:{width}}" + "".join(numbers))
-    if references:
-        lines.append(verdict(bits_per_byte, references))
-    return "\n".join(lines)
-
-
 def verdict(bits_per_byte: Mapping[str, float], references: References) -> str:
     """One line: the run is ahead of all compressors, or behind which on which sources."""
     ahead = losses_against(bits_per_byte, references)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmnorm.analysis.compression import MODEL, References, label, references, table, verdict
+from llmnorm.analysis.compression import MODEL, References, label, references, verdict
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory, existing
 from llmnorm.runs.record import Record, read_metrics, smoothed
@@ -28,7 +28,7 @@ MOST_BARS = 5  # of a source; of more runs only the bars of all sources together
 
 
 def plot(runs: Sequence[Path], output: Path | None = None) -> None:
-    """Draw the runs in one picture and print its path; for a single run, print bits per byte too.
+    """Draw the runs in one picture and print its path.
 
     Args:
         runs: run directories.
@@ -44,9 +44,6 @@ def plot(runs: Sequence[Path], output: Path | None = None) -> None:
     if output is None:
         output = found[0].plots / "loss.png" if len(found) == 1 else Path("runs.png")
     draw(records, output, rates)
-    first = next(iter(records.values()))
-    if len(found) == 1 and first.bits_per_byte:
-        print(table(first.bits_per_byte, rates))
     print(f"plot: {output}")
 
 

@@ -183,7 +183,10 @@ def test_mix_is_the_recurrence_one_token_at_a_time(mixer: dict[str, Any]) -> Non
     for context in (plain(67), packed(positions), padded(67, causal=built.causal)):
         p = built.prepare(x, context)
         y, expected = built.mix(p, context), mixed_token_by_token(built, p, context)
-        assert expected is not None
+        assert expected is not None, (
+            "tests/nn/recurrences.py: mixed_token_by_token: add this mixer's loop over tokens; or "
+            "name it in is_recurrence of tests/nn/test_mixers.py if it is none"
+        )
         if context.real is not None:
             y, expected = y[context.real], expected[context.real]
         assert (y - expected).abs().max() <= 1e-11 * expected.abs().max()

@@ -12,24 +12,13 @@ from llmnorm.optim.settings import (
     CondaSettings,
     MuonSettings,
     NorMuonSettings,
-    Optimizer,
     SOAPSettings,
 )
-from llmnorm.part import part_name, settings_in
 from tests.optim.rules import RULES, SHAPES, SPECTRAL, Run, draw, gradients, zeros
-from tests.optim.test_official import CASES
 
 GRADS = gradients(SHAPES, 7)
 WEIGHTS = {name: draw(*shape, seed=9) for name, shape in SHAPES.items()}
 WITH_WEIGHTS = ("adamp",)  # directions depend on the weights too
-
-
-def test_every_optimizer_is_among_the_rules_that_are_tested() -> None:
-    """Oracle: the union of settings classes."""
-    offered = {part_name(cls) for cls in settings_in(Optimizer)}
-    assert offered == {part_name(type(settings())) for settings in RULES.values()}
-    by_paper = {part_name(type(settings)) for _, settings in CASES.values()}
-    assert offered - by_paper == {"adamw"}  # test_adamw.py: torch's own
 
 
 def close(one, other, tolerance) -> None:
@@ -184,22 +173,24 @@ def test_a_matrix_without_a_gradient_is_named_and_nothing_changes(name: str) -> 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "adamw"])
 def test_bf16_weights_follow_the_float32_run(name: str) -> None:
     """Oracle: the float32 run on the same gradients. State is float32 in both, equal to the bit
-    where the rule does not read weights; the weights differ by their own rounding at every step."""
+    where the rule does not read weights; the weights differ by their own rounding at every step, at
+    most half of bf16's spacing, 2^-8 of a number that is at most the largest of its course."""
     start = {k: w.bfloat16() for k, w in WEIGHTS.items()}
     grads = [{k: g.bfloat16() for k, g in one.items()} for one in gradients(SHAPES, 12)]
     settings = RULES[name](lr=0.02, weight_decay=0.0)
     narrow, wide = Run(settings, start), Run(settings, {k: w.float() for k, w in start.items()})
+    largest = {k: w.abs().float() for k, w in start.items()}
     for one in grads:
         low = narrow.step(one)
         high = wide.step({k: g.float() for k, g in one.items()})
+        largest = {k: largest[k].maximum(low[k].float().abs()) for k in largest}
     for k, p in narrow.weights.items():
         reference = wide.optimizer.state[wide.weights[k]]
         for field, value in narrow.optimizer.state[p].items():
             assert value.dtype == torch.float32, field
             assert torch.equal(value, reference[field]), field
-        ulps = 12 * 2**-9 * high[k].abs().clamp(min=start[k].abs().float())
         if name != "adamp":
-            assert ((low[k].float() - high[k]).abs() <= ulps + 1e-3).all(), k
+            assert ((low[k].float() - high[k]).abs() <= len(grads) * 2**-8 * largest[k]).all(), k
 
 
 def test_the_second_moment_of_bf16_weights_decays() -> None:

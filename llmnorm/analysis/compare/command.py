@@ -134,24 +134,26 @@ def write(found: Mapping[str, Any], directory: Path, command: str) -> None:
 def describe(
     protocol: Protocol, ledger: Ledger, runs: Path, places: Slots, estimate: Estimate
 ) -> str:
-    """The plan as text: every run that would be made, its command and an estimate of its time."""
-    lines, left = [], []
+    """The plan as text: a table of the runs, its sum, then the commands of those to be made."""
     expected = protocol.needed(ledger.losses, expected=True)
+    rows, commands, left = [("run", "steps", "tokens", "time")], [], []
     for run in expected:
-        if run.key in ledger.records:
-            lines.append(f"{run.key}: finished")
-            continue
-        left.append((run, 1.0))
-        seconds = estimate.seconds([(run, 1.0)])
-        lines.append(
-            f"{run.key}: {protocol.steps_of(run)} steps, {protocol.tokens_of(run):,} tokens, "
-            f"{duration(seconds)}\n"
-            f"  {shlex.join(['llmnorm', 'train', *protocol.train_arguments(run, runs / run.key)])}"
-        )
+        time = "finished"
+        if run.key not in ledger.records:
+            left.append((run, 1.0))
+            time = duration(estimate.seconds(left[-1:]))
+            words = ["llmnorm", "train", *protocol.train_arguments(run, runs / run.key)]
+            commands.append(f"  {shlex.join(words)}")
+        steps, tokens = protocol.steps_of(run), protocol.tokens_of(run)
+        rows.append((run.key, f"{steps}", f"{tokens:,}", time))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
     total = estimate.seconds(left) / places.count
     lines.append(
-        f"{len(left)} of {len(expected)} runs to make, {places.describe()}, about "
-        f"{duration(total)} ({estimate.source})"
+        f"{len(left)} of {len(expected)} runs to make, {places.describe()}: {duration(total)} if "
+        f"nothing else runs here ({estimate.source})"
     )
     if any(protocol.tuned(name) for name in protocol.arms):
         lines.append(
@@ -159,6 +161,8 @@ def describe(
             "grows and there will be more runs."
         )
         lines.append("The runs with paired seeds will use the learning rate that the tuning finds.")
+    if commands:
+        lines += ["", "Their commands:", *commands]
     return "\n".join(lines)
 
 

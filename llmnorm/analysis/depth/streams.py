@@ -61,6 +61,7 @@ class Streams:
         self.entropy: list[Tensor | None] = [None] * layers
         self.queries = 0
         self.absent: dict[str, str] = {}
+        self._without_entropy: dict[str, set[int]] = {}  # reason -> blocks, counted from 1
         self.places = [Place(block.module, "in") for block in blocks]
         self.places.append(Place(blocks[-1].module, "out"))
 
@@ -146,7 +147,11 @@ class Streams:
         return add_entropy
 
     def _no_entropy(self, layer: int, reason: str) -> None:
-        self.absent["attention_entropy"] = f"block {layer + 1}: {reason}"
+        self._without_entropy.setdefault(reason, set()).add(layer + 1)
+        self.absent["attention_entropy"] = "; ".join(
+            f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, sorted(blocks)))}: {why}"
+            for why, blocks in self._without_entropy.items()
+        )
 
     def figures(self) -> Figures:
         """The figures by name; lists have an entry per block (L) or per stream (L + 1)."""

@@ -122,11 +122,6 @@ class UnifiedNorm(RunningNorm):
                 y = torch.addcmul(bias, values, weight * inverse)
         return y.view_as(x).to(x.dtype)
 
-    def as_affine(self) -> tuple[Tensor, Tensor]:
-        """Factor and offset (hidden,) of every channel in evaluation."""
-        inverse = torch.rsqrt(self.running_square + self.eps)
-        return self.scaled(self.weight * inverse), self.scaled(self.bias)
-
     def _step(self, square: Tensor) -> _Step:
         """The equations of the forward pass for s2 = `square` (hidden,); no buffer is changed."""
         rv, before, m = self.running_square.to(square.dtype), self.window_square, self.window

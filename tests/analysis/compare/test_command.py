@@ -155,8 +155,12 @@ def test_the_plan_names_every_run_and_makes_none(
     said = capsys.readouterr().out
     protocol = read_protocol(arms("a model.norm=layer"), seeds=2, lr_points=3)
     expected = protocol.needed({}, expected=True)
-    assert len(expected) == 14 and all(f"\n{run.key}: " in f"\n{said}" for run in expected)
-    assert said.count("\n  llmnorm train ") == 14 and "14 of 14 runs to make" in said
+    table, _, commands = said.partition("\nTheir commands:\n")
+    header, *rows = table.splitlines()
+    assert header.split() == ["run", "steps", "tokens", "time"]
+    assert [row.split()[0] for row in rows[:14]] == [run.key for run in expected]
+    assert rows[14].startswith("14 of 14 runs to make")
+    assert commands.count("  llmnorm train ") == len(commands.splitlines()) == 14
     assert not out.exists()
 
 
