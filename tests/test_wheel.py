@@ -89,9 +89,12 @@ def test_the_wheel_trains_the_smoke_run_from_another_folder(
     package, *path = run(installed.python, "-c", where, cwd=tmp_path).splitlines()
     assert Path(package).is_relative_to(installed.wheel.parent)
     assert str(ROOT) not in path
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    where = "from llmnorm.machine.gpus import launch_file; print(launch_file('ddp'))"
+    file = run(installed.python, "-c", where, cwd=tmp_path).strip()
+    assert Path(file).read_bytes() == (ROOT / "launch/accelerate/ddp.yaml").read_bytes()
+    launch = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "1"]
     words = ["-m", "llmnorm", "train", "llmnorm:smoke.yaml"]
-    run(installed.python, *launch, "--num_machines=1", *words, cwd=tmp_path)
+    run(installed.python, *launch, *words, cwd=tmp_path)
     lines = (tmp_path / "runs/smoke/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 30
     assert (tmp_path / "runs/smoke/DONE").is_file()

@@ -186,6 +186,12 @@ def driver_line(found: Nvidia) -> str:
     return f"driver {found.gpus[0].driver}, which runs CUDA up to {found.cuda or 'unknown'}"
 
 
+def launch_file(name: str) -> str:
+    """The path of the launch file `NAME.yaml`: in the installed package, or in the checkout."""
+    installed = Path(__file__).parents[1] / "launch_files"
+    return f"{installed if installed.is_dir() else 'launch/accelerate'}/{name}.yaml"
+
+
 def launch_hint(arguments: Sequence[str]) -> str | None:
     """A sentence with the command that would use all free GPUs, where one process was started.
 
@@ -204,7 +210,7 @@ def launch_hint(arguments: Sequence[str]) -> str | None:
     return (
         f"one process was started, but {len(free)} GPUs are free; to use them all, run: "
         f"{'' if free == gpus else chosen}accelerate launch "
-        f"--config_file launch/accelerate/ddp.yaml --num_processes {len(free)} "
+        f"--config_file {launch_file('ddp')} --num_processes {len(free)} "
         f"-m llmnorm train {shlex.join(arguments)}".rstrip()
     )
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.machine.doctor import missing_extra
+from llmnorm.machine.gpus import launch_file
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def agreed_sharding(parallel: ParallelSettings, training: TrainingSettings) -> s
     if file is not None and kind != file and not (file == "ddp" and key == "none"):
         raise InputError(
             f"parallel.sharding: is '{parallel.sharding}', but the launch file asks for {file}; "
-            f"leave the key out, or launch with {launch_file(kind)}"
+            f"leave the key out, or launch with {file_for(kind)}"
         )
     if key == "none" and processes > 1:
         raise InputError(
@@ -127,9 +128,9 @@ def agreed_sharding(parallel: ParallelSettings, training: TrainingSettings) -> s
     return "hsdp"
 
 
-def launch_file(sharding: str) -> str:
+def file_for(sharding: str) -> str:
     """The path of the launch file for a sharding, for messages."""
-    return f"launch/accelerate/{ {'none': 'ddp', 'hsdp': 'fsdp2'}.get(sharding, sharding) }.yaml"
+    return launch_file({"none": "ddp", "hsdp": "fsdp2"}.get(sharding, sharding))
 
 
 def accelerator(cuda: bool) -> "Accelerator":

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.nn.loss import LanguageHead
 from llmnorm.optim.sharded import Exchange
-from llmnorm.parallel.launch import accelerator, agreed_sharding, launch_file
+from llmnorm.parallel.launch import accelerator, agreed_sharding, file_for
 from llmnorm.parallel.shards import Fill, Unit, fill_and_shard, make_mesh, replicate, shard
 from llmnorm.parallel.zero import Zero
 from llmnorm.part import InputError
@@ -82,7 +82,7 @@ class Parallel:
         if asked != self.world:
             raise InputError(
                 f"the launcher started {asked} processes, but {self.world} are connected; launch "
-                f"with `accelerate launch --config_file {launch_file(self.sharding)}`"
+                f"with `accelerate launch --config_file {file_for(self.sharding)}`"
             )
         self._mesh: DeviceMesh | None = None
         self.zero: Zero | None = None
