@@ -5,11 +5,11 @@ configurations that it cannot serve, and builds the objective (a file of this di
 and evaluation use only the interface in contract.py.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from llmnorm.config.values import LocalPath
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import InputError, Part, Settings, part_name
 
@@ -139,9 +139,9 @@ class ClassificationSettings(ObjectiveSettings):
     architecture = "LlmNormForSequenceClassification"
     keeps_head = False
     packs = False
-    train: Path
+    train: LocalPath
     """The examples to train on: .jsonl, .json, .csv or .tsv with a line of names."""
-    validation: Path
+    validation: LocalPath
     """The examples to evaluate on."""
     text_field: str = "sentence"
     """The field of an example that holds the text."""
@@ -181,7 +181,8 @@ class ClassificationSettings(ObjectiveSettings):
 
 # `llmnorm eval` of an exported model takes the first with the model's architecture.
 Objective = Annotated[
-    CausalLMSettings | MaskedLMSettings | ClassificationSettings, Part(default="causal_lm")
+    CausalLMSettings | MaskedLMSettings | ClassificationSettings,
+    Part(ObjectiveSettings, default="causal_lm"),
 ]
 
 
