@@ -6,6 +6,7 @@ so that help and every mistake are answered before torch is loaded.
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -48,9 +49,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     settings: str | None = None
+    _words: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but the parser of a command refuses an unknown option itself."""
+        self._words = list(args or ())
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -58,6 +61,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise an `InputError` where argparse would print its usage and leave the process."""
+        if "arguments are required" in message and (unknown := self._unknown_option()):
+            message = f"unrecognized arguments: {unknown}"  # says more than what is missing too
         match = re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if match:
             choices = re.findall(r"[\w-]+", match[3])
@@ -68,6 +73,12 @@ class Parser(argparse.ArgumentParser):
         elif message.startswith("unrecognized arguments: "):
             message += "; a setting is written key.sub=value"
         raise InputError(f"{message} (`{self.prog} --help` shows the usage)")
+
+    def _unknown_option(self) -> str | None:
+        """The first word that looks like an option and is none, nor the beginning of one."""
+        options = [word.partition("=")[0] for word in self._words if re.match("--[a-z]", word)]
+        known = self._option_string_actions
+        return next((o for o in options if not any(k.startswith(o) for k in known)), None)
 
     def _hint(self, option: str) -> str:
         """The setting of that name (`--temperature`), or the nearest option of the command."""

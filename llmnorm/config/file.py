@@ -265,11 +265,12 @@ def _line(mistake: Mistake, written: Node) -> str:
     if mistake.kind == "value_error" and (node is None or isinstance(node.value, dict)):
         # An impossible pair names its keys in the message: point at the one that was typed last.
         words = [tuple(w.split(".")) for w in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message)]
-        keys = [key for word in words for key in (word, (*loc, *word)) if find(written, key)]
+        keys = [word for word in words if len(word) > 1] + [(*loc, *word) for word in words]
+        keys = [key for key in keys if find(written, key)]
         if keys:
             keys.sort(key=lambda key: where_of(written, key) != COMMAND_LINE)
-            whole = ".".join(map(str, loc)) in message  # it says the section itself
-            section = "" if whole else f"{key_path(loc)}: "
+            named = not loc or f"{key_path(loc)}." in message
+            section = "" if named else f"{key_path(loc)}: "
             return f"{where_of(written, keys[0])}: {section}{message}"
     return f"{where_of(written, loc)}: {key_path(loc)}{loc and ': ' or ''}{message}"
 

@@ -52,7 +52,7 @@ def import_class(
         raise error_of(f"'{path}' is no settings class; {nearest(class_name, there)}")
     if any(found is cls for cls in known):
         return cast(type[_Base], found)
-    if not issubclass(found, base) or found is base:
+    if not issubclass(found, base):
         raise error_of(
             f"'{path}' is of another kind; what is wanted here is derived from {base.__name__} of "
             f"{base.__module__}"

@@ -96,7 +96,7 @@ def merge(
         field: the settings field at `path`.
 
     Raises:
-        InputError: an index is past the end of a list.
+        InputError: what reaches into a list has no number of it.
     """
     if tree is not None and isinstance(tree.value, list) and _indices(patch):
         items = list(tree.value)
@@ -109,7 +109,14 @@ def merge(
             below = (*path, int(key))
             items[int(key)] = merge(items[int(key)], node, classes, below, dropped, field)
         return tree._replace(value=items)
-    if (part := part_of(field)) is not None and field is not None and isinstance(patch.value, dict):
+    part = part_of(field)
+    of_list = tree is not None and isinstance(tree.value, list) and isinstance(patch.value, dict)
+    if tree is not None and of_list and part is None and patch.value:
+        raise InputError(
+            f"{patch.where}: {key_path((*path, next(iter(patch.value))))}: {key_path(path)} is a "
+            f"list, whose items have the numbers 0 to {len(tree.value) - 1}"
+        )
+    if part is not None and field is not None and isinstance(patch.value, dict):
         known = tree is None or tree.value is None or isinstance(tree.value, dict)
         old_name = _name_of(tree, part.default) if known else None
         name = _name_of(patch, old_name)

@@ -45,6 +45,8 @@ def shown(value: Any) -> str:
     """A value of a configuration in a message: short, on one line, as YAML has it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
+        value = int(value)  # 100000000 and not 100000000.0
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)[: 2 * _LONGEST])
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
@@ -182,7 +184,7 @@ _BOUNDS = {
 def _message(items: list[Any]) -> str:
     """What is wrong with a value, from the error of every branch that it could be."""
     given = shown(items[0]["input"])
-    bounds = [_BOUNDS[i["type"]].format(**i["ctx"]) for i in items if i["type"] in _BOUNDS]
+    bounds = [_bound(i) for i in items if i["type"] in _BOUNDS]
     if bounds:  # it has the kind of a branch, and only its size is wrong
         return f"must be {' or '.join(dict.fromkeys(bounds))}, got {given}"
     if any(item["type"] == "finite_number" for item in items):
@@ -199,6 +201,11 @@ def _message(items: list[Any]) -> str:
     near = difflib.get_close_matches(given, literals, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     return f"expected {expected}, got {quote}{given}{quote}{hint}"
+
+
+def _bound(item: Any) -> str:
+    limits = {name: shown(limit) for name, limit in item["ctx"].items()}
+    return _BOUNDS[item["type"]].format(**limits)
 
 
 def _choices(item: Any) -> list[str]:

@@ -5,7 +5,7 @@ not part of a run's own YAML unless written there, so that `model.hidden_size=51
 """
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,8 +22,6 @@ from llmnorm.nn.norms.settings import (
 from llmnorm.part import Part, Settings, part_name
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from llmnorm.nn.mlp import GELU, SwiGLU
 
 
@@ -35,8 +33,8 @@ class MLPSettings(Settings):
         """The inner width where the model's settings give none."""
 
     @abstractmethod
-    def build(self, hidden_size: int, intermediate_size: int) -> "nn.Module | None":
-        """The MLP from and to `hidden_size`; None for none."""
+    def build(self, hidden_size: int, intermediate_size: int) -> Any:
+        """The MLP (a torch module) from and to `hidden_size`; None for none."""
 
 
 class SwiGLUSettings(MLPSettings):

@@ -6,7 +6,7 @@ the block.
 """
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,8 +14,6 @@ from llmnorm.config.values import Width
 from llmnorm.part import InputError, Part, Settings
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from llmnorm.nn.block import Block
     from llmnorm.nn.norms.crms import CRMSNorm
     from llmnorm.nn.norms.dyt import DyT
@@ -31,8 +29,8 @@ class NormSettings(Settings):
     """What a norm's settings say about it before torch is loaded; base of a norm of your own."""
 
     @abstractmethod
-    def build(self, hidden_size: int) -> "nn.Module":
-        """The norm over a last axis of `hidden_size`."""
+    def build(self, hidden_size: int) -> Any:
+        """The norm (a torch module) over a last axis of `hidden_size`."""
 
     def refusal(self, hidden_size: int, *, causal: bool = True) -> str | None:
         """Why a model of this width, which looks back only if `causal`, cannot have it, or None."""
