@@ -259,7 +259,7 @@ def override(text: str) -> Node:
         raise InputError(f"{COMMAND_LINE}: {shown(key)}: no setting is nested so deep")
     try:
         leaf = parse(value, COMMAND_LINE, line_numbers=False, keys=keys)
-    except NotYAML:  # a value that is no YAML (`a: b`, `[x`) can only be meant as text
+    except NotYAML:  # a value that is no YAML (`*.txt`, `[x`) can only be meant as text
         leaf = Node("", "", COMMAND_LINE)
     if leaf is None:
         leaf = Node(None, "", COMMAND_LINE)

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from llmnorm.config.shipped import locate
-from llmnorm.config.values import Count, LocalPath, LocalText, Seed, Vocabulary
+from llmnorm.config.values import Count, LocalPath, LocalText, Seed
 from llmnorm.part import Settings
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
@@ -88,7 +88,7 @@ class DataSettings(Settings):
 class TokenizerSettings(Settings):
     """How text becomes tokens: a byte-level BPE trained on the sources, or one that exists."""
 
-    vocab_size: Vocabulary = Field(default=32768, ge=SMALLEST_VOCABULARY)
+    vocab_size: int = Field(default=32768, ge=SMALLEST_VOCABULARY, le=2**24)
     """Tokens of the byte-level BPE that is trained, the three special ones included."""
     path: LocalPath | None = None
     """A local Hugging Face tokenizer directory to use instead of training one."""

@@ -5,6 +5,7 @@ configurations that it cannot serve, and builds the objective (a file of this di
 and evaluation use only the interface in contract.py.
 """
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -49,6 +50,7 @@ class ObjectiveSettings(Settings):
         """What to type next with a trained run at this path: a line."""
         return f"evaluate it:   llmnorm eval {run}"
 
+    @abstractmethod
     def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Learned":
         """The objective on the run's data.
 
@@ -57,7 +59,6 @@ class ObjectiveSettings(Settings):
             alone: whether this is the only process; it then prepares data that are missing.
             command: the command that prepares the data, for messages.
         """
-        raise NotImplementedError
 
 
 class CausalLMSettings(ObjectiveSettings):
