@@ -744,10 +744,10 @@ def test_every_command_refuses_an_option_that_it_does_not_have(
 ) -> None:
     own = [o for o in COMMANDS.choices[command]._option_string_actions if o.startswith("--")]
     message = (
-        f"there is no option --nonsense; valid: {', '.join(sorted(own))} "
+        f"there is no option --qqq; valid: {', '.join(sorted(own))} "
         f"(`llmnorm {command} --help` shows the usage)"
     )
-    check(Case(f"{command} --nonsense x y z", message), tmp_path, capfd)
+    check(Case(f"{command} --qqq x y z", message), tmp_path, capfd)
 
 
 # What can stop, or be said of, a run that is well configured.

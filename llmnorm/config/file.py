@@ -166,10 +166,19 @@ class _Files:
         self._read: dict[Path, Node] = {}
         self._count = 0
 
-    def read(self, path: Path, seen: tuple[Path, ...]) -> Node:
-        """A file's tree, over those of its `base`; `seen` are the files whose `base` led here."""
-        file = shipped.locate(path)
-        text = _text(path, file)
+    def read(self, path: Path, seen: tuple[Path, ...], named: str = "") -> Node:
+        """A file's tree, over those of its `base`.
+
+        Args:
+            path: the file.
+            seen: the files whose `base` led here.
+            named: how messages about a file that is not there begin: with the `base` that names it.
+        """
+        try:
+            file = shipped.locate(path)
+            text = _text(path, file)
+        except InputError as error:
+            raise InputError(f"{named}{error}") from None
         real = file.resolve()
         if real in seen:
             raise InputError(f"{path}: 'base' leads back to this file")
@@ -193,8 +202,9 @@ class _Files:
         keys = dict(own.value)
         tree = Node({}, "", str(path))
         if "base" in keys:
+            named = f"{keys['base'].where}: base: "
             for base in _bases(keys.pop("base"), path):
-                tree = merge(tree, self.read(base, seen), [RunConfig])
+                tree = merge(tree, self.read(base, seen, named), [RunConfig])
         patch = with_names(own._replace(value=keys), [RunConfig], tree)
         return merge(tree, patch, [RunConfig])._replace(where=str(path))
 
@@ -265,7 +275,8 @@ def _line(mistake: Mistake, written: Node) -> str:
     if mistake.kind == "value_error" and (node is None or isinstance(node.value, dict)):
         # An impossible pair names its keys in the message: point at the one that was typed last.
         words = [tuple(w.split(".")) for w in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message)]
-        keys = [word for word in words if len(word) > 1] + [(*loc, *word) for word in words]
+        keys = [word for word in words if len(word) > 1]
+        keys += [(*loc, *word) for word in words if loc]
         keys = [key for key in keys if find(written, key)]
         if keys:
             keys.sort(key=lambda key: where_of(written, key) != COMMAND_LINE)

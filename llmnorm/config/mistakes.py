@@ -227,5 +227,5 @@ def _own_words(item: Any) -> str:
         case "string_too_long":
             return f"has more than {item['ctx']['max_length']} letters: '{shown(item['input'])}'"
         case "string_pattern_mismatch":
-            return f"'{shown(item['input'])}' has a letter that is not allowed here"
+            return f"'{shown(item['input'])}' has not the form {item['ctx']['pattern']}"
     return str(item["msg"]).removeprefix("Value error, ")

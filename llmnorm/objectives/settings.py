@@ -72,8 +72,8 @@ class CausalLMSettings(ObjectiveSettings):
         if config.model.causal:
             return None
         return (
-            f"mixer '{_first_mixer(config.model)}' looks at later tokens and cannot serve a causal "
-            "language model; `objective: masked_lm` can have it"
+            f"model.mixer '{_first_mixer(config.model)}' looks at later tokens and cannot serve a "
+            "causal language model; `objective: masked_lm` can have it"
         )
 
     def uses(self, run: str) -> str:
@@ -112,8 +112,8 @@ class MaskedLMSettings(ObjectiveSettings):
         """Refuse mixers that see one side only, a tokenizer without a mask token, prompts."""
         if config.model.causal:
             return (
-                f"mixer '{_first_mixer(config.model)}' sees no later tokens and would fill a gap "
-                "from one side; masked_lm wants model.mixer.bidirectional=true, or hydra"
+                f"model.mixer '{_first_mixer(config.model)}' sees no later tokens and would fill a "
+                "gap from one side; masked_lm wants model.mixer.bidirectional=true, or hydra"
             )
         if config.tokenizer.path is None and not config.tokenizer.mask:
             return "objective 'masked_lm' needs a mask token; add tokenizer.mask=true"
