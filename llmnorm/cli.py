@@ -66,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     parsed = None
     try:
-        overrides, others = split_overrides(words)
         parser = _parser()
+        overrides, others = split_overrides(words, parser)
         parsed = parser.parse_args(others)
         if parsed.command is None:
             parser.print_help()
@@ -129,5 +129,8 @@ def _parser() -> Parser:
     parser.add_argument("--completion", choices=["bash", "zsh"], action=_Completion, help=help)
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
-        command.arguments(parsers.add_parser(name, help=command.HELP, description=command.HELP))
+        below = parsers.add_parser(name, help=command.HELP, description=command.HELP)
+        if command.TAKES_SETTINGS:
+            below.settings = getattr(command, "SECTION", "")
+        command.arguments(below)
     return parser

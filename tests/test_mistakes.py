@@ -72,15 +72,20 @@ COMMAND_LINE = {
         "the following arguments are required: CONFIG (`llmnorm train --help` shows the usage)",
         real=True,
     ),
+    "option that is a setting": Case(
+        "generate run --temperature 1",
+        "there is no option <option>; <hint> (`llmnorm <command> --help` shows the usage)",
+        ("--temperature; a setting is written generation.temperature=VALUE",),
+    ),
     "unknown option": Case(
         f"train {SMOKE} --dryrun",
-        "there is no option <option>; <hint> (`llmnorm --help` shows the usage)",
+        "there is no option <option>; <hint> (`llmnorm <command> --help` shows the usage)",
         ("--dryrun", "did you mean '--dry-run'?"),
     ),
     "setting without a value": Case(
         f"train {SMOKE} seed",
         "unrecognized arguments: <word>; a setting is written key.sub=value "
-        "(`llmnorm --help` shows the usage)",
+        "(`llmnorm <command> --help` shows the usage)",
         ("seed",),
     ),
     "number of rows that is none": Case(
@@ -101,6 +106,13 @@ COMMAND_LINE = {
     "schema of something": Case(
         "config --schema seed=3",
         "config: --schema takes no CONFIG and no settings; the schema is always the same",
+    ),
+    "configuration that is not here": Case(
+        "train hf://org/name.yaml",
+        "argument <name>: '<path>' is not on this machine: <scheme>:// is not read or written; "
+        "mount it, or copy it, and give the local path "
+        "(`llmnorm <command> --help` shows the usage)",
+        ("CONFIG: 'hf://org/name.yaml'",),
     ),
     "text of no run": Case(
         "generate configs/smoke.yaml", "generate: there is no directory <path>", ("smoke.yaml",)
@@ -131,11 +143,13 @@ NOT_YAML = "<file>:<line>: not valid YAML: <problem>"
 FILES = {
     "missing file": Case(
         "train configs/smok.yaml",
-        "<file>: no such file; did you mean '<file>'?",
+        "<file>: there is no such file; did you mean '<file>'?",
         ("configs/smok.yaml:", "'configs/smoke.yaml'"),
         real=True,
     ),
-    "missing directory": Case("config nowhere/x.yaml", "<file>: no such file", ("nowhere/x.yaml",)),
+    "missing directory": Case(
+        "config nowhere/x.yaml", "<file>: there is no such file", ("nowhere/x.yaml",)
+    ),
     "directory that is no run": Case(
         "train tests",
         "<directory>: is a directory without config.yaml, so it is no run directory",
@@ -145,7 +159,10 @@ FILES = {
         "train x.yaml", "<file>: the file is empty", ("x.yaml",), write("x.yaml", "")
     ),
     "binary file": Case(
-        "train x.yaml", "<file>: cannot be read: <reason>", ("x.yaml",), write("x.yaml", b"\xff\0")
+        "train x.yaml",
+        "<file>: is not UTF-8 text (byte <n>)",
+        ("x.yaml",),
+        write("x.yaml", b"\xff\0"),
     ),
     "tab": Case("train x.yaml", NOT_YAML, ("x.yaml:2:",), write("x.yaml", "seed: 1\n\tdata: 2\n")),
     "unclosed bracket": Case(
@@ -162,6 +179,13 @@ FILES = {
         "<file>: expected a mapping of sections, got list",
         ("x.yaml",),
         write("x.yaml", "- 1\n"),
+    ),
+    "brackets without end": Case(
+        "train x.yaml",
+        "<file>:<line>: nested deeper than 64 levels",
+        ("x.yaml:1:",),
+        write("x.yaml", "seed: " + "[" * 100_000),
+        real=True,
     ),
     "required section missing": Case(
         "train x.yaml",
@@ -184,6 +208,10 @@ FILES = {
 }
 
 WHOLE_NUMBER = "<place>: <key>: expected a whole number, got <value>"
+NOT_HERE = (
+    "<place>: <key>: '<path>' is not on this machine: <scheme>:// is not read or written; mount "
+    "it, or copy it, and give the local path"
+)
 AT_LEAST = "<place>: <key>: must be at least <number>, got <number>"
 NOT_VALID = "<place>: <key>: '<word>' is not valid; <hint>"
 
@@ -304,6 +332,39 @@ SETTINGS = {
     "vocabulary too small": setting("tokenizer.vocab_size=10", AT_LEAST, "tokenizer.vocab_size"),
     "part that cannot be imported": setting(
         "model.norm=no_such:Norm", "<place>: <key>: cannot import '<path>': <reason>", "no_such"
+    ),
+    "part of another kind": setting(
+        "optimizer=llmnorm.nn.norms.settings:RMSNormSettings",
+        "<place>: <key>: '<path>' is of another kind; what is wanted here is derived from <class> "
+        "of <module>",
+        "optimizer:",
+        "OptimizerSettings of llmnorm.optim.settings",
+    ),
+    "part that builds nothing": setting(
+        "model.norm=llmnorm.nn.norms.settings:NormSettings",
+        "<place>: <key>: '<path>' lacks the method <method>",
+        "model.norm:",
+        "build",
+    ),
+    "number with a digit too many": setting(
+        "training.global_batch=1e12",
+        "<place>: <key>: must be at most <number>, got <number>",
+        "training.global_batch:",
+        "got 1000000000000",
+    ),
+    "nothing for a text": setting(
+        "logging.project=null", "<place>: <key>: expected text, got null", "logging.project:"
+    ),
+    "store that is not here": setting(
+        "run_dir=s3://bucket/run",
+        NOT_HERE,
+        "run_dir: 's3://bucket/run'",
+        real=True,
+    ),
+    "name that is too long": setting(
+        f"run_dir={'a' * 300}",
+        "<place>: <key>: the name '<name>' has more than 255 bytes",
+        "run_dir:",
     ),
     "environment variable that is not set": setting(
         "seed=${NOT_SET_ANYWHERE}",
@@ -681,9 +742,12 @@ def test_a_mistake_about_a_run_leaves_it_as_it_was(
 def test_every_command_refuses_an_option_that_it_does_not_have(
     command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    message = "there is no option --nonsense; <hint> (`llmnorm --help` shows the usage)"
-    needed = {"compare": "--arm a", "convert": "--to rms"}.get(command, "")
-    check(Case(f"{command} {needed} --nonsense x y z", message, real=True), tmp_path, capfd)
+    own = [o for o in COMMANDS.choices[command]._option_string_actions if o.startswith("--")]
+    message = (
+        f"there is no option --qqq; valid: {', '.join(sorted(own))} "
+        f"(`llmnorm {command} --help` shows the usage)"
+    )
+    check(Case(f"{command} --qqq x y z", message), tmp_path, capfd)
 
 
 # What can stop, or be said of, a run that is well configured.

@@ -6,12 +6,15 @@ so that help and every mistake are answered before torch is loaded.
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
+from llmnorm.config.mistakes import shown
+from llmnorm.machine.reading import local_path
 from llmnorm.part import InputError, nearest
 
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+_OVERRIDE = re.compile(r"[^\W\d][^=/]*=")  # no path, and no option: its key may be misspelt
 
 
 class Command(Protocol):
@@ -38,40 +41,85 @@ class Command(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that name the nearest choice."""
+    """argparse with one-line errors that name the nearest choice.
+
+    Attributes:
+        settings: the sections that the command reads (`generation`), all of them for "", and None
+            for a command without settings; for the hint at an option that is a setting.
+    """
+
+    settings: str | None = None
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but the parser of a command refuses an unknown option itself."""
+        self._words = list(args or ())
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Raise an `InputError` where argparse would print its usage and leave the process."""
+        if "arguments are required" in message and (unknown := self._unknown_option()):
+            message = f"unrecognized arguments: {unknown}"  # says more than what is missing too
         match = re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if match:
             choices = re.findall(r"[\w-]+", match[3])
             what = "a command" if match[1] == "COMMAND" else f"valid for {match[1]}"
             message = f"'{match[2]}' is not {what}; {nearest(match[2], choices)}"
-        elif match := re.match(r"unrecognized arguments: (-\S+)", message):
-            hint = nearest(match[1], sorted(self._options()))
-            message = f"there is no option {match[1]}; {hint}"
+        elif match := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
+            message = f"there is no option {shown(match[1])}; {self._hint(match[1])}"
         elif message.startswith("unrecognized arguments: "):
             message += "; a setting is written key.sub=value"
         raise InputError(f"{message} (`{self.prog} --help` shows the usage)")
 
-    def _options(self) -> set[str]:
-        """The options of every command, since a parser does not know which command was typed."""
+    def _unknown_option(self) -> str | None:
+        """The first word that looks like an option and is none, nor the beginning of one."""
+        options = [word.partition("=")[0] for word in self._words if re.match("--[a-z]", word)]
+        known = self._option_string_actions
+        return next((o for o in options if not any(k.startswith(o) for k in known)), None)
+
+    def _hint(self, option: str) -> str:
+        """The setting of that name (`--temperature`), or the nearest option of the command."""
+        if self.settings is not None:
+            from llmnorm.config.docs import key_paths
+
+            name = option.lstrip("-").replace("-", "_")
+            keys = [key for key in key_paths() if key.startswith(self.settings)]
+            if same := [key for key in keys if key.rpartition(".")[2] == name]:
+                shortest = min(same, key=lambda key: key.count("."))
+                return f"a setting is written {shortest}=VALUE"
+        return nearest(option, sorted(o for o in self._option_string_actions if o[:2] == "--"))
+
+    def takes_a_word(self, option: str) -> bool:
+        """Whether a word after the option is its value, the option of a command included."""
         below = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
-        parsers = [self, *(parser for choices in below for parser in choices.values())]
-        return {o for p in parsers for o in p._option_string_actions if o.startswith("--")}
+        actions = [
+            parser._option_string_actions[option]
+            for parser in (self, *(parser for choices in below for parser in choices.values()))
+            if option in parser._option_string_actions
+        ]
+        return any(action.nargs is None for action in actions)
 
 
-def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+def split_overrides(words: list[str], parser: Parser) -> tuple[list[str], list[str]]:
     """The settings `key=value`, and all other words. Settings of an arm stay with the other words.
 
     argparse cannot take positional words both before and after options, so settings are found by
-    their shape before it sees them. What follows `--arm NAME` belongs to that arm.
+    their shape before it sees them. What follows `--arm NAME` belongs to that arm, and the word
+    after an option with one value (`--prompt E=mc2`) is that value.
     """
-    overrides, others, arm, arms = [], [], False, False
+    overrides, others, arm, arms, value = [], [], False, False, False
     for word in words:
+        if value:
+            others.append(word)
+            value = False
+            continue
         if word.startswith("-"):
             arm = word == "--arm"
             arms = arms or arm
+            value = parser.takes_a_word(word)
         if arm or not _OVERRIDE.match(word):
             others.append(word)
         elif arms:
@@ -85,10 +133,20 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    """A whole number of at least 1 and less than a thousand million."""
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least 1, got '{shown(text)}'"
+        )
     return int(text)
+
+
+def local(text: str) -> Path:
+    """A path of this machine, or `llmnorm:NAME`; `~` is the home directory."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def names(text: str) -> list[str]:
@@ -102,19 +160,19 @@ def names(text: str) -> list[str]:
 def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG: a YAML file, llmnorm:NAME, or a run directory."""
     help = "YAML file, llmnorm:NAME or run directory"
-    parser.add_argument("config", type=Path, metavar="CONFIG", help=help)
+    parser.add_argument("config", type=local, metavar="CONFIG", help=help)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """RUN_OR_DIR: the model that the command reads."""
     help = "run directory, or directory of a model"
-    parser.add_argument("path", type=Path, metavar="RUN_OR_DIR", help=help)
+    parser.add_argument("path", type=local, metavar="RUN_OR_DIR", help=help)
 
 
 def add_written(parser: argparse.ArgumentParser) -> None:
     """DIR: the directory that the command writes."""
     help = "directory to write, new or empty"
-    parser.add_argument("directory", type=Path, metavar="DIR", help=help)
+    parser.add_argument("directory", type=local, metavar="DIR", help=help)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, *, average: bool = True) -> None:
@@ -132,7 +190,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, average: bool = True) -> 
 
 
 def _checkpoint(text: str) -> str:
-    if text not in ("latest", "best") and not text.isdecimal():
+    if text not in ("latest", "best") and not re.fullmatch("[0-9]{1,15}", text):
         hint = nearest(text, ["latest", "best", "a step"])
-        raise argparse.ArgumentTypeError(f"'{text}' is no checkpoint; {hint}")
+        raise argparse.ArgumentTypeError(f"'{shown(text)}' is no checkpoint; {hint}")
     return text

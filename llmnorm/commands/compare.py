@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from llmnorm.commands.arguments import count
+from llmnorm.commands.arguments import count, local
 
 HELP = "find out whether a part is better here, by tuned and paired runs"
 TAKES_SETTINGS = True
@@ -12,7 +12,7 @@ TAKES_SETTINGS = True
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG, the arms, how they are compared, and how the runs are made."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="what the arms start from")
+    parser.add_argument("config", type=local, metavar="CONFIG", help="what the arms start from")
     parser.add_argument(
         "--arm",
         nargs="+",
@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     help = "runs that share a GPU (1)"
     parser.add_argument("--runs-per-gpu", type=count, default=1, metavar="N", help=help)
     help = "default: comparisons/<CONFIG's name>"
-    parser.add_argument("--out", type=Path, metavar="DIR", help=help)
+    parser.add_argument("--out", type=local, metavar="DIR", help=help)
     help = "print the runs and how long they take; make none"
     parser.add_argument("--plan", action="store_true", help=help)
     help = "keep the checkpoints of finished runs"

@@ -1,8 +1,8 @@
 """`llmnorm config`: the resolved settings, or the JSON schema of all settings."""
 
 import argparse
-from pathlib import Path
 
+from llmnorm.commands.arguments import local
 from llmnorm.commands.configured import load_config
 from llmnorm.part import InputError
 
@@ -13,7 +13,7 @@ TAKES_SETTINGS = True
 def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG, or --schema."""
     parser.add_argument(
-        "config", type=Path, metavar="CONFIG", nargs="?", help="YAML file, llmnorm:NAME or run"
+        "config", type=local, metavar="CONFIG", nargs="?", help="YAML file, llmnorm:NAME or run"
     )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
 

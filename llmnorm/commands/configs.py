@@ -1,8 +1,8 @@
 """`llmnorm configs`: the configurations that the package brings, shown or copied."""
 
 import argparse
-from pathlib import Path
 
+from llmnorm.commands.arguments import local
 from llmnorm.part import InputError
 
 HELP = "list the configurations that the package brings; copy one"
@@ -14,7 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     help = "show this one, or those of a directory"
     parser.add_argument("name", metavar="NAME", nargs="?", help=help)
     help = "write NAME into DIR, with the files of its `base`"
-    parser.add_argument("--copy", type=Path, metavar="DIR", help=help)
+    parser.add_argument("--copy", type=local, metavar="DIR", help=help)
 
 
 def run(parsed: argparse.Namespace, _: list[str]) -> None:

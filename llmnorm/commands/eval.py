@@ -1,9 +1,8 @@
 """`llmnorm eval`: loss of a model on validation rows, and its scores on lm-eval's tasks."""
 
 import argparse
-from pathlib import Path
 
-from llmnorm.commands.arguments import add_checkpoint, add_model, count, names
+from llmnorm.commands.arguments import add_checkpoint, add_model, count, local, names
 
 HELP = "evaluate a model on validation rows and lm-eval's tasks"
 TAKES_SETTINGS = True
@@ -18,9 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=count, metavar="N", help="at most N examples of each task")
     parser.add_argument("--batch-size", type=count, metavar="N", help="rows at once")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT adapter on the model")
+    parser.add_argument("--adapter", type=local, metavar="DIR", help="a PEFT adapter on the model")
     parser.add_argument(
-        "--data", type=Path, metavar="CONFIG_OR_RUN", help="evaluate on the text of this one"
+        "--data", type=local, metavar="CONFIG_OR_RUN", help="evaluate on the text of this one"
     )
 
 

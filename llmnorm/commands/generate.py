@@ -7,6 +7,7 @@ from llmnorm.commands.configured import load_config
 
 HELP = "continue text with a trained run or a model directory"
 TAKES_SETTINGS = True
+SECTION = "generation"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +16,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     help = "text to continue; may be given several times"
     parser.add_argument("--prompt", action="append", help=help)
+    parser.epilog = (
+        "Settings of the sampling: generation.max_new_tokens=64, generation.temperature=0.8 (0: "
+        "greedy), generation.top_k=50, generation.top_p=0.95, generation.seed=0."
+    )
 
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:

@@ -1,9 +1,8 @@
 """`llmnorm inspect`: a page with plots of what each block of a model does, or of two models."""
 
 import argparse
-from pathlib import Path
 
-from llmnorm.commands.arguments import add_checkpoint, count
+from llmnorm.commands.arguments import add_checkpoint, count, local
 
 HELP = "show what each block of a model does, or of two models"
 TAKES_SETTINGS = True
@@ -12,17 +11,17 @@ TAKES_SETTINGS = True
 def arguments(parser: argparse.ArgumentParser) -> None:
     """RUN_OR_DIR, OTHER, which weights, which rows, and where the page is written."""
     help = "run directory, or directory of any decoder"
-    parser.add_argument("path", type=Path, metavar="RUN_OR_DIR", help=help)
+    parser.add_argument("path", type=local, metavar="RUN_OR_DIR", help=help)
     help = "a second model, drawn beside the first"
-    parser.add_argument("other", type=Path, nargs="?", metavar="OTHER", help=help)
+    parser.add_argument("other", type=local, nargs="?", metavar="OTHER", help=help)
     add_checkpoint(parser)
     parser.add_argument(
         "--rows", type=count, metavar="N", help="validation rows to measure on (128)"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="CONFIG_OR_RUN", help="measure on the text of this one"
+        "--data", type=local, metavar="CONFIG_OR_RUN", help="measure on the text of this one"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the page is written")
+    parser.add_argument("--out", type=local, metavar="DIR", help="where the page is written")
 
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:

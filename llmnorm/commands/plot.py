@@ -1,7 +1,8 @@
 """`llmnorm plot`: a picture of one or more runs."""
 
 import argparse
-from pathlib import Path
+
+from llmnorm.commands.arguments import local
 
 HELP = "draw runs: loss, rates, gradient norm"
 TAKES_SETTINGS = False
@@ -9,9 +10,9 @@ TAKES_SETTINGS = False
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """RUN ..., and the file to write."""
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument("runs", type=local, nargs="+", metavar="RUN", help="run directory")
     help = "picture to write (.png, .pdf, .svg)"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=help)
+    parser.add_argument("--out", type=local, metavar="FILE", help=help)
 
 
 def run(parsed: argparse.Namespace, _: list[str]) -> None:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from llmnorm.commands.arguments import local
+
 HELP = "list runs, their state, and the settings in which they differ"
 TAKES_SETTINGS = False
 
@@ -11,7 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """DIR."""
     parser.add_argument(
         "directory",
-        type=Path,
+        type=local,
         nargs="?",
         default=Path("runs"),
         metavar="DIR",

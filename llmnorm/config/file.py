@@ -9,21 +9,44 @@ even if YAML takes it for a number.
 """
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
 from llmnorm.config import shipped
 from llmnorm.config.merge import merge, with_names
+from llmnorm.config.mistakes import MOST
 from llmnorm.config.pretrained import FREE, describe
 from llmnorm.config.tree import RunConfig
-from llmnorm.config.yaml_text import COMMAND_LINE, Mark, Marks, override, parse, where_of
+from llmnorm.config.yaml_text import (
+    COMMAND_LINE,
+    MAX_BYTES,
+    Node,
+    find,
+    override,
+    parse,
+    plain,
+    where_of,
+)
+from llmnorm.machine.reading import MAX_DEPTH, local_path, read_text
 from llmnorm.nn.settings import ModelSettings
-from llmnorm.part import Imports, InputError, explain, key_path, one_line, settings_in
+from llmnorm.part import (
+    Imports,
+    InputError,
+    Mistake,
+    Settings,
+    explain,
+    key_path,
+    settings_in,
+)
+
+MAX_FILES = 1_000  # that the `base` of files leads to, each counted as often as it is named
+_Cls = TypeVar("_Cls", bound=Settings)
 
 
 class Loaded(NamedTuple):
@@ -50,27 +73,29 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
                 f"{run}: is a directory without config.yaml, so it is no run directory"
             )
         path = run / "config.yaml"
-    marks: Marks = {(): Mark("", str(path))}
-    tree = _read(path, marks, seen=())
+    written = _Files().read(path, ())
     dropped: list[tuple[Any, ...]] = []
     for text in overrides:
-        patch, patch_marks = override(text)
-        patch = with_names(patch, [RunConfig], tree)
-        tree = merge(tree, patch, [RunConfig], marks, patch_marks, dropped=dropped)
+        patch = with_names(override(text), [RunConfig], written)
+        written = merge(written, patch, [RunConfig], dropped=dropped)
     notes = [f"{key_path(p)} was dropped: a later override chose another part" for p in dropped]
+    tree = plain(written)
     if run is None:
-        tree, brought = _with_pretrained(tree, marks)
+        tree, brought = _with_pretrained(tree, written)
     else:
         tree, brought = _with_own_tokenizer(tree, run)
     notes += brought
-    config = _validate(tree, marks, path)
+    _validated(RunConfig, tree, written, Imports.OPAQUE)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a console script has not got it
+    config = _validated(RunConfig, tree, written, Imports.ALLOWED)
     if config.run_dir is None:
         config = config.model_copy(update={"run_dir": Path("runs") / shipped.stem(path)})
     notes += config.model.notes()
     return Loaded(config, notes)
 
 
-def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any], list[str]]:
+def _with_pretrained(tree: dict[str, Any], written: Node) -> tuple[dict[str, Any], list[str]]:
     """Add the settings and the tokenizer that `model.pretrained` brings.
 
     A run's own config.yaml does not need this: it has them already.
@@ -78,16 +103,21 @@ def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any]
     Returns:
         The tree, and notes to the user.
     """
-    model, loc = tree.get("model"), ("model", "pretrained")
-    if not isinstance(model, dict) or model.get("pretrained") is None:
-        return tree, []
-    named = Path(str(marks[loc].text or model["pretrained"]))
-    found = describe(named, f"{where_of(marks, loc)}: model.pretrained")
-    for key, value in model.items():
-        if key in ModelSettings.model_fields and not found.admits(key, value):
+    model = tree.get("model")
+    node = find(written, ("model", "pretrained"))
+    if not isinstance(model, dict) or node is None or not node.text or node.value is None:
+        return tree, []  # a mapping or list is refused with all else
+    key = f"{node.where}: model.pretrained"
+    try:
+        named = local_path(node.text)
+    except ValueError as error:
+        raise InputError(f"{key}: {error}") from None
+    found = describe(named, key)
+    for name, value in model.items():
+        if name in ModelSettings.model_fields and not found.admits(name, value):
             raise InputError(
-                f"{where_of(marks, ('model', key))}: model.{key}: {named} brings its own; leave it "
-                f"out (these may be set beside model.pretrained: {', '.join(FREE)})"
+                f"{where_of(written, ('model', name))}: model.{name}: {named} brings its own; "
+                f"leave it out (these may be set beside model.pretrained: {', '.join(FREE)})"
             )
     tree = tree | {"model": found.model | model}
     tokenizer = tree.get("tokenizer")
@@ -99,8 +129,8 @@ def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any]
         return tree, [f"model.pretrained: {named}'s own tokenizer is not used, {why}"]
     if found.tokenizer is None:
         raise InputError(
-            f"{where_of(marks, loc)}: model.pretrained: {named} has no tokenizer.json; give the "
-            "tokenizer that its weights belong to as tokenizer.path"
+            f"{key}: {named} has no tokenizer.json; give the tokenizer that its weights belong to "
+            "as tokenizer.path"
         )
     tree = tree | {"tokenizer": {"path": str(found.tokenizer)}}
     return tree, [f"tokenizer.path is {found.tokenizer}, which model.pretrained brings"]
@@ -129,81 +159,131 @@ def _is_directory(path: str) -> bool:
         return False
 
 
-def _read(path: Path, marks: Marks, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A file's tree, over those of its `base`; `seen` are the files whose `base` led here."""
-    file = shipped.locate(path)
+class _Files:
+    """The files that a configuration is made of; each is read once, however often it is a base."""
+
+    def __init__(self) -> None:
+        self._read: dict[Path, Node] = {}
+        self._count = 0
+
+    def read(self, path: Path, seen: tuple[Path, ...], named: str = "") -> Node:
+        """A file's tree, over those of its `base`.
+
+        Args:
+            path: the file.
+            seen: the files whose `base` led here.
+            named: how messages about a file that is not there begin: with the `base` that names it.
+        """
+        try:
+            file = shipped.locate(path)
+            text = _text(path, file)
+        except InputError as error:
+            raise InputError(f"{named}{error}") from None
+        real = file.resolve()
+        if real in seen:
+            raise InputError(f"{path}: 'base' leads back to this file")
+        self._count += 1
+        if self._count > MAX_FILES or len(seen) > MAX_DEPTH:
+            raise InputError(
+                f"{path}: 'base' leads to more than {MAX_FILES:,} files, or through more than "
+                f"{MAX_DEPTH} one after the other"
+            )
+        if real not in self._read:
+            self._read[real] = self._merged(path, text, (*seen, real))
+        return self._read[real]
+
+    def _merged(self, path: Path, text: str, seen: tuple[Path, ...]) -> Node:
+        own = parse(text, str(path), line_numbers=True)
+        if own is None or own.value is None:
+            raise InputError(f"{path}: the file is empty")
+        if not isinstance(own.value, dict):
+            kind = "list" if isinstance(own.value, list) else type(own.value).__name__
+            raise InputError(f"{path}: expected a mapping of sections, got {kind}")
+        keys = dict(own.value)
+        tree = Node({}, "", str(path))
+        if "base" in keys:
+            named = f"{keys['base'].where}: base: "
+            for base in _bases(keys.pop("base"), path):
+                tree = merge(tree, self.read(base, seen, named), [RunConfig])
+        patch = with_names(own._replace(value=keys), [RunConfig], tree)
+        return merge(tree, patch, [RunConfig])._replace(where=str(path))
+
+
+def _bases(node: Node, path: Path) -> list[Path]:
+    """The files that are named under `base` of the file at `path`."""
+    named = node.value if isinstance(node.value, list) else [node]
+    if not all(isinstance(base.value, str) for base in named):
+        raise InputError(f"{node.where}: base: expected a file or a list of files")
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        return [shipped.beside(path, str(local_path(base.value))) for base in named]
+    except ValueError as error:
+        raise InputError(f"{node.where}: base: {error}") from None
+
+
+def _text(path: Path, file: Path) -> str:
+    """A file's text; a name that nearly is that of another file is hinted at."""
+    if file.is_dir():
+        raise InputError(f"{path}: is a directory, not a YAML file")
+    try:
+        return read_text(file, limit=MAX_BYTES)
+    except InputError as error:
+        if os.path.lexists(file):
+            raise
+        beside = [str(p) for p in path.parent.glob("*.yaml")]
         close = difflib.get_close_matches(str(path), beside, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise InputError(f"{path}: no such file{hint}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a directory, not a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if file.resolve() in seen:
-        raise InputError(f"{path}: 'base' leads back to this file")
-    own, own_marks = parse(text, str(path), line_numbers=True)
-    if own is None:
-        raise InputError(f"{path}: the file is empty")
-    if not isinstance(own, dict):
-        raise InputError(f"{path}: expected a mapping of sections, got {type(own).__name__}")
-    bases = own.pop("base", [])
-    if not isinstance(bases, str | list) or not all(isinstance(b, str) for b in bases):
-        raise InputError(
-            f"{where_of(own_marks, ('base',))}: base: expected a file or a list of files"
-        )
-    tree: Any = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        base_marks: Marks = {}
-        below = _read(shipped.beside(path, base), base_marks, (*seen, file.resolve()))
-        tree = merge(tree, below, [RunConfig], marks, base_marks)
-    own = with_names(own, [RunConfig], tree)
-    return merge(tree, own, [RunConfig], marks, own_marks)
+        raise InputError(f"{error}{hint}") from None
 
 
-def _validate(tree: Any, marks: Marks, path: Path) -> RunConfig:
+def _validated(cls: type[_Cls], tree: Any, written: Node, imports: Imports) -> _Cls:
+    """Settings of class `cls`, made from plain values.
+
+    Where a setting wants text, it gets what was typed. `tree` is changed so.
+    """
     try:
-        RunConfig.model_validate(tree, context={"imports": Imports.OPAQUE})
+        return cls.model_validate(tree, context={"imports": imports})
     except ValidationError as error:
-        errors = explain(error, RunConfig)
-        typed = [e for e in errors if e["type"] in ("string_type", "path_type")]
-        typed = [e for e in typed if marks.get(e["loc"], Mark("", "")).text]
-        if typed:
-            for e in typed:
-                tree = _replaced(tree, e["loc"], marks[e["loc"]].text)
-                marks[e["loc"]] = marks[e["loc"]]._replace(text="")
-            return _validate(tree, marks, path)
-        raise InputError("\n".join(_line(e, marks, path) for e in errors)) from None
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a console script has not got it
-    try:
-        return RunConfig.model_validate(tree, context={"imports": Imports.ALLOWED})
-    except ValidationError as error:
-        raise InputError(
-            "\n".join(_line(e, marks, path) for e in explain(error, RunConfig))
-        ) from None
+        mistakes = explain(error, cls)
+    texts = [m for m in mistakes if m.kind in ("string_type", "path_type")]
+    if any([_put_text(tree, written, mistake.loc) for mistake in texts]):
+        return _validated(cls, tree, written, imports)
+    lines = [_line(mistake, written) for mistake in mistakes[:MOST]]
+    if len(mistakes) > MOST:
+        lines.append(f"{written.where}: and {len(mistakes) - MOST:,} more")
+    raise InputError("\n".join(lines))
 
 
-def _replaced(tree: Any, loc: tuple[Any, ...], value: Any) -> Any:
-    if not loc:
-        return value
-    copy = list(tree) if isinstance(tree, list) else dict(tree)
-    copy[loc[0]] = _replaced(copy[loc[0]], loc[1:], value)
-    return copy
+def _put_text(tree: Any, written: Node, loc: tuple[Any, ...]) -> bool:
+    """Put what was typed at a key path in the place of what YAML takes it for.
+
+    Returns:
+        Whether that is another value than before; null and what is no scalar stay.
+    """
+    node = find(written, loc)
+    if node is None or node.value is None or isinstance(node.value, dict | list | str):
+        return False
+    for key in loc[:-1]:
+        tree = tree[key]
+    changed = bool(tree[loc[-1]] != node.text)
+    tree[loc[-1]] = node.text
+    return changed
 
 
-def _line(error: dict[str, Any], marks: Marks, path: Path) -> str:
-    loc, message = error["loc"], error["msg"]
-    # An impossible pair names its keys in the message: point at the one that was typed last.
-    words = [tuple(word.split(".")) for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message)]
-    typed = [key for word in words for key in (word, (*loc, *word)) if key in marks]
-    if typed and error["type"] == "value_error":
-        typed.sort(key=lambda k: marks[k].where != COMMAND_LINE)
-        return f"{marks[typed[0]].where}: {message}"
-    return f"{where_of(marks, loc)}: {key_path(loc)}: {message}" if loc else f"{path}: {message}"
+def _line(mistake: Mistake, written: Node) -> str:
+    loc, message = mistake.loc, mistake.message
+    node = find(written, loc)
+    if mistake.kind == "value_error" and (node is None or isinstance(node.value, dict)):
+        # An impossible pair names its keys in the message: point at the one that was typed last.
+        words = [tuple(w.split(".")) for w in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message)]
+        keys = [word for word in words if len(word) > 1]
+        keys += [(*loc, *word) for word in words if loc]
+        keys = [key for key in keys if find(written, key)]
+        if keys:
+            keys.sort(key=lambda key: where_of(written, key) != COMMAND_LINE)
+            named = not loc or f"{key_path(loc)}." in message
+            section = "" if named else f"{key_path(loc)}: "
+            return f"{where_of(written, keys[0])}: {section}{message}"
+    return f"{where_of(written, loc)}: {key_path(loc)}{loc and ': ' or ''}{message}"
 
 
 def section(name: str, overrides: Iterable[str]) -> Any:
@@ -213,16 +293,14 @@ def section(name: str, overrides: Iterable[str]) -> Any:
         InputError: an override is not valid, or belongs to another section.
     """
     cls = settings_in(RunConfig.model_fields[name].annotation)[0]
-    tree: Any = {}
-    marks: Marks = {}
+    written = Node({name: Node({}, "", COMMAND_LINE)}, "", COMMAND_LINE)
     for text in overrides:
-        patch, patch_marks = override(text)
-        patch = with_names(patch, [RunConfig], tree)
-        tree = merge(tree, patch, [RunConfig], marks, patch_marks)
-    if foreign := [key for key in tree if key != name]:
+        written = merge(written, with_names(override(text), [RunConfig], written), [RunConfig])
+    if foreign := [key for key in written.value if key != name]:
         raise InputError(f"{COMMAND_LINE}: {foreign[0]}: only {name}.* is read here")
+    node = written.value[name]
     try:
-        return cls.model_validate(tree.get(name, {}))
+        return cls.model_validate(plain(node))
     except ValidationError as error:
-        lines = [f"{COMMAND_LINE}: {name}.{one_line([e])}" for e in explain(error, cls)]
-        raise InputError("\n".join(lines)) from None
+        mistakes = [m._replace(loc=(name, *m.loc)) for m in explain(error, cls)[:MOST]]
+        raise InputError("\n".join(_line(mistake, written) for mistake in mistakes)) from None

@@ -8,130 +8,134 @@ What would surprise: a mapping whose keys are whole numbers reaches into a list
 (`data.sources.0.weight=3`).
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from llmnorm.config.yaml_text import COMMAND_LINE, Marks, where_of
+from llmnorm.config.yaml_text import COMMAND_LINE, Node
 from llmnorm.part import InputError, Part, Settings, key_path, part_classes, part_of, settings_in
 
+_INDEX = re.compile("[0-9]{1,9}")  # `²` is a digit for Python too
 
-def with_names(patch: Any, classes: list[type[Settings]], tree: Any = None) -> Any:
+
+def with_names(patch: Node, classes: list[type[Settings]], tree: Node | None = None) -> Node:
     """The patch with `part: {name: x}` for every `part: x`, parts inside parts included.
 
     Args:
-        patch: a tree of plain values.
+        patch: what will be merged.
         classes: the settings classes that it may be of.
         tree: what the patch will be merged onto; a part without a name has this tree's name.
     """
-    if not isinstance(patch, dict):
+    if not isinstance(patch.value, dict):
         return patch
     result = {}
-    for key, value in patch.items():
-        field = next((c.model_fields[key] for c in classes if key in c.model_fields), None)
+    for key, node in patch.value.items():
+        field = _field(classes, key)
         part = part_of(field)
-        old = tree.get(key) if isinstance(tree, dict) else None
+        old = tree.value.get(key) if tree is not None and isinstance(tree.value, dict) else None
         if part is None or field is None:
-            result[key] = with_names(value, settings_in(field.annotation) if field else [], old)
-        elif isinstance(value, list):
-            result[key] = [_named(v, field, part, None) for v in value]
-        elif isinstance(old, list) and isinstance(value, dict) and value and _indices(value):
-            items = dict(enumerate(old))
-            result[key] = {i: _named(v, field, part, items.get(int(i))) for i, v in value.items()}
+            result[key] = with_names(node, settings_in(field.annotation) if field else [], old)
+        elif isinstance(node.value, list):
+            items = [_named(item, field, part, None) for item in node.value]
+            result[key] = node._replace(value=items)
+        elif old is not None and isinstance(old.value, list) and _indices(node):
+            there = dict(enumerate(old.value))
+            below = {i: _named(n, field, part, there.get(int(i))) for i, n in node.value.items()}
+            result[key] = node._replace(value=below)
         else:
-            result[key] = _named(value, field, part, old)
-    return result
+            result[key] = _named(node, field, part, old)
+    return patch._replace(value=result)
 
 
-def _named(value: Any, field: FieldInfo, part: Part, old: Any) -> Any:
+def _named(node: Node, field: FieldInfo, part: Part, old: Node | None) -> Node:
     """One part with its name, and the parts in it with theirs."""
-    value = {"name": value} if isinstance(value, str) else value
-    if not isinstance(value, dict):
-        return value
-    old_name = old.get("name", part.default) if isinstance(old, dict) else part.default
-    name = value.get("name", old_name)
+    if isinstance(node.value, str):
+        node = Node({"name": node}, "", node.where)
+    if not isinstance(node.value, dict):
+        return node
+    old_name = _name_of(old, part.default)
+    name = _name_of(node, old_name)
     kept = old if name == old_name else None
-    return with_names(value, _chosen(field, part, {"name": name}), kept)
+    return with_names(node, _chosen(field, name), kept)
 
 
-def _chosen(field: FieldInfo, part: Part, value: Any) -> list[type[Settings]]:
-    """The settings class that a part's mapping names (none for an import path)."""
-    name = value.get("name", part.default) if isinstance(value, dict) else part.default
-    cls = part_classes(field.annotation).get(name)
+def _name_of(node: Node | None, default: Any) -> Any:
+    """The name that a part's mapping gives, whatever it is; `default` where it gives none."""
+    if node is None or not isinstance(node.value, dict) or "name" not in node.value:
+        return default
+    return node.value["name"].value
+
+
+def _chosen(field: FieldInfo, name: Any) -> list[type[Settings]]:
+    """The settings class of a part's name (none for an import path, or what is no name)."""
+    cls = part_classes(field.annotation).get(name) if isinstance(name, str) else None
     return [cls] if cls else []
 
 
+def _field(classes: Iterable[type[Settings]], key: str) -> FieldInfo | None:
+    return next((c.model_fields[key] for c in classes if key in c.model_fields), None)
+
+
 def merge(
-    tree: Any,
-    patch: Any,
+    tree: Node | None,
+    patch: Node,
     classes: list[type[Settings]],
-    marks: Marks,
-    patch_marks: Marks,
     path: tuple[Any, ...] = (),
     dropped: list[tuple[Any, ...]] | None = None,
     field: FieldInfo | None = None,
-) -> Any:
+) -> Node:
     """`patch` over `tree`; both come from `with_names`.
 
     Args:
-        tree, patch: plain values.
+        tree, patch: what was written; None for nothing.
         classes: the settings classes that both may be of.
-        marks: of `tree`; changed in place to those of the result.
-        patch_marks: of `patch`.
         path: the key path at which both stand.
         dropped: gets the key paths of overrides that a later change of a part's name drops.
         field: the settings field at `path`.
 
     Raises:
-        InputError: an index is past the end of a list.
+        InputError: what reaches into a list has no number of it.
     """
-    if isinstance(tree, list) and isinstance(patch, dict) and patch and _indices(patch):
-        items = list(tree)
-        for key, value in patch.items():
+    if tree is not None and isinstance(tree.value, list) and _indices(patch):
+        items = list(tree.value)
+        for key, node in patch.value.items():
             if int(key) >= len(items):
-                where = where_of(patch_marks, (*path, key))
                 raise InputError(
-                    f"{where}: {key_path((*path, key))}: the list has {len(items)} items, "
+                    f"{node.where}: {key_path((*path, key))}: the list has {len(items)} items, "
                     f"the last index is {len(items) - 1}"
                 )
-            moved = {
-                (*path, int(key), *p[len(path) + 1 :]): m
-                for p, m in patch_marks.items()
-                if p[: len(path) + 1] == (*path, key)
-            }
-            below, old = (*path, int(key)), items[int(key)]
-            items[int(key)] = merge(old, value, classes, marks, moved, below, dropped, field)
-        return items
-    if (part := part_of(field)) is not None and field is not None and isinstance(patch, dict):
-        old = {} if tree is None else tree
-        old_name = old.get("name", part.default) if isinstance(old, dict) else None
-        if patch.get("name", old_name) != old_name:
-            if dropped is not None and isinstance(old, dict):
-                dropped += [
-                    (*path, k)
-                    for k in old
-                    if k != "name" and where_of(marks, (*path, k)) == COMMAND_LINE
-                ]
-            for stale in [p for p in marks if p[: len(path)] == path]:
-                del marks[stale]
-            tree = {}
-        classes = _chosen(field, part, {"name": patch.get("name", old_name)})
-    if not (isinstance(tree, dict) and isinstance(patch, dict)):
-        for old in [p for p in marks if p[: len(path)] == path]:
-            del marks[old]
-        marks |= {p: m for p, m in patch_marks.items() if p[: len(path)] == path}
-        if path[-1:] == ("name",) and path not in marks and path[:-1] in patch_marks:
-            marks[path] = marks[path[:-1]] = patch_marks[path[:-1]]  # was written `part: x`
+            below = (*path, int(key))
+            items[int(key)] = merge(items[int(key)], node, classes, below, dropped, field)
+        return tree._replace(value=items)
+    part = part_of(field)
+    of_list = tree is not None and isinstance(tree.value, list) and isinstance(patch.value, dict)
+    if tree is not None and of_list and part is None and patch.value:
+        raise InputError(
+            f"{patch.where}: {key_path((*path, next(iter(patch.value))))}: {key_path(path)} is a "
+            f"list, whose items have the numbers 0 to {len(tree.value) - 1}"
+        )
+    if part is not None and field is not None and isinstance(patch.value, dict):
+        known = tree is None or tree.value is None or isinstance(tree.value, dict)
+        old_name = _name_of(tree, part.default) if known else None
+        name = _name_of(patch, old_name)
+        if name != old_name:
+            if dropped is not None and tree is not None and isinstance(tree.value, dict):
+                written = [k for k, n in tree.value.items() if n.where == COMMAND_LINE]
+                dropped += [(*path, k) for k in written if k != "name"]
+            return patch
+        classes = _chosen(field, name)
+    if tree is None or not (isinstance(tree.value, dict) and isinstance(patch.value, dict)):
         return patch
-    result = dict(tree)
-    for key, value in patch.items():
-        field = next((c.model_fields[key] for c in classes if key in c.model_fields), None)
-        inner = settings_in(field.annotation) if field else []
-        below, old = (*path, key), result.get(key)
-        result[key] = merge(old, value, inner, marks, patch_marks, below, dropped, field)
-    return result
+    result = dict(tree.value)
+    for key, node in patch.value.items():
+        inner = _field(classes, key)
+        of_key = settings_in(inner.annotation) if inner else []
+        result[key] = merge(result.get(key), node, of_key, (*path, key), dropped, inner)
+    return tree._replace(value=result)
 
 
-def _indices(patch: Mapping[Any, Any]) -> bool:
-    return all(str(key).isdigit() for key in patch)
+def _indices(patch: Node) -> bool:
+    keys = patch.value if isinstance(patch.value, dict) else ()
+    return bool(keys) and all(_INDEX.fullmatch(key) for key in keys)

@@ -37,7 +37,7 @@ def part_schema(
         if name != default:
             schema["required"] = ["name"]
         mappings.append(schema)
-    path = {"type": "string", "pattern": "^[\\w.]+:\\w+$"}
+    path = {"type": "string", "pattern": "^[\\w.]+:[\\w.]+$"}
     foreign = {"type": "object", "required": ["name"], "properties": {"name": path}}
     single: list[Any] = [{"enum": list(classes)}, path, *mappings, foreign]
     if not many:

@@ -7,12 +7,12 @@ that a mistake is answered at once.
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
+from llmnorm.config.values import Count, LocalPath, Rows, Seed
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.objectives.settings import CausalLMSettings, Objective, ObjectiveSettings
@@ -20,7 +20,6 @@ from llmnorm.optim.schedule import CosineSettings, Schedule
 from llmnorm.optim.settings import AdamWSettings, Optimizer
 from llmnorm.part import Settings
 
-Count = Annotated[int, Field(ge=1)]
 # accelerate's trackers. Asking accelerate would import torch, so they are written here.
 Tracker = Literal[
     "aim",
@@ -40,13 +39,13 @@ class TrainingSettings(Settings):
 
     steps: Count | None = None
     """Length in global batches."""
-    tokens: Count | None = None
+    tokens: Annotated[int, Field(ge=1, le=10**18)] | None = None
     """Length in tokens, rounded up to whole global batches."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Length in passes over the training rows, rounded up to whole global batches."""
-    global_batch: Count | Literal["auto"] = 32
+    global_batch: Rows | Literal["auto"] = 32
     """Rows a step, over all processes; `auto`: the Step Law's (needs `tokens`)."""
-    micro_batch: Count | None = None
+    micro_batch: Rows | None = None
     """Rows that one process runs at once; left out, all of its share of the global batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: matrix products in bfloat16; weights, optimizer state, norm statistics, rotary
@@ -61,7 +60,7 @@ class TrainingSettings(Settings):
     """The run stops after this many steps in a row with a non-finite loss or gradient."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights with this decay, e.g. 0.999."""
-    branch_from: Path | None = None
+    branch_from: LocalPath | None = None
     """Start with weights, optimizer state and row number of this checkpoint
     (RUN/checkpoints/step_N); the run's length counts its steps too."""
 
@@ -75,8 +74,9 @@ class TrainingSettings(Settings):
             )
         batch = self.global_batch
         if self.micro_batch is not None and batch != "auto" and batch % self.micro_batch:
-            divisors = [d for d in range(1, batch + 1) if batch % d == 0]
-            close = min(divisors, key=lambda d: abs(d - (self.micro_batch or 0)))
+            wanted = self.micro_batch  # 1 is nearer than any divisor above its double
+            divisors = (d for d in range(1, min(batch, 2 * wanted) + 1) if batch % d == 0)
+            close = min(divisors, key=lambda d: abs(d - wanted))
             raise ValueError(
                 f"training.micro_batch {self.micro_batch} does not divide training.global_batch "
                 f"{self.global_batch}; the nearest that does is {close}"
@@ -105,14 +105,14 @@ class EvaluationSettings(Settings):
 
     every: Count | None = None
     """Steps between two evaluations; left out, only at the end."""
-    micro_batch: Count | None = None
+    micro_batch: Rows | None = None
     """Rows that one process runs at once; left out, as in training."""
     prompts: list[str] = []
     """Texts to continue at every evaluation, with the sampling of `generation` and fixed noise."""
-    samples: int = Field(default=2, ge=0)
+    samples: int = Field(default=2, ge=0, le=100_000)
     """Without `prompts`: how many validation rows' first tokens are continued instead; 0: none.
     Only objectives of a causal language model continue text."""
-    sample_tokens: Count = 32
+    sample_tokens: Rows = 32
     """Tokens generated at most for each of them."""
 
 
@@ -121,7 +121,7 @@ class CheckpointSettings(Settings):
 
     every: Count | None = None
     """Steps between two checkpoints; left out, only at the end."""
-    keep: int = Field(default=2, ge=2)
+    keep: int = Field(default=2, ge=2, le=10**12)
     """How many of the newest are kept."""
     keep_every: Count | None = None
     """Checkpoints of steps that this divides are never removed."""
@@ -138,7 +138,7 @@ class ParallelSettings(Settings):
     """`auto`: what the launch file asks for; `none`: one process; `ddp`: every process holds the
     whole model; `fsdp2`: weights, gradients and optimizer state are spread over the processes;
     `hsdp`: spread over groups of processes that hold the same; `zero1` to `zero3`: DeepSpeed."""
-    replicas: Count = 1
+    replicas: Annotated[int, Field(ge=1, le=2**20)] = 1
     """How many groups of processes hold the whole model each; more than 1 makes `fsdp2` `hsdp`."""
     exchange: Literal["fp32", "bf16"] = "fp32"
     """Numbers in which gradients and updates of matrix optimizers travel between processes; `fp32`
@@ -179,7 +179,7 @@ class LoggingSettings(Settings):
 class GenerationSettings(Settings):
     """Sampling of `llmnorm generate`."""
 
-    max_new_tokens: Count = 64
+    max_new_tokens: Rows = 64
     """Tokens generated at most."""
     temperature: float = Field(default=0.8, ge=0)
     """0 is greedy."""
@@ -187,14 +187,14 @@ class GenerationSettings(Settings):
     """Sample from this many likeliest tokens."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Sample from the likeliest tokens that together have this probability."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**64)
     """Seed of the sampling."""
 
 
 class RunModelSettings(ModelSettings):
     """The model of a run; its settings are given, or brought by a directory of weights."""
 
-    pretrained: Path | None = None
+    pretrained: LocalPath | None = None
     """Start from the weights in this directory with a new optimizer: a run (its newest checkpoint),
     RUN/checkpoints/step_N, an exported model, or a Llama, Mistral, Qwen2 or Qwen3 with safetensors
     files. It brings the model's settings (beside it only dropout, max_position_embeddings and
@@ -204,9 +204,9 @@ class RunModelSettings(ModelSettings):
 class RunConfig(Settings):
     """The whole of a run."""
 
-    run_dir: Path | None = None
+    run_dir: LocalPath | None = None
     """Where the run lives; left out, `runs/<name of the configuration file>`."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of the initial weights and of all randomness in training."""
     data: DataSettings
     """The corpus and the rows made of it."""

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from llmnorm.config.shipped import locate
+from llmnorm.config.values import Count, LocalPath, LocalText, Seed
 from llmnorm.part import Settings
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
@@ -20,13 +21,13 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 class SourceSettings(Settings):
     """A named corpus in the mixture: files (`path`) or a Hugging Face dataset (`dataset`)."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
     """What the source is called in metrics and plots: letters, digits, `_`, `-` and `.`."""
-    path: str | None = None
+    path: LocalText | None = None
     """A file or a glob (`**` allowed) of .txt (a file is a document), .jsonl, .parquet or .arrow (a
     record is); .txt and .jsonl may end in .gz or .zst. Relative to the working directory;
     `llmnorm:NAME` is a file that the package brings."""
-    dataset: str | None = None
+    dataset: LocalText | None = None
     """Instead of `path`: a dataset's name on the Hugging Face hub (streamed while preparing), or a
     local directory that `datasets` saved or can load."""
     subset: str | None = None
@@ -38,7 +39,7 @@ class SourceSettings(Settings):
     weight: int | None = Field(default=None, ge=1, lt=2**31)
     """Share of this source among all rows, as a whole number beside the other sources' weights;
     left out by all sources: their numbers of rows, so that an epoch shows every row once."""
-    validation: str | None = None
+    validation: LocalText | None = None
     """File or glob of the source's own validation text; left out: 2 % of the source is held out."""
 
     @model_validator(mode="after")
@@ -55,15 +56,15 @@ class DataSettings(Settings):
 
     sources: Literal["default"] | list[SourceSettings] = "default"
     """The corpora of the mixture; `default`: the six small corpora that `llmnorm data` fetches."""
-    context_length: int = Field(default=1024, ge=2)
+    context_length: int = Field(default=1024, ge=2, le=2**24)
     """Labels in a row; a row holds one token more."""
-    validation_bytes: int = Field(default=4_000_000, ge=1)
+    validation_bytes: Count = 4_000_000
     """At most this much text of each source is held out for validation."""
-    seed: int | None = Field(default=None, ge=0)
+    seed: Seed | None = None
     """Seed of the order of rows; left out: the run's seed."""
-    dir: Path = Path("data")
+    dir: LocalPath = Path("data")
     """Where the default corpus and the tokens are kept, relative to the working directory."""
-    processes: int | None = Field(default=None, ge=1)
+    processes: int | None = Field(default=None, ge=1, le=4096)
     """How many texts are tokenised at once; left out: one a core."""
 
     @field_validator("sources")
@@ -87,11 +88,11 @@ class DataSettings(Settings):
 class TokenizerSettings(Settings):
     """How text becomes tokens: a byte-level BPE trained on the sources, or one that exists."""
 
-    vocab_size: int = Field(default=32768, ge=SMALLEST_VOCABULARY)
+    vocab_size: int = Field(default=32768, ge=SMALLEST_VOCABULARY, le=2**24)
     """Tokens of the byte-level BPE that is trained, the three special ones included."""
-    path: Path | None = None
+    path: LocalPath | None = None
     """A local Hugging Face tokenizer directory to use instead of training one."""
-    train_bytes: int = Field(default=32_000_000, ge=1)
+    train_bytes: Count = 32_000_000
     """At most this much text, shared evenly by the sources, is read to train the BPE."""
     mask: bool = False
     """A fourth special token, `<|mask|>`, which the objective `masked_lm` needs."""

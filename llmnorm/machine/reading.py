@@ -239,6 +239,8 @@ def local_path(text: str) -> Path:
     """
     if "\0" in text:
         raise ValueError(f"{text!r} has a NUL byte, which no path has")
+    if text.startswith("file://"):
+        raise ValueError(f"'{text}' is a URL; write the path alone")
     if match := _SCHEME.match(text):
         raise ValueError(
             f"'{text}' is not on this machine: {match[1]}:// is not read or written; mount it, or "
@@ -246,6 +248,8 @@ def local_path(text: str) -> Path:
         )
     if longest := next((p for p in text.split("/") if len(os.fsencode(p)) > 255), None):
         raise ValueError(f"the name '{longest[:20]}...' has more than 255 bytes")
+    if len(os.fsencode(text)) > 4095:
+        raise ValueError(f"the path '{text[:20]}...' has more than 4,095 bytes")
     try:
         return Path(text).expanduser()
     except RuntimeError:

@@ -4,10 +4,12 @@ Derived defaults (head_dim, intermediate_size, ...) are computed from the fields
 not part of a run's own YAML unless written there, so that `model.hidden_size=512` moves them along.
 """
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmnorm.config.values import Layers, Positions, Vocabulary, Width
 from llmnorm.nn.mixers.settings import Mixer, MixerSettings, SoftmaxSettings
 from llmnorm.nn.norms.settings import (
     Norm,
@@ -23,7 +25,19 @@ if TYPE_CHECKING:
     from llmnorm.nn.mlp import GELU, SwiGLU
 
 
-class SwiGLUSettings(Settings):
+class MLPSettings(Settings):
+    """What every MLP's settings say about it; base class of an MLP of your own."""
+
+    @abstractmethod
+    def default_intermediate_size(self, hidden_size: int) -> int:
+        """The inner width where the model's settings give none."""
+
+    @abstractmethod
+    def build(self, hidden_size: int, intermediate_size: int) -> Any:
+        """The MLP (a torch module) from and to `hidden_size`; None for none."""
+
+
+class SwiGLUSettings(MLPSettings):
     """Gated MLP: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
     name: Literal["swiglu"] = "swiglu"
@@ -41,7 +55,7 @@ class SwiGLUSettings(Settings):
         return SwiGLU(hidden_size, intermediate_size, bias=self.bias)
 
 
-class GELUSettings(Settings):
+class GELUSettings(MLPSettings):
     """Plain MLP: down(gelu(up(x))) (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
 
     name: Literal["gelu"] = "gelu"
@@ -59,7 +73,7 @@ class GELUSettings(Settings):
         return GELU(hidden_size, intermediate_size, bias=self.bias)
 
 
-class NoMLPSettings(Settings):
+class NoMLPSettings(MLPSettings):
     """Nothing: a block is its mixer alone, as in Mamba and Hydra-BERT."""
 
     name: Literal["none"] = "none"
@@ -72,7 +86,7 @@ class NoMLPSettings(Settings):
         """No module."""
 
 
-Mlp = Annotated[SwiGLUSettings | GELUSettings | NoMLPSettings, Part(default="swiglu")]
+Mlp = Annotated[SwiGLUSettings | GELUSettings | NoMLPSettings, Part(MLPSettings, default="swiglu")]
 
 # What each kind of rotary scaling needs and may have besides rope_type and rope_theta, as in
 # transformers' modeling_rope_utils.
@@ -104,7 +118,7 @@ class RopeParameters(Settings):
     """Base of the wavelengths."""
     factor: float | None = Field(None, ge=1)
     """How many times the original context is stretched (all kinds but `default`)."""
-    original_max_position_embeddings: int | None = Field(None, ge=1)
+    original_max_position_embeddings: Positions | None = None
     """Context of the original training (yarn, llama3, longrope)."""
     attention_factor: float | None = Field(None, gt=0)
     """Multiplies cos and sin (yarn, longrope); the paper's value if not given."""
@@ -145,18 +159,18 @@ class RopeParameters(Settings):
 class ModelSettings(Settings):
     """A transformer: decoder or, where its mixers look at later tokens too, encoder."""
 
-    vocab_size: int | Literal["auto"] = "auto"
+    vocab_size: Vocabulary | Literal["auto"] = "auto"
     """Rows of the embedding; `auto` takes the tokenizer's."""
-    hidden_size: int = Field(512, ge=1)
+    hidden_size: Width = 512
     """Width of the residual stream."""
-    num_hidden_layers: int = Field(8, ge=1)
+    num_hidden_layers: Layers = 8
     """Number of blocks."""
-    num_attention_heads: int = Field(8, ge=1)
+    num_attention_heads: Width = 8
     """Query heads."""
-    num_key_value_heads: int = Field(default_factory=lambda data: data["num_attention_heads"], ge=1)
+    num_key_value_heads: Width = Field(default_factory=lambda data: data["num_attention_heads"])
     """Key and value heads, each shared by a group of query heads; all heads if not given."""
-    head_dim: int = Field(
-        default_factory=lambda data: data["hidden_size"] // data["num_attention_heads"], ge=1
+    head_dim: Width = Field(
+        default_factory=lambda data: data["hidden_size"] // data["num_attention_heads"]
     )
     """Width of a head; hidden_size / num_attention_heads if not given."""
     norm: Norm = RMSNormSettings()
@@ -173,13 +187,14 @@ class ModelSettings(Settings):
     intermediate_size: int = Field(
         default_factory=lambda data: data["mlp"].default_intermediate_size(data["hidden_size"]),
         ge=1,
+        le=2**24,
     )
     """Inner width of the MLP; the part's own multiple of hidden_size if not given."""
-    max_position_embeddings: int = Field(2048, ge=1)
+    max_position_embeddings: Positions = 2048
     """Longest context the model is meant for; some rotary kinds scale with it."""
     rope_parameters: RopeParameters = RopeParameters()
     """Rotary positions."""
-    type_vocab_size: int = Field(0, ge=0)
+    type_vocab_size: int = Field(0, ge=0, le=2**24)
     """Rows of a second embedding, which tells the first sentence's tokens from the second's (BERT:
     2); 0: none."""
     embedding_norm: bool = False
@@ -203,25 +218,14 @@ class ModelSettings(Settings):
     """The stock architecture of `llmnorm export --stock`; the one that fits if not given. A stock
     model loaded by `model.pretrained` brings its own."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _head_dim_divides(cls, data: Any) -> Any:
-        """Runs before head_dim is derived: afterwards nobody knows whether it was given."""
-        if not isinstance(data, dict) or data.get("head_dim") is not None:
-            return data
-        width = data.get("hidden_size", cls.model_fields["hidden_size"].default)
-        heads = data.get("num_attention_heads", cls.model_fields["num_attention_heads"].default)
-        if type(width) is int and type(heads) is int and heads > 0 and width % heads:
+    @model_validator(mode="after")
+    def _possible(self) -> "ModelSettings":
+        width, heads = self.hidden_size, self.num_attention_heads
+        if "head_dim" not in self.model_fields_set and width % heads:
             raise ValueError(
                 f"hidden_size {width} is not a multiple of num_attention_heads {heads}; "
                 "change one of them or give head_dim"
             )
-        return data
-
-    @model_validator(mode="after")
-    def _possible(self) -> "ModelSettings":
-        if isinstance(self.vocab_size, int) and self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1 or 'auto', got {self.vocab_size}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "

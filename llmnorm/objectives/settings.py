@@ -5,11 +5,12 @@ configurations that it cannot serve, and builds the objective (a file of this di
 and evaluation use only the interface in contract.py.
 """
 
-from pathlib import Path
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from llmnorm.config.values import LocalPath
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import InputError, Part, Settings, part_name
 
@@ -49,6 +50,7 @@ class ObjectiveSettings(Settings):
         """What to type next with a trained run at this path: a line."""
         return f"evaluate it:   llmnorm eval {run}"
 
+    @abstractmethod
     def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Learned":
         """The objective on the run's data.
 
@@ -57,7 +59,6 @@ class ObjectiveSettings(Settings):
             alone: whether this is the only process; it then prepares data that are missing.
             command: the command that prepares the data, for messages.
         """
-        raise NotImplementedError
 
 
 class CausalLMSettings(ObjectiveSettings):
@@ -71,8 +72,8 @@ class CausalLMSettings(ObjectiveSettings):
         if config.model.causal:
             return None
         return (
-            f"mixer '{_first_mixer(config.model)}' looks at later tokens and cannot serve a causal "
-            "language model; `objective: masked_lm` can have it"
+            f"model.mixer '{_first_mixer(config.model)}' looks at later tokens and cannot serve a "
+            "causal language model; `objective: masked_lm` can have it"
         )
 
     def uses(self, run: str) -> str:
@@ -111,8 +112,8 @@ class MaskedLMSettings(ObjectiveSettings):
         """Refuse mixers that see one side only, a tokenizer without a mask token, prompts."""
         if config.model.causal:
             return (
-                f"mixer '{_first_mixer(config.model)}' sees no later tokens and would fill a gap "
-                "from one side; masked_lm wants model.mixer.bidirectional=true, or hydra"
+                f"model.mixer '{_first_mixer(config.model)}' sees no later tokens and would fill a "
+                "gap from one side; masked_lm wants model.mixer.bidirectional=true, or hydra"
             )
         if config.tokenizer.path is None and not config.tokenizer.mask:
             return "objective 'masked_lm' needs a mask token; add tokenizer.mask=true"
@@ -139,9 +140,9 @@ class ClassificationSettings(ObjectiveSettings):
     architecture = "LlmNormForSequenceClassification"
     keeps_head = False
     packs = False
-    train: Path
+    train: LocalPath
     """The examples to train on: .jsonl, .json, .csv or .tsv with a line of names."""
-    validation: Path
+    validation: LocalPath
     """The examples to evaluate on."""
     text_field: str = "sentence"
     """The field of an example that holds the text."""
@@ -181,7 +182,8 @@ class ClassificationSettings(ObjectiveSettings):
 
 # `llmnorm eval` of an exported model takes the first with the model's architecture.
 Objective = Annotated[
-    CausalLMSettings | MaskedLMSettings | ClassificationSettings, Part(default="causal_lm")
+    CausalLMSettings | MaskedLMSettings | ClassificationSettings,
+    Part(ObjectiveSettings, default="causal_lm"),
 ]
 
 

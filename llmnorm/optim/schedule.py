@@ -8,6 +8,7 @@ factor (the decay divides by steps - 1 - warmup). Steps past the end keep the fi
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,6 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from llmnorm.config.mistakes import shown
+from llmnorm.config.values import Count
 from llmnorm.part import Part, Settings
 
 Multiplier = Callable[[int], float]
@@ -58,7 +61,7 @@ class MomentumWarmup(Settings):
     """Momentum of the first step; at least 0, less than 1."""
     to: Beta
     """Momentum from step `steps` on; at least 0, less than 1."""
-    steps: int = Field(ge=1)
+    steps: Count
     """Steps that it takes; at least 1."""
 
     def at(self, step: int) -> float:
@@ -75,15 +78,12 @@ def _number_or_warmup(value: Any) -> Any:
         "momentum",
         "expected a number of at least 0 and less than 1, or a warm-up like "
         "{from: 0.85, to: 0.95, steps: 300}; got {value}",
-        {"value": repr(value)},
+        {"value": shown(value)},
     )
 
 
 def _branch(value: Any) -> str:
-    """What a value is meant to be, so that a message is about that alone.
-
-    Messages leave these two words out of a key path (`part.explain`).
-    """
+    """What a value is meant to be, so that a message is about that alone."""
     return "dict" if isinstance(value, dict | MomentumWarmup) else "float"
 
 
@@ -94,10 +94,36 @@ Momentum = Annotated[
 ]
 
 
-class WarmupSettings(Settings):
+def _steps_or_share(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and (0 <= value < 1 or (1 <= value <= 10**12 and float(value).is_integer())):
+        return value
+    raise PydanticCustomError(
+        "warmup",
+        "expected 0 or a whole number of steps, or a share of all steps that is less than 1; "
+        "got {value}",
+        {"value": shown(value)},
+    )
+
+
+Warmup = Annotated[
+    Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)],
+    BeforeValidator(_steps_or_share),
+]
+
+
+class ScheduleSettings(Settings):
+    """What every schedule's settings can do; base class of a schedule of your own."""
+
+    @abstractmethod
+    def build(self, steps: int) -> Multiplier:
+        """The schedule of a run of `steps` steps: step (from 0) -> factor on the peak rate."""
+
+
+class WarmupSettings(ScheduleSettings):
     """Linear warm-up: step s (from 0) has the factor (s + 1) / warmup, never 0."""
 
-    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.05
+    warmup: Warmup = 0.05
     """Steps until the peak is reached; below 1 it is a share of all steps."""
 
     def build(self, steps: int) -> Multiplier:
@@ -110,9 +136,9 @@ class WarmupSettings(Settings):
         """Length of the warm-up in a run of `steps` steps, in steps."""
         return self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps)
 
+    @abstractmethod
     def after(self, warmup: int, steps: int) -> Multiplier:
         """The schedule after a warm-up of `warmup` steps; called for later steps only."""
-        raise NotImplementedError
 
 
 class ConstantSettings(WarmupSettings):
@@ -188,11 +214,12 @@ class SameSettings(Settings):
 
 
 Schedule = Annotated[
-    CosineSettings | LinearSettings | WSDSettings | ConstantSettings, Part(default="cosine")
+    CosineSettings | LinearSettings | WSDSettings | ConstantSettings,
+    Part(ScheduleSettings, default="cosine"),
 ]
 AuxiliarySchedule = Annotated[
     SameSettings | CosineSettings | LinearSettings | WSDSettings | ConstantSettings,
-    Part(default="same"),
+    Part(ScheduleSettings, default="same"),
 ]
 
 

@@ -1,9 +1,11 @@
 """Settings of the optimizers (parts)."""
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmnorm.config.values import Count, Width
 from llmnorm.optim.schedule import (
     AuxiliarySchedule,
     Beta,
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from llmnorm.optim.sharded import Exchange
     from llmnorm.optim.stacks import Rule, RuleOptimizer
 
-Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0)] | Literal["auto"]
 
 
@@ -71,6 +72,9 @@ class OptimizerSettings(Settings):
 
     @model_validator(mode="after")
     def _nothing_decays_under_nap(self) -> "OptimizerSettings":
+        for key in ("lr", "weight_decay"):
+            if key not in type(self).model_fields:
+                raise ValueError(f"{self.label} lacks the setting '{key}', which optimizers have")
         if self.nap and self.weight_decay:
             raise ValueError(
                 "optimizer.nap takes the place of decay on hidden matrices; "
@@ -109,6 +113,7 @@ class OptimizerSettings(Settings):
         """The rule's momentum at a step (from 0); 0 where no setting moves one."""
         return 0.0
 
+    @abstractmethod
     def build(
         self, groups: "Groups", exchange: "Exchange | None" = None
     ) -> "AdamW | RuleOptimizer":
@@ -120,7 +125,6 @@ class OptimizerSettings(Settings):
         Args:
             exchange: the processes that share the matrices; None for a single process.
         """
-        raise NotImplementedError
 
 
 class AdamWSettings(OptimizerSettings):
@@ -154,13 +158,13 @@ class MatrixSettings(OptimizerSettings):
 
     auxiliary: AuxiliaryAdamWSettings = AuxiliaryAdamWSettings()
     """Embeddings, head, norms, biases and scalars: AdamW."""
-    split_sizes: dict[str, list[Positive]] = {}
+    split_sizes: dict[str, list[Width]] = {}
     """Fused projections, cut into matrices of their own: pattern of parameter names -> rows of each
     piece, e.g. {"*.qkv_proj.weight": [512, 512, 512]}."""
 
+    @abstractmethod
     def rule(self) -> "Rule":
         """The update of one matrix."""
-        raise NotImplementedError
 
     def build(
         self, groups: "Groups", exchange: "Exchange | None" = None
@@ -347,7 +351,7 @@ class CondaSettings(MatrixSettings):
     """Decay of the hidden matrices, times the learning rate; AdamW's 0.1 times `scale`."""
     scale: float = Field(default=0.25, gt=0)
     """Factor on the matrices' steps."""
-    refresh_every: int = Field(default=2000, ge=1)
+    refresh_every: Count = 2000
     """Steps between two bases. 2000 is for the paper's runs of 10k to 100k steps; a short run needs
     about a fiftieth of its length."""
     refresh: Literal["together", "staggered"] = "together"
@@ -427,9 +431,9 @@ class SOAPSettings(MatrixSettings):
     """Added to the root of the second moment; not bias-corrected."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decay of the hidden matrices, times the learning rate."""
-    precondition_frequency: int = Field(default=10, ge=1)
+    precondition_frequency: Count = 10
     """Steps between two refreshes of the bases."""
-    max_precond_dim: int = Field(default=10_000, ge=0)
+    max_precond_dim: int = Field(default=10_000, ge=0, le=2**31)
     """Sides longer than this are not rotated."""
     correct_bias: bool = True
     """Multiply the step by sqrt(1 - beta2^t) / (1 - beta1^t), since both moments start at 0."""
@@ -471,5 +475,5 @@ def _muon_wd(update_rms: str) -> float:
 
 Optimizer = Annotated[
     AdamWSettings | MuonSettings | NorMuonSettings | CondaSettings | AdamPSettings | SOAPSettings,
-    Part(default="adamw"),
+    Part(OptimizerSettings, default="adamw"),
 ]

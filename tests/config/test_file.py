@@ -129,8 +129,8 @@ def test_the_environment_is_expanded_before_its_type_is_known(
 
 def test_import_path_is_imported_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_part.py").write_text(
-        "from llmnorm.part import Settings\n"
-        "class MyNorm(Settings):\n    eps: float = 0.5\n    def build(self, hidden_size): ...\n"
+        "from llmnorm.nn.norms.settings import NormSettings\n"
+        "class MyNorm(NormSettings):\n    eps: float = 0.5\n    def build(self, hidden_size): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     config = load(SMOKE, ["model.norm=own_part:MyNorm", "model.norm.eps=0.25"]).config

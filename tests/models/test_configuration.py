@@ -12,13 +12,14 @@ import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
 from llmnorm.models import LlmNormConfig
+from llmnorm.nn.norms.settings import NormSettings
 from llmnorm.nn.settings import ModelSettings
-from llmnorm.part import InputError, Settings
+from llmnorm.part import InputError
 
 SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 24, "num_attention_heads": 4}
 
 
-class OutsideNormSettings(Settings):
+class OutsideNormSettings(NormSettings):
     """A norm from outside the package."""
 
     name: Literal["outside"] = "outside"

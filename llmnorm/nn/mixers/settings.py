@@ -3,10 +3,12 @@
 Sizes (hidden_size, num_attention_heads, num_key_value_heads, head_dim) are the model's settings.
 """
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llmnorm.config.values import Positions, Width
 from llmnorm.nn.mixers.matrix.settings import (
     Family,
     FamilySettings,
@@ -44,9 +46,9 @@ class MixerSettings(Settings):
     def check(self, model: "ModelSettings") -> None:
         """Raise a ValueError if it cannot be built for `model`."""
 
+    @abstractmethod
     def build(self, model: "ModelSettings", layer: int) -> "MixerModule":
         """The mixer of one layer (counted from 0) of `model`."""
-        raise NotImplementedError
 
 
 class RecurrentSettings(MixerSettings):
@@ -78,7 +80,7 @@ class SoftmaxSettings(MixerSettings):
     """RMS norm of each head's query and key before the rotation, as in Qwen3."""
     qk_norm_eps: float = Field(1e-6, ge=0)
     """Added to the mean square in that norm."""
-    sliding_window: int | None = Field(None, ge=1)
+    sliding_window: Positions | None = None
     """Tokens that a query sees, itself included; all before it if not given (Mistral)."""
     bidirectional: bool = False
     """Look at later tokens too, as an encoder does."""
@@ -130,7 +132,7 @@ class LinearSettings(RecurrentSettings):
     """Rotary positions."""
     gate: bool = False
     """Multiply by silu of one more projection after the norm."""
-    conv_kernel: int = Field(0, ge=0)
+    conv_kernel: int = Field(0, ge=0, le=2**20)
     """Width of the depthwise convolution of the values that is added after mixing; 0: none."""
     norm: Literal["none", "rms", "layer"] = "none"
     """The norm after mixing: RMS norm of each head, or layer norm of all heads together."""
@@ -196,7 +198,7 @@ class NaLaSettings(LinearSettings):
     """Added, squared, to the square of the query's norm, which may be 0."""
     gate: bool = True
     """Multiply by silu of one more projection after the norm."""
-    conv_kernel: int = Field(4, ge=0)
+    conv_kernel: int = Field(4, ge=0, le=2**20)
     """Width of the depthwise convolution of the values that is added after mixing; 0: none."""
     norm: Literal["rms", "layer"] = "rms"  # type: ignore[assignment]
     """The norm after mixing: RMS norm of each head, or layer norm of all heads together."""
@@ -229,11 +231,11 @@ class NaLaSettings(LinearSettings):
 class _StateSpaceSettings(RecurrentSettings):
     """What the two state-space mixers share: expand * hidden_size / head_dim heads."""
 
-    expand: int = Field(2, ge=1)
+    expand: int = Field(2, ge=1, le=1024)
     """Inner width over hidden_size."""
-    head_dim: int = Field(64, ge=1)
+    head_dim: Width = 64
     """Width of a head's values."""
-    n_groups: int = Field(1, ge=1)
+    n_groups: Width = 1
     """Groups of heads that share keys and queries (B and C)."""
     use_bias: bool = False
     """Offsets on the two projections."""
@@ -275,9 +277,9 @@ class SSDSettings(_StateSpaceSettings):
     token. It has heads of its own, expand * hidden_size / head_dim of them."""
 
     name: Literal["ssd"] = "ssd"
-    state_size: int = Field(128, ge=1)
+    state_size: Width = 128
     """Width of keys and queries (B and C)."""
-    conv_kernel: int = Field(4, ge=1)
+    conv_kernel: Width = 4
     """Width of the causal convolution of x, B and C."""
     use_conv_bias: bool = True
     """Offsets in the convolution."""
@@ -300,7 +302,7 @@ class HydraSettings(_StateSpaceSettings):
     2407.09941). It has heads of its own, expand * hidden_size / head_dim of them."""
 
     name: Literal["hydra"] = "hydra"
-    state_size: int = Field(64, ge=1)
+    state_size: Width = 64
     """Width of keys and queries (B and C)."""
     conv_kernel: OddKernel = 7
     """Width, odd, of the symmetric convolution of x, B and C."""
@@ -337,9 +339,9 @@ class MatrixSettings(MixerSettings):
     name: Literal["matrix"] = "matrix"
     family: Family = QuasiseparableSettings()
     """What the matrix is made of."""
-    expand: int = Field(2, ge=1)
+    expand: int = Field(2, ge=1, le=1024)
     """Inner width over hidden_size."""
-    head_dim: int = Field(128, ge=1)
+    head_dim: Width = 128
     """Width of a head's values."""
     conv_kernel: OddKernel = 7
     """Width, odd, of the symmetric convolution of all that is projected but the gate."""
@@ -380,13 +382,13 @@ class GLASettings(RecurrentSettings):
     2312.06635). It has heads of its own."""
 
     name: Literal["gla"] = "gla"
-    num_heads: int = Field(4, ge=1)
+    num_heads: Width = 4
     """Heads."""
-    expand_k: float = Field(0.5, gt=0)
+    expand_k: float = Field(0.5, gt=0, le=1024)
     """Width of all keys over hidden_size."""
-    expand_v: float = Field(1.0, gt=0)
+    expand_v: float = Field(1.0, gt=0, le=1024)
     """Width of all values over hidden_size."""
-    gate_rank: int = Field(16, ge=1)
+    gate_rank: Width = 16
     """Inner width of the map to the decays."""
     gate_logit_normalizer: float = Field(16.0, gt=0)
     """Log decays are logsigmoid of the map's output, divided by this."""
@@ -423,15 +425,15 @@ class GatedDeltaSettings(RecurrentSettings):
     arXiv 2412.06464), as the layer of Qwen3-Next."""
 
     name: Literal["gated_delta"] = "gated_delta"
-    num_key_heads: int | None = Field(None, ge=1)
+    num_key_heads: Width | None = None
     """Heads of queries and keys; the model's num_attention_heads if not given."""
-    num_value_heads: int | None = Field(None, ge=1)
+    num_value_heads: Width | None = None
     """Heads of values, a multiple; as many as of keys if not given."""
-    key_head_dim: int | None = Field(None, ge=1)
+    key_head_dim: Width | None = None
     """Width of a head's queries and keys; the model's head_dim if not given."""
-    value_head_dim: int | None = Field(None, ge=1)
+    value_head_dim: Width | None = None
     """Width of a head's values; key_head_dim if not given."""
-    conv_kernel: int = Field(4, ge=1)
+    conv_kernel: Width = 4
     """Width of the causal convolution of queries, keys and values."""
     norm_eps: float = Field(1e-6, ge=0)
     """Added inside the norm after mixing."""
@@ -476,5 +478,5 @@ Mixer = Annotated[
     | MatrixSettings
     | GLASettings
     | GatedDeltaSettings,
-    Part(default="softmax", many=True),
+    Part(MixerSettings, default="softmax", many=True),
 ]

@@ -5,10 +5,12 @@ gives the module. A placement says where the norms of a block stand; its `build(
 the block.
 """
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from llmnorm.config.values import Width
 from llmnorm.part import InputError, Part, Settings
 
 if TYPE_CHECKING:
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
 
 
 class NormSettings(Settings):
-    """What a norm's settings say about it before torch is loaded."""
+    """What a norm's settings say about it before torch is loaded; base of a norm of your own."""
+
+    @abstractmethod
+    def build(self, hidden_size: int) -> Any:
+        """The norm (a torch module) over a last axis of `hidden_size`."""
 
     def refusal(self, hidden_size: int, *, causal: bool = True) -> str | None:
         """Why a model of this width, which looks back only if `causal`, cannot have it, or None."""
@@ -125,10 +131,10 @@ class PowerNormSettings(NormSettings):
     """Of the running mean square, a step."""
     backward_decay: float = Field(0.9, ge=0, lt=1)
     """Of the running mean that stands for the statistic's gradient, a step."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(0, ge=0, le=10**12)
     """Steps that divide by their own batch's mean square instead of the former steps'. A causal
     model then sees later tokens in training (`allow_leak`)."""
-    groups: int = Field(1, ge=1)
+    groups: Width = 1
     """Groups of channels that are divided by their own root mean square first, token by token."""
     backward: Literal["official", "paper"] = "official"
     """What the backward pass divides by: the batch's own statistic (the authors' code) or the
@@ -163,10 +169,10 @@ class UnifiedNormSettings(NormSettings):
     name: Literal["unified"] = "unified"
     eps: float = Field(1e-5, ge=0)
     """Added to the mean square, inside the root."""
-    window: int = Field(4, ge=1)
+    window: int = Field(4, ge=1, le=10_000)
     """Steps over which the statistics are averaged. With 1 every step takes its own batch's alone,
     as the authors' code does."""
-    warmup: int = Field(4000, ge=0)
+    warmup: int = Field(4000, ge=0, le=10**12)
     """Steps that divide by their own batch's mean square."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Decay of the running means, a step."""
@@ -215,7 +221,7 @@ Norm = Annotated[
     | UnifiedNormSettings
     | DyTSettings
     | IdentitySettings,
-    Part(default="rms"),
+    Part(NormSettings, default="rms"),
 ]
 
 
@@ -227,9 +233,9 @@ class PlacementSettings(Settings):
     own_initialization: ClassVar[bool] = False
     """Whether it sets the standard deviations of the block's weights."""
 
+    @abstractmethod
     def build(self, model: "ModelSettings", layer: int) -> "Block":
         """The block of one layer (counted from 0) of `model`."""
-        raise NotImplementedError
 
 
 class PreSettings(PlacementSettings):
@@ -324,5 +330,5 @@ Placement = Annotated[
     | ReorderedSettings
     | DeepNormSettings
     | MixSettings,
-    Part(default="pre"),
+    Part(PlacementSettings, default="pre"),
 ]

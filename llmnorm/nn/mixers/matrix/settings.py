@@ -4,10 +4,12 @@ A family gets its heads and their width from the mixer's settings; the longest d
 tables serve is the model's max_position_embeddings.
 """
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
+from llmnorm.config.values import Width
 from llmnorm.part import Part, Settings
 
 if TYPE_CHECKING:
@@ -20,16 +22,16 @@ def _with_a_middle(kernel: int) -> int:
     return kernel
 
 
-OddKernel = Annotated[int, Field(ge=1), AfterValidator(_with_a_middle)]
+OddKernel = Annotated[Width, AfterValidator(_with_a_middle)]
 """Width of a symmetric convolution, here and in Hydra."""
 
 
 class FamilySettings(Settings):
     """What every family's settings can do."""
 
+    @abstractmethod
     def build(self, heads: int, head_dim: int, longest: int) -> "FamilyModule":
         """The matrices of `heads` heads, whose tables serve documents of up to `longest` tokens."""
-        raise NotImplementedError
 
     def _keys(self) -> dict[str, Any]:
         return self.model_dump(exclude={"name"})
@@ -83,7 +85,7 @@ class _QueryKeySettings(FamilySettings):
     data_dependent: bool = True
     """What rows and columns are made of comes from the token; `false`: it is learned for each
     position, for documents of up to max_position_embeddings tokens."""
-    qk_dim: int = Field(16, ge=1)
+    qk_dim: Width = 16
     """Channels of a head that its rows, and as many that its columns are made of."""
 
 
@@ -164,5 +166,5 @@ Family = Annotated[
     | LowRankSettings
     | AttentionSettings
     | QuasiseparableSettings,
-    Part(default="quasiseparable"),
+    Part(FamilySettings, default="quasiseparable"),
 ]

@@ -1,0 +1,43 @@
+"""Kinds of values that many settings have: numbers with sensible bounds, paths of this machine.
+
+The upper bounds are far beyond any run. They are here so that a slip of the keyboard
+(`training.global_batch=1e12`) is answered at once, and not by an allocation that fails, or by
+minutes of silence.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from llmnorm.machine.reading import local_path
+
+Count = Annotated[int, Field(ge=1, le=10**12)]
+"""Steps, intervals, files: at least 1."""
+Rows = Annotated[int, Field(ge=1, le=2**24)]
+"""Rows of a step, or tokens of a row or of a text."""
+Width = Annotated[int, Field(ge=1, le=2**20)]
+"""An axis of a weight."""
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+"""Blocks of a model; the deepest that was trained had 1,000 (DeepNet)."""
+Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
+"""Rows of an embedding."""
+Positions = Annotated[int, Field(ge=1, le=2**31)]
+"""Longest context that a model is meant for."""
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+"""What torch and numpy take."""
+
+
+def _local(value: Any) -> Any:
+    return local_path(str(value)) if isinstance(value, str | Path) else value
+
+
+def _local_text(value: str) -> str:
+    found = local_path(value)
+    return str(found) if value.startswith("~") else value  # a Path would lose `./` and `//`
+
+
+LocalPath = Annotated[Path, BeforeValidator(_local)]
+"""A path of this machine; `~` is the home directory, `s3://...` is refused."""
+LocalText = Annotated[str, AfterValidator(_local_text)]
+"""The same where the text is more than a path: a glob, or a dataset's name."""
