@@ -183,7 +183,7 @@ def _whole_records(number: int, raw: bytes) -> Iterator[Entry]:
     Quotes inside of a record's texts are escaped, so `_BEGIN` stands where a record begins.
     """
     starts = [match.start() for match in re.finditer(re.escape(_BEGIN), raw)]
-    for start, end in zip(starts, [*starts[1:], len(raw)], strict=True):
+    for start, end in zip(starts, [*starts[1:], len(raw)], strict=False):
         text = raw[start:end].decode("utf-8", errors="surrogateescape")
         try:
             value, length = json.JSONDecoder().raw_decode(text)

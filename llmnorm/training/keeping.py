@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from llmnorm.config.tree import to_tree
+from llmnorm.machine.failures import DIVERGED
 from llmnorm.models.flops import flops_per_token
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.parallel.processes import Interrupted
@@ -186,7 +187,7 @@ def evaluation_at_start(run: Prepared) -> tuple[bool, float | None]:
 class Diverged(InputError):
     """A run that gave up, since too many steps in a row had a non-finite loss or gradient."""
 
-    exit_code = 3
+    exit_code = DIVERGED
 
 
 def give_up(run: Prepared, metrics: Metrics, stop: StopRequest) -> Diverged:

@@ -82,8 +82,10 @@ def _instead(config: RunConfig, before: int, steps: int) -> str:
     if kept:
         branch = f"{new} training.branch_from={run.checkpoints}/step_{kept[-1]:08d}"
         return f"a decayed run is better continued from a checkpoint before its decay: {branch}"
+    why = "none is kept (checkpoint.keep_every=N keeps some)"
+    if not stable:
+        why = f"schedule={getattr(config.schedule, 'name', 'this')} decays from the start"
     return (
         "a decayed run is better continued from a checkpoint before its decay "
-        "(training.branch_from), but none is kept (schedule=wsd with checkpoint.keep_every=N keeps "
-        f"some); to train it all with the longer schedule: {new}"
+        f"(training.branch_from), but {why}; to train all of it with the longer schedule: {new}"
     )
