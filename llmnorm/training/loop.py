@@ -69,6 +69,8 @@ def train(
         parallel, progress, steps = prepared.parallel, prepared.progress, prepared.steps
         finished = progress.step >= steps
         left, recorded = evaluation_at_start(prepared)
+        if recorded is not None and not dry_run:
+            prepared.checkpoints.add_loss(progress.step, recorded)
         if finished and (not left or _gave_up(prepared)):
             return _already_finished(prepared, dry_run)
         parallel.say(prepared.describe())
@@ -92,8 +94,6 @@ def train(
             run_directory.begin(run, config, prepared.objective.data.tokenizer_directory, automatic)
 
         parallel.on_main(begin)
-        if recorded is not None:
-            prepared.checkpoints.add_loss(progress.step, recorded)
         metrics = open_metrics(prepared, stack, left=left)
         profiler = open_profiler(prepared, profile, metrics, stack)
         if _gave_up(prepared):
