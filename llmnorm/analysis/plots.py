@@ -10,6 +10,7 @@ What would surprise: the loss axis is scaled to the losses after the first tenth
 of the gradient norm to its lower 98 %; all of them would flatten the rest.
 """
 
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,9 @@ def plot(runs: Sequence[Path], output: Path | None = None) -> None:
     """
     found = [existing(path) for path in dict.fromkeys(runs)]
     records = dict(zip(names(found), (read_metrics(run.metrics) for run in found), strict=True))
+    for record in records.values():
+        if record.damaged:
+            print(f"llmnorm: note: {record.damaged} and left out", file=sys.stderr)
     rates = references(found[0]) if len(found) == 1 else {}
     if output is None:
         output = found[0].plots / "loss.png" if len(found) == 1 else Path("runs.png")

@@ -9,17 +9,19 @@ settings that differ between the runs. The states are
 
     running       a process holds the run's lock
     finished      it reached its last step
-    stopped       by SIGTERM or Ctrl-C, after a checkpoint
+    stopped       by a signal, after a checkpoint
     diverged      it ended because of a loss that is not finite
+    damaged       its config.yaml or metrics.jsonl cannot be read; a line below the table says why
     interrupted   none of these
 
 What would surprise: settings are compared as they are written in the files, and no part is
 imported, so that runs of missing parts or of other versions are listed too ("-": not in that file).
 """
 
-import json
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from llmnorm.data.packing import find
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.lines import Lines, damage, read_lines
 from llmnorm.runs.lock import is_locked
 
 WIDEST = 40  # characters of a setting's value
@@ -38,26 +41,54 @@ def describe_runs(directory: Path) -> str:
     """The table of the runs below a directory, or of the one run that the directory is.
 
     Raises:
-        InputError: there is no run, or a configuration cannot be read.
+        InputError: there is no run.
     """
     if not directory.is_dir():
         raise InputError(f"{directory}: there is no such directory")
     found = list(_runs_below(directory))
     if not found:
         raise InputError(f"{directory}: holds no run directory (one with a config.yaml)")
-    runs = [RunDirectory(path) for path in found]
-    trees = [_settings(run) for run in runs]
-    keys = differing(trees)
+    runs = [_look(RunDirectory(path)) for path in found]
+    keys = differing([run.settings for run in runs if run.settings is not None])
     rows = [["run", "steps", "loss", "best", "state", *keys]]
-    for run, tree in zip(runs, trees, strict=True):
-        name = str(run.path.relative_to(directory)) if run.path != directory else str(directory)
-        step, losses = progress(run)
+    problems = []
+    for run in runs:
+        path = run.directory.path
+        name = str(path.relative_to(directory)) if path != directory else str(directory)
+        losses = run.losses
         last, best = (f"{losses[-1]:.4f}", f"{min(losses):.4f}") if losses else ("-", "-")
-        leaves = [_shown(tree, key) for key in keys]
-        rows.append([name, f"{step}/{_total(tree)}", last, best, state(run), *leaves])
+        leaves = [_shown(run.settings, key) for key in keys]
+        total = "?" if run.settings is None else _total(run.settings)
+        rows.append([name, f"{run.step}/{total}", last, best, run.state, *leaves])
+        problems += run.problems
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join([*(line.rstrip() for line in lines), *problems])
+
+
+@dataclass
+class _Run:
+    directory: RunDirectory
+    settings: dict[str, Any] | None  # None where they cannot be read
+    step: int
+    losses: list[float]
+    state: str
+    problems: list[str]
+
+
+def _look(directory: RunDirectory) -> _Run:
+    run = _Run(directory, None, 0, [], state(directory), [])
+    try:
+        run.settings = _settings(directory)
+        lines = read_lines(directory.metrics)
+    except InputError as error:
+        run.problems.append(str(error))
+        run.state = "running" if run.state == "running" else "damaged"
+        return run
+    run.step, run.losses = _progress(lines)
+    if text := damage(directory.metrics, lines.damaged):
+        run.problems.append(f"{text} and left out")
+    return run
 
 
 def state(run: RunDirectory) -> str:
@@ -72,18 +103,19 @@ def state(run: RunDirectory) -> str:
 
 
 def progress(run: RunDirectory) -> tuple[int, list[float]]:
-    """The last logged step, and all validation losses so far."""
-    step, losses = 0, []
-    if run.metrics.is_file():
-        for line in run.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                step = int(entry["step"])
-                if "validation" in entry:
-                    losses.append(float(entry["validation"]["loss"]))
-            except (ValueError, KeyError, TypeError):
-                break  # the last line is being written, or a kill left half of it
-    return step, losses
+    """The last logged step, and all finite validation losses so far; damaged lines are left out.
+
+    Raises:
+        InputError: metrics.jsonl cannot be read.
+    """
+    return _progress(read_lines(run.metrics))
+
+
+def _progress(lines: Lines) -> tuple[int, list[float]]:
+    figures = [entry.value.get("validation") for entry in lines.entries]
+    losses = [found.get("loss") for found in figures if isinstance(found, dict)]
+    finite = [float(x) for x in losses if isinstance(x, int | float) and math.isfinite(x)]
+    return (lines.entries[-1].step if lines.entries else 0), finite
 
 
 def differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -100,14 +132,24 @@ def differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _runs_below(directory: Path) -> Iterator[Path]:
-    """Run directories at any depth; a run is not searched, since trackers keep files in it."""
+def _runs_below(directory: Path, seen: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Run directories at any depth; a run is not searched, since trackers keep files in it.
+
+    Args:
+        directory: where to search.
+        seen: the directories above it; a link back to one of them is not followed.
+    """
     if (directory / "config.yaml").is_file():
         yield directory
         return
-    for path in sorted(directory.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            yield from _runs_below(path)
+    seen |= {directory.resolve()}
+    try:
+        below = sorted(directory.iterdir())
+    except OSError:  # a directory of somebody else's
+        return
+    for path in below:
+        if path.is_dir() and not path.name.startswith(".") and path.resolve() not in seen:
+            yield from _runs_below(path, seen)
 
 
 def _settings(run: RunDirectory) -> dict[str, Any]:
@@ -140,5 +182,5 @@ def _total(tree: Mapping[str, Any]) -> str:
                 return "?"
             rows = sum(source.rows for source in packed.sources)
         return str(training.total_steps(rows, tree["data"]["context_length"]))
-    except (KeyError, ValueError):  # InputError and pydantic's are ValueErrors
+    except (AssertionError, KeyError, TypeError, ValueError):  # InputError's kind, pydantic's too
         return "?"

@@ -119,6 +119,20 @@ class Checkpoints:
         else:
             self._saving = self._thread.submit(self._write, step, parts, snapshot, validation_loss)
 
+    def add_loss(self, step: int, validation_loss: float) -> None:
+        """Record the validation loss of the checkpoint of `step`, which this run has just written.
+
+        The tensors are not looked at. Waits for the save under way.
+
+        Raises:
+            InputError: the manifest cannot be written; the checkpoint is as it was.
+        """
+        self.wait()
+        store = self._store
+        with _explained(f"{store.directory}: the validation loss of step {step} was not saved"):
+            self._processes.first(lambda: store.add_loss(step, validation_loss))
+        self._processes.first(lambda: store.remove_superfluous(step, self._keep))
+
     def without_copies(self, state: State) -> dict[str, Tensor | Interval]:
         """The part of `state` that this process passes to `save`.
 

@@ -140,6 +140,16 @@ class Store:
         self._move(step, temporary)
         self.damaged.pop(self.path(step), None)
 
+    def add_loss(self, step: int, validation_loss: float) -> None:
+        """Record the validation loss of a checkpoint that was whole a moment ago, if it still is.
+
+        Unlike `begin`, this reads the manifest alone.
+        """
+        with suppress(Damaged):
+            checkpoint = self._open(step)
+            if checkpoint.manifest["validation_loss"] != validation_loss:
+                self._replace_loss(checkpoint, validation_loss)
+
     def abandon(self, temporary: Path) -> None:
         """Remove what a failed save has left; nothing after a `commit`."""
         _remove(temporary)

@@ -1,11 +1,14 @@
 """`llmnorm train`: train, or resume a run."""
 
 import argparse
-import os
 import shlex
+from typing import TYPE_CHECKING
 
 from llmnorm.commands.arguments import add_config
 from llmnorm.commands.configured import load_config, note, resolve_auto
+
+if TYPE_CHECKING:
+    from llmnorm.training.signals import StopRequest
 
 HELP = "train, or resume a run"
 TAKES_SETTINGS = True
@@ -38,6 +41,14 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
     Returns:
         The exit code of the training loop (`training/loop.py`); 0 for a run that is finished.
     """
+    from llmnorm.training.signals import StopRequest
+
+    before = "before its first step, so there was nothing to save; the same command starts it again"
+    with StopRequest(before) as stop:
+        return _train(parsed, overrides, stop)
+
+
+def _train(parsed: argparse.Namespace, overrides: list[str], stop: "StopRequest") -> int:
     from llmnorm.machine.gpus import check_gpu, launch_hint
     from llmnorm.runs import directory
 
@@ -47,9 +58,11 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
 
         print(groups_table(config))
         return 0
-    run = directory.agree(config, going_on=parsed.config.is_dir())
+    assert config.run_dir is not None
+    is_own = parsed.config.is_dir() and parsed.config.resolve() == config.run_dir.resolve()
+    run = directory.agree(config, going_on=is_own)
     if directory.finished(run, config):
-        print(f"{run.path} is finished (step {run.done.read_text().strip()})")
+        print(f"{run.path} is finished (step {directory.step_in(run.done)})")
         print(directory.next_commands(run, config))
         return 0
     check_gpu(config.training.device)
@@ -59,14 +72,12 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
 
     from llmnorm.training.loop import train
 
-    code = train(
+    return train(
         config,
         run,
         data_command=shlex.join(["llmnorm", "data", *words]),
         automatic=automatic,
         dry_run=parsed.dry_run,
         profile=parsed.profile,
+        stop=stop,
     )
-    if os.environ.get("RANK", "0") == "0" and not parsed.dry_run:
-        print(directory.next_commands(run, config))
-    return code

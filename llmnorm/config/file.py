@@ -60,7 +60,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
     """Read, merge and validate a configuration.
 
     Args:
-        path: a YAML file, a run directory, or `llmnorm:NAME` for a file that the package brings.
+        path: a YAML file, a run directory, or `llmnorm:NAME` for a file that the package brings. A
+            run directory's `run_dir` is that directory, wherever it was written.
         overrides: `key.sub=value`, applied left to right.
 
     Raises:
@@ -74,6 +75,10 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
             )
         path = run / "config.yaml"
     written = _Files().read(path, ())
+    home = run or _run_around(path)
+    if home is not None:  # older runs have saved their path, which a copy or a move has changed
+        keys = {key: node for key, node in written.value.items() if key != "run_dir"}
+        written = written._replace(value=keys)
     dropped: list[tuple[Any, ...]] = []
     for text in overrides:
         patch = with_names(override(text), [RunConfig], written)
@@ -90,9 +95,17 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
         sys.path.insert(0, str(Path.cwd()))  # a console script has not got it
     config = _validated(RunConfig, tree, written, Imports.ALLOWED)
     if config.run_dir is None:
-        config = config.model_copy(update={"run_dir": Path("runs") / shipped.stem(path)})
+        config = config.model_copy(update={"run_dir": home or Path("runs") / shipped.stem(path)})
     notes += config.model.notes()
     return Loaded(config, notes)
+
+
+def _run_around(path: Path) -> Path | None:
+    """The run directory that a file is the saved configuration of; None for any other file."""
+    beside = ("run.lock", "metrics.jsonl", "checkpoints")
+    if path.name == "config.yaml" and any((path.parent / name).exists() for name in beside):
+        return path.parent
+    return None
 
 
 def _with_pretrained(tree: dict[str, Any], written: Node) -> tuple[dict[str, Any], list[str]]:

@@ -11,7 +11,6 @@ The file is `RUN/eval/step_00001000.json` (`step_00001000-ema.json` for the movi
 exported or stock directory `DIR/eval.json`, with an adapter `ADAPTER/eval.json`.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from llmnorm.config.tree import ParallelSettings, RunConfig, TrainingSettings
 from llmnorm.evaluation import benchmark_tasks
 from llmnorm.exchange.loading import Source, empty_of, open_source, tokenizer_of
 from llmnorm.machine.doctor import missing_extra, version
-from llmnorm.machine.files import write_whole
+from llmnorm.machine.files import json_text, write_whole
 from llmnorm.models.convert import named_weights
 from llmnorm.models.modeling import class_of
 from llmnorm.objectives.figures import table
@@ -179,6 +178,6 @@ def _output(path: Path, source: Source, ema: bool, adapter: Path | None) -> Path
 def _write(path: Path, result: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(result, indent=1) + "\n")
+        write_whole(path, json_text(result, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,6 +1,5 @@
 """The README.md of an exported model: its data, settings and losses, and how to load it."""
 
-import json
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import yaml
 
 from llmnorm.exchange.loading import Source
 from llmnorm.objectives.figures import names
+from llmnorm.runs.lines import read_lines
 
 
 class _Kind(NamedTuple):
@@ -96,11 +96,10 @@ def _losses(source: Source, averaged: bool, ema: bool) -> str:
     """The validation figures at the checkpoint's step, source by source."""
     assert source.run is not None
     found: dict[str, Any] | None = None
-    if source.run.metrics.is_file():
-        for line in source.run.metrics.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            if entry["step"] == source.meta["step"] and "validation" in entry:
-                found = entry["validation"]
+    for entry in read_lines(source.run.metrics).entries:
+        figures = entry.value.get("validation")
+        if entry.step == source.meta["step"] and isinstance(figures, dict) and "sources" in figures:
+            found = figures
     if found is None:
         return "Not evaluated at this step."
     figures = found.get("ema", found) if ema else found
@@ -123,6 +122,8 @@ def _settings(source: Source) -> dict[str, Any]:
 
 def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     def cell(value: Any) -> str:
+        if value is None:
+            return "not finite"
         if isinstance(value, float):
             return f"{value:.4f}"
         return f"{value:,}" if isinstance(value, int) else str(value)

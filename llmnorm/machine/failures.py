@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-MISTAKE, DEFECT, LOST_PROCESS = 2, 70, 74  # exit codes
+MISTAKE, DIVERGED, DEFECT, LOST_PROCESS = 2, 3, 70, 74  # exit codes
 _NO_MEMORY = re.compile(
     r"allocate memory|DefaultCPUAllocator|out of memory|not enough memory|"
     r"failed to map segment|bad_alloc",

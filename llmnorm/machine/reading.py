@@ -170,6 +170,8 @@ def parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where}: JSON that is nested deeper than {MAX_DEPTH} levels") from None
     except ValueError:
         raise InputError(f"{where}: a number in it has more than 4,300 digits") from None
+    if text.count("{") + text.count("[") <= MAX_DEPTH:  # it cannot be deeper: spares the walk
+        return value
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
         containers = [node for node in level if isinstance(node, dict | list)]

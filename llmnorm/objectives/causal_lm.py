@@ -44,6 +44,7 @@ class CausalLM(PackedText):
                 self.packed, index, parallel.rank, parallel.world, micro_batch
             )
             for batch in map(self.micro_batch, mine):
+                parallel.poll()
                 # A forward pass over shards needs all processes, those without rows too.
                 if batch.labels == 0 and not parallel.spread:
                     continue

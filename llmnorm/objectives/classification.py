@@ -93,6 +93,7 @@ class Classification(Objective):
         count = len(table.ids)
         outputs = torch.zeros(count, max(1, len(self._examples.classes)), dtype=torch.float64)
         for first in range(0, count, parallel.world * micro_batch):
+            parallel.poll()
             start = first + parallel.rank * micro_batch
             rows = list(range(start, min(start + micro_batch, count)))
             # Every process makes the same number of forward passes: without rows of its own it

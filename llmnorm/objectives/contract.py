@@ -85,11 +85,16 @@ class Objective:
         """Figures on the validation rows: "loss", others, and under "sources" those of each source.
 
         Every process must call it; each evaluates a part of the rows, and all get the same figures.
+        An objective calls `parallel.poll()` before each batch, as often on every process, so that a
+        signal is answered within a few batches.
 
         Args:
             model: in evaluation mode.
             micro_batch: rows at once.
             parallel: this process.
+
+        Raises:
+            Interrupted: a process was asked to stop.
         """
         raise NotImplementedError
 

@@ -69,6 +69,7 @@ class MaskedLM(PackedText):
                 self.packed, index, parallel.rank, parallel.world, micro_batch
             )
             for rows in mine:
+                parallel.poll()
                 share = self._settings.evaluation_mask_share
                 batch = self._masked(rows, share, EVALUATION + index)
                 # A forward pass over shards needs all processes, those without rows too.

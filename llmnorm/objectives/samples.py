@@ -56,29 +56,27 @@ class Samples:
             self.prompts = _validation_prompts(packed, evaluation.samples)
 
     def generate(self, model: "PreTrainedModel", parallel: Parallel) -> list[dict[str, str]]:
-        """The model's continuations: `{"prompt": text, "continuation": text}` for each prompt."""
+        """The model's continuations: `{"prompt": text, "continuation": text}` for each prompt.
+
+        Raises:
+            Interrupted: a process was asked to stop.
+        """
         if not self.prompts:
             return []
         was_training = model.training
         model.eval()
-        # Shapes change with every token, so compiled blocks would be compiled again and again.
-        with parallel.autocast(), torch.compiler.set_stance("force_eager"):
-            texts = [
-                {
-                    "prompt": self._text(prompt),
-                    "continuation": self._text(
-                        continuation(
-                            model,
-                            self._tokenizer,
-                            prompt,
-                            self._settings,
-                            together=parallel.spread,
-                        )
-                    ),
-                }
-                for prompt in self.prompts
-            ]
-        model.train(was_training)
+        texts = []
+        try:
+            # Shapes change with every token, so compiled blocks would be compiled again and again.
+            with parallel.autocast(), torch.compiler.set_stance("force_eager"):
+                for prompt in self.prompts:
+                    parallel.poll()
+                    ids = continuation(
+                        model, self._tokenizer, prompt, self._settings, together=parallel.spread
+                    )
+                    texts.append({"prompt": self._text(prompt), "continuation": self._text(ids)})
+        finally:
+            model.train(was_training)
         return texts
 
     def _text(self, ids: list[int]) -> str:

@@ -18,7 +18,8 @@ What would surprise:
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,22 @@ if TYPE_CHECKING:
     from llmnorm.models.modeling import LlmNormForCausalLM
 
 
+POLLED = 8  # batches of an evaluation between two reductions of who was asked to stop
+LEAVING = timedelta(seconds=10)  # for the others to fail too, before a failed process leaves
+
+
+class Interrupted(Exception):
+    """An evaluation was left, on every process after the same batch, since one was asked to stop.
+
+    Attributes:
+        asked: the sum over all processes of what `Parallel.asked` gave.
+    """
+
+    def __init__(self, asked: int) -> None:
+        super().__init__(asked)
+        self.asked = asked
+
+
 class Parallel:
     """One process of a run. All processes make the same calls in the same order.
 
@@ -52,6 +69,7 @@ class Parallel:
         sharding: the resolved `parallel.sharding`, not `auto`.
         accelerator: accelerate's object, which has made the process group.
         zero: DeepSpeed's part, under `zero1` to `zero3`.
+        asked: what `poll` asks; not 0 where this process is to stop.
     """
 
     def __init__(self, parallel: ParallelSettings, training: TrainingSettings) -> None:
@@ -99,6 +117,8 @@ class Parallel:
                 self._group = self._mesh.get_group("shard")
         self.backend = dist.get_backend() if dist.is_initialized() else "no process group"
         self._model: nn.Module | None = None
+        self.asked: Callable[[], int] = lambda: 0
+        self._polls = 0
 
     @property
     def is_main(self) -> bool:
@@ -279,10 +299,38 @@ class Parallel:
         if self.reduce(torch.tensor(float(error is not None), device=self.device)):
             raise error or InputError("the main process stopped; its message says why")
 
+    def poll(self) -> None:
+        """Leave an evaluation where a process was asked to stop.
+
+        Every process calls it as often as the others, before each batch. With several processes it
+        looks with every 8th call, which costs one reduction of a number.
+
+        Raises:
+            Interrupted: some process was asked to; it is raised on all of them, by the same call.
+        """
+        self._polls += 1
+        if self.world > 1 and self._polls % POLLED:
+            return
+        asked = self.asked()
+        if self.world > 1:
+            asked = int(self.reduce(torch.tensor(float(asked), device=self.device)))
+        if asked:
+            raise Interrupted(asked)
+
     def close(self) -> None:
-        """Leave the process group when all are ready to: leaving alone can abort the others."""
-        if dist.is_initialized():
+        """Leave the process group when all are ready to: leaving alone can abort the others.
+
+        A process that leaves because of an error waits for those that have the same error, but not
+        for long. One that waits for it in another call then learns that this process is gone.
+        """
+        if not dist.is_initialized():
+            return
+        if sys.exc_info()[0] is None:
             dist.barrier()
+            dist.destroy_process_group()
+        elif self.backend == "gloo":
+            with suppress(RuntimeError):  # another process is gone
+                dist.monitored_barrier(timeout=LEAVING)
             dist.destroy_process_group()
 
 

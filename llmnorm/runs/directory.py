@@ -4,20 +4,33 @@ A run directory holds config.yaml (the resolved settings), metrics.jsonl, sample
 checkpoints/, tokenizer/ and plots/; `RunDirectory` lists the others. One of the files DONE, PREEMPT
 and DIVERGED says how the last process ended, because launchers turn every exit code into 1.
 
+A run lives where its directory lies: no file in it remembers its path, so it can be copied, renamed
+and moved.
+
 This file does not import torch, so a configuration that contradicts the directory is refused within
 half a second, by every process, before any of them writes.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from llmnorm.config.file import load
-from llmnorm.config.tree import RunConfig, changeable, differences, to_tree, to_yaml
+from llmnorm.config.tree import (
+    CheckpointSettings,
+    RunConfig,
+    changeable,
+    differences,
+    to_tree,
+    to_yaml,
+)
 from llmnorm.machine.doctor import version
+from llmnorm.machine.reading import read_text
 from llmnorm.part import InputError
+from llmnorm.runs.lines import read_lines
 
 
 class RunDirectory(NamedTuple):
@@ -127,13 +140,20 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
         raise InputError(f"run_dir: {run.path} is a file")
     if not run.config.exists():
         # A process that was killed in its first moments leaves only these two.
-        if any(path.name not in ("run.lock", "config.tmp") for path in run.path.iterdir()):
+        others = [p.name for p in run.path.iterdir() if p.name not in ("run.lock", "config.tmp")]
+        if run.checkpoints.name in others:
+            raise InputError(
+                f"run_dir: {run.path} has checkpoints, but no config.yaml; bring it back (each "
+                f"checkpoint's MANIFEST.json holds its settings), or use {free(run.path)}"
+            )
+        if others:
             raise InputError(
                 f"run_dir: {run.path} holds other files and no config.yaml; "
                 f"a free directory is {free(run.path)}"
             )
         return run
-    changed = differences(to_tree(load(run.path).config), to_tree(config))
+    there = load(run.path).config
+    changed = differences(to_tree(there), to_tree(config))
     changed.pop("run_dir", None)
     if going_on:
         changed = {key: values for key, values in changed.items() if not changeable(key)}
@@ -147,6 +167,8 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
             else "is another run; go on with the old settings, or start a new one with"
         )
         raise InputError(f"run_dir: {run.path}: {listed}: {what} run_dir={free(run.path)}")
+    if not finished(run, config):
+        _check_checkpoints(run, there.checkpoint)
     return run
 
 
@@ -158,20 +180,70 @@ def finished(run: RunDirectory, config: RunConfig) -> bool:
     return not any(f"training.{key}" in changed for key in ("steps", "tokens", "epochs"))
 
 
+def _check_checkpoints(run: RunDirectory, settings: CheckpointSettings) -> None:
+    """Refuse to train again what was saved, where the checkpoints are gone.
+
+    That they were there is known from DONE and PREEMPT, which are written after a save, and from
+    metrics.jsonl, where a step past two intervals is not reached without one. A directory that is
+    empty counts as gone: it may be where a disk was to be mounted.
+
+    Raises:
+        InputError: the newest checkpoint is not there.
+    """
+    names = os.listdir(run.checkpoints) if run.checkpoints.is_dir() else []
+    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{8,})", name))]
+    newest = max(steps, default=0)
+    signs = [sign for sign in (run.done, run.preempted) if sign.exists()]
+    saved, knows = max(((step_in(s) or 0, s.name) for s in signs), default=(0, ""))
+    if saved <= newest and not steps and settings.every:
+        last = max((entry.step for entry in read_lines(run.metrics).entries), default=0)
+        if last > 2 * settings.every:
+            saved, knows = last - last % settings.every - settings.every, run.metrics.name
+    if saved <= newest:
+        return
+    found = f"its newest is of step {newest}" if steps else "there is none"
+    again = (
+        f"to go on from step {newest}, remove {run.path / knows}"
+        if steps
+        else f"to train from step 1 again, use run_dir={free(run.path)}, or remove the files "
+        f"{' and '.join(path.name for path in (*signs, run.metrics) if path.exists())} there"
+    )
+    raise InputError(
+        f"{run.checkpoints}: a checkpoint of step {saved} was written ({knows}), but {found}: is a "
+        f"disk not mounted, or a copy not complete? Bring it back; {again}"
+    )
+
+
+def step_in(sign: Path) -> int | None:
+    """The step in DONE, PREEMPT or DIVERGED; None where there is no number."""
+    try:
+        text = read_text(sign, limit=1000).strip()
+    except InputError:
+        return None
+    return int(text) if text.isascii() and text.isdecimal() else None
+
+
 def next_commands(run: RunDirectory, config: RunConfig) -> str:
-    """What to type next, for a run that is finished or that a signal has stopped; a few lines."""
-    if run.preempted.exists():
-        step = run.preempted.read_text(encoding="utf-8").strip()
-        length = f" of {config.training.steps}" if config.training.steps else ""
-        return (
-            f"{run.path} was stopped after step {step}{length}, which is saved in "
-            f"{run.checkpoints}/step_{int(step):08d}\n"
-            f"  go on from there:  llmnorm train {run.path}"
-        )
+    """What to type next, for a run that is finished; a few lines."""
     return (
         f"everything lies in {run.path}: config.yaml, metrics.jsonl, checkpoints/, plots/\n"
         f"  {config.objective.uses(str(run.path))}\n"
         f"  train longer:  llmnorm train {run.path} training.steps=N"
+    )
+
+
+def stopped(run: RunDirectory, signal: str, step: int, steps: int) -> str:
+    """What is said of a run that a signal has stopped and that is saved; a line.
+
+    Args:
+        signal: its name.
+        step: the step that it was stopped after.
+        steps: the run's length.
+    """
+    rest = "" if step < steps else " (its evaluation is left)"
+    return (
+        f"stopped by {signal} at step {step} of {steps}, saved{rest}; "
+        f"go on with: llmnorm train {run.path}"
     )
 
 
@@ -191,7 +263,8 @@ def begin(
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         temporary = run.config.with_suffix(".tmp")
-        temporary.write_text(f"# llmnorm {version()}\n{to_yaml(config)}", encoding="utf-8")
+        settings = to_yaml(config.model_copy(update={"run_dir": None}))
+        temporary.write_text(f"# llmnorm {version()}\n{settings}", encoding="utf-8")
         temporary.replace(run.config)
         if automatic:
             run.automatic.write_text("\n".join(automatic) + "\n", encoding="utf-8")
@@ -199,6 +272,10 @@ def begin(
         shutil.copytree(tokenizer, run.tokenizer, dirs_exist_ok=True)
         for sign in (run.done, run.preempted, run.diverged):
             sign.unlink(missing_ok=True)
+    except shutil.Error as error:  # of copytree: a list of (from, to, reason)
+        raise InputError(
+            f"run_dir: {run.tokenizer} cannot be written: {error.args[0][0][2]}"
+        ) from None
     except OSError as error:
         raise InputError(f"run_dir: {run.path} cannot be written: {error.strerror}") from None
 
@@ -224,6 +301,8 @@ def end(sign: Path, step: int) -> None:
 
 def free(path: Path) -> Path:
     """A path beside `path` that does not exist yet: `path`-2, `path`-3, ..."""
+    if path.name in ("", ".."):  # `.` has no name to which a number could be added
+        path = path.resolve()
     number = 2
     while os.path.lexists(f"{path}-{number}"):
         number += 1

@@ -3,28 +3,29 @@
 metrics.jsonl has a line for each logged step (`step`, `tokens`, `loss`, `grad_norm`, `lr`,
 `tokens_per_second`, ..., at intervals `health`) and one for each evaluation (`step`, `tokens`,
 `validation`). Losses are in nats per token. samples.jsonl has a line for each evaluation (`step`,
-`tokens`, `samples`).
+`tokens`, `samples`). A number that is not finite is null (`machine/files.py`).
 
-What would surprise: on resume both files are cut to the checkpoint's step, so that they read as if
-the run had not stopped.
+What would surprise: on resume both files are cut to the checkpoint's step (lines.py), so that they
+read as if the run had not stopped.
 """
 
-import json
-import os
+import math
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from tqdm import tqdm
 
+from llmnorm.machine.files import json_text
 from llmnorm.objectives.figures import sentence
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.lines import Cut, plan_cut
 from llmnorm.runs.trackers import Trackers
 
 # Dense bf16 peak of one GPU in FLOP/s, from the vendors' data sheets, by a part of the device's
@@ -61,28 +62,59 @@ def peak_memory(device: torch.device) -> int:
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
-def cut(run: RunDirectory, step: int) -> None:
-    """Remove the lines past `step`, and a half-written last line, from a run's two files."""
-    for path in (run.metrics, run.samples):
-        if path.exists():
-            _cut(path, step)
+class Kept(NamedTuple):
+    """What a run that goes on from a step keeps of its two files.
+
+    Attributes:
+        metrics, samples: of each file.
+        validation_loss: of that very step in metrics.jsonl; None where it was not evaluated.
+    """
+
+    metrics: Cut
+    samples: Cut
+    validation_loss: float | None
+
+    def apply(self) -> None:
+        """Remove the lines past the step, and keep damaged ones aside.
+
+        Raises:
+            InputError: a file cannot be written.
+        """
+        for each in (self.metrics, self.samples):
+            with _explained(each.path):
+                each.apply()
+
+    def notes(self) -> list[str]:
+        """What was lost of the files, and which steps are trained again, in sentences."""
+        notes = [*self.metrics.notes(), *self.samples.notes()]
+        again = [entry.step for entry in self.metrics.past if entry.step > self.metrics.step]
+        if again:
+            steps = (
+                f"step {again[0]} is"
+                if again[0] == again[-1]
+                else f"the steps {again[0]} to {again[-1]} are"
+            )
+            notes.append(f"{self.metrics.path}: {steps} past the checkpoint and trained again")
+        return notes
 
 
-def _cut(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            break  # a killed process has left half of this line, and nothing can follow it
-    temporary = path.with_suffix(".tmp")
-    with _explained(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+def keep_until(run: RunDirectory, step: int) -> Kept:
+    """What a run that goes on from `step` keeps of its files; nothing is written.
+
+    An evaluation's line follows its samples. Where the step's own evaluation is not there, a kill
+    has come between, so its samples are not kept either: it is evaluated again.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    metrics = plan_cut(run.metrics, step)
+    loss = None
+    for entry in metrics.kept:
+        if entry.step == step and isinstance(figures := entry.value.get("validation"), dict):
+            found = figures.get("loss")
+            loss = float(found) if isinstance(found, int | float) else math.nan
+    samples = plan_cut(run.samples, step if loss is not None else step - 1)
+    return Kept(metrics, samples, loss)
 
 
 @contextmanager
@@ -185,21 +217,26 @@ class Metrics:
             }
         )
 
-    def log_evaluation(self, step: int, tokens: int, figures: dict[str, Any]) -> None:
-        """Write an evaluation's line and print it above the bar."""
+    def log_evaluation(
+        self, step: int, tokens: int, figures: dict[str, Any], samples: list[dict[str, str]]
+    ) -> None:
+        """Write an evaluation into both files and print it above the bar.
+
+        The line of metrics.jsonl comes last: where it is, the evaluation is whole (`keep_until`).
+        """
+        if self._file and samples:
+            line = {"step": step, "tokens": tokens, "samples": samples}
+            text = json_text(line, ascii=False)
+            with (
+                _explained(self._run.samples),
+                self._run.samples.open("a", encoding="utf-8") as file,
+            ):
+                file.write(text + "\n")
+            self._trackers.log(line)
         self._write(
             {"step": step, "tokens": tokens, "validation": figures, "seconds": self.seconds}
         )
         self.say(f"step {step}: validation {sentence(figures)}")
-
-    def log_samples(self, step: int, tokens: int, samples: list[dict[str, str]]) -> None:
-        """Write generated texts into samples.jsonl and print them above the bar."""
-        if not (self._file and samples):
-            return
-        line = {"step": step, "tokens": tokens, "samples": samples}
-        with _explained(self._run.samples), self._run.samples.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._trackers.log(line)
         for sample in samples:
             self.say(f"  {_short(sample['prompt'])} → {_short(sample['continuation'])}")
 
@@ -223,7 +260,7 @@ class Metrics:
     def _write(self, record: dict[str, Any]) -> None:
         if self._file:
             with _explained(self._run.metrics):
-                self._file.write(json.dumps(record) + "\n")
+                self._file.write(json_text(record) + "\n")
                 self._file.flush()
             self._trackers.log(record)
 

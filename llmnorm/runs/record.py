@@ -4,13 +4,13 @@ What would surprise: the mean that smooths is taken over tokens (over 1/50 of th
 lines, so that `logging.every` does not change it. Steps without a finite loss are left out.
 """
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmnorm.part import InputError
+from llmnorm.runs.lines import damage, read_lines
 
 ALL = "all"  # stands for every source, weighted by training bytes
 COLUMNS = ("step", "tokens", "seconds", "loss", "grad_norm", "lr", "tokens_per_second")
@@ -24,54 +24,61 @@ class Record(NamedTuple):
         validation: for step, tokens, seconds and loss, a number for each evaluation.
         bits_per_byte: of the last evaluation, ALL first, then each source by name; empty for an
             objective without bits per byte.
+        damaged: a sentence about damaged lines, which are left out; None if there are none.
     """
 
     training: dict[str, list[float]]
     validation: dict[str, list[float]]
     bits_per_byte: dict[str, float]
+    damaged: str | None = None
 
 
 def read_metrics(path: Path) -> Record:
-    """Read a run's metrics.jsonl; a last line that is still being written is left out.
+    """Read a run's metrics.jsonl; damaged lines are left out and named in the record.
 
     Raises:
-        InputError: the file is missing, has no metrics, or has a line that is not metrics.
+        InputError: the file is missing or cannot be read, or has no metrics.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise InputError(f"{path} cannot be read: {reason}") from None
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file; train the run first")
+    lines = read_lines(path)
+    damaged = list(lines.damaged)
     training: dict[str, list[float]] = {key: [] for key in COLUMNS}
     validation: dict[str, list[float]] = {key: [] for key in COLUMNS[:4]}
     bits_per_byte: dict[str, float] = {}
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
+    for entry in lines.entries:
         try:
-            entry: dict[str, Any] = json.loads(line)
-            if "validation" in entry:
-                figures = entry["validation"]
+            if "validation" in entry.value:
+                figures = entry.value["validation"]
                 by_source = {ALL: figures, **figures["sources"]}
-                row = [float({**entry, "loss": figures["loss"]}[key]) for key in validation]
+                row = _row({**entry.value, "loss": figures["loss"]}, validation)
                 bits_per_byte = {
-                    name: float(values["bits_per_byte"])
+                    name: _number(values["bits_per_byte"])
                     for name, values in by_source.items()
                     if "bits_per_byte" in values
                 }
                 into = validation
             else:
-                row, into = [float(entry[key]) for key in training], training
+                row, into = _row(entry.value, training), training
         except (ValueError, KeyError, TypeError, AttributeError):
-            if not line.endswith("\n"):
-                break
-            raise InputError(
-                f"{path}, line {number}: not a line of metrics: {line[:60]!r}"
-            ) from None
+            damaged.append((entry.number, entry.raw))
+            continue
         if all(map(math.isfinite, row)):
             for column, value in zip(into.values(), row, strict=True):
                 column.append(value)
     if not training["loss"] and not validation["loss"]:
-        raise InputError(f"{path} holds no loss yet; train the run first")
-    return Record(training, validation, bits_per_byte)
+        text = damage(path, damaged)
+        raise InputError(f"{path} holds no loss yet; {text or 'train the run first'}")
+    return Record(training, validation, bits_per_byte, damage(path, sorted(damaged)))
+
+
+def _row(entry: Mapping[str, Any], keys: Iterable[str]) -> list[float]:
+    return [_number(entry[key]) for key in keys]
+
+
+def _number(value: Any) -> float:
+    """A number of metrics.jsonl, where null stands for one that is not finite."""
+    return math.nan if value is None else float(value)
 
 
 def smoothed(tokens: Sequence[float], values: Sequence[float]) -> list[float]:

@@ -32,11 +32,13 @@ from tqdm import tqdm
 from llmnorm.config.tree import LoggingSettings, RunConfig, to_tree, to_yaml
 from llmnorm.machine.doctor import EXTRAS, missing_extra
 from llmnorm.machine.files import write_whole
+from llmnorm.machine.reading import read_object
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.lines import read_lines
 
 # Keys of a line of metrics.jsonl that a tracker does not get.
-LEFT_OUT = ("step", "skipped_in_a_row")
+LEFT_OUT = ("step", "skipped_in_a_row", "not_finite")
 
 
 def check(settings: LoggingSettings) -> None:
@@ -73,6 +75,8 @@ class Trackers:
 
     Args:
         start: the step that the run starts or resumes at, where metrics.jsonl ends too.
+        whole: the last step whose lines are all in metrics.jsonl: `start`, or the one before it
+            where the evaluation of `start` is still to be made.
         enabled: whether this is the main process; on the others nothing is opened.
     """
 
@@ -82,13 +86,14 @@ class Trackers:
         run: RunDirectory,
         *,
         start: int,
+        whole: int,
         enabled: bool,
     ) -> None:
         # name -> (accelerate's object, the last step that its chart has)
         self._open: dict[str, tuple[Any, int]] = {}
         for name in dict.fromkeys(config.logging.trackers) if enabled else ():
             try:
-                self._begin(name, config, run, start)
+                self._begin(name, config, run, start, whole)
             except Exception as error:  # trackers raise errors of any kind
                 self._failed(name, error)
 
@@ -113,7 +118,9 @@ class Trackers:
             except Exception as error:
                 self._failed(name, error)
 
-    def _begin(self, name: str, config: RunConfig, run: RunDirectory, start: int) -> None:
+    def _begin(
+        self, name: str, config: RunConfig, run: RunDirectory, start: int, whole: int
+    ) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         kind = LOGGER_TYPE_TO_CLASS[name]
@@ -127,7 +134,7 @@ class Trackers:
         project = config.logging.project
         match name:
             case "tensorboard":
-                tracker = kind("tensorboard", run.path, purge_step=start + 1)
+                tracker = kind("tensorboard", run.path, purge_step=whole + 1)
             case "wandb":
                 tracker = kind(project, id=key, name=title, dir=str(run.path), resume="allow")
             case "trackio":
@@ -136,7 +143,7 @@ class Trackers:
                 arguments = (run.path,) if kind.requires_logging_directory else ()
                 tracker = kind(project, *arguments)
         tracker.start()
-        has = _last_step(name, tracker, start if name in known else 0)
+        has = _last_step(name, tracker, whole if name in known else 0)
         if name == "tensorboard":  # its table of settings would appear as a run of its own
             tracker.log({"config": f"```yaml\n{to_yaml(config)}```"}, step=start)
         else:
@@ -156,11 +163,11 @@ class Trackers:
         tqdm.write(text, file=sys.stderr)
 
 
-def _last_step(name: str, tracker: Any, start: int) -> int:
+def _last_step(name: str, tracker: Any, whole: int) -> int:
     """The last step of a started tracker's chart; -1 where it cannot be asked."""
     match name:
         case "tensorboard":
-            return start
+            return whole
         case "wandb":
             return tracker.run.step - 1
         case "trackio":
@@ -170,20 +177,15 @@ def _last_step(name: str, tracker: Any, start: int) -> int:
 
 def _history(run: RunDirectory) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl and samples.jsonl so far, by step."""
-    lines = [
-        json.loads(line)
-        for path in (run.metrics, run.samples)
-        if path.exists()
-        for line in path.read_text(encoding="utf-8").splitlines()
-    ]
-    return sorted(lines, key=lambda line: line["step"])
+    entries = [e for path in (run.metrics, run.samples) for e in read_lines(path).entries]
+    return [entry.value for entry in sorted(entries, key=lambda entry: entry.step)]
 
 
 def _read(path: Path) -> dict[str, str]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
+    found = read_object(path)
+    return {name: key for name, key in found.items() if isinstance(key, str)}
 
 
 def _leaves(path: str, tree: Any) -> Iterator[tuple[str, float | str]]:

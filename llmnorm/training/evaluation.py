@@ -31,12 +31,18 @@ def evaluate(
         micro_batch: rows at once.
         parallel: this process.
         ema: the weights' moving average; its figures are under "ema".
+
+    Raises:
+        Interrupted: a process was asked to stop.
     """
     was_training = model.training
     model.eval()
-    figures = objective.evaluate(model, micro_batch=micro_batch, parallel=parallel)
-    if ema is not None:
-        with ema.in_place_of_weights():
-            figures["ema"] = objective.evaluate(model, micro_batch=micro_batch, parallel=parallel)
-    model.train(was_training)
+    try:
+        figures = objective.evaluate(model, micro_batch=micro_batch, parallel=parallel)
+        if ema is not None:
+            with ema.in_place_of_weights():
+                averaged = objective.evaluate(model, micro_batch=micro_batch, parallel=parallel)
+            figures["ema"] = averaged
+    finally:
+        model.train(was_training)
     return figures

@@ -1,5 +1,7 @@
 """What a run keeps of its steps: lines of metrics, evaluations, checkpoints, and how it ended.
 
+A step is saved before it is evaluated, so that no evaluation can lose it.
+
 What would surprise: a skipped step has left the weights as they were, so the checkpoint at a run's
 end or at a signal is written after a skipped step too. A checkpoint that is due at an interval is
 left out then, since the weights themselves may be what makes the losses non-finite.
@@ -11,26 +13,35 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from llmnorm.config.tree import to_tree
+from llmnorm.machine.failures import DIVERGED
 from llmnorm.models.flops import flops_per_token
 from llmnorm.objectives.contract import MicroBatch
+from llmnorm.parallel.processes import Interrupted
 from llmnorm.part import InputError
 from llmnorm.runs import directory as run_directory
-from llmnorm.runs.metrics import Metrics
+from llmnorm.runs.metrics import Metrics, keep_until
 from llmnorm.runs.trackers import Trackers
 from llmnorm.training.evaluation import evaluate
 from llmnorm.training.health import health
 from llmnorm.training.prepare import Prepared
 from llmnorm.training.profiling import Profiler
+from llmnorm.training.signals import StopRequest, agreed
 from llmnorm.training.state import environment
 from llmnorm.training.step import Outcome, rehearse
 
 
-def open_metrics(run: Prepared, stack: ExitStack) -> Metrics:
-    """The record of a run, with its progress bar and its trackers; `stack` closes them."""
+def open_metrics(run: Prepared, stack: ExitStack, *, left: bool) -> Metrics:
+    """The record of a run, with its progress bar and its trackers; `stack` closes them.
+
+    Args:
+        left: whether the evaluation of the present step is still to be made.
+    """
     config, parallel, start = run.config, run.parallel, run.progress.step
     trackers = stack.enter_context(
-        Trackers(config, run.directory, start=start, enabled=parallel.is_main)
+        Trackers(config, run.directory, start=start, whole=start - left, enabled=parallel.is_main)
     )
     flops = flops_per_token(
         run.model, config.data.context_length, head_share=run.objective.head_share
@@ -94,53 +105,92 @@ def keep_line(
         metrics.log_step(line)
 
 
-def keep_evaluation(run: Prepared, metrics: Metrics) -> dict[str, Any]:
-    """Evaluate the weights as they are now, and write it down; returns the figures."""
-    progress, config = run.progress, run.config
-    with metrics.pause():
-        figures = evaluate(
-            run.model,
-            run.objective,
-            micro_batch=config.evaluation.micro_batch or run.micro_batch,
-            parallel=run.parallel,
-            ema=run.ema,
-        )
-        # Nothing can be sampled from logits that are not finite.
-        sound = math.isfinite(figures["loss"])
-        texts = run.objective.texts(run.model, run.parallel) if sound else []
-    metrics.log_evaluation(progress.step, progress.tokens, figures)
-    metrics.log_samples(progress.step, progress.tokens, texts)
-    return figures
+def keep_evaluation(run: Prepared, metrics: Metrics, stop: StopRequest) -> int:
+    """Evaluate the weights as they are now, and write it down.
 
+    If the step has a checkpoint, it gets the validation loss.
 
-def save(run: Prepared, metrics: Metrics, figures: dict[str, Any] | None) -> None:
-    """Write a checkpoint of the present step.
-
-    Args:
-        figures: the evaluation of these weights, if they were evaluated.
+    Returns:
+        0, or the exit code if a process was asked to stop. Then nothing was written, and the run
+        evaluates the step when it goes on.
     """
+    progress, config, parallel = run.progress, run.config, run.parallel
+    parallel.asked = lambda: stop.exit_code
+    try:
+        with metrics.pause():
+            figures = evaluate(
+                run.model,
+                run.objective,
+                micro_batch=config.evaluation.micro_batch or run.micro_batch,
+                parallel=parallel,
+                ema=run.ema,
+            )
+            # Nothing can be sampled from logits that are not finite.
+            sound = math.isfinite(figures["loss"])
+            texts = run.objective.texts(run.model, parallel) if sound else []
+    except Interrupted as found:
+        return agreed(stop.exit_code, found.asked)
+    metrics.log_evaluation(progress.step, progress.tokens, figures, texts)
+    if sound and run.saved == progress.step:
+        with metrics.pause():
+            run.checkpoints.add_loss(progress.step, figures["loss"])
+    return 0
+
+
+def save(run: Prepared, metrics: Metrics) -> None:
+    """Write a checkpoint of the present step."""
     progress, data = run.progress, run.objective.data
     progress.seconds = metrics.seconds
     meta = {
         **asdict(progress),
         "data": data.identity,
         "environment": environment(run.parallel),
-        "config": to_tree(run.config),
+        "config": to_tree(run.config.model_copy(update={"run_dir": None})),
         "model": json.loads(run.model.config.to_json_string()),
         "sources": data.sizes(),
         "llmnorm": run_directory.version(),
     }
-    loss = figures["loss"] if figures else None
     with metrics.pause():
-        run.checkpoints.save(
-            progress.step,
-            run.state,
-            meta,
-            validation_loss=loss if loss is None or math.isfinite(loss) else None,
-        )
+        run.checkpoints.save(progress.step, run.state, meta)
+    run.saved = progress.step
 
 
-def give_up(run: Prepared, metrics: Metrics) -> InputError:
+def evaluation_at_start(run: Prepared) -> tuple[bool, float | None]:
+    """What is to be done of the evaluation of the step that the run goes on from.
+
+    A step is saved before it is evaluated, so a process that was stopped or killed in between has
+    left a checkpoint without its evaluation, or metrics with a loss that the checkpoint lacks.
+
+    Returns:
+        The same on every process: whether the step is still to be evaluated; and its finite loss in
+        metrics.jsonl, which its checkpoint is to have, where there is one.
+
+    Raises:
+        InputError: metrics.jsonl or samples.jsonl cannot be read.
+    """
+    step = run.progress.step
+    is_due = step == run.steps or due(step, run.config.evaluation.every)
+    if run.saved != step or not is_due:
+        return False, None
+    found = torch.zeros(2, dtype=torch.float64, device=run.parallel.device)
+
+    def look() -> None:
+        loss = keep_until(run.directory, step).validation_loss
+        if loss is not None:
+            found[0], found[1] = 1, loss
+
+    run.parallel.on_main(look)
+    evaluated, loss = run.parallel.reduce(found).tolist()
+    return not evaluated, loss if evaluated and math.isfinite(loss) else None
+
+
+class Diverged(InputError):
+    """A run that gave up, since too many steps in a row had a non-finite loss or gradient."""
+
+    exit_code = DIVERGED
+
+
+def give_up(run: Prepared, metrics: Metrics, stop: StopRequest) -> Diverged:
     """End a run of which `max_skipped_steps` steps in a row were skipped; returns its error.
 
     Its weights are those of before these steps. Either the skipped rows are to blame, or the last
@@ -156,7 +206,8 @@ def give_up(run: Prepared, metrics: Metrics) -> InputError:
         lost = "the update before them has spoilt the weights, which are not saved"
     else:
         lost = ""
-        save(run, metrics, keep_evaluation(run, metrics))
+        save(run, metrics)
+        keep_evaluation(run, metrics, stop)
     checkpoints.wait()
     newest = checkpoints.newest()
     kept = newest.path if newest else None
@@ -169,13 +220,13 @@ def give_up(run: Prepared, metrics: Metrics) -> InputError:
         f"with a non-finite loss or gradient (rows {first}-{progress.row - 1}); "
     )
     if kept is None:
-        return InputError(f"{text}{lost}; no checkpoint; start again with a lower optimizer.lr")
+        return Diverged(f"{text}{lost}; no checkpoint; start again with a lower optimizer.lr")
     text += (
         f"{lost}; newest checkpoint: {kept}"
         if lost
         else f"they were skipped, and the weights of before them are saved in {kept}"
     )
-    return InputError(
+    return Diverged(
         f"{text}; go on from it: llmnorm train {path} run_dir={run_directory.free(path)} "
         f"training.branch_from={kept} optimizer.lr=LOWER"
     )

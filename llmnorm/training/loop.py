@@ -15,13 +15,14 @@ import torch
 
 from llmnorm.config.tree import RunConfig
 from llmnorm.parallel.check import check
-from llmnorm.part import InputError
 from llmnorm.runs import directory as run_directory
-from llmnorm.runs import metrics as record
 from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.metrics import keep_until
 from llmnorm.runs.trackers import check as check_trackers
 from llmnorm.training.keeping import (
+    Diverged,
     due,
+    evaluation_at_start,
     give_up,
     keep_evaluation,
     keep_line,
@@ -30,7 +31,7 @@ from llmnorm.training.keeping import (
     save,
 )
 from llmnorm.training.prepare import Prepared, prepare
-from llmnorm.training.signals import StopRequest
+from llmnorm.training.signals import StopRequest, name_of
 from llmnorm.training.step import rehearse, step
 
 
@@ -42,8 +43,9 @@ def train(
     automatic: Sequence[str] = (),
     dry_run: bool = False,
     profile: str | None = None,
+    stop: StopRequest | None = None,
 ) -> int:
-    """Train until the configured length or a signal.
+    """Train until the configured length or a signal; what is to be typed then is printed.
 
     Args:
         config: resolved settings that agree with the run directory.
@@ -52,78 +54,102 @@ def train(
         automatic: how numbers took the place of `auto`, to be saved with the run.
         dry_run: stop after the checks that precede the first step.
         profile: "time" or "memory": what a few steps are profiled for.
+        stop: notes signals already; from the first step on it only notes them.
 
     Returns:
-        The exit code: 0, or 143 / 130 after SIGTERM / SIGINT.
+        The exit code: 0, or that of a signal (`signals.EXIT_CODES`), after which all is saved.
 
     Raises:
-        InputError: something that the user can mend, in one line; the run diverged.
+        InputError: something that the user can mend, in one line.
+        Diverged: the run gave up.
     """
     check_trackers(config.logging)
     with ExitStack() as stack:
         prepared = prepare(config, run, stack, data_command=data_command, dry_run=dry_run)
         parallel, progress, steps = prepared.parallel, prepared.progress, prepared.steps
-        if progress.step >= steps:
+        finished = progress.step >= steps
+        left, recorded = evaluation_at_start(prepared)
+        if recorded is not None and not dry_run:
+            prepared.checkpoints.add_loss(progress.step, recorded)
+        if finished and (not left or _gave_up(prepared)):
             return _already_finished(prepared, dry_run)
         parallel.say(prepared.describe())
-        first = next(prepared.batches())
-        check(parallel, prepared.model, torch.cat([batch.rows for batch in first]))
-        rehearse(prepared, first)
+        if not finished:
+            first = next(prepared.batches())
+            check(parallel, prepared.model, torch.cat([batch.rows for batch in first]))
+            rehearse(prepared, first)
         if dry_run:
             parallel.say("dry run: every check passed; nothing was trained, nothing written")
             return 0
+        if stop is None:
+            stop = stack.enter_context(StopRequest())
+        stop.at_once = None
 
         # Everything that could be refused has been looked at: only now is anything written.
         def begin() -> None:
+            there = keep_until(run, progress.step)
+            for note in there.notes():
+                parallel.say(f"llmnorm: note: {note}")
+            there.apply()
             run_directory.begin(run, config, prepared.objective.data.tokenizer_directory, automatic)
-            record.cut(run, progress.step)
 
         parallel.on_main(begin)
-        stop = stack.enter_context(StopRequest())
-        metrics = open_metrics(prepared, stack)
+        metrics = open_metrics(prepared, stack, left=left)
         profiler = open_profiler(prepared, profile, metrics, stack)
-        if progress.skipped_in_a_row >= config.training.max_skipped_steps:
+        if _gave_up(prepared):
             progress.skipped_in_a_row = 0  # who resumes a run that has given up gives it new tries
-        exit_code, batches = 0, prepared.batches()
+        exit_code = keep_evaluation(prepared, metrics, stop) if left else 0
+        batches = prepared.batches()
         while progress.step < steps and not exit_code:
             micro_batches = next(batches)
             outcome = step(prepared, micro_batches, stop)
             exit_code = outcome.exit_code
             profiler.step()
 
-            diverged = progress.skipped_in_a_row >= config.training.max_skipped_steps
-            last = progress.step >= steps
+            last, diverged = progress.step >= steps, _gave_up(prepared)
             keep_line(prepared, metrics, outcome, micro_batches[0], ending=last or diverged)
             if diverged:
-                raise give_up(prepared, metrics)
-            figures = None
-            if last or due(progress.step, config.evaluation.every):
-                figures = keep_evaluation(prepared, metrics)
+                raise give_up(prepared, metrics, stop)
             # An interval's checkpoint is left out after a skipped step (keeping.py says why).
             at_interval = outcome.finite and due(progress.step, config.checkpoint.every)
             if last or exit_code or at_interval:
-                save(prepared, metrics, figures)
+                save(prepared, metrics)
+            if not exit_code and (last or due(progress.step, config.evaluation.every)):
+                exit_code = keep_evaluation(prepared, metrics, stop)
+                if exit_code and prepared.saved != progress.step:
+                    save(prepared, metrics)
         prepared.checkpoints.wait()
-        finished = progress.step >= steps
         if parallel.is_main:
-            run_directory.end(run.done if finished else run.preempted, progress.step)
-        return 0 if finished else exit_code
+            run_directory.end(run.preempted if exit_code else run.done, progress.step)
+    if parallel.is_main:
+        name = stop.name or name_of(exit_code)
+        print(
+            run_directory.stopped(run, name, progress.step, steps)
+            if exit_code
+            else run_directory.next_commands(run, config)
+        )
+    return exit_code
+
+
+def _gave_up(run: Prepared) -> bool:
+    return run.progress.skipped_in_a_row >= run.config.training.max_skipped_steps
 
 
 def _already_finished(run: Prepared, dry_run: bool) -> int:
     """What is done with a run whose newest checkpoint is that of its last step.
 
     Raises:
-        InputError: the run has given up in that step.
+        Diverged: the run has given up in that step.
     """
     path, step = run.directory.path, run.progress.step
-    if run.progress.skipped_in_a_row >= run.config.training.max_skipped_steps:
-        raise InputError(
+    if _gave_up(run):
+        raise Diverged(
             f"{path}: its last {run.progress.skipped_in_a_row} steps, up to {step}, had a "
             "non-finite loss or gradient and were skipped; to go on with the rows that follow: "
             f"llmnorm train {path} training.steps=MORE"
         )
+    run.parallel.say(f"{path} is finished (step {step})")
     if run.parallel.is_main and not dry_run:
         run_directory.end(run.directory.done, step)
-    run.parallel.say(f"{path} is finished (step {step})")
+        print(run_directory.next_commands(run.directory, run.config))
     return 0

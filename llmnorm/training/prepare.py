@@ -29,6 +29,7 @@ from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lock import RunLock
 from llmnorm.training.ema import EMA
 from llmnorm.training.state import Progress, named_tensors, resume, starting_point
+from llmnorm.training.stretch import former_steps, stretched
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Prepared:
         state: what this process writes of a checkpoint, by name.
         progress: how far the run is.
         steps: the run's length, its parent's steps included.
+        saved: the step of the run's own newest checkpoint; None before there is one.
         micro_batch: rows that one process runs at once.
         noise_seed: step and rank are added to it, so that no random state is ever saved.
     """
@@ -65,6 +67,7 @@ class Prepared:
     state: State
     progress: Progress
     steps: int
+    saved: int | None
     micro_batch: int
     noise_seed: int
 
@@ -158,6 +161,11 @@ def prepare(
     parallel.weights_changed()  # what was loaded reaches the model under ZeRO too
     if message:
         parallel.say(message)
+    own = start is not None and start.path.parent == run.checkpoints
+    if start is not None and own:
+        before = former_steps(start, data.rows, data.context_length)
+        if note := stretched(config, start, steps, before, optimizer):
+            parallel.say(f"llmnorm: note: {note}")
     return Prepared(
         config=config,
         directory=run,
@@ -174,6 +182,7 @@ def prepare(
         state=written,
         progress=progress,
         steps=steps,
+        saved=progress.step if own else None,
         micro_batch=micro_batch,
         noise_seed=_noise_seed(config.seed),
     )

@@ -169,7 +169,9 @@ def test_a_tracker_that_fails_is_reported_and_ends_nothing(
         raise RuntimeError("the server\nis gone")
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", broken)
-    with trackers.Trackers(config, RunDirectory(tmp_path), start=0, enabled=True) as opened:
+    with trackers.Trackers(
+        config, RunDirectory(tmp_path), start=0, whole=0, enabled=True
+    ) as opened:
         for step in (1, 2):
             opened.log({"step": step, "loss": 1.0})
     assert asked == ["train/loss"]

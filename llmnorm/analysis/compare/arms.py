@@ -21,7 +21,8 @@ from llmnorm.config.file import load
 from llmnorm.config.tree import RunConfig, changeable, differences, to_tree
 from llmnorm.data.packing import find
 from llmnorm.machine.files import write_whole
-from llmnorm.part import InputError, nearest
+from llmnorm.machine.reading import read_settings
+from llmnorm.part import InputError, Settings, nearest
 
 LENGTHS = ("training.steps", "training.tokens", "training.epochs")
 
@@ -36,6 +37,13 @@ SET_BY_COMPARISON = (
     "checkpoint",
     "logging.every",
 )
+
+
+class _Saved(Settings):
+    """comparison.json."""
+
+    arms: dict[str, dict[str, Any]]
+    """Each arm's settings, by its name."""
 
 
 def read_arms(base: Path, shared: Sequence[str], given: Sequence[Sequence[str]]) -> list[Arm]:
@@ -158,7 +166,7 @@ def check_same_arms(protocol: Protocol, directory: Path) -> None:
     file = directory / "comparison.json"
     if not file.is_file():
         return
-    saved = json.loads(file.read_text(encoding="utf-8"))["arms"]
+    saved = read_settings(file, _Saved).arms
     for name, config in protocol.configs.items():
         if name not in saved:
             continue
@@ -178,7 +186,7 @@ def check_same_arms(protocol: Protocol, directory: Path) -> None:
 def save_arms(protocol: Protocol, directory: Path) -> None:
     """Write the arms' settings to `directory/comparison.json`, for `check_same_arms`."""
     file = directory / "comparison.json"
-    arms = json.loads(file.read_text(encoding="utf-8"))["arms"] if file.is_file() else {}
+    arms = dict(read_settings(file, _Saved).arms) if file.is_file() else {}
     arms |= {name: _comparable_settings(config) for name, config in protocol.configs.items()}
     write_whole(file, json.dumps({"arms": arms}, indent=1) + "\n")
 

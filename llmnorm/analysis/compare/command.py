@@ -65,7 +65,7 @@ def compare(
         start: how a run is started.
 
     Returns:
-        The exit code: 0, or 143 / 130 after SIGTERM / SIGINT.
+        The exit code: 0, or that of a signal, after which the runs have saved.
 
     Raises:
         InputError: an arm, an option or the directory is wrong, or a run failed.

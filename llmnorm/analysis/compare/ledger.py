@@ -3,9 +3,13 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from llmnorm.machine.reading import json_lines
 from llmnorm.part import InputError
 
 
@@ -52,22 +56,20 @@ class Ledger:
         A last line without its end, which a kill left, is ignored; the next `add` overwrites it.
 
         Raises:
-            InputError: a line is not a record.
+            InputError: a line is not a record, or the file cannot be read.
         """
         self._path = path
         self.records: dict[str, Record] = {}
         self._whole = 0  # bytes of the whole lines
-        raw = path.read_bytes() if path.is_file() else b""
-        for number, line in enumerate(raw.splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
+        for line in json_lines(path) if path.exists() else ():
+            if line.unfinished:
                 break
-            try:
-                record = Record(**json.loads(line))
-            except (ValueError, TypeError):
+            record = _record(line.value)
+            if record is None:
                 problem = "not a line of runs.jsonl; delete it, and its run is made again"
-                raise InputError(f"{path}, line {number}: {problem}") from None
+                raise InputError(f"{path}, line {line.number}: {problem}")
             self.records[record.run] = record
-            self._whole += len(line)
+            self._whole += len(line.raw)
 
     @property
     def losses(self) -> dict[str, float]:
@@ -95,3 +97,17 @@ class Ledger:
             ) from None
         self.records[record.run] = record
         self._whole += len(line)
+
+
+_CHECKED = TypeAdapter(Record)
+
+
+def _record(value: dict[str, Any] | None) -> Record | None:
+    """A line's value as a record; None if it is none."""
+    if value is None or value.keys() != {field.name for field in fields(Record)}:
+        return None
+    try:
+        record = _CHECKED.validate_python(value)
+    except ValidationError:
+        return None
+    return record if record.loss is None or math.isfinite(record.loss) else None

@@ -27,11 +27,12 @@ from llmnorm.analysis.compare.ledger import Ledger, Record
 from llmnorm.analysis.compare.plan import Protocol, Run
 from llmnorm.analysis.runs import progress
 from llmnorm.machine.doctor import version
+from llmnorm.machine.failures import DIVERGED
 from llmnorm.part import InputError
-from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.directory import RunDirectory, step_in
 from llmnorm.runs.lock import is_locked
 from llmnorm.runs.record import read_metrics
-from llmnorm.training.signals import StopRequest
+from llmnorm.training.signals import EXIT_CODES, StopRequest
 
 POLL_SECONDS = 0.2
 PROGRESS_SECONDS = 60.0  # between two lines of progress while no run finishes
@@ -65,7 +66,7 @@ def execute(
         start: how a run is started.
 
     Returns:
-        0, or 143 / 130 after SIGTERM / SIGINT, when the runs have saved.
+        0, or the exit code of a signal (`signals.EXIT_CODES`), when the runs have saved.
 
     Raises:
         InputError: a run failed; one line that names it and its log.
@@ -147,19 +148,19 @@ def _log(directory: Path) -> Path:
 def _record(job: _Job, run: RunDirectory, protocol: Protocol, slots: Slots) -> Record:
     """What an ended run has reached; an InputError if it neither finished nor diverged."""
     code = job.process.poll()
-    diverged = run.diverged.is_file()
+    diverged = code == DIVERGED
     if not diverged and not (code == 0 and run.done.is_file()):
         log = _log(run.path)
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = lines[-1].removeprefix("llmnorm: error: ") if lines else "it printed nothing"
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+        last = lines[-1].removeprefix("llmnorm: error: ") or "it printed nothing"
         raise InputError(
-            f"run {job.run.key} failed (exit code {code}): {last}; its log is {log}; finished runs "
+            f"run {job.run.key} {_ended(code)}: {last}; its log is {log}; finished runs "
             "are kept, and the same command continues"
         )
     loss, bits, curve, rates = None, None, [], []
     step, tokens = protocol.steps_of(job.run), protocol.tokens_of(job.run)
     if diverged:
-        step = int(run.diverged.read_text())
+        step = step_in(run.diverged) or step
     else:
         metrics = read_metrics(run.metrics)
         training = metrics.training
@@ -182,6 +183,15 @@ def _record(job: _Job, run: RunDirectory, protocol: Protocol, slots: Slots) -> R
         place=slots.describe(),
         version=version(),
     )
+
+
+def _ended(code: int | None) -> str:
+    """How a run that gave no result ended."""
+    if code is not None and code < 0:
+        return f"was killed by signal {-code}"
+    if code in EXIT_CODES.values():
+        return f"was stopped by a signal of its own (exit code {code}), and has saved"
+    return f"failed (exit code {code})"
 
 
 def _result(record: Record) -> str:

@@ -10,7 +10,6 @@ tokenizer. The files written are inspect.html (a page with everything in it), in
 per figure.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from llmnorm.analysis.depth.subject import Subject, open_subject
 from llmnorm.analysis.depth.weight_distance import Weights, block_matrices, weight_distance
 from llmnorm.data.packed import PackedData
 from llmnorm.machine.doctor import version
-from llmnorm.machine.files import write_whole
+from llmnorm.machine.files import json_text, write_whole
 from llmnorm.objectives.heldout import configuration, validation_data
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
@@ -142,7 +141,7 @@ def _names(subjects: Sequence[Subject]) -> list[str]:
 
 def _write(output: Path, found: list[dict[str, Any]]) -> None:
     drawn = pictures(found)
-    numbers = json.dumps({"llmnorm": version(), "models": found}, indent=1) + "\n"
+    numbers = json_text({"llmnorm": version(), "models": found}, indent=1) + "\n"
     files = {f"{name}.png": png for name, png in drawn.items()}
     files["inspect.json"] = numbers.encode()
     files["inspect.html"] = page(found, drawn).encode()
