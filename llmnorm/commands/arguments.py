@@ -131,6 +131,14 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, average: bool = True) -> 
         parser.add_argument("--ema", action="store_true", help=help)
 
 
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """--import, for models whose settings name classes outside the package."""
+    help = "import this module of yours first; may be given several times"
+    parser.add_argument(
+        "--import", action="append", default=[], dest="imports", metavar="MODULE", help=help
+    )
+
+
 def _checkpoint(text: str) -> str:
     if text not in ("latest", "best") and not text.isdecimal():
         hint = nearest(text, ["latest", "best", "a step"])

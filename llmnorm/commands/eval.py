@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llmnorm.commands.arguments import add_checkpoint, add_model, count, names
+from llmnorm.commands.arguments import add_checkpoint, add_import, add_model, count, names
 
 HELP = "evaluate a model on validation rows and lm-eval's tasks"
 TAKES_SETTINGS = True
@@ -13,6 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """RUN_OR_DIR, which weights, and what they are evaluated on."""
     add_model(parser)
     add_checkpoint(parser)
+    add_import(parser)
     parser.add_argument(
         "--tasks", type=names, metavar="A,B", help="lm-eval's tasks, by name or file"
     )
@@ -26,8 +27,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Evaluate."""
+    from llmnorm.config.imports import import_modules
     from llmnorm.config.pretrained import describe
 
+    import_modules(parsed.imports, "--import")
     describe(parsed.path, "eval")
 
     from llmnorm.evaluation.directory import evaluate_directory

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llmnorm.commands.arguments import add_checkpoint, add_model
+from llmnorm.commands.arguments import add_checkpoint, add_import, add_model
 from llmnorm.commands.configured import load_config
 
 HELP = "continue text with a trained run or a model directory"
@@ -13,6 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """RUN_OR_DIR, which weights, and the prompts."""
     add_model(parser)
     add_checkpoint(parser)
+    add_import(parser)
     help = "text to continue; may be given several times"
     parser.add_argument("--prompt", action="append", help=help)
 
@@ -20,8 +21,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Print each prompt with its continuation."""
     from llmnorm.config.file import section
+    from llmnorm.config.imports import import_modules
     from llmnorm.config.pretrained import describe, refuse_encoder
 
+    import_modules(parsed.imports, "--import")
     path = parsed.path
     if (path / "config.yaml").is_file():
         config = load_config(path, overrides)

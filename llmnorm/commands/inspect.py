@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llmnorm.commands.arguments import add_checkpoint, count
+from llmnorm.commands.arguments import add_checkpoint, add_import, count
 
 HELP = "show what each block of a model does, or of two models"
 TAKES_SETTINGS = True
@@ -16,6 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     help = "a second model, drawn beside the first"
     parser.add_argument("other", type=Path, nargs="?", metavar="OTHER", help=help)
     add_checkpoint(parser)
+    add_import(parser)
     parser.add_argument(
         "--rows", type=count, metavar="N", help="validation rows to measure on (128)"
     )
@@ -27,8 +28,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Measure and write the page."""
+    from llmnorm.config.imports import import_modules
     from llmnorm.config.pretrained import describe, is_stock, refuse_encoder
 
+    import_modules(parsed.imports, "--import")
     paths = [parsed.path] + ([parsed.other] if parsed.other else [])
     for path in paths:
         if not is_stock(path):

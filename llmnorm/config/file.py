@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from llmnorm.config import shipped
+from llmnorm.config.imports import import_modules
 from llmnorm.config.merge import merge, with_names
 from llmnorm.config.pretrained import FREE, describe
 from llmnorm.config.tree import RunConfig
@@ -82,7 +83,9 @@ def _with_pretrained(tree: dict[str, Any], marks: Marks) -> tuple[dict[str, Any]
     if not isinstance(model, dict) or model.get("pretrained") is None:
         return tree, []
     named = Path(str(marks[loc].text or model["pretrained"]))
-    found = describe(named, f"{where_of(marks, loc)}: model.pretrained")
+    modules = tree.get("imports")
+    modules = [m for m in modules if isinstance(m, str)] if isinstance(modules, list) else []
+    found = describe(named, f"{where_of(marks, loc)}: model.pretrained", modules)
     for key, value in model.items():
         if key in ModelSettings.model_fields and not found.admits(key, value):
             raise InputError(
@@ -166,7 +169,7 @@ def _read(path: Path, marks: Marks, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 def _validate(tree: Any, marks: Marks, path: Path) -> RunConfig:
     try:
-        RunConfig.model_validate(tree, context={"imports": Imports.OPAQUE})
+        valid = RunConfig.model_validate(tree, context={"imports": Imports.OPAQUE})
     except ValidationError as error:
         errors = explain(error, RunConfig)
         typed = [e for e in errors if e["type"] in ("string_type", "path_type")]
@@ -179,6 +182,7 @@ def _validate(tree: Any, marks: Marks, path: Path) -> RunConfig:
         raise InputError("\n".join(_line(e, marks, path) for e in errors)) from None
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # a console script has not got it
+    import_modules(valid.imports, f"{where_of(marks, ('imports',))}: imports")
     try:
         return RunConfig.model_validate(tree, context={"imports": Imports.ALLOWED})
     except ValidationError as error:
