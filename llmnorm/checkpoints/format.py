@@ -178,7 +178,7 @@ def with_loss(manifest: Mapping[str, Any], validation_loss: float) -> dict[str, 
 
 
 def _with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {"crc32": checksum_of(manifest), **manifest}
+    return {"crc32": checksum_of(manifest), **{k: manifest[k] for k in manifest if k != "crc32"}}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

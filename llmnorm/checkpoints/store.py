@@ -247,8 +247,10 @@ class Store:
                 sync(self.directory)
             try:
                 os.replace(pending, self.directory / LATEST)
-            except OSError as error:  # somebody made a directory of this name; nothing reads it
-                log.warning("%s: cannot be written (%s)", self.directory / LATEST, error.strerror)
+            except IsADirectoryError:  # somebody else's; nothing of ours reads `latest`
+                log.warning(
+                    "%s is a directory, so it does not name %s", self.directory / LATEST, step
+                )
             sync(self.directory)
         finally:
             pending.unlink(missing_ok=True)
