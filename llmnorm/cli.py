@@ -85,9 +85,16 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:  # outside the training loop, which saves and returns 130 itself
+        from llmnorm.machine.failures import of_interrupt
+
+        if (found := of_interrupt()) is not None:
+            _print_error(found.line)
+            return found.exit_code
         print("llmnorm: interrupted; the same command starts it again", file=sys.stderr)
         return 130
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of the tokenizers, which are Rust, is no Exception
         from llmnorm.machine.failures import failure
 
         named = getattr(parsed, "path", None) or getattr(parsed, "config", None)

@@ -5,6 +5,7 @@ so that help and every mistake are answered before torch is loaded.
 """
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -89,6 +90,18 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
     return int(text)
+
+
+def text(typed: str) -> str:
+    """Text that was typed as UTF-8, whatever encoding the terminal has."""
+    try:
+        typed.encode()
+        return typed
+    except UnicodeEncodeError:  # bytes that are none of the terminal's encoding
+        try:
+            return os.fsencode(typed).decode("utf-8")
+        except UnicodeDecodeError:
+            raise argparse.ArgumentTypeError("is not UTF-8 text") from None
 
 
 def names(text: str) -> list[str]:

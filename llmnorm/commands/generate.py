@@ -2,7 +2,7 @@
 
 import argparse
 
-from llmnorm.commands.arguments import add_checkpoint, add_import, add_model
+from llmnorm.commands.arguments import add_checkpoint, add_import, add_model, text
 from llmnorm.commands.configured import load_config
 
 HELP = "continue text with a trained run or a model directory"
@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     add_import(parser)
     help = "text to continue; may be given several times"
-    parser.add_argument("--prompt", action="append", help=help)
+    parser.add_argument("--prompt", type=text, action="append", help=help)
 
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -39,5 +39,5 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from llmnorm.generation.sampling import generate
 
     model, tokenizer = load_model(path, checkpoint=parsed.checkpoint, ema=parsed.ema)
-    for text in generate(model, tokenizer, parsed.prompt or [""], settings):
-        print(text, end="\n\n")
+    for whole in generate(model, tokenizer, parsed.prompt or [""], settings):
+        print(whole, end="\n\n")

@@ -115,7 +115,7 @@ class RunMeta(_Strict):
     skipped_steps: Size
     skipped_in_a_row: Size
     seconds: float
-    data: str
+    data: Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]
     environment: dict[str, Any]
     config: dict[str, Any]
     model: dict[str, Any]

@@ -6,11 +6,13 @@ line. A defect's traceback goes to a file beside the run, so that it can be sent
 """
 
 import errno
+import locale
 import os
 import platform
 import re
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -23,7 +25,11 @@ _NO_MEMORY = re.compile(
     r"failed to map segment|bad_alloc",
     re.IGNORECASE,
 )
-_NO_THREAD = re.compile(r"can't start new thread|pthread_create|thread constructor failed", re.I)
+_NO_THREAD = re.compile(
+    r"can't start new thread|pthread_create|thread constructor failed|blas_thread_init|"
+    r"ThreadPoolBuildError|thread pool has not been initialized|resource temporarily unavailable",
+    re.IGNORECASE,
+)
 _LOST = re.compile(
     r"(?=.*(gloo|nccl|process ?group|TCPStore))"
     r".*(closed by peer|reset by peer|timed? ?out|aborted|broken pipe|connection was)",
@@ -36,6 +42,27 @@ class Failure(NamedTuple):
 
     line: str
     exit_code: int
+
+
+_NO_THREADS = Failure(
+    "no more threads can be started; `ulimit -u` shows the limit, OMP_NUM_THREADS=1 and "
+    "OPENBLAS_NUM_THREADS=1 need fewer",
+    MISTAKE,
+)
+
+
+def of_interrupt() -> Failure | None:
+    """What a KeyboardInterrupt means that nobody has typed; None for one that somebody has.
+
+    OpenBLAS, which numpy loads, interrupts its own process where it cannot start its threads.
+    """
+    try:
+        thread = threading.Thread(target=int)
+        thread.start()
+        thread.join()
+    except RuntimeError:
+        return _NO_THREADS
+    return None
 
 
 def failure(error: BaseException, words: Sequence[str], run: Path | None) -> Failure:
@@ -56,9 +83,11 @@ def failure(error: BaseException, words: Sequence[str], run: Path | None) -> Fai
             MISTAKE,
         )
     if _NO_THREAD.search(text):
+        return _NO_THREADS
+    if isinstance(error, UnicodeError) and "utf" not in locale.getencoding().lower():
         return Failure(
-            "no more threads can be started; `ulimit -u` shows the limit, OMP_NUM_THREADS=1 needs "
-            "fewer",
+            f"the locale's encoding is {locale.getencoding()}, with which a library cannot read "
+            "its own files; set PYTHONUTF8=1",
             MISTAKE,
         )
     if _LOST.search(text):
