@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 MISTAKE, DEFECT, LOST_PROCESS = 2, 70, 74  # exit codes
+TORCH_BYTES = 1_200_000_000  # of addresses; with less its libraries do not load (measured)
 _NO_MEMORY = re.compile(
     r"allocate memory|DefaultCPUAllocator|out of memory|not enough memory|"
     r"failed to map segment|bad_alloc",
@@ -49,6 +50,25 @@ _NO_THREADS = Failure(
     "OPENBLAS_NUM_THREADS=1 need fewer",
     MISTAKE,
 )
+
+
+def too_little_memory() -> Failure | None:
+    """What is said where the shell's limit leaves no room for torch; None where there is room.
+
+    Without this some libraries that come with torch wait for ever for memory, instead of failing.
+    """
+    try:
+        import resource
+    except ImportError:  # no limits on this system
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY or soft >= TORCH_BYTES:
+        return None
+    return Failure(
+        f"out of memory: `ulimit -v` leaves this process {soft / 1e6:,.0f} MB, and torch alone "
+        f"needs {TORCH_BYTES / 1e6:,.0f} MB",
+        MISTAKE,
+    )
 
 
 def of_interrupt() -> Failure | None:

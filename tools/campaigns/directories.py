@@ -32,7 +32,8 @@ data:
   validation_bytes: 20000
   dir: data
 tokenizer: {vocab_size: 300}
-model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64}
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64,
+  depth_scaling: lns}
 optimizer: {name: adamw, lr: 3e-3}
 training: {steps: 12, global_batch: 4, device: cpu}
 evaluation: {samples: 0, every: 4}
@@ -124,7 +125,7 @@ def _command(rng: random.Random) -> list[str]:
             ["eval", "run"],
             ["eval", model, "--data", "base.yaml"],
             ["inspect", model, "--rows", "2", "--data", "base.yaml", "--out", "page"],
-            ["convert", model, "out", "--to", "unscaled"],
+            ["convert", model, "out", "--to", "unscaled" if model != "stock" else "lns"],
             ["doctor", "run"],
             ["runs", "run"],
             [
