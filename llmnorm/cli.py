@@ -29,8 +29,10 @@ from llmnorm.commands import (
     train,
 )
 from llmnorm.commands.arguments import Command, Parser, split_overrides
+from llmnorm.machine.failures import failure, of_interrupt, too_little_memory
 from llmnorm.part import InputError
 
+WITHOUT_TORCH = ("config", "configs", "parts", "runs")
 COMMANDS: dict[str, Command] = {
     "train": train,
     "data": data,
@@ -76,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
         command = COMMANDS[parsed.command]
         if overrides and not command.TAKES_SETTINGS:
             raise InputError(f"{parsed.command}: takes no settings, got '{overrides[0]}'")
+        if parsed.command not in WITHOUT_TORCH and (found := too_little_memory()):
+            _print_error(found.line)
+            return found.exit_code
         return command.run(parsed, overrides) or 0
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -85,11 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:  # outside the training loop, which saves and returns 130 itself
+        if (found := of_interrupt()) is not None:
+            _print_error(found.line)
+            return found.exit_code
         print("llmnorm: interrupted; the same command starts it again", file=sys.stderr)
         return 130
-    except Exception as error:
-        from llmnorm.machine.failures import failure
-
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of the tokenizers, which are Rust, is no Exception
         named = getattr(parsed, "path", None) or getattr(parsed, "config", None)
         found = failure(error, words, named if isinstance(named, Path) and named.is_dir() else None)
         _print_error(found.line)

@@ -20,6 +20,7 @@ all of them, so that none waits for one that has given up.
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,7 +35,6 @@ from torch.distributed.tensor import DTensor, Shard
 from llmnorm.checkpoints.agreement import Processes
 from llmnorm.checkpoints.format import (
     Checkpoint,
-    Damaged,
     Interval,
     as_interval,
     check_files,
@@ -45,6 +45,7 @@ from llmnorm.checkpoints.format import (
 )
 from llmnorm.checkpoints.fragments import Ends, begun_rows, fill, touched_rows
 from llmnorm.checkpoints.store import LATEST, Keep, Store
+from llmnorm.config.manifest import Damaged
 from llmnorm.optim.fragments import Fragment
 from llmnorm.part import InputError
 
@@ -102,7 +103,8 @@ class Checkpoints:
             state: what this process writes, by name: whole tensors and intervals of dim 0. Over all
                 processes they must tile every tensor once, so of copies one process passes its own.
             meta: values that JSON can express; those of process 0 are kept.
-            validation_loss: of this state; `keep_best` and `find("best")` compare it.
+            validation_loss: of this state; `keep_best` and `find("best")` compare it. One that is
+                not finite counts as none.
 
         Raises:
             InputError: the disk is full, the directory cannot be written, ...; nothing has changed.
@@ -112,6 +114,8 @@ class Checkpoints:
         that waits for it (`save`, `wait`, `newest`, `find`, `load`, `clean`).
         """
         self.wait()
+        if validation_loss is not None and not math.isfinite(validation_loss):
+            validation_loss = None  # JSON has no such number
         parts, ends, snapshot = self._processes.every(lambda: self._prepare(state, meta))
         self._processes.exchange(ends)
         if self._thread is None:

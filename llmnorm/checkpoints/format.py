@@ -2,9 +2,7 @@
 
     step_00001000/
       rank_00000.safetensors   written by process 0: the rows that it holds of each tensor
-      MANIFEST.json            {"format", "crc32", "step", "validation_loss", "meta",
-                                "tensors": {name: {"dtype", "shape", "intervals": {file: [a, b]}}},
-                                "files": {file: {"bytes", "crc32"}}}
+      MANIFEST.json            what they hold; config/manifest.py has its keys
 
 A tensor is stored whole, or cut along dim 0 into intervals [a, b) of rows; a 0-dim tensor has the
 interval [0, 1). The intervals tile the full tensor exactly. So a reader can ask for any rows,
@@ -12,12 +10,13 @@ however many processes wrote them. Nothing is pickled, and this file knows nothi
 
 What would surprise: safetensors returns views of the mapped file, so loading always copies. A 0-dim
 tensor has no slices. A writer without rows of a tensor leaves it out, unless the full shape holds a
-0. The manifest's `crc32` is the checksum of the manifest without that field.
+0.
 """
 
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,10 +27,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmnorm.config.manifest import FORMAT, Damaged, check_tiling, checksum_of, read_manifest
 from llmnorm.part import InputError, nearest
 
-FORMAT = 1
-MANIFEST = "MANIFEST.json"
+# Safetensors' names of dtypes -> torch's.
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64", "BOOL": "bool"},
+    **{
+        f"{kind}{n}": f"{name}{n}"
+        for kind, name in (("I", "int"), ("U", "uint"))
+        for n in (8, 16, 32, 64)
+    },
+}
 
 
 class Interval(NamedTuple):
@@ -45,10 +53,6 @@ class Interval(NamedTuple):
     def stop(self) -> int:
         """The row after the last one; a 0-dim tensor counts as one row."""
         return self.start + (self.tensor.shape[0] if self.tensor.dim() else 1)
-
-
-class Damaged(InputError):
-    """A checkpoint that is not whole; the text names the file and what is wrong with it."""
 
 
 class Checkpoint(NamedTuple):
@@ -153,7 +157,10 @@ def make_manifest(
                 )
             entry["intervals"][file["name"]] = part["interval"]
     for name, entry in tensors.items():
-        _check_tiling(name, entry["shape"][0] if entry["shape"] else 1, entry["intervals"])
+        try:
+            check_tiling(entry["shape"], entry["intervals"])
+        except ValueError as error:
+            raise ValueError(f"checkpoint key '{name}': {error}") from None
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -171,46 +178,16 @@ def with_loss(manifest: Mapping[str, Any], validation_loss: float) -> dict[str, 
 
 
 def _with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {"crc32": _crc_of_json(manifest), **manifest}
-
-
-def _check_tiling(name: str, rows: int, intervals: dict[str, list[int]]) -> None:
-    reached = 0
-    for start, stop in sorted(intervals.values()):
-        if start != reached:
-            what = "no process gave" if start > reached else "two processes gave"
-            first, last = sorted((start, reached))
-            raise ValueError(f"checkpoint key '{name}': {what} rows [{first}, {last}) of {rows}")
-        reached = stop
-    if reached != rows:
-        what = "no process gave" if reached < rows else "there are no"
-        first, last = sorted((reached, rows))
-        raise ValueError(f"checkpoint key '{name}': {what} rows [{first}, {last}) of {rows}")
+    return {"crc32": checksum_of(manifest), **{k: manifest[k] for k in manifest if k != "crc32"}}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in the directory `path`; of its files only the manifest is looked at.
 
     Raises:
-        Damaged: the manifest is missing, unreadable, changed since it was written, or of another
-            format.
+        Damaged: as `read_manifest`.
     """
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_bytes())
-        recorded, version = manifest.pop("crc32"), manifest["format"]
-    except FileNotFoundError:
-        what = f"{file} is missing" if path.is_dir() else f"{path} is missing"
-        raise Damaged(what) from None
-    except OSError as error:
-        raise Damaged(f"{file} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise Damaged(f"{file} is damaged (it is no manifest)") from None
-    if recorded != _crc_of_json(manifest):
-        raise Damaged(f"{file} is damaged (its checksum differs)")
-    if version != FORMAT:
-        raise Damaged(f"{file} has format {version}, this version of llmnorm reads {FORMAT}")
-    return Checkpoint(path, dict(manifest))
+    return Checkpoint(path, read_manifest(path))
 
 
 def check_file(file: Path, recorded: Mapping[str, Any], *, contents: bool) -> None:
@@ -224,7 +201,10 @@ def check_file(file: Path, recorded: Mapping[str, Any], *, contents: bool) -> No
         Damaged: it is missing, cut off or changed.
     """
     try:
-        size = file.stat().st_size
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):  # a named pipe would be read for ever
+            raise Damaged(f"{file} is damaged (it is no file)")
+        size = found.st_size
         if size != recorded["bytes"]:
             cut = "truncated" if size < recorded["bytes"] else "too long"
             raise Damaged(f"{file} is {cut} ({size} bytes instead of {recorded['bytes']})")
@@ -280,10 +260,11 @@ def copy_into(checkpoint: Checkpoint, into: Mapping[str, Tensor | Interval]) -> 
     Raises:
         InputError: a file cannot be read; some tensors may have been filled by then.
     """
+    tensors = checkpoint.manifest["tensors"]
     by_file: dict[str, list[tuple[str, Interval, int, int]]] = {}
     for name, value in into.items():
         part = as_interval(value)
-        for file, (start, stop) in checkpoint.manifest["tensors"][name]["intervals"].items():
+        for file, (start, stop) in tensors[name]["intervals"].items():
             if part.start < stop and start < part.stop:
                 by_file.setdefault(file, []).append((name, part, start, stop))
     for file, wanted in by_file.items():
@@ -291,6 +272,7 @@ def copy_into(checkpoint: Checkpoint, into: Mapping[str, Tensor | Interval]) -> 
         try:
             with safe_open(path, framework="pt", device="cpu") as stored, torch.no_grad():
                 for name, part, start, stop in wanted:
+                    _check_stored(path, stored, name, tensors[name], stop - start)
                     if part.tensor.dim() == 0:
                         part.tensor.copy_(stored.get_tensor(name))
                         continue
@@ -299,6 +281,31 @@ def copy_into(checkpoint: Checkpoint, into: Mapping[str, Tensor | Interval]) -> 
                     part.tensor[first - part.start : last - part.start].copy_(rows)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot be read ({error})") from error
+
+
+def _check_stored(path: Path, stored: Any, name: str, entry: Mapping[str, Any], rows: int) -> None:
+    """Check that an open file holds `rows` rows of a tensor, as its `entry` in the manifest says.
+
+    Raises:
+        InputError: it holds others. Copied as they are, one row would become every row.
+    """
+    have = _header(stored, name)
+    want = (entry["dtype"], ((rows, *entry["shape"][1:]) if entry["shape"] else ()))
+    if have != want:
+        found = "no such tensor" if have is None else f"{have[0]} {have[1]}"
+        raise InputError(
+            f"{path}: the manifest says that '{name}' is {want[0]} {want[1]} there; it holds "
+            f"{found}"
+        )
+
+
+def _header(stored: Any, name: str) -> tuple[str, tuple[int, ...]] | None:
+    """Dtype and shape of a tensor in an open safetensors file; None where it is not in there."""
+    try:
+        header = stored.get_slice(name)
+    except SafetensorError:
+        return None
+    return _DTYPES.get(header.get_dtype(), header.get_dtype()), tuple(header.get_shape())
 
 
 def checksum(file: Path) -> str:
@@ -312,7 +319,7 @@ def checksum(file: Path) -> str:
 
 def write_durably(path: Path, text: str) -> None:
     """Write a small file and fsync it."""
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     sync(path)
 
 
@@ -331,11 +338,6 @@ def as_text(value: Any, levels: int = 2) -> str:
         return json.dumps(value)
     entries = (f"{json.dumps(key)}: {as_text(item, levels - 1)}" for key, item in value.items())
     return "{\n" + ",\n".join(entries) + "\n}"
-
-
-def _crc_of_json(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -18,7 +18,6 @@ import errno
 import logging
 import math
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -27,9 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmnorm.checkpoints.format import (
-    MANIFEST,
     Checkpoint,
-    Damaged,
     as_text,
     check_file,
     check_files,
@@ -38,6 +35,8 @@ from llmnorm.checkpoints.format import (
     with_loss,
     write_durably,
 )
+from llmnorm.config.manifest import MANIFEST, Damaged, directory_of, steps_in
+from llmnorm.machine import reading
 from llmnorm.part import InputError, nearest
 
 LATEST, BEST = "latest", "best"
@@ -66,14 +65,11 @@ class Store:
 
     def path(self, step: int) -> Path:
         """The directory for the checkpoint of a step, whether or not it exists."""
-        return self.directory / f"step_{step:08d}"
+        return self.directory / directory_of(step)
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending; only names are looked at."""
-        if not self.directory.is_dir():
-            return []
-        names = (re.fullmatch(r"step_(\d{8,})", name) for name in os.listdir(self.directory))
-        return sorted(int(match[1]) for match in names if match)
+        """The steps that have a checkpoint, ascending; errors as in `steps_in`."""
+        return steps_in(self.directory)
 
     def find(self, name: str | int) -> tuple[Checkpoint, list[str]] | None:
         """The newest whole checkpoint, the best or one of a step, with its manifest.
@@ -101,7 +97,10 @@ class Store:
                 return self._open(step), faults
             except Damaged as fault:
                 faults.append(str(fault))
-        raise InputError(f"{'; '.join(faults)}; no checkpoint is whole")
+        raise InputError(
+            f"{'; '.join(faults)}; no checkpoint is whole: restore one, or begin anew in another "
+            "run_dir"
+        )
 
     def begin(self, step: int, validation_loss: float | None) -> Path | None:
         """A new temporary directory for the files of `step`, to be passed to `commit`.
@@ -112,7 +111,7 @@ class Store:
         if not self.directory.is_dir():
             self.directory.mkdir(parents=True)
             sync(self.directory.parent)
-        if self.path(step).exists():
+        if os.path.lexists(self.path(step)):
             with suppress(Damaged):
                 there = read_checkpoint(self.path(step))
                 check_files(there, contents=True)
@@ -135,7 +134,7 @@ class Store:
                 raise OSError(errno.ENOENT, text) from None
         write_durably(temporary / MANIFEST, as_text(manifest))
         sync(temporary)
-        if self.path(step).exists():  # damaged, or `begin` would have kept it
+        if os.path.lexists(self.path(step)):  # damaged, or `begin` would have kept it
             self._discard(step)
         self._move(step, temporary)
         self.damaged.pop(self.path(step), None)
@@ -256,7 +255,12 @@ class Store:
             if temporary is not None:
                 os.rename(temporary, self.path(step))
                 sync(self.directory)
-            os.replace(pending, self.directory / LATEST)
+            try:
+                os.replace(pending, self.directory / LATEST)
+            except IsADirectoryError:  # somebody else's; nothing of ours reads `latest`
+                log.warning(
+                    "%s is a directory, so it does not name %s", self.directory / LATEST, step
+                )
             sync(self.directory)
         finally:
             pending.unlink(missing_ok=True)
@@ -269,8 +273,14 @@ class Store:
 
     def _check_latest(self, steps: list[int]) -> None:
         file = self.directory / LATEST
-        named = file.read_text(errors="replace").strip() if file.is_file() else None
-        if named is not None and named not in [self.path(step).name for step in steps]:
+        if not os.path.lexists(file):
+            return
+        try:
+            named = reading.read_text(file, limit=1000).strip()
+        except InputError as error:
+            log.warning("%s", error)
+            return
+        if named not in [self.path(step).name for step in steps]:
             log.warning("%s names %r, which is not there", file, named)
 
 
@@ -283,7 +293,7 @@ def _best(checkpoints: Mapping[int, Checkpoint]) -> int | None:
 
 def _remove(path: Path) -> None:
     """Remove a file or a tree, or what can be removed of it."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

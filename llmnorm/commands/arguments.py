@@ -5,6 +5,7 @@ so that help and every mistake are answered before torch is loaded.
 """
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,6 +150,18 @@ def local(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def text(typed: str) -> str:
+    """Text that was typed as UTF-8, whatever encoding the terminal has."""
+    try:
+        typed.encode()
+        return typed
+    except UnicodeEncodeError:  # bytes that are none of the terminal's encoding
+        try:
+            return os.fsencode(typed).decode("utf-8")
+        except UnicodeDecodeError:
+            raise argparse.ArgumentTypeError("is not UTF-8 text") from None
+
+
 def names(text: str) -> list[str]:
     """Names or paths, separated by commas."""
     found = [name for name in text.split(",") if name]
@@ -187,6 +200,14 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, average: bool = True) -> 
     if average:
         help = "the moving average of the weights"
         parser.add_argument("--ema", action="store_true", help=help)
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """--import, for models whose settings name classes outside the package."""
+    help = "import this module of yours first; may be given several times"
+    parser.add_argument(
+        "--import", action="append", default=[], dest="imports", metavar="MODULE", help=help
+    )
 
 
 def _checkpoint(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llmnorm.commands.arguments import add_checkpoint, add_model, add_written
+from llmnorm.commands.arguments import add_checkpoint, add_import, add_model, add_written
 
 HELP = "change a model's norm without changing what it computes"
 TAKES_SETTINGS = False
@@ -13,6 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_written(parser)
     add_checkpoint(parser, average=False)
+    add_import(parser)
     parser.add_argument(
         "--to",
         required=True,
@@ -24,6 +25,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, _: list[str]) -> None:
     """Convert."""
+    from llmnorm.config.modules import import_modules
+
+    import_modules(parsed.imports, "--import")
+
     from llmnorm.exchange.convert import convert_directory
 
     convert_directory(

@@ -2,7 +2,14 @@
 
 import argparse
 
-from llmnorm.commands.arguments import add_checkpoint, add_model, count, local, names
+from llmnorm.commands.arguments import (
+    add_checkpoint,
+    add_import,
+    add_model,
+    count,
+    local,
+    names,
+)
 
 HELP = "evaluate a model on validation rows and lm-eval's tasks"
 TAKES_SETTINGS = True
@@ -12,6 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """RUN_OR_DIR, which weights, and what they are evaluated on."""
     add_model(parser)
     add_checkpoint(parser)
+    add_import(parser)
     parser.add_argument(
         "--tasks", type=names, metavar="A,B", help="lm-eval's tasks, by name or file"
     )
@@ -25,8 +33,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Evaluate."""
+    from llmnorm.config.modules import import_modules
     from llmnorm.config.pretrained import describe
 
+    import_modules(parsed.imports, "--import")
     describe(parsed.path, "eval")
 
     from llmnorm.evaluation.directory import evaluate_directory

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llmnorm.commands.arguments import add_checkpoint, add_model, add_written, count
+from llmnorm.commands.arguments import add_checkpoint, add_import, add_model, add_written, count
 
 HELP = "write a model directory for other tools"
 TAKES_SETTINGS = False
@@ -13,6 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_written(parser)
     add_checkpoint(parser)
+    add_import(parser)
     help = "as a Llama, a Qwen3 (QK-norm), or the class that it came from"
     parser.add_argument("--stock", action="store_true", help=help)
     help = "export the mean of the last N checkpoints"
@@ -21,8 +22,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, _: list[str]) -> None:
     """Export."""
+    from llmnorm.config.modules import import_modules
     from llmnorm.config.pretrained import describe
 
+    import_modules(parsed.imports, "--import")
     describe(parsed.path, "export")
 
     from llmnorm.exchange.export import export

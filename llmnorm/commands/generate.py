@@ -2,7 +2,7 @@
 
 import argparse
 
-from llmnorm.commands.arguments import add_checkpoint, add_model
+from llmnorm.commands.arguments import add_checkpoint, add_import, add_model, text
 from llmnorm.commands.configured import load_config
 
 HELP = "continue text with a trained run or a model directory"
@@ -14,8 +14,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """RUN_OR_DIR, which weights, and the prompts."""
     add_model(parser)
     add_checkpoint(parser)
+    add_import(parser)
     help = "text to continue; may be given several times"
-    parser.add_argument("--prompt", action="append", help=help)
+    parser.add_argument("--prompt", type=text, action="append", help=help)
     parser.epilog = (
         "Settings of the sampling: generation.max_new_tokens=64, generation.temperature=0.8 (0: "
         "greedy), generation.top_k=50, generation.top_p=0.95, generation.seed=0."
@@ -25,8 +26,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Print each prompt with its continuation."""
     from llmnorm.config.file import section
+    from llmnorm.config.modules import import_modules
     from llmnorm.config.pretrained import describe, refuse_encoder
 
+    import_modules(parsed.imports, "--import")
     path = parsed.path
     if (path / "config.yaml").is_file():
         config = load_config(path, overrides)
@@ -41,5 +44,5 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from llmnorm.generation.sampling import generate
 
     model, tokenizer = load_model(path, checkpoint=parsed.checkpoint, ema=parsed.ema)
-    for text in generate(model, tokenizer, parsed.prompt or [""], settings):
-        print(text, end="\n\n")
+    for whole in generate(model, tokenizer, parsed.prompt or [""], settings):
+        print(whole, end="\n\n")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llmnorm.commands.arguments import add_checkpoint, count, local
+from llmnorm.commands.arguments import add_checkpoint, add_import, count, local
 
 HELP = "show what each block of a model does, or of two models"
 TAKES_SETTINGS = True
@@ -15,6 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     help = "a second model, drawn beside the first"
     parser.add_argument("other", type=local, nargs="?", metavar="OTHER", help=help)
     add_checkpoint(parser)
+    add_import(parser)
     parser.add_argument(
         "--rows", type=count, metavar="N", help="validation rows to measure on (128)"
     )
@@ -26,8 +27,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Measure and write the page."""
+    from llmnorm.config.modules import import_modules
     from llmnorm.config.pretrained import describe, is_stock, refuse_encoder
 
+    import_modules(parsed.imports, "--import")
     paths = [parsed.path] + ([parsed.other] if parsed.other else [])
     for path in paths:
         if not is_stock(path):

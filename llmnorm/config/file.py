@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from llmnorm.config import shipped
 from llmnorm.config.merge import merge, with_names
 from llmnorm.config.mistakes import MOST
+from llmnorm.config.modules import import_modules
 from llmnorm.config.pretrained import FREE, describe
 from llmnorm.config.tree import RunConfig
 from llmnorm.config.yaml_text import (
@@ -90,9 +91,10 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
     else:
         tree, brought = _with_own_tokenizer(tree, run)
     notes += brought
-    _validated(RunConfig, tree, written, Imports.OPAQUE)
+    valid = _validated(RunConfig, tree, written, Imports.OPAQUE)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # a console script has not got it
+    import_modules(valid.imports, f"{where_of(written, ('imports',))}: imports")
     config = _validated(RunConfig, tree, written, Imports.ALLOWED)
     if config.run_dir is None:
         config = config.model_copy(update={"run_dir": home or Path("runs") / shipped.stem(path)})
@@ -125,7 +127,9 @@ def _with_pretrained(tree: dict[str, Any], written: Node) -> tuple[dict[str, Any
         named = local_path(node.text)
     except ValueError as error:
         raise InputError(f"{key}: {error}") from None
-    found = describe(named, key)
+    modules = tree.get("imports")
+    modules = [m for m in modules if isinstance(m, str)] if isinstance(modules, list) else []
+    found = describe(named, key, modules)
     for name, value in model.items():
         if name in ModelSettings.model_fields and not found.admits(name, value):
             raise InputError(

@@ -6,17 +6,26 @@ a stock Llama, Mistral, Qwen2 or Qwen3. Only JSON is read here, so that a mistak
 torch is loaded.
 """
 
-import json
 import re
-from contextlib import suppress
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
-from llmnorm.config.stock import from_stock
+from llmnorm.config.manifest import (
+    MANIFEST,
+    Damaged,
+    directory_of,
+    meta_of_run,
+    read_manifest,
+    steps_in,
+)
+from llmnorm.config.modules import refuse_unimported
+from llmnorm.config.stock import Tokens, from_stock
+from llmnorm.machine import reading
 from llmnorm.nn.settings import ModelSettings
-from llmnorm.part import InputError
+from llmnorm.part import Imports, InputError, Settings, explain, nearest, one_line
 
 # What may be set beside `model.pretrained`: it does not change what the loaded weights compute.
 FREE = ("dropout", "embedding_dropout", "export_as", "max_position_embeddings")
@@ -51,55 +60,95 @@ class Pretrained(NamedTuple):
 
     def admits(self, key: str, value: Any) -> bool:
         """Whether the weights compute the same with the model setting `key: value`."""
-        own = ModelSettings.model_validate(self.model)
+        own = _settings(self.model)
         scaled = own.rope_parameters.rope_type in ("dynamic", "longrope")  # by the longest context
         if key in FREE and not (key == "max_position_embeddings" and scaled):
             return True
         try:
-            other = ModelSettings.model_validate(self.model | {key: value})
+            other = _settings(self.model | {key: value})
         except ValidationError:
             return False
         return bool(getattr(own, key) == getattr(other, key))
 
 
-def describe(path: Path, key: str) -> Pretrained:
+class Bookkeeping(Settings):
+    """Hugging Face's keys of our config.json that are read beside the model's settings."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    architectures: Annotated[list[str], Field(min_length=1)] | None = None
+    """The model class."""
+    dtype: str | None = None
+    """The weights' dtype."""
+    torch_dtype: str | None = None
+    """The same, in older files."""
+    bos_token_id: Tokens = None
+    eos_token_id: Tokens = None
+    pad_token_id: Tokens = None
+    num_labels: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    id2label: dict[str, str] | None = None
+    label2id: dict[str, int] | None = None
+
+    @field_validator("dtype", "torch_dtype")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value.removeprefix("torch.") not in _DTYPES:
+            raise ValueError(f"'{value}' is no dtype of weights; {nearest(value, _DTYPES)}")
+        return value
+
+
+_DTYPES = ["float32", "bfloat16", "float16", "float64", "auto"]
+
+
+def describe(path: Path, key: str, imports: Collection[str] | None = None) -> Pretrained:
     """Find out which kind of directory `path` is and what it holds.
 
     Args:
         key: the setting or command that the path was given to, for messages (`model.pretrained`).
+        imports: for `model.pretrained`, the modules that the configuration names under `imports`;
+            None for a command, which imports the parts of a run's own config.yaml.
 
     Raises:
         InputError: it holds no weights that can be loaded; the message says what it lacks.
     """
     if not path.is_dir():
         raise InputError(f"{key}: there is no directory {path}")
+    cure = "add --import {module}" if imports is None else "add `imports: [{module}]`"
     if step := re.fullmatch(r"step_(\d+)", path.name):
-        if not (path / "MANIFEST.json").is_file():
-            raise InputError(f"{key}: {path} has no MANIFEST.json, so it is no checkpoint")
+        if not (path / MANIFEST).is_file():
+            raise InputError(f"{key}: {path} has no {MANIFEST}, so it is no checkpoint")
         run = path.parent.parent
-        return Pretrained(path, run, str(int(step[1])), _model_of(path, key), _tokenizer(run))
-    if (path / "config.yaml").is_file():
-        manifests = sorted(path.glob("checkpoints/step_*/MANIFEST.json"), reverse=True)
-        if not manifests:
-            raise InputError(
-                f"{key}: {path} has no checkpoint yet; `llmnorm train {path}` makes one"
-            )
-        config = _model_of_newest([file.parent for file in manifests], key)
-        return Pretrained(path, path, "latest", config, _tokenizer(path))
+        found = Pretrained(path, run, str(int(step[1])), _of_checkpoint(path, key), _tokenizer(run))
+        file = path / MANIFEST
+    elif (path / "config.yaml").is_file():
+        run = path
+        found = Pretrained(path, path, "latest", _of_newest(path, key), _tokenizer(path))
+        file = path / "config.yaml"
+    else:
+        return _exported(path, key, cure, imports or ())
+    if imports is not None or not (run / "config.yaml").is_file():
+        refuse_unimported(found.model, f"{key}: {file}", cure, imports or ())
+    return found
+
+
+def _exported(path: Path, key: str, cure: str, imports: Collection[str]) -> Pretrained:
+    """What an exported or a stock directory holds."""
     file = path / "config.json"
     if not file.is_file():
         raise InputError(
             f"{key}: {path} has neither config.yaml (a run) nor config.json (an exported model)"
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        assert isinstance(config, dict)
-    except (OSError, ValueError, AssertionError):
-        raise InputError(f"{key}: {file} is no JSON mapping") from None
-    if config.get("model_type") != "llmnorm":
-        config = from_stock(config, f"{key}: {file}")
+    where = f"{key}: {file}"
+    config = reading.read_object(file, key)
+    if config.get("model_type") == "llmnorm":
+        reading.checked(config, Bookkeeping, where)
+    else:
+        config = from_stock(config, where)
     tokenizer = path if (path / "tokenizer.json").is_file() else None
-    return Pretrained(path, None, "latest", config, tokenizer)
+    found = Pretrained(path, None, "latest", config, tokenizer)
+    refuse_unimported(found.model, where, cure, imports)
+    _check_model(found.model, where)
+    return found
 
 
 def refuse_encoder(architectures: list[str] | None, who: str, what: str) -> None:
@@ -124,29 +173,57 @@ def is_stock(path: Path) -> bool:
     if not file.is_file() or (path / "config.yaml").is_file():
         return False
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return reading.read_object(file).get("model_type") not in (None, "llmnorm")
+    except InputError:
         return False
-    return isinstance(config, dict) and config.get("model_type") not in (None, "llmnorm")
 
 
-def _model_of_newest(checkpoints: list[Path], key: str) -> dict[str, Any]:
-    """The model's configuration in the first manifest that can be read; all hold the same one."""
-    for checkpoint in checkpoints[:-1]:
-        with suppress(InputError):  # loading passes a damaged checkpoint over, too, and says so
-            return _model_of(checkpoint, key)
-    return _model_of(checkpoints[-1], key)
+def _of_newest(run: Path, key: str) -> dict[str, Any]:
+    """The model's configuration in the newest manifest that is whole; all hold the same one.
+
+    Whoever loads the weights goes by the same rule, compares the files too, and says what was
+    passed over (`checkpoints/store.py`).
+    """
+    directory, faults = run / "checkpoints", []
+    for step in reversed(steps_in(directory)):
+        path = directory / directory_of(step)
+        try:
+            manifest = read_manifest(path)
+        except Damaged as fault:
+            faults.append(str(fault))
+        else:
+            return _model_of(path, manifest, key)
+    if faults:
+        raise InputError(f"{key}: {'; '.join(faults)}; no checkpoint is whole")
+    raise InputError(f"{key}: {run} has no checkpoint yet; `llmnorm train {run}` makes one")
 
 
-def _model_of(checkpoint: Path, key: str) -> dict[str, Any]:
-    """The model's configuration in a checkpoint's manifest; checksums are compared on loading."""
-    file = checkpoint / "MANIFEST.json"
+def _of_checkpoint(path: Path, key: str) -> dict[str, Any]:
+    """The model's configuration in a checkpoint's manifest; files are compared on loading."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["meta"]["model"])
-    except (OSError, ValueError):
-        raise InputError(f"{key}: {file} is damaged (it is no manifest)") from None
-    except (KeyError, TypeError):
-        raise InputError(f"{key}: {file} does not hold the model's configuration") from None
+        return _model_of(path, read_manifest(path), key)
+    except Damaged as fault:
+        raise InputError(f"{key}: {fault}") from None
+
+
+def _model_of(path: Path, manifest: dict[str, Any], key: str) -> dict[str, Any]:
+    config: dict[str, Any] = meta_of_run(path, manifest)["model"]
+    where = f"{key}: {path / MANIFEST}: meta.model"
+    reading.checked(config, Bookkeeping, where)
+    _check_model({k: v for k, v in config.items() if k in ModelSettings.model_fields}, where)
+    return config
+
+
+def _settings(model: dict[str, Any]) -> ModelSettings:
+    """The settings, without importing what they name."""
+    return ModelSettings.model_validate(model, context={"imports": Imports.OPAQUE})
+
+
+def _check_model(model: dict[str, Any], where: str) -> None:
+    try:
+        _settings(model)
+    except ValidationError as error:
+        raise InputError(f"{where}: {one_line(explain(error, ModelSettings)[:3])}") from None
 
 
 def _tokenizer(run: Path) -> Path | None:

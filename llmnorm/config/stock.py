@@ -12,10 +12,13 @@ stock class reads and that our model cannot follow is refused.
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
+from pydantic import ConfigDict, Field
+
+from llmnorm.machine import reading
 from llmnorm.nn.mixers.settings import SoftmaxSettings
 from llmnorm.nn.norms.settings import PreSettings, RMSNormSettings
 from llmnorm.nn.settings import ModelSettings, SwiGLUSettings
-from llmnorm.part import InputError, nearest
+from llmnorm.part import InputError, Settings, nearest
 
 
 class Kind(NamedTuple):
@@ -80,6 +83,44 @@ KINDS = {
     "qwen2": Kind("Qwen2ForCausalLM", _QWEN | {"head_dim": None}),
     "qwen3": Kind("Qwen3ForCausalLM", _QWEN | {"head_dim": 128, "attention_bias": False}),
 }
+Tokens = int | list[int] | None  # a token's id, or several that end a text
+
+
+class _Keys(Settings):
+    """The keys of a stock config.json that are read; others are of no meaning to us."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    architectures: list[str] | None = None
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int | None
+    head_dim: int | None
+    max_position_embeddings: int
+    hidden_act: str
+    initializer_range: float
+    rms_norm_eps: float
+    attention_dropout: float
+    tie_word_embeddings: bool
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    max_window_layers: int = 0
+    layer_types: list[str] | None = None
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    partial_rotary_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    bos_token_id: Tokens
+    eos_token_id: Tokens
+    pad_token_id: Tokens
+
+
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -100,11 +141,12 @@ def from_stock(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise InputError(f"{where}: {key}: {why}")
 
     name = config.get("model_type")
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         hint = nearest(str(name), [*KINDS, "llmnorm"])
         refuse("model_type", f"'{name}' cannot be loaded as an llmnorm model; {hint}")
     kind = KINDS[name]
     given = kind.defaults | dict(config)
+    reading.checked(given, _Keys, where)
     classes = config.get("architectures") or [kind.architecture]
     if kind.architecture not in classes:
         refuse("architectures", f"{classes[0]} is no causal language model ({kind.architecture})")

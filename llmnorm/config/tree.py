@@ -208,6 +208,9 @@ class RunConfig(Settings):
     """Where the run lives; left out, `runs/<name of the configuration file>`."""
     seed: Seed = 0
     """Seed of the initial weights and of all randomness in training."""
+    imports: list[str] = []
+    """Modules of your own, e.g. `[my_package.my_norm]`, that are imported once all settings are
+    valid; needed where the weights of `model.pretrained` name a class outside llmnorm."""
     data: DataSettings
     """The corpus and the rows made of it."""
     tokenizer: TokenizerSettings = TokenizerSettings()

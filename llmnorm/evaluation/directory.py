@@ -118,9 +118,10 @@ def evaluate_directory(
                 result |= {"limit": limit, "tasks": benchmark_tasks.figures(results)}
                 paragraphs.append(benchmark_tasks.table(results))
         if parallel.is_main:
+            print("\n\n".join(paragraphs), flush=True)  # first: they have taken minutes
             output = _output(path, source, ema, adapter)
             _write(output, result)
-            print("\n\n".join([*paragraphs, f"written to {output}"]))
+            print(f"\nwritten to {output}")
     finally:
         parallel.close()
 
@@ -180,4 +181,6 @@ def _write(path: Path, result: dict[str, Any]) -> None:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json_text(result, indent=1) + "\n")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        raise InputError(
+            f"{path}: cannot be written: {error.strerror}; the figures stand above"
+        ) from None

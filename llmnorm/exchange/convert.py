@@ -7,7 +7,6 @@ What would surprise: a stock GPT-2 stays a GPT-2, since our models have no learn
 `centred` is the only target for it.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from llmnorm.config.pretrained import refuse_encoder
 from llmnorm.exchange.export import check_empty, write_directory
 from llmnorm.exchange.loading import open_source
 from llmnorm.exchange.model_card import model_card
+from llmnorm.machine import reading
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import Stored
 from llmnorm.models.convert import Weights as StoredWeights
@@ -69,6 +69,7 @@ def convert_directory(
         stored,
         _writer(tensors),
         tokenizer_directory=source.tokenizer,
+        first_token=source.first_token,
         card=f"{card}\nConverted from {path.name}: `llmnorm convert --to {target}`.\n",
     )
 
@@ -80,7 +81,11 @@ def _convert_gpt2(path: Path, directory: Path, target: str, untie: bool) -> None
             f"--to {target}: {path} is a GPT-2, whose learned positions no llmnorm model has; "
             "`--to centred` writes a GPT-2 whose layer norms are RMS norms"
         )
-    config = transformers.GPT2Config.from_pretrained(path)
+    try:
+        config = transformers.GPT2Config.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # of any kind: transformers' checks of its own keys
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"convert: {path / 'config.json'}: {reason}") from None
     if config.tie_word_embeddings and not untie:
         raise InputError(
             "--to centred: the tied head would lose what the final norm's offset adds along the "
@@ -98,6 +103,7 @@ def _convert_gpt2(path: Path, directory: Path, target: str, untie: bool) -> None
         _stored(tensors, weights.tensors),
         _writer(tensors),
         tokenizer_directory=path if (path / "tokenizer.json").is_file() else None,
+        first_token=None,
         card=f"# {directory.name}\n\nConverted from {path.name}: `llmnorm convert --to centred`.\n",
     )
 
@@ -134,7 +140,7 @@ def _writer(tensors: Mapping[str, Tensor]) -> Any:
 def _model_type(path: Path) -> str | None:
     """`model_type` of the directory's config.json; None where it cannot be read."""
     try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return found.get("model_type") if isinstance(found, dict) else None
-    except (OSError, ValueError):
+        name = reading.read_object(path / "config.json").get("model_type")
+    except InputError:
         return None
+    return name if isinstance(name, str) else None

@@ -4,7 +4,8 @@
     config.json             of our class, with the `auto_map` that names modeling_llmnorm.py (three
                             lines that import the installed package); or of a stock architecture
     generation_config.json  the tokens that end and pad a text
-    tokenizer.json, ...     the tokenizer, its chat template too
+    tokenizer.json, ...     the tokenizer, its chat template too; it begins every text with what
+                            began every document in training
     README.md               the model card: data, settings, losses, how to load it
 
 All files are written to a temporary directory next to the target, which is renamed at the end.
@@ -12,10 +13,12 @@ Weights move file by file: in memory are the tensors of the file that is being w
 average one more tensor.
 """
 
+import json
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -23,11 +26,16 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llmnorm.checkpoints.checkpoints import Checkpoints
+from llmnorm.config.modules import outside_modules
 from llmnorm.config.pretrained import refuse_encoder
 from llmnorm.config.stock import to_stock
 from llmnorm.data import tokenizer
-from llmnorm.exchange.loading import Source, open_source
+from llmnorm.exchange.loading import Source, open_source, refuse_mean
 from llmnorm.exchange.model_card import model_card
+from llmnorm.generation.prompts import begin_with
+from llmnorm.machine import reading
+from llmnorm.machine.files import write_whole
+from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import MAX_SHARD_BYTES, Stored, write_weights
 from llmnorm.models.equivalence import depth_factors
 from llmnorm.models.modeling import class_of
@@ -56,7 +64,8 @@ def export(
 
     Raises:
         InputError: the directory is not empty, the weights are not there or not whole, the stock
-            architectures cannot express the model, the disk is full; nothing has been written.
+            architectures cannot express the model, a mean is asked for where the norms keep
+            statistics, the disk is full; nothing has been written.
     """
     check_empty(directory)
     sources = _sources(path, average, ema, checkpoint)
@@ -79,6 +88,7 @@ def export(
         newest.tensors,
         read_into,
         tokenizer_directory=newest.tokenizer,
+        first_token=newest.first_token,
         card=model_card(directory.name, newest, architecture, steps=steps, ema=ema),
         max_shard_bytes=max_shard_bytes,
     )
@@ -97,6 +107,7 @@ def write_directory(
     read_into: Callable[[Mapping[str, Tensor]], None],
     *,
     tokenizer_directory: Path | None,
+    first_token: int | None,
     card: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -108,6 +119,7 @@ def write_directory(
         tensors: the weights' dtypes and shapes.
         read_into: fills the tensors that it is given, by name.
         tokenizer_directory: the tokenizer to copy, if there is one.
+        first_token: the token that its copy begins texts with; None: as the tokenizer does.
         card: README.md.
         max_shard_bytes: as in `write_weights`.
 
@@ -121,6 +133,7 @@ def write_directory(
         temporary.mkdir(parents=True)
         write_weights(temporary, tensors, read_into, max_shard_bytes=max_shard_bytes)
         config.save_pretrained(temporary)
+        _add_older_rope(temporary / "config.json")
         GenerationConfig(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
@@ -128,6 +141,8 @@ def write_directory(
         ).save_pretrained(temporary)
         if tokenizer_directory is not None:
             tokenizer.copy(tokenizer_directory, temporary)
+            if first_token is not None:
+                begin_with(temporary, first_token, where=tokenizer_directory)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for file in temporary.glob("*.safetensors"):  # safetensors lets nobody else read them
             file.chmod((temporary / "README.md").stat().st_mode)
@@ -141,6 +156,30 @@ def write_directory(
     total = sum(torch.Size(stored.shape).numel() for stored in tensors.values())
     (architecture,) = config.architectures or ["model"]
     print(f"{directory}: {architecture}, {total / 1e6:.2f}M parameters, {config.dtype}")
+    for module in outside_modules(_settings(config)):
+        print(f"it needs your module {module}: llmnorm generate {directory} --import {module}")
+
+
+def _settings(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """The model's settings as plain values; empty for stock classes, which have no parts."""
+    return config.settings().model_dump(mode="json") if isinstance(config, LlmNormConfig) else {}
+
+
+def _add_older_rope(file: Path) -> None:
+    """Write a stock model's rotary positions in the keys of transformers 4 too.
+
+    There `rope_theta` and `rope_scaling` stand at the top level. Readers that know these alone
+    would take the default for a theta that they do not find, and say nothing.
+    """
+    tree = reading.read_object(file)
+    rope = tree.get("rope_parameters")
+    if tree["model_type"] == LlmNormConfig.model_type or not isinstance(rope, dict):
+        return
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    tree["rope_theta"] = rope["rope_theta"]
+    if scaling.get("rope_type", "default") != "default":
+        tree["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+    write_whole(file, json.dumps(tree, indent=2, sort_keys=True) + "\n")
 
 
 def _sources(path: Path, average: int, ema: bool, checkpoint: str) -> list[Source]:
@@ -152,6 +191,7 @@ def _sources(path: Path, average: int, ema: bool, checkpoint: str) -> list[Sourc
     newest = open_source(path, ema=ema)
     if newest.run is None or path != newest.run.path:
         raise InputError(f"--average: {path} is no run; it holds one set of weights")
+    refuse_mean(newest.config, f"--average: {path}")
     last = newest.meta["step"]  # newer ones are damaged, which open_source has logged
     steps = [step for step in Checkpoints(newest.run.checkpoints).steps() if step <= last]
     if len(steps) < average:

@@ -15,10 +15,13 @@ from torch import Tensor
 from llmnorm.checkpoints.checkpoints import Checkpoints
 from llmnorm.checkpoints.format import copy_into
 from llmnorm.config.file import load
+from llmnorm.config.manifest import MANIFEST, meta_of_run
 from llmnorm.config.pretrained import Pretrained, describe
+from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import Stored, check_weights, named_weights, open_weights
-from llmnorm.models.modeling import LlmNormForCausalLM, empty_model
+from llmnorm.models.modeling import LlmNormForCausalLM, class_of, empty_model
+from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 
@@ -34,6 +37,8 @@ class Source(NamedTuple):
         tensors: dtype and shape of the model's tensors, by parameter name, in the model's order.
         read_into: fills the tensors that it is given, by parameter name.
         tokenizer: a tokenizer directory, None where there is none.
+        first_token: the token that began every document in training; None where that is not known,
+            and the tokenizer decides.
         run: the run that the weights belong to; None for exported and stock directories.
         meta: what the checkpoint holds beside tensors; empty for exported and stock directories.
     """
@@ -42,6 +47,7 @@ class Source(NamedTuple):
     tensors: dict[str, Stored]
     read_into: Callable[[Mapping[str, Tensor]], None]
     tokenizer: Path | None
+    first_token: int | None
     run: RunDirectory | None
     meta: dict[str, Any]
 
@@ -108,32 +114,65 @@ def open_source(
     Raises:
         InputError: there are no such weights, or they do not fit their configuration.
     """
-    found = describe(path, key or str(path))
+    # For `model.pretrained` all modules are imported by now that its configuration names.
+    found = describe(path, key or str(path), None if key is None else ())
     if found.run is not None:
-        return _of_run(found, found.run, checkpoint, ema, rank, world)
+        return _of_run(found, found.run, checkpoint, ema, rank, world, parts=key is None)
     if checkpoint != "latest" or ema:
         option = "--ema" if ema else "--checkpoint"
         raise InputError(f"{option}: {path} is no run; it holds one set of weights")
-    config = LlmNormConfig.from_dict(found.config)
+    config = _configuration(found.config, path / "config.json")
     weights = open_weights(path, config)
     tensors = {name: weights.tensors[name] for name in check_weights(config, weights.tensors, path)}
-    return Source(config, tensors, weights.read_into, found.tokenizer, None, {})
+    first = _first_token(found)
+    return Source(config, tensors, weights.read_into, found.tokenizer, first, None, {})
+
+
+def _first_token(found: Pretrained) -> int | None:
+    """The token that `llmnorm train` put before every document; of others it is not known."""
+    stock = found.run is None and found.config.get("export_as") is not None  # it came from one
+    token = found.config.get("bos_token_id")
+    trained_here = found.config.get("model_type") == "llmnorm" and not stock
+    return token if trained_here and isinstance(token, int) else None
+
+
+def _configuration(values: Mapping[str, Any], file: Path) -> LlmNormConfig:
+    """The model's configuration, of a class of model that there is.
+
+    Raises:
+        InputError: a value does not fit; the message begins with the file.
+    """
+    try:
+        config: LlmNormConfig = LlmNormConfig.from_dict(dict(values))
+        class_of(config)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except Exception as error:  # of any kind: transformers checks its own keys
+        raise InputError(f"{file}: {' '.join(str(error).split())[:300]}") from None
+    return config
 
 
 def _of_run(
-    found: Pretrained, run_path: Path, checkpoint: str, ema: bool, rank: int, world: int
+    found: Pretrained,
+    run_path: Path,
+    checkpoint: str,
+    ema: bool,
+    rank: int,
+    world: int,
+    *,
+    parts: bool,
 ) -> Source:
+    """Weights of a run; `parts`: import what its config.yaml names from outside the package."""
     if found.checkpoint != "latest" and checkpoint != "latest":
         raise InputError(f"--checkpoint: {found.path} is a checkpoint already; name its run")
     run = RunDirectory(run_path)
-    if run.config.is_file():
+    if run.config.is_file() and parts:
         load(run.path)  # imports the run's parts that are not in this package
     name = found.checkpoint if checkpoint == "latest" else checkpoint
     saved = Checkpoints(run.checkpoints, rank=rank, world=world).find(name)
-    path, stored_tensors, meta = saved.path, saved.manifest["tensors"], saved.meta
-    if "model" not in meta:
-        raise InputError(f"{path}: does not hold the model's configuration")
-    config = LlmNormConfig.from_dict(meta["model"])
+    path, stored_tensors = saved.path, saved.manifest["tensors"]
+    meta = meta_of_run(path, saved.manifest)
+    config = _configuration(meta["model"], path / MANIFEST)
     # Buffers have no average: of those the model's own are read.
     prefixes = ("model.", "ema.") if ema else ("model.",)
     names = {
@@ -146,6 +185,8 @@ def _of_run(
         raise InputError(
             f"--ema: {path} holds no moving average; it is kept where training.ema is given"
         )
+    if ema:
+        refuse_mean(config, f"--ema: {path}")
     stored = {
         name: Stored(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
         for name, entry in ((name, stored_tensors[full]) for name, full in names.items())
@@ -155,20 +196,32 @@ def _of_run(
     def read_into(into: Mapping[str, Tensor]) -> None:
         copy_into(saved, {names[name]: tensor for name, tensor in into.items()})
 
-    return Source(config, tensors, read_into, found.tokenizer, run, meta)
+    return Source(config, tensors, read_into, found.tokenizer, _first_token(found), run, meta)
+
+
+def refuse_mean(config: LlmNormConfig, who: str) -> None:
+    """Raise an InputError if the model's norms keep statistics, which no mean of weights has.
+
+    A mean of weights gives other activations than any of the weights in it. The statistics of the
+    newest weights, or their mean, are not those of these activations.
+
+    Args:
+        who: how the message begins: the option and the path.
+    """
+    with torch.device("meta"):
+        running = [m for m in class_of(config)(config).modules() if isinstance(m, RunningNorm)]
+    if running:
+        raise InputError(
+            f"{who}: model.norm keeps running statistics, which belong to the weights of one step "
+            "and not to a mean of weights; take the weights of one checkpoint (--checkpoint)"
+        )
 
 
 def tokenizer_of(source: Source, path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer that belongs to the weights at `path`."""
-    from transformers import AutoTokenizer
-
+    """The tokenizer of the weights at `path`, which begins texts as documents in training began."""
     if source.tokenizer is None:
         raise InputError(f"{path}: has no tokenizer (no tokenizer.json)")
-    try:
-        return AutoTokenizer.from_pretrained(source.tokenizer)
-    except Exception as error:  # of any kind: json's, tokenizers', transformers' own
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source.tokenizer}: no tokenizer can be read ({reason})") from error
+    return open_tokenizer(source.tokenizer, first=source.first_token)
 
 
 def _widest(tensors: Mapping[str, Stored]) -> torch.dtype:

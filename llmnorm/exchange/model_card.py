@@ -1,14 +1,18 @@
 """The README.md of an exported model: its data, settings and losses, and how to load it."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 
+from llmnorm.config.modules import outside_modules
 from llmnorm.exchange.loading import Source
 from llmnorm.objectives.figures import names
+from llmnorm.part import InputError
 from llmnorm.runs.lines import read_lines
 
 
@@ -48,7 +52,7 @@ def model_card(
         f"---\nlibrary_name: transformers\npipeline_tag: {kind.pipeline}\ntags: [llmnorm]\n---",
         f"# {name}",
         f"A {kind.text} of {total:,} parameters, an export of llmnorm: `{architecture}`.",
-        _how_to_load(own, kind.loader),
+        _how_to_load(own, kind.loader, outside_modules(_settings(source))),
         *(_of_the_run(source, steps, ema) if source.meta else [_no_run()]),
         "## Model\n\n" + _code("yaml", _yaml(_settings(source))),
     ]
@@ -60,15 +64,22 @@ def model_card(
     return "\n\n".join(blocks) + "\n"
 
 
-def _how_to_load(own: bool, loader: str) -> str:
+def _how_to_load(own: bool, loader: str, modules: Sequence[str]) -> str:
     needs = "It needs the package llmnorm.\n\n" if own else ""
+    if modules:
+        needs = (
+            f"It needs the package llmnorm and the code of {', '.join(modules)}, which is not in "
+            "this directory. `llmnorm` imports it with "
+            f"`{' '.join(f'--import {module}' for module in modules)}`.\n\n"
+        )
     argument = ", trust_remote_code=True" if own else ""
+    imports = "".join(f"import {module}\n" for module in modules)
     return (
         "## Loading\n\n"
         + needs
         + _code(
             "python",
-            f"from transformers import {loader}, AutoTokenizer\n\n"
+            f"{imports}from transformers import {loader}, AutoTokenizer\n\n"
             f"model = {loader}.from_pretrained(DIRECTORY{argument})\n"
             "tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)",
         )
@@ -95,11 +106,7 @@ def _of_the_run(source: Source, steps: Sequence[int], ema: bool) -> list[str]:
 def _losses(source: Source, averaged: bool, ema: bool) -> str:
     """The validation figures at the checkpoint's step, source by source."""
     assert source.run is not None
-    found: dict[str, Any] | None = None
-    for entry in read_lines(source.run.metrics).entries:
-        figures = entry.value.get("validation")
-        if entry.step == source.meta["step"] and isinstance(figures, dict) and "sources" in figures:
-            found = figures
+    found = _evaluation(source.run.metrics, source.meta["step"])
     if found is None:
         return "Not evaluated at this step."
     figures = found.get("ema", found) if ema else found
@@ -110,6 +117,19 @@ def _losses(source: Source, averaged: bool, ema: bool) -> str:
     if averaged:
         what += ", whose weights are the newest in the mean; the mean itself was not evaluated"
     return f"{what}. Loss in nats a token.\n\n" + _table(rows, ("source", *keys))
+
+
+def _evaluation(metrics: Path, step: int) -> dict[str, Any] | None:
+    """The last evaluation of a step in metrics.jsonl; None where there is none that can be read."""
+    found = None
+    with suppress(InputError):  # no such file; the card does without
+        for entry in read_lines(metrics).entries:
+            figures = entry.value.get("validation")
+            if entry.step == step and isinstance(figures, dict):
+                sources = figures.get("sources")
+                if isinstance(sources, dict) and all(isinstance(v, dict) for v in sources.values()):
+                    found = figures
+    return found
 
 
 def _no_run() -> str:
@@ -129,7 +149,7 @@ def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
         return f"{value:,}" if isinstance(value, int) else str(value)
 
     lines = [list(columns), ["---"] * len(columns)]
-    lines += [[cell(row[column]) for column in columns] for row in rows]
+    lines += [[cell(row.get(column, "")) for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -27,14 +27,14 @@ def continuation(
 
     Args:
         model: in evaluation mode.
-        tokenizer: its end token and its padding token are used.
+        tokenizer: its end token, where the model's configuration has none, and its padding token.
         prompt: token ids, at least one.
         settings: sampling; temperature 0 is greedy.
         together: the model is sharded over processes, all of which make this call. Then every
             process runs the model until all have reached their end token, since a forward pass
             needs all of them.
     """
-    greedy = settings.temperature == 0
+    greedy, end = settings.temperature == 0, model.config.eos_token_id
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
@@ -46,7 +46,7 @@ def continuation(
             temperature=None if greedy else settings.temperature,
             top_k=0 if settings.top_k is None or greedy else settings.top_k,
             top_p=None if greedy else settings.top_p,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id if end is None else end,
             pad_token_id=tokenizer.pad_token_id,
             synced_gpus=together,
         )

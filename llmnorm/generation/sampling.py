@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from llmnorm.config.tree import GenerationSettings
 from llmnorm.generation.continuation import continuation
+from llmnorm.generation.prompts import prompt_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,10 +19,10 @@ def generate(
 ) -> Iterator[str]:
     """Yield each prompt followed by its continuation.
 
-    A prompt is taken for the beginning of a document, so the bos token is put in front of it. The
-    noise is a function of `settings.seed` alone, the same for every prompt.
+    A prompt is taken for the beginning of a document, so it begins as the tokenizer begins texts
+    (`prompts.py`). The noise is a function of `settings.seed` alone, the same for every prompt.
     """
     for prompt in prompts:
-        ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+        ids = prompt_tokens(tokenizer, prompt)
         ids += continuation(model, tokenizer, ids, settings)
         yield tokenizer.decode(ids, skip_special_tokens=True)

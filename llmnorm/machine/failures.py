@@ -6,11 +6,13 @@ line. A defect's traceback goes to a file beside the run, so that it can be sent
 """
 
 import errno
+import locale
 import os
 import platform
 import re
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -18,12 +20,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 MISTAKE, DIVERGED, DEFECT, LOST_PROCESS = 2, 3, 70, 74  # exit codes
+TORCH_BYTES = 1_200_000_000  # of addresses; with less its libraries do not load (measured)
 _NO_MEMORY = re.compile(
     r"allocate memory|DefaultCPUAllocator|out of memory|not enough memory|"
     r"failed to map segment|bad_alloc",
     re.IGNORECASE,
 )
-_NO_THREAD = re.compile(r"can't start new thread|pthread_create|thread constructor failed", re.I)
+_NO_THREAD = re.compile(
+    r"can't start new thread|pthread_create|thread constructor failed|blas_thread_init|"
+    r"ThreadPoolBuildError|thread pool has not been initialized|resource temporarily unavailable",
+    re.IGNORECASE,
+)
 _LOST = re.compile(
     r"(?=.*(gloo|nccl|process ?group|TCPStore))"
     r".*(closed by peer|reset by peer|timed? ?out|aborted|broken pipe|connection was)",
@@ -36,6 +43,46 @@ class Failure(NamedTuple):
 
     line: str
     exit_code: int
+
+
+_NO_THREADS = Failure(
+    "no more threads can be started; `ulimit -u` shows the limit, OMP_NUM_THREADS=1 and "
+    "OPENBLAS_NUM_THREADS=1 need fewer",
+    MISTAKE,
+)
+
+
+def too_little_memory() -> Failure | None:
+    """What is said where the shell's limit leaves no room for torch; None where there is room.
+
+    Without this some libraries that come with torch wait for ever for memory, instead of failing.
+    """
+    try:
+        import resource
+    except ImportError:  # no limits on this system
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY or soft >= TORCH_BYTES:
+        return None
+    return Failure(
+        f"out of memory: `ulimit -v` leaves this process {soft / 1e6:,.0f} MB, and torch alone "
+        f"needs {TORCH_BYTES / 1e6:,.0f} MB",
+        MISTAKE,
+    )
+
+
+def of_interrupt() -> Failure | None:
+    """What a KeyboardInterrupt means that nobody has typed; None for one that somebody has.
+
+    OpenBLAS, which numpy loads, interrupts its own process where it cannot start its threads.
+    """
+    try:
+        thread = threading.Thread(target=int)
+        thread.start()
+        thread.join()
+    except RuntimeError:
+        return _NO_THREADS
+    return None
 
 
 def failure(error: BaseException, words: Sequence[str], run: Path | None) -> Failure:
@@ -56,9 +103,11 @@ def failure(error: BaseException, words: Sequence[str], run: Path | None) -> Fai
             MISTAKE,
         )
     if _NO_THREAD.search(text):
+        return _NO_THREADS
+    if isinstance(error, UnicodeError) and "utf" not in locale.getencoding().lower():
         return Failure(
-            "no more threads can be started; `ulimit -u` shows the limit, OMP_NUM_THREADS=1 needs "
-            "fewer",
+            f"the locale's encoding is {locale.getencoding()}, with which a library cannot read "
+            "its own files; set PYTHONUTF8=1",
             MISTAKE,
         )
     if _LOST.search(text):

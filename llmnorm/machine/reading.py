@@ -142,11 +142,18 @@ def read_settings(path: Path, cls: type[_Cls], key: str | None = None) -> _Cls:
     Raises:
         InputError: as `read_object`; or a key is missing, unknown or of another type.
     """
-    value = read_object(path, key)
+    return checked(read_object(path, key), cls, f"{key}: {path}" if key else str(path))
+
+
+def checked(value: Any, cls: type[_Cls], where: str) -> _Cls:
+    """A JSON value as a settings class.
+
+    Raises:
+        InputError: a key is missing, unknown or of another type; the message begins with `where`.
+    """
     try:
         return cls.model_validate(value)
     except ValidationError as error:
-        where = f"{key}: {path}" if key else str(path)
         raise InputError(f"{where}: {one_line(explain(error, cls)[:3])}") from None
 
 

@@ -11,21 +11,25 @@ be equal. Nothing is unpickled, so a directory with `pytorch_model.bin` alone is
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llmnorm.machine import reading
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import class_of
-from llmnorm.part import InputError, nearest
+from llmnorm.part import InputError, Settings, nearest
 
 MAX_SHARD_BYTES = 2_000_000_000
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,6 +48,15 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+class _Index(Settings):
+    """What is read of an index of shards."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    weight_map: dict[str, str]
+    """Tensor name -> file name."""
+
+
 class Weights:
     """The weights of a directory, by parameter name; only headers are read until `read_into`.
 
@@ -56,6 +69,7 @@ class Weights:
         self.tensors: dict[str, Stored] = {}
         self._files: dict[str, Path] = {}
         for file in _shards(directory):
+            reading.open_file(file).close()  # safetensors would wait for a named pipe
             try:
                 with safe_open(file, framework="pt", device="cpu") as stored:
                     for name in stored.keys():  # noqa: SIM118 (no mapping)
@@ -66,6 +80,8 @@ class Weights:
                                 f"{file}: '{name}' has dtype {header.get_dtype()}, which is not "
                                 f"served; known are {', '.join(_DTYPES)}"
                             )
+                        if name in self.tensors:
+                            raise InputError(f"{file}: '{name}' is in {self._files[name]} too")
                         self.tensors[name] = Stored(dtype, tuple(header.get_shape()))
                         self._files[name] = file
             except (OSError, SafetensorError) as error:
@@ -106,8 +122,13 @@ def check_weights(config: LlmNormConfig, tensors: Mapping[str, Stored], where: P
     Raises:
         InputError: a tensor is missing, has another shape, or has no place in the model.
     """
-    with torch.device("meta"):
-        wanted = named_weights(class_of(config)(config))
+    _check_sizes(config, tensors, where)
+    try:
+        with torch.device("meta"):
+            wanted = named_weights(class_of(config)(config))
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond what torch counts
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{where}: no model of this configuration can be made: {reason}") from None
     if missing := [name for name in wanted if name not in tensors]:
         hint = nearest(missing[0], list(tensors)[:1000])
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -120,6 +141,27 @@ def check_weights(config: LlmNormConfig, tensors: Mapping[str, Stored], where: P
         more = f" and {len(unasked) - 1} more" if len(unasked) > 1 else ""
         raise InputError(f"{where}: '{unasked[0]}'{more} has no place in the model")
     return list(wanted)
+
+
+def _check_sizes(config: LlmNormConfig, tensors: Mapping[str, Stored], where: Path) -> None:
+    """Compare what makes a model large with the weights, before a model of that size is made.
+
+    Raises:
+        InputError: the weights are of fewer or more layers or tokens.
+    """
+    layers = {int(m[1]) for m in map(_LAYER.search, tensors) if m}
+    if layers and len(layers) != config.num_hidden_layers:
+        raise InputError(
+            f"{where}: holds the weights of {len(layers)} layers, and num_hidden_layers is "
+            f"{config.num_hidden_layers}"
+        )
+    embedding = tensors.get("model.embed_tokens.weight")
+    wanted = (config.vocab_size, config.hidden_size)
+    if embedding is not None and embedding.shape != wanted:
+        raise InputError(
+            f"{where}: 'model.embed_tokens.weight' has shape {embedding.shape}, and config.json "
+            f"asks for {wanted} (vocab_size, hidden_size)"
+        )
 
 
 def open_weights(directory: Path, config: LlmNormConfig) -> Weights:
@@ -194,13 +236,14 @@ def _bytes(stored: Stored) -> int:
 
 def _shards(directory: Path) -> list[Path]:
     index = directory / _INDEX
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
-            raise InputError(f"{index}: is no index of shards") from None
+    if index.exists():
+        names = set(
+            reading.checked(reading.read_object(index), _Index, str(index)).weight_map.values()
+        )
+        if wrong := sorted(n for n in names if "/" in n or "\\" in n or n.startswith(".")):
+            raise InputError(f"{index}: weight_map: '{wrong[0]}' is no file of this directory")
         return [directory / name for name in sorted(names)]
-    if (directory / _SINGLE).is_file():
+    if (directory / _SINGLE).exists():
         return [directory / _SINGLE]
     pickled = sorted(p.name for p in directory.glob("*.bin"))
     if pickled:

@@ -19,10 +19,11 @@ import torch
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.packed import PackedData
 from llmnorm.generation.continuation import continuation
+from llmnorm.generation.prompts import open_tokenizer, prompt_tokens
 from llmnorm.parallel.processes import Parallel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 PROMPT_TOKENS = 16  # of a validation row
 
@@ -39,19 +40,12 @@ class Samples:
         evaluation = config.evaluation
         if not (evaluation.prompts or evaluation.samples):
             return
-        from transformers import AutoTokenizer
-
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            packed.tokenizer_directory
-        )
+        self._tokenizer = open_tokenizer(packed.tokenizer_directory, first=packed.bos)
         self._settings = config.generation.model_copy(
             update={"max_new_tokens": evaluation.sample_tokens}
         )
         if evaluation.prompts:
-            encoded = (
-                self._tokenizer.encode(p, add_special_tokens=False) for p in evaluation.prompts
-            )
-            self.prompts = [[packed.bos, *ids] for ids in encoded]
+            self.prompts = [prompt_tokens(self._tokenizer, text) for text in evaluation.prompts]
         else:
             self.prompts = _validation_prompts(packed, evaluation.samples)
 

@@ -10,8 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmnorm.checkpoints.format import (
-    MANIFEST,
-    Damaged,
     Interval,
     as_interval,
     as_text,
@@ -22,6 +20,7 @@ from llmnorm.checkpoints.format import (
     read_checkpoint,
     write_file,
 )
+from llmnorm.config.manifest import MANIFEST, Damaged
 from llmnorm.part import InputError
 
 DTYPES = [
@@ -255,10 +254,10 @@ def _means_the_same(one: bytes, other: bytes) -> bool:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("", "is no manifest"),
-        ("[]", "is no manifest"),
-        ("3", "is no manifest"),
-        ('{"format": 1}', "is no manifest"),
+        ("", "is damaged .not JSON"),
+        ("[]", "is damaged .expected a JSON object, got a list"),
+        ("3", "is damaged .expected a JSON object, got a number"),
+        ('{"format": 1}', "is damaged .crc32: is required"),
         ('{"format": 1, "crc32": "00000000"}', "checksum differs"),
     ],
 )

@@ -83,7 +83,7 @@ def _stock(path: Path) -> Subject:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # json's, huggingface_hub's or transformers' own
         raise InputError(f"{path}: {_reason(error)}") from None
     tokenizer = path if (path / "tokenizer.json").is_file() else None
@@ -112,6 +112,7 @@ def _load(path: Path, config: Any) -> Any:
             attn_implementation="eager",
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except Exception as error:  # safetensors' or transformers' own
@@ -124,4 +125,7 @@ def _load(path: Path, config: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in text:
+        return "its config.json names Python code (auto_map), which is not run"
+    return text
