@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from llmnorm.config.values import Count, LocalPath, Rows, Seed
 from llmnorm.data.settings import DataSettings, TokenizerSettings
+from llmnorm.nn.mixers.settings import MixerSettings
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.objectives.settings import CausalLMSettings, Objective, ObjectiveSettings
 from llmnorm.optim.schedule import CosineSettings, Schedule
@@ -246,7 +247,8 @@ class RunConfig(Settings):
         warmup, steps = getattr(self.schedule, "warmup", 0), self.training.steps
         if steps is not None and warmup >= max(steps, 2):
             raise ValueError(f"schedule.warmup {warmup} is not less than training.steps {steps}")
-        if isinstance(self.objective, ObjectiveSettings):
+        loaded = all(isinstance(mixer, MixerSettings) for mixer in self.model.mixers())
+        if loaded and isinstance(self.objective, ObjectiveSettings):
             why = self.objective.refusal(self)
             if why is not None:
                 raise ValueError(why)

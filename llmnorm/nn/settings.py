@@ -156,6 +156,11 @@ class RopeParameters(Settings):
         return self
 
 
+def _inner_width(mlp: Any, hidden_size: int) -> int:
+    """An MLP's own multiple of the width; anything for one that is not imported yet."""
+    return mlp.default_intermediate_size(hidden_size) if isinstance(mlp, MLPSettings) else 1
+
+
 class ModelSettings(Settings):
     """A transformer: decoder or, where its mixers look at later tokens too, encoder."""
 
@@ -185,7 +190,7 @@ class ModelSettings(Settings):
     mlp: Mlp = SwiGLUSettings()
     """What follows the mixer in each block."""
     intermediate_size: int = Field(
-        default_factory=lambda data: data["mlp"].default_intermediate_size(data["hidden_size"]),
+        default_factory=lambda data: _inner_width(data["mlp"], data["hidden_size"]),
         ge=1,
         le=2**24,
     )
