@@ -120,6 +120,8 @@ def _real(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
             stdout=out,
             stderr=err,
             start_new_session=True,
+            # A campaign under nohup would hand on that SIGHUP is ignored.
+            preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
         )
 
 
