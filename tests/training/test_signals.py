@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -309,3 +311,27 @@ def test_the_loss_of_a_process_is_a_line_and_a_code_of_its_own(
     assert len(errors) == 1 and "another process of this run was lost" in errors[0]
     assert "Traceback" not in err
     assert 3 in saved(tmp_path / "run")
+
+
+def failing(directory: Path, rank: int, world: int, *, words: list[str]) -> Any:
+    """A scenario: one process alone finds that it has no memory, in the evaluation."""
+    processes.LEAVING = timedelta(seconds=1)
+
+    def fail() -> None:
+        raise MemoryError
+
+    with at_poll(2 if rank else 10**9, fail):
+        return command(directory, rank, world, words=words)
+
+
+def test_a_process_that_fails_alone_does_not_leave_the_others_waiting(
+    tmp_path: Path, smoke_data: Path
+) -> None:
+    """Oracle: both end, long before the half hour of a collective call; each says its part."""
+    words = ["train", str(SMOKE), f"run_dir={tmp_path}/run", f"data.dir={smoke_data}"]
+    words += [*WORDS, "parallel.sharding=ddp"]
+    began = time.monotonic()
+    first, second = run_processes(partial(failing, words=words), tmp_path / "d")
+    assert time.monotonic() - began < 600
+    assert (first[0], second[0]) == (74, 2), first[2] + second[2]
+    assert "another process of this run was lost" in first[2] and "out of memory" in second[2]
