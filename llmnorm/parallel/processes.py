@@ -330,7 +330,7 @@ class Parallel:
             dist.destroy_process_group()
         elif self.world == 1:
             dist.destroy_process_group()
-        elif self.backend == "gloo":
+        elif self.backend == "gloo" and dist.group.WORLD is not None:
             options = dist.BarrierOptions()
             options.timeout = LEAVING
             with suppress(RuntimeError):  # another process is gone, or waits elsewhere
