@@ -604,6 +604,27 @@ RUNS = {
         "run_dir: <directory> holds other files and no config.yaml; a free directory is <free>",
         ("configs-2",),
     ),
+    "run whose checkpoints are gone": Case(
+        "train run training.steps=6",
+        "<checkpoints>: a checkpoint of step <n> was written (<file>), but there is none: is a "
+        "disk not mounted, or a copy not complete? Bring it back; to train from step 1 again, use "
+        "run_dir=<free>, or remove the files <files> there",
+        ("run/checkpoints", "of step 4", "(DONE)", "run_dir=run-2", "DONE and metrics.jsonl"),
+        lambda: shutil.rmtree("run/checkpoints"),
+    ),
+    "run whose settings are gone": Case(
+        f"train {SMOKE} run_dir=run",
+        "run_dir: <run> has checkpoints, but no config.yaml; bring it back (each checkpoint's "
+        "MANIFEST.json holds its settings), or use <free>",
+        ("run-2",),
+        lambda: Path("run/config.yaml").unlink(),
+    ),
+    "record that is a directory": Case(
+        "train run training.steps=6",
+        "<file>: is a directory, not a file",
+        ("run/metrics.jsonl",),
+        lambda: (Path("run/metrics.jsonl").unlink(), Path("run/metrics.jsonl").mkdir()),
+    ),
     "run directory below a file": Case(
         f"train {SMOKE} run_dir={SMOKE}/run",
         "run_dir: <path> cannot be made: <path> is a file",
@@ -773,6 +794,10 @@ TROUBLE = {
     "diverged, spoilt": "training: stopped at step <n>: <n> steps in a row with a non-finite loss "
     "or gradient (rows <rows>); the update before them has spoilt the weights, which are not "
     "saved; no checkpoint; start again with a lower optimizer.lr",
+    "damaged line": "<file>: line <n> is damaged and is kept in <file>; whole lines stay",
+    "stretched": "the schedule is stretched from <n> to <n> steps: the learning rate goes from "
+    "<rate> at step <n> to <rate> at step <n>; a decayed run is better continued from a checkpoint "
+    "before its decay<more>",
     "fallen back": "<file> is damaged (its checksum differs); going back to step <n>",
     "bits": "going on from <checkpoint>; the last bits may differ from an uninterrupted run: "
     "<what> <there> -> <here>",
@@ -950,9 +975,20 @@ def test_a_disk_that_is_full_while_data_is_prepared(place: Path) -> None:
 def test_a_run_that_diverges_says_where(place: Path) -> None:
     words = "run_dir=other training.steps=20 schedule=constant optimizer.lr=1e38"
     done = llmnorm(place, f"train {SMOKE} {words}")
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     assert says("diverged, spoilt", done.stderr)
     assert (place / "other" / "DIVERGED").read_text() == "6\n"
+
+
+def test_a_damaged_record_and_a_longer_schedule_are_told(place: Path) -> None:
+    metrics = place / "run" / "metrics.jsonl"
+    whole = metrics.read_bytes().split(b"\n")
+    metrics.write_bytes(b"\n".join([whole[0], b"[1, 2]", *whole[2:]]))
+    done = llmnorm(place, "train run training.steps=6")
+    assert done.returncode == 0, done.stderr
+    assert "metrics.jsonl: line 2 is damaged" in str(says("damaged line", done.stderr))
+    assert "from 4 to 6 steps" in str(says("stretched", done.stderr))
+    assert metrics.read_bytes().split(b"\n")[:4] == [whole[0], *whole[2:5]]
 
 
 def test_what_is_said_when_a_run_goes_on(place: Path) -> None:

@@ -328,10 +328,13 @@ class Parallel:
         if sys.exc_info()[0] is None:
             dist.barrier()
             dist.destroy_process_group()
-        elif self.backend == "gloo":
-            with suppress(RuntimeError):  # another process is gone
-                dist.monitored_barrier(timeout=LEAVING)
+        elif self.world == 1:
             dist.destroy_process_group()
+        elif self.backend == "gloo" and dist.group.WORLD is not None:
+            options = dist.BarrierOptions()
+            options.timeout = LEAVING
+            with suppress(RuntimeError):  # another process is gone, or waits elsewhere
+                dist.group.WORLD.barrier(options).wait()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from llmnorm.config.tree import (
     to_yaml,
 )
 from llmnorm.machine.doctor import version
-from llmnorm.machine.reading import read_text
+from llmnorm.machine.reading import open_file, read_text
 from llmnorm.part import InputError
 from llmnorm.runs.lines import read_lines
 
@@ -125,7 +125,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
 
     Raises:
         InputError: the directory cannot be made, or holds other files or another run, whose
-            differing keys are listed.
+            differing keys are listed; its record cannot be read, or its checkpoints are gone.
     """
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
@@ -168,6 +168,9 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
         )
         raise InputError(f"run_dir: {run.path}: {listed}: {what} run_dir={free(run.path)}")
     if not finished(run, config):
+        for record in (run.metrics, run.samples):
+            if record.exists():
+                open_file(record).close()  # refuses a directory, or a file that cannot be read
         _check_checkpoints(run, there.checkpoint)
     return run
 

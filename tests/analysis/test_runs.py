@@ -98,3 +98,35 @@ def test_a_directory_without_runs_is_one_line(tmp_path: Path, capsys) -> None:
         describe_runs(tmp_path)
     assert cli.main(["runs", str(tmp_path / "nowhere")]) == 2
     assert "nowhere: there is no such directory" in capsys.readouterr().err
+
+
+def test_a_damaged_run_is_listed_with_a_word(tmp_path: Path) -> None:
+    """Oracle: by hand; the other runs, and a line for each problem."""
+    for name in "abcd":
+        make(tmp_path, name, steps=3, losses=[2.0], sign="DONE")
+    (tmp_path / "b" / "config.yaml").write_text("a: [")
+    (tmp_path / "c" / "metrics.jsonl").unlink()
+    (tmp_path / "c" / "metrics.jsonl").mkdir()
+    metrics = tmp_path / "d" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().replace(b'{"step": 2,', b'{"step": \x00,'))
+    (tmp_path / "loop").symlink_to(tmp_path)
+    table = describe_runs(tmp_path).split("\n")
+    assert [line.split()[0] for line in table[1:5]] == list("abcd")
+    assert [line.split()[4] for line in table[1:5]] == [
+        "finished",
+        "damaged",
+        "damaged",
+        "finished",
+    ]
+    assert table[5].startswith(f"{tmp_path}/b/config.yaml")
+    assert table[6] == f"{tmp_path}/c/metrics.jsonl: is a directory, not a file"
+    assert table[7] == f"{metrics}: line 2 is damaged and left out"
+    assert table[4].split()[1:4] == ["3/30", "2.0000", "2.0000"]
+
+
+def test_a_loss_that_is_not_finite_is_no_best(tmp_path: Path) -> None:
+    """Oracle: by hand; null, and NaN as older versions wrote it."""
+    make(tmp_path, "a", steps=3, losses=[float("nan"), 2.5])
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "validation": {"loss": null}}\n')
+    assert describe_runs(tmp_path).split("\n")[1].split()[1:4] == ["3/30", "2.5000", "2.5000"]

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,33 @@ def test_an_evaluation_is_left_at_once_and_made_when_the_run_goes_on(
         assert saved(run)[step] == validation[0]["validation"]["loss"]
 
 
+def test_the_length_in_steps_is_told_where_it_was_given_in_tokens(
+    tmp_path: Path, smoke_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: by hand: 5,000 tokens in steps of 16 rows of 64 are 5 steps."""
+    words = ["training.steps=null", "training.tokens=5000"]
+    with at_poll(1, partial(signal.raise_signal, signal.SIGHUP)):
+        assert train(tmp_path / "run", smoke_data, *words) == 143
+    assert "stopped by SIGHUP at step 3 of 5, saved; go on" in capsys.readouterr().out
+
+
+def test_a_chart_gets_the_evaluation_that_was_left_and_nothing_twice(
+    tmp_path: Path, smoke_data: Path
+) -> None:
+    """Oracle: metrics.jsonl, through TensorBoard's own reader."""
+    pytest.importorskip("tensorboard", reason="needs the extra track")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, words = tmp_path / "run", ["logging.trackers=[tensorboard]", "checkpoint.every=3"]
+    with at_poll(2, partial(signal.raise_signal, signal.SIGTERM)):
+        assert train(run, smoke_data, *words) == 143
+    assert train(run, smoke_data) == 0
+    reader = EventAccumulator(str(run / "tensorboard"))
+    reader.Reload()
+    assert [event.step for event in reader.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in reader.Scalars("validation/loss")] == [3, 6]
+
+
 def polls_of(data: Path, place: Path) -> int:
     """How often an evaluation polls, its one sample included."""
     calls = [0]
@@ -282,3 +311,27 @@ def test_the_loss_of_a_process_is_a_line_and_a_code_of_its_own(
     assert len(errors) == 1 and "another process of this run was lost" in errors[0]
     assert "Traceback" not in err
     assert 3 in saved(tmp_path / "run")
+
+
+def failing(directory: Path, rank: int, world: int, *, words: list[str]) -> Any:
+    """A scenario: one process alone finds that it has no memory, in the evaluation."""
+    processes.LEAVING = timedelta(seconds=1)
+
+    def fail() -> None:
+        raise MemoryError
+
+    with at_poll(2 if rank else 10**9, fail):
+        return command(directory, rank, world, words=words)
+
+
+def test_a_process_that_fails_alone_does_not_leave_the_others_waiting(
+    tmp_path: Path, smoke_data: Path
+) -> None:
+    """Oracle: both end, long before the half hour of a collective call; each says its part."""
+    words = ["train", str(SMOKE), f"run_dir={tmp_path}/run", f"data.dir={smoke_data}"]
+    words += [*WORDS, "parallel.sharding=ddp"]
+    began = time.monotonic()
+    first, second = run_processes(partial(failing, words=words), tmp_path / "d")
+    assert time.monotonic() - began < 600
+    assert (first[0], second[0]) == (74, 2), first[2] + second[2]
+    assert "another process of this run was lost" in first[2] and "out of memory" in second[2]

@@ -81,6 +81,8 @@ def test_a_skipped_step_leaves_the_weights(tmp_path: Path, smoke_data: Path, who
     with not_finite(4):
         assert train(run, smoke_data, "training.steps=4", "checkpoint.every=1") == 0
     assert signs(run) == {"DONE": 4}
+    line = next(line for line in metrics_of(run) if line["step"] == 4)
+    assert line["grad_norm"] is None and line["not_finite"] == {"grad_norm": "nan"}
     before, after = state_of(run, 3), state_of(run, 4)
     assert all(tensor.equal(before[name]) for name, tensor in after.items())
     meta = read_checkpoint(run / "checkpoints" / "step_00000004").meta

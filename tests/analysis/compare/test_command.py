@@ -22,6 +22,7 @@ from llmnorm.analysis.compare.command import compare
 from llmnorm.analysis.compare.launch import Slots, launch, slots, stop_with_parent
 from llmnorm.analysis.compare.ledger import Ledger, Record
 from llmnorm.analysis.compare.plan import Arm, Protocol, Run
+from llmnorm.analysis.compare.runs import execute
 from llmnorm.machine.gpus import GPU
 from llmnorm.part import InputError
 from tests.running import CHILDREN, PATIENCE, SMOKE, TIMES
@@ -196,9 +197,19 @@ def test_a_torn_line_is_cut_off_and_written_again(tmp_path: Path) -> None:
                 found.add(record)
         assert path.read_bytes() == whole
     assert ledger.losses == {"a/seed1-x1": 2.0, "b/seed1-x1": math.inf}
-    path.write_text('{"run": "a"}\n')
-    with pytest.raises(InputError, match="line 1: not a line of runs.jsonl"):
-        Ledger(path)
+    first_line = whole[:first]
+    for broken in (
+        b'{"run": "a"}',
+        b"[1]",
+        b"\xff",
+        first_line.replace(b'"a/seed1-x1"', b"[]").strip(),
+        first_line.replace(b"2.0", b"NaN").strip(),
+        first_line.replace(b"5", b'"five"', 1).strip(),
+    ):
+        path.write_bytes(first_line + broken + b"\n")
+        with pytest.raises(InputError, match="line 2: not a line of runs.jsonl"):
+            Ledger(path)
+        assert path.read_bytes() == first_line + broken + b"\n"
 
 
 def test_another_meaning_of_an_arm_is_refused_and_more_seeds_are_not(tmp_path: Path) -> None:
@@ -248,6 +259,40 @@ def test_a_run_is_an_ordinary_command(tmp_path: Path) -> None:
             time.sleep(0.02)
     assert code == 2
     assert (tmp_path / "log").read_text() == "llmnorm: error: nowhere.yaml: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (143, "was stopped by a signal of its own (exit code 143), and has saved: it ends so"),
+        (75, "was stopped by a signal of its own (exit code 75), and has saved: it ends so"),
+        (-9, "was killed by signal 9: it ends so"),
+        (2, "failed (exit code 2): it ends so"),
+        (70, "failed (exit code 70): it ends so"),
+    ],
+)
+def test_a_run_that_gives_no_result_is_told_by_its_exit_code(
+    tmp_path: Path, code: int, words: str
+) -> None:
+    """Oracle: the line by hand; the run is a process that only ends."""
+
+    class Ended:
+        def poll(self) -> int:
+            return code
+
+        def terminate(self) -> None:
+            raise AssertionError
+
+    def start(_: Sequence[str], log: IO[bytes], __: Mapping[str, str]) -> Ended:
+        log.write(b"llmnorm: error: it ends so\n")
+        return Ended()
+
+    protocol = read_protocol(arms("a model.norm=layer"), seeds=1, lr_points=1)
+    ledger, places = Ledger(tmp_path / "runs.jsonl"), Slots((), 1, 1)
+    with pytest.raises(InputError) as caught:
+        execute(protocol, ledger, tmp_path / "runs", places, lambda _: 0.0, start=start)
+    assert f"run base/seed1-x1 {words}; its log is " in str(caught.value)
+    assert "\n" not in str(caught.value) and not ledger.records
 
 
 def test_a_run_uses_the_package_of_its_comparison(
