@@ -70,7 +70,8 @@ def whole() -> Path:
 @cache
 def weights() -> set[str]:
     """The checksums of the weights of each checkpoint, as `export` writes them."""
-    return {_digest(whole() / f"step_{step}" / "model.safetensors") for step in STEPS}
+    names = [*(f"step_{step}" for step in STEPS), "stock"]  # whose gains hold the depth scales
+    return {_digest(whole() / name / "model.safetensors") for name in names}
 
 
 @cache
