@@ -185,6 +185,6 @@ def _open(directory: Path, *, shown: Path | None = None) -> "PreTrainedTokenizer
         raise
     except BaseException as error:  # of any kind: tokenizers' panics are no Exception
         reason = " ".join(str(error).split())[:200]
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             reason = "its auto_map names Python code, which is not run"
         raise InputError(f"{where}: no tokenizer can be read ({reason})") from None

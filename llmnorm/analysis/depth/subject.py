@@ -125,7 +125,6 @@ def _load(path: Path, config: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error):
         return "its config.json names Python code (auto_map), which is not run"
-    return text
+    return " ".join(str(error).split())[:300]
