@@ -160,6 +160,43 @@ def test_readers_pass_a_damaged_newest_checkpoint_over(
         assert tensor.equal((states[0][name] + states[1][name]) / 2), name
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\x00\xfe", b"[]", b"{}", None], ids=str)
+def test_every_command_goes_by_the_newest_checkpoint_that_is_whole(
+    run: Path,
+    smoke_data: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    content: bytes | None,
+) -> None:
+    """Oracle: the weights of step 8, from a run whose newest manifest says nothing (None: a pipe).
+
+    Where a command writes a step or weights, they are those of step 8; all of them say so.
+    """
+    copy, out = shutil.copytree(run, tmp_path / "copy"), tmp_path / "out"
+    manifest = copy / "checkpoints" / "step_00000012" / "MANIFEST.json"
+    manifest.unlink()
+    if content is None:
+        os.mkfifo(manifest)
+    else:
+        manifest.write_bytes(content)
+    commands = [
+        ["generate", copy, "--prompt", "The", "generation.max_new_tokens=2"],
+        ["export", copy, out],
+        ["eval", copy],
+        ["inspect", copy, "--rows", "2", "--out", tmp_path / "page"],
+        ["train", SMOKE, "model=null", f"model.pretrained={copy}", "training.steps=1"],
+    ]
+    commands[-1] += ["tokenizer=null", f"data.dir={smoke_data}", f"run_dir={tmp_path / 'new'}"]
+    commands[-1] += ["optimizer.lr=1e-30", "optimizer.auxiliary.lr=1e-30"]
+    for words in commands:
+        caplog.clear()
+        llmnorm(*words)
+        assert "going back to step 8" in caplog.text, words
+    assert_equal(weights(out), of_checkpoint(run, 8))
+    assert (copy / "eval" / "step_00000008.json").is_file()
+    assert_equal(of_checkpoint(tmp_path / "new", 1), of_checkpoint(run, 8))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
