@@ -167,6 +167,12 @@ def test_an_adapter_is_evaluated_on_top(run, exported, tmp_path, capsys) -> None
     from llmnorm.exchange.loading import load_model
 
     assert "no adapter_config.json" in mistake(capsys, "eval", run, "--adapter", tmp_path)
+    config = tmp_path / "adapter_config.json"
+    for content, what in (("[]", "got a list"), ("{}", "adapter_model.safetensors: there is no")):
+        config.write_text(content, encoding="utf-8")
+        assert what in mistake(capsys, "eval", run, "--adapter", tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    assert "does not fit the model" in mistake(capsys, "eval", run, "--adapter", tmp_path)
     model, _ = load_model(exported)
     torch.manual_seed(0)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
