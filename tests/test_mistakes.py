@@ -643,7 +643,8 @@ RUNS = {
     ),
     "no whole checkpoint": Case(
         "train run training.steps=6",
-        "<file> is truncated (<n> bytes instead of <n>); <more>; no checkpoint is whole",
+        "<file> is truncated (<n> bytes instead of <n>); <more>; no checkpoint is whole: restore "
+        "one, or begin anew in another run_dir",
         ("step_00000004/rank_00000.safetensors", "step_00000002/rank_00000.safetensors"),
         lambda: [truncate(f) for f in Path("run/checkpoints").glob("step_*/*.safetensors")],
     ),

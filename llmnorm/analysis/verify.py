@@ -65,7 +65,9 @@ def verify_run(path: Path) -> tuple[str, list[str]]:
         found += _weights(run, newest[0])
     reached, lines = _lines(run.metrics)
     found += [*lines, *_lines(run.samples)[1]]
-    trained = max([reached, last, *(step for step, _ in whole)])
+    trained = max(reached, last)
+    if trained and not any(finding.name.startswith("checkpoints") for finding in checkpoints):
+        found.append(Finding("checkpoints", f"none is there, of a run of {trained} steps", False))
     if trained or run.tokenizer.exists():
         found.append(_attempt("tokenizer", lambda: _tokenizer(run, meta)))
     if config:

@@ -298,11 +298,17 @@ def to_tree(config: Settings) -> dict[str, Any]:
         if derived or (value is None and field.default is None):
             del tree[name]
         elif isinstance(value, Settings):
-            names = {"name": tree[name]["name"]} if "name" in tree[name] else {}
-            tree[name] = names | to_tree(value)
+            tree[name] = _named(tree[name], value)
         elif isinstance(value, list):
-            tree[name] = [to_tree(v) if isinstance(v, Settings) else v for v in tree[name]]
+            pairs = zip(tree[name], value, strict=True)
+            tree[name] = [_named(t, v) if isinstance(v, Settings) else v for t, v in pairs]
     return tree
+
+
+def _named(dumped: dict[str, Any], part: Settings) -> dict[str, Any]:
+    """A part's tree under the name by which it is found: of one from outside, its import path."""
+    name = {"name": dumped["name"]} if "name" in dumped else {}
+    return name | to_tree(part) | name  # name stands first
 
 
 def to_yaml(config: RunConfig) -> str:

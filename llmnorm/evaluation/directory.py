@@ -19,6 +19,7 @@ from llmnorm.config.pretrained import refuse_encoder
 from llmnorm.config.tree import ParallelSettings, RunConfig, TrainingSettings
 from llmnorm.evaluation import benchmark_tasks
 from llmnorm.exchange.loading import Source, empty_of, open_source, tokenizer_of
+from llmnorm.machine import reading
 from llmnorm.machine.doctor import missing_extra, version
 from llmnorm.machine.files import json_text, write_whole
 from llmnorm.models.convert import named_weights
@@ -146,13 +147,16 @@ def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
 def _with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(f"--adapter: {adapter} has no adapter_config.json, so it is no adapter")
+    reading.read_object(adapter / "adapter_config.json", "--adapter")
+    weights = adapter / "adapter_model.safetensors"
+    reading.open_file(weights, "--adapter").close()  # a .bin file is a pickle
     try:
         from peft import PeftModel
     except ImportError:
         raise missing_extra("peft") from None
     try:
         return PeftModel.from_pretrained(model, str(adapter)).eval()
-    except (ValueError, RuntimeError) as error:  # another architecture, other shapes
+    except Exception as error:  # of any kind: another architecture, other shapes, a damaged file
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--adapter: {adapter} does not fit the model: {reason}") from None
 

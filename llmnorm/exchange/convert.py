@@ -94,7 +94,10 @@ def _convert_gpt2(path: Path, directory: Path, target: str, untie: bool) -> None
     weights = StoredWeights(path)
     masks = (".attn.bias", ".attn.masked_bias")  # old files hold causal masks beside the weights
     kept = {name: stored for name, stored in weights.tensors.items() if not name.endswith(masks)}
-    tensors = centre_gpt2(_read(kept, weights.read_into))
+    try:
+        tensors = centre_gpt2(_read(kept, weights.read_into))
+    except KeyError as error:
+        raise InputError(f"{path}: holds no tensor {error}") from None
     config.tie_word_embeddings = False
     config.architectures = ["GPT2LMHeadModel"]
     write_directory(

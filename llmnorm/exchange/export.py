@@ -178,7 +178,7 @@ def _add_older_rope(file: Path) -> None:
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     tree["rope_theta"] = rope["rope_theta"]
     if scaling.get("rope_type", "default") != "default":
-        tree["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+        tree["rope_scaling"] = scaling
     write_whole(file, json.dumps(tree, indent=2, sort_keys=True) + "\n")
 
 

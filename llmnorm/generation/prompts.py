@@ -175,8 +175,8 @@ def _open(directory: Path, *, shown: Path | None = None) -> "PreTrainedTokenizer
         raise InputError(f"{where}: has no tokenizer (no {TOKENIZER})")
     reading.open_file(directory / TOKENIZER).close()  # transformers would wait for a named pipe
     for name in _FILES[1:-1]:
-        if (directory / name).exists():
-            reading.read_object(directory / name)
+        if (where / name).exists():
+            reading.read_object(where / name)
     try:
         return AutoTokenizer.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
@@ -185,6 +185,6 @@ def _open(directory: Path, *, shown: Path | None = None) -> "PreTrainedTokenizer
         raise
     except BaseException as error:  # of any kind: tokenizers' panics are no Exception
         reason = " ".join(str(error).split())[:200]
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             reason = "its auto_map names Python code, which is not run"
         raise InputError(f"{where}: no tokenizer can be read ({reason})") from None

@@ -240,7 +240,10 @@ def _commit() -> str:
 
 def _memory() -> str:
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(
+            line.split(":", 1)
+            for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        )
     except OSError:
         return "unknown"
     free, total = (int(lines[key].split()[0]) / 2**20 for key in ("MemAvailable", "MemTotal"))

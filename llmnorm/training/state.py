@@ -15,6 +15,7 @@ from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoint, Checkpoints, Interval, State, own_rows
 from llmnorm.checkpoints.format import as_interval
+from llmnorm.config.manifest import meta_of_run
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
 from llmnorm.models.convert import named_weights
@@ -118,7 +119,7 @@ def resume(
     """
     if start is None:
         return Progress(), None
-    path, meta = start.path, start.meta
+    path, meta = start.path, meta_of_run(start.path, start.manifest)
     if meta["data"] != data.identity:
         raise InputError(
             f"{path}: was trained on the data {meta['data']}, this run's data is now "

@@ -2,20 +2,25 @@
 
 import errno
 import json
+import logging
 import os
+import random
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmnorm.checkpoints import checkpoints as module
 from llmnorm.checkpoints import store
 from llmnorm.checkpoints.checkpoints import Checkpoint, Checkpoints, Interval
 from llmnorm.checkpoints.format import checksum
+from llmnorm.config.manifest import checksum_of
 from llmnorm.part import InputError
 from tests.running import PATIENCE
 
@@ -276,6 +281,117 @@ def test_the_last_good_weights_are_saved_at_a_skipped_step(tmp_path: Path, step:
     checkpoints.load(found, into)
     assert found.meta["step"] == step
     assert all(into[name].equal(tensor) for name, tensor in state(20).items())
+
+
+def test_damage_at_any_place_is_found_and_nothing_whole_is_lost(tmp_path: Path) -> None:
+    """Oracle: the state as a function of its step; 200 damages drawn with a fixed seed.
+
+    The newest checkpoint is damaged; the one before it is used and said, and no other file changes.
+    """
+    place = tmp_path / "checkpoints"
+    saved(place, 10, 20, 30, keep=3)
+    whole = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    victims = sorted(p for p in whole if "step_00000030" in str(p))
+    rng = random.Random(5)
+    for _ in range(200):
+        victim = rng.choice(victims)
+        kind = damaged(victim, rng)
+        others = {p: p.read_bytes() for p in whole if p != victim}
+        checkpoints = Checkpoints(place, keep=3)
+        checkpoints.clean()
+        with warnings_of("llmnorm.checkpoints") as said:
+            found = newest(checkpoints)
+        if found.path.name != "step_00000030":  # flipping a blank of the manifest means nothing
+            assert any("step_00000030" in line and "going back to step 20" in line for line in said)
+        assert holds(checkpoints, found, found.meta["step"]), (victim.name, kind)
+        assert {p: p.read_bytes() for p in others} == others, (victim.name, kind)
+        if victim.is_dir():
+            victim.rmdir()
+        victim.unlink(missing_ok=True)
+        victim.write_bytes(whole[victim])
+
+
+def damaged(file: Path, rng: random.Random) -> str:
+    content = bytearray(file.read_bytes())
+    kind = rng.choice(["flip", "flip", "cut", "more", "gone", "directory", "pipe", "loop", "empty"])
+    match kind:
+        case "flip":
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            file.write_bytes(content)
+        case "cut":
+            os.truncate(file, rng.randrange(len(content)))
+        case "more":
+            file.write_bytes(content + rng.randbytes(3))
+        case "empty":
+            os.truncate(file, 0)
+        case _:
+            file.unlink()
+            if kind == "directory":
+                file.mkdir()
+            elif kind == "pipe":
+                os.mkfifo(file)
+            elif kind == "loop":
+                file.symlink_to(file.name)
+    return kind
+
+
+@contextmanager
+def warnings_of(name: str) -> Iterator[list[str]]:
+    """The texts that a logger is given."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("how", ["file", "pipe", "directory", "loop"])
+@pytest.mark.parametrize("name", ["latest", "step_00000030"])
+def test_names_of_ours_that_are_something_else_do_no_harm(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    """Oracle: step 20 is found; step 30 is saved in its place; 10 and 20 stay."""
+    checkpoints = saved(tmp_path, 10, 20, keep=3)
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    match how:
+        case "file":
+            path.write_text("x", encoding="utf-8")
+        case "pipe":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(name)
+    assert holds(checkpoints, newest(checkpoints), 20)
+    checkpoints.save(30, state(30), {"tokens": 3000})
+    assert holds(checkpoints, newest(checkpoints), 30)
+    assert checkpoints.steps() == [10, 20, 30]
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_not_no_checkpoint(tmp_path: Path) -> None:
+    """Oracle: one line, where a run would else begin at its first step."""
+    (tmp_path / "checkpoints").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match="checkpoints: is no directory"):
+        Checkpoints(tmp_path / "checkpoints").newest()
+
+
+def test_a_file_that_holds_other_rows_than_the_manifest_says_is_refused(tmp_path: Path) -> None:
+    """Oracle: a forged manifest; one row copied into eight would fill them all."""
+    checkpoints = saved(tmp_path, 10)
+    file = tmp_path / "step_00000010" / FILE
+    tensors = load_file(file)
+    save_file({**tensors, "model.weight": tensors["model.weight"][:1].clone()}, file)
+    manifest = json.loads((file.parent / "MANIFEST.json").read_text(encoding="utf-8"))
+    manifest["files"][FILE] = {"bytes": file.stat().st_size, "crc32": checksum(file)}
+    manifest["crc32"] = checksum_of(manifest)
+    (file.parent / "MANIFEST.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(InputError, match="the manifest says that 'model.weight' is float32"):
+        holds(checkpoints, newest(checkpoints), 10)
 
 
 # Keeping

@@ -55,6 +55,19 @@ def test_a_run_gives_the_figures_of_its_own_last_evaluation(run, capsys) -> None
     assert written["validation"] == average != whole
 
 
+def test_figures_that_cannot_be_written_are_printed_first(run, tmp_path, capsys) -> None:
+    """Oracle: the table of the same evaluation, where a file stands in the directory's place."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "eval", ignore_errors=True)
+    (copy / "eval").touch()
+    capsys.readouterr()
+    assert cli.main(["eval", str(copy)]) == 2
+    said = capsys.readouterr()
+    assert f"{last_evaluation(run)['bits_per_byte']:.4f}" in said.out
+    (line,) = said.err.splitlines()
+    assert "cannot be written: File exists; the figures stand above" in line
+
+
 def test_a_checkpoint_is_chosen_by_its_step(run) -> None:
     """Oracle: the evaluation that the run made at that step."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -154,6 +167,12 @@ def test_an_adapter_is_evaluated_on_top(run, exported, tmp_path, capsys) -> None
     from llmnorm.exchange.loading import load_model
 
     assert "no adapter_config.json" in mistake(capsys, "eval", run, "--adapter", tmp_path)
+    config = tmp_path / "adapter_config.json"
+    for content, what in (("[]", "got a list"), ("{}", "adapter_model.safetensors: there is no")):
+        config.write_text(content, encoding="utf-8")
+        assert what in mistake(capsys, "eval", run, "--adapter", tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    assert "does not fit the model" in mistake(capsys, "eval", run, "--adapter", tmp_path)
     model, _ = load_model(exported)
     torch.manual_seed(0)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

@@ -160,6 +160,43 @@ def test_readers_pass_a_damaged_newest_checkpoint_over(
         assert tensor.equal((states[0][name] + states[1][name]) / 2), name
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\x00\xfe", b"[]", b"{}", None], ids=str)
+def test_every_command_goes_by_the_newest_checkpoint_that_is_whole(
+    run: Path,
+    smoke_data: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    content: bytes | None,
+) -> None:
+    """Oracle: the weights of step 8, from a run whose newest manifest says nothing (None: a pipe).
+
+    Where a command writes a step or weights, they are those of step 8; all of them say so.
+    """
+    copy, out = shutil.copytree(run, tmp_path / "copy"), tmp_path / "out"
+    manifest = copy / "checkpoints" / "step_00000012" / "MANIFEST.json"
+    manifest.unlink()
+    if content is None:
+        os.mkfifo(manifest)
+    else:
+        manifest.write_bytes(content)
+    commands = [
+        ["generate", copy, "--prompt", "The", "generation.max_new_tokens=2"],
+        ["export", copy, out],
+        ["eval", copy],
+        ["inspect", copy, "--rows", "2", "--out", tmp_path / "page"],
+        ["train", SMOKE, "model=null", f"model.pretrained={copy}", "training.steps=1"],
+    ]
+    commands[-1] += ["tokenizer=null", f"data.dir={smoke_data}", f"run_dir={tmp_path / 'new'}"]
+    commands[-1] += ["optimizer.lr=1e-30", "optimizer.auxiliary.lr=1e-30"]
+    for words in commands:
+        caplog.clear()
+        llmnorm(*words)
+        assert "going back to step 8" in caplog.text, words
+    assert_equal(weights(out), of_checkpoint(run, 8))
+    assert (copy / "eval" / "step_00000008.json").is_file()
+    assert_equal(of_checkpoint(tmp_path / "new", 1), of_checkpoint(run, 8))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -213,6 +250,111 @@ def test_a_run_without_an_average_or_a_stock_class_is_refused(
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_equal(weights(tmp_path / "out"), of_checkpoint(run, 2))
     assert ours.config.norm["name"] == "layer"
+
+
+def test_readers_before_transformers_5_find_the_rotary_positions(
+    tmp_path: Path, smoke_data: Path
+) -> None:
+    """Oracle: the keys of transformers 4, and what transformers 5 reads beside them."""
+    scaled = "{rope_type: yarn, factor: 4, original_max_position_embeddings: 64, rope_theta: 5e5}"
+    for name, rope in (("plain", "{rope_theta: 5e5}"), ("yarn", scaled)):
+        run = tmp_path / name
+        words = [f"model.rope_parameters={rope}", f"data.dir={smoke_data}", f"run_dir={run}"]
+        llmnorm("train", SMOKE, *words, "training.steps=1", "evaluation.samples=0")
+        llmnorm("export", run, tmp_path / f"{name}-out", "--stock")
+        file = tmp_path / f"{name}-out" / "config.json"
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        assert tree["rope_theta"] == 5e5
+        config = AutoConfig.from_pretrained(file.parent)
+        without = {k: v for k, v in tree.items() if k not in ("rope_theta", "rope_scaling")}
+        file.write_text(json.dumps(without), encoding="utf-8")
+        assert AutoConfig.from_pretrained(file.parent).to_dict() == config.to_dict()
+        if name == "plain":
+            assert tree.get("rope_scaling") is None
+        else:
+            wanted = {"rope_type": "yarn", "factor": 4.0}
+            wanted["original_max_position_embeddings"] = 64
+            assert tree["rope_scaling"] == wanted
+
+
+def test_a_mean_of_weights_is_refused_where_norms_keep_statistics(
+    tmp_path: Path, smoke_data: Path
+) -> None:
+    """Oracle: the reason; the weights of one step are exported with the statistics of that step."""
+    run, words = tmp_path / "run", ["model.norm=power", "training.ema=0.5", "training.steps=4"]
+    words += ["checkpoint.every=2", f"data.dir={smoke_data}", f"run_dir={run}"]
+    llmnorm("train", SMOKE, *words, "evaluation.samples=0")
+    for options in ({"average": 2}, {"ema": True}):
+        with pytest.raises(InputError, match="model.norm keeps running statistics, which belong"):
+            export(run, tmp_path / "out", **options)
+    export(run, tmp_path / "out")
+    assert_equal(weights(tmp_path / "out"), of_checkpoint(run, 4))
+
+
+def reshaped(file: Path, name: str, shape: list[int]) -> None:
+    """Change a shape in a safetensors header; the bytes stay."""
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header[name]["shape"] = shape
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+def config_key(key: str, value: Any) -> Any:
+    def change(directory: Path) -> None:
+        file = directory / "config.json"
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**tree, key: value}), encoding="utf-8")
+
+    return change
+
+
+def index(value: Any) -> Any:
+    def change(directory: Path) -> None:
+        file = directory / "model.safetensors.index.json"
+        file.write_text(json.dumps(value), encoding="utf-8")
+
+    return change
+
+
+EMBEDDING = "model.embed_tokens.weight"
+SPOILT = {
+    "classes that are numbers": (config_key("architectures", [3]), "config.json: architectures.0"),
+    "a class that is none": (config_key("architectures", ["Nope"]), "config.json: .*'Nope'"),
+    "an unknown dtype": (config_key("dtype", "nope"), "config.json: dtype: 'nope'"),
+    "2**62 tokens": (config_key("vocab_size", 2**62), "vocab_size"),
+    "5,000 layers": (config_key("num_hidden_layers", 5000), "num_hidden_layers is 5000"),
+    "labels that are a list": (config_key("id2label", [1]), "config.json: id2label"),
+    "a token that is text": (config_key("eos_token_id", "x"), "config.json: eos_token_id"),
+    "an index with a list": (index({"weight_map": [1]}), "index.json: weight_map"),
+    "an index that is a list": (index([]), "index.json: expected a JSON object, got a list"),
+    "an index without a map": (index({}), "index.json: weight_map: is required"),
+    "an index that leads away": (
+        index({"weight_map": {EMBEDDING: "../model.safetensors"}}),
+        "index.json: weight_map: '../model.safetensors' is no file of this directory",
+    ),
+    "a header of other rows": (
+        lambda d: reshaped(d / "model.safetensors", EMBEDDING, [2**40, 64]),
+        "model.safetensors: cannot be read",
+    ),
+    "a pipe": (
+        lambda d: ((d / "model.safetensors").unlink(), os.mkfifo(d / "model.safetensors")),
+        "model.safetensors: is a named pipe",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "what"), SPOILT.values(), ids=SPOILT.keys())
+def test_a_spoilt_directory_is_refused_in_one_line(
+    exported: Path, tmp_path: Path, spoil: Any, what: str
+) -> None:
+    """Oracle: the file and key that were spoilt."""
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    spoil(copy)
+    with pytest.raises(InputError, match=what) as caught:
+        load_model(copy)
+    assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
 
 
 def test_many_shards(run: Path, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def _stock(path: Path) -> Subject:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # json's, huggingface_hub's or transformers' own
         raise InputError(f"{path}: {_reason(error)}") from None
+    _check_size(path, config)
     tokenizer = path if (path / "tokenizer.json").is_file() else None
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Subject(
@@ -99,6 +100,25 @@ def _stock(path: Path) -> Subject:
         longest if isinstance(longest, int) else 2**31,
         lambda: _load(path, config),
     )
+
+
+def _check_size(path: Path, config: Any) -> None:
+    """Refuse sizes that no weights in the directory can have, before a model of them is made.
+
+    Raises:
+        InputError: its layers or its vocabulary have more numbers than the files have half bytes.
+    """
+    text, files = config.get_text_config(), list(path.glob("*.safetensors"))
+    most = 2 * sum(file.stat().st_size for file in files if file.is_file())
+    for key in ("num_hidden_layers", "vocab_size"):
+        count, width = getattr(text, key, None), getattr(text, "hidden_size", None)
+        if not (files and isinstance(count, int) and isinstance(width, int)):
+            continue
+        if count * width > most:
+            raise InputError(
+                f"{path / 'config.json'}: {key} is {count}, which is more than the weights have "
+                f"({most // 2:,} bytes)"
+            )
 
 
 def _load(path: Path, config: Any) -> Any:
@@ -125,7 +145,6 @@ def _load(path: Path, config: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error):
         return "its config.json names Python code (auto_map), which is not run"
-    return text
+    return " ".join(str(error).split())[:300]

@@ -219,3 +219,15 @@ def test_mistakes_are_one_line(trained, exported, tmp_path, capsys) -> None:
     assert "has no tokenizer (no tokenizer.json)" in mistake(capsys, llama, "--data", trained)
     (llama / "config.json").write_text('{"model_type": "unheard"}')
     assert "unheard" in mistake(capsys, llama, "--data", trained)
+
+
+def test_sizes_that_the_weights_do_not_have_are_refused_before_a_model_is_made(
+    trained: Path, tmp_path: Path, capsys
+) -> None:
+    """Oracle: the key, in a model of so many layers or tokens as no memory holds."""
+    for key, value in (("num_hidden_layers", 10**8), ("vocab_size", 2**62)):
+        directory = stock(tmp_path / key, "llama", trained)
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        (directory / "config.json").write_text(json.dumps({**config, key: value}), encoding="utf-8")
+        said = mistake(capsys, directory, "--data", trained)
+        assert f"config.json: {key} is {value}, which is more than the weights have" in said
