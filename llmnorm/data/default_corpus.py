@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmnorm.machine.reading import read_object
 from llmnorm.part import InputError
 
 Documents = Iterator[tuple[str, str]]  # (name, text)
@@ -146,11 +147,23 @@ def fetch(directory: Path) -> Path:
 
 
 def source_names(directory: Path) -> list[str]:
-    """The sources that `fetch` made in `directory`, in their order; empty before it ran."""
+    """The sources that `fetch` made in `directory`, in their order; empty before it ran.
+
+    Raises:
+        InputError: `corpus.json` is damaged.
+    """
     card = directory / "corpus.json"
     if not card.is_file():
         return []
-    return [entry["name"] for entry in json.loads(card.read_text(encoding="utf-8"))["sources"]]
+    known = {source.name for source in SOURCES}
+    found = read_object(card, "data.sources: default").get("sources")
+    entries = found if isinstance(found, list) else []
+    names = [str(e.get("name")) for e in entries if isinstance(e, dict)]
+    if not names or not known.issuperset(names):
+        raise InputError(
+            f"data.sources: default: {card} is damaged; delete {directory}, and it is fetched again"
+        )
+    return names
 
 
 def _download(package: Package | None, downloads: Path) -> Path | None:

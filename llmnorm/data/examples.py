@@ -16,8 +16,9 @@ begins, which takes seconds for GLUE's largest. Classes are text whatever the fi
 """
 
 import csv
-import json
+import io
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmnorm.config.shipped import locate
-from llmnorm.data import corpus
+from llmnorm.data.files import digest, looked_in
 from llmnorm.data.identity import hash_of
-from llmnorm.data.tokenizer import FILES, TextEncoder
+from llmnorm.data.records import half_a_pair
+from llmnorm.data.tokenizer import FILES, TextEncoder, check_special_tokens
+from llmnorm.machine.reading import json_lines, parse_json, read_text
 from llmnorm.part import InputError, nearest
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv")
@@ -112,6 +115,7 @@ def open_examples(
             `regression`) not a number.
     """
     train, validation = locate(train, "objective.train"), locate(validation, "objective.validation")
+    check_special_tokens(tokenizer, "tokenizer.path")
     encoder = TextEncoder(tokenizer)
     paths = {"objective.train": train, "objective.validation": validation}
     records = {key: list(_read(path, key, fields)) for key, path in paths.items()}
@@ -129,7 +133,7 @@ def open_examples(
         for key, found in records.items()
     }
     files = [train, validation, *(p for name in FILES if (p := tokenizer / name).is_file())]
-    made = [[path.name, corpus.digest(path)] for path in files]
+    made = [[path.name, digest(path, "objective.train")] for path in files]
     return Examples(
         directory=train.parent,
         identity=hash_of([made, list(fields), classes]),
@@ -150,46 +154,58 @@ _Record = tuple[str, str | None, str, str]  # text, second text, label, "FILE: r
 
 def _read(path: Path, key: str, fields: Fields) -> Iterator[_Record]:
     """The records of a file, checked."""
-    if not path.is_file():
-        raise InputError(f"{key}: there is no file {path}")
+    if not os.path.lexists(path):
+        raise InputError(f"{key}: there is no file {path}{looked_in(path)}")
     if path.suffix not in KINDS:
         raise InputError(f"{key}: {path} is not of a kind that is read; valid: {', '.join(KINDS)}")
     number = 0
-    try:
-        for number, record in enumerate(_records(path), 1):
-            where = f"{path}: record {number}"
-            texts = [fields.text] if fields.pair is None else [fields.text, fields.pair]
-            for name in (*texts, fields.label):
-                if record.get(name) is None:
-                    known = [str(field) for field in record if field is not None]
-                    raise InputError(f"{where}: has no field '{name}'; {nearest(name, known)}")
-            for name in texts:
-                if not isinstance(record[name], str):
-                    raise InputError(f"{where}: the field '{name}' holds no text")
-            pair = None if fields.pair is None else record[fields.pair]
-            yield record[fields.text], pair, str(record[fields.label]).strip(), where
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (ValueError, TypeError, AttributeError, csv.Error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: record {number + 1}: cannot be read ({error})") from None
+    for number, record in enumerate(_records(path, key), 1):
+        where = f"{path}: record {number}"
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: must be an object with the field '{fields.text}'")
+        texts = [fields.text] if fields.pair is None else [fields.text, fields.pair]
+        for name in (*texts, fields.label):
+            if record.get(name) is None:
+                known = [str(field) for field in record if field is not None]
+                raise InputError(f"{where}: has no field '{name}'; {nearest(name, known)}")
+        for name in texts:
+            if not isinstance(record[name], str):
+                raise InputError(f"{where}: the field '{name}' holds no text")
+            if problem := half_a_pair(record[name]):
+                raise InputError(f"{where}: {problem}")
+        if isinstance(record[fields.label], dict | list):
+            raise InputError(f"{where}: the field '{fields.label}' holds no label")
+        pair = None if fields.pair is None else record[fields.pair]
+        yield record[fields.text], pair, str(record[fields.label]).strip(), where
     if not number:
         raise InputError(f"{key}: {path} holds no examples")
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file)
-        elif path.suffix == ".tsv":
-            yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            text = file.read()
-            if path.suffix == ".json" and text.lstrip().startswith("["):
-                yield from json.loads(text)
-            else:
-                yield from (json.loads(line) for line in text.splitlines() if line.strip())
+def _records(path: Path, key: str) -> Iterator[Any]:
+    if path.suffix in (".csv", ".tsv"):
+        yield from _rows(path, read_text(path, key))
+    elif path.suffix == ".json" and (text := read_text(path, key)).lstrip().startswith("["):
+        yield from parse_json(text, f"{key}: {path}")
+    else:
+        for line in json_lines(path, key):
+            if line.problem is None:
+                yield line.value
+            elif line.raw.strip(b" \t\r\n"):
+                raise InputError(f"{path}:{line.number}: {line.problem.removeprefix('it: ')}")
+
+
+def _rows(path: Path, text: str) -> Iterator[dict[str, str]]:
+    """The rows of a .csv or .tsv file."""
+    lines = io.StringIO(text, newline="")
+    rows = (
+        csv.DictReader(lines)
+        if path.suffix == ".csv"
+        else csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    )
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise InputError(f"{path}:{rows.line_num}: cannot be read ({error})") from None
 
 
 def _ordered(labels: set[str]) -> list[str]:

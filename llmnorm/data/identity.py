@@ -1,8 +1,13 @@
 """The identity of prepared data: a hash of what decides its tokens.
 
 The identity is `hash_of(made_of(...))`: the settings that change the tokens, the content of every
-input file, and the commits of the hub's datasets. `quick_key` hashes every file's path, size and
-time in the place of its content, so that prepared data is found without reading the corpus.
+input file, the commits of the hub's datasets, and the format, which is the version of the rules by
+which all that becomes tokens. `quick_key` hashes every file's path, size and time in the place of
+its content, so that prepared data is found without reading the corpus.
+
+What would surprise: new data is prepared by the newest rules. A run keeps the identity that is in
+its checkpoints, so a run of an older format is continued with data of that format, which is
+prepared again by the older rules if it is gone.
 """
 
 import hashlib
@@ -11,41 +16,75 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmnorm.data import corpus
-from llmnorm.data.settings import DataSettings, SourceSettings, TokenizerSettings, source_keys
+from llmnorm.data import files, hub
+from llmnorm.data.settings import (
+    FORMAT,
+    DataSettings,
+    SourceSettings,
+    TokenizerSettings,
+    source_keys,
+)
 from llmnorm.data.tokenizer import FILES
-from llmnorm.part import InputError
-
-FORMAT = 1  # raised when the same sources and settings would give other files
 
 
 def quick_key(
-    data: DataSettings, tokenizer: TokenizerSettings, sources: list[SourceSettings]
+    data: DataSettings,
+    tokenizer: TokenizerSettings,
+    sources: list[SourceSettings],
+    format: int = FORMAT,
 ) -> str:
-    """Hash of the settings, and of every input file's path, size and time."""
+    """Hash of the settings, and of every input file's path, size and time.
 
-    def stamp(path: Path) -> list[Any]:
-        stat = path.stat()
-        return [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
-
-    return hash_of(_described(data, tokenizer, sources, stamp))
+    Raises:
+        InputError: an input file cannot be found.
+    """
+    return hash_of(_described(data, tokenizer, sources, files.stamp) | {"format": format})
 
 
 def made_of(
-    data: DataSettings, tokenizer: TokenizerSettings, sources: list[SourceSettings]
+    data: DataSettings,
+    tokenizer: TokenizerSettings,
+    sources: list[SourceSettings],
+    format: int = FORMAT,
 ) -> dict[str, Any]:
     """What decides the tokens: settings, contents of files, commits of the hub's datasets.
 
     Raises:
-        InputError: an input file or a dataset of the hub cannot be found.
+        InputError: an input file or a dataset of the hub cannot be found or read.
     """
-    described = _described(
-        data, tokenizer, sources, lambda path: [path.suffix, corpus.digest(path)]
-    )
+
+    def content(path: Path, key: str) -> list[Any]:
+        return [path.suffix, files.digest(path, key)]
+
+    described = _described(data, tokenizer, sources, content)
     for source, entry, key in zip(sources, described["sources"], source_keys(sources), strict=True):
-        if not corpus.is_local(source):
-            entry["commit"] = corpus.commit(source, key)
-    return described
+        if not hub.is_local(source):
+            entry["commit"] = hub.commit(source, key)
+    return described | {"format": format}
+
+
+def agrees(
+    made: dict[str, Any],
+    data: DataSettings,
+    tokenizer: TokenizerSettings,
+    sources: list[SourceSettings],
+) -> bool:
+    """Whether settings are those of which data was made, the files apart, which may be gone."""
+
+    def settings_of(entry: dict[str, Any]) -> dict[str, Any]:
+        files = ("path", "dataset", "validation", "commit", "weight")
+        return {"on_bad_record": "error"} | {k: v for k, v in entry.items() if k not in files}
+
+    wanted: Any = tokenizer.model_dump(mode="json", exclude=set() if tokenizer.mask else {"mask"})
+    same_tokenizer = (
+        made["tokenizer"] == wanted if tokenizer.path is None else type(made["tokenizer"]) is list
+    )
+    return (
+        same_tokenizer
+        and made["validation_bytes"] == data.validation_bytes
+        and [settings_of(entry) for entry in made["sources"]]
+        == [settings_of(source.model_dump()) for source in sources]
+    )
 
 
 def hash_of(value: Any) -> str:
@@ -57,24 +96,28 @@ def _described(
     data: DataSettings,
     tokenizer: TokenizerSettings,
     sources: list[SourceSettings],
-    describe: Callable[[Path], Any],
+    describe: Callable[[Path, str], Any],
 ) -> dict[str, Any]:
-    """The settings that change the tokens, with `describe(file)` in the place of each file."""
+    """The settings that change the tokens, with `describe(file, key)` in the place of each file."""
     entries = []
     for source, key in zip(sources, source_keys(sources), strict=True):
-        files = _inputs(source, key)
-        others = source.model_dump(exclude={"weight", *files})
-        entries.append(
-            others | {name: [describe(path) for path in paths] for name, paths in files.items()}
-        )
-    # `mask: false` is left out: data that was prepared before the key existed is still found.
+        inputs = _inputs(source, key)
+        # Left out at its default: data that was prepared before the key existed is still found.
+        strict = {"on_bad_record"} if source.on_bad_record == "error" else set()
+        others = source.model_dump(exclude={"weight", *inputs, *strict})
+        described = {
+            name: [describe(path, f"{key}.{name}") for path in paths]
+            for name, paths in inputs.items()
+        }
+        entries.append(others | described)
+    # `mask: false` is left out for the same reason.
     of_tokenizer: Any = tokenizer.model_dump(
         mode="json", exclude=set() if tokenizer.mask else {"mask"}
     )
     if tokenizer.path is not None:
-        of_tokenizer = [[path.name, describe(path)] for path in _tokenizer_inputs(tokenizer)]
+        paths = _tokenizer_inputs(tokenizer)
+        of_tokenizer = [[path.name, describe(path, "tokenizer.path")] for path in paths]
     return {
-        "format": FORMAT,
         "sources": entries,
         "tokenizer": of_tokenizer,
         "validation_bytes": data.validation_bytes,
@@ -85,11 +128,11 @@ def _inputs(source: SourceSettings, key: str) -> dict[str, list[Path]]:
     """A source's local files, by the setting that names them."""
     found = {}
     if source.path is not None:
-        found["path"] = corpus.files(source.path, f"{key}.path")
-    elif corpus.is_local(source):
-        found["dataset"] = corpus.dataset_files(Path(str(source.dataset)), f"{key}.dataset")
+        found["path"] = files.files(source.path, f"{key}.path")
+    elif hub.is_local(source):
+        found["dataset"] = files.dataset_files(Path(str(source.dataset)), f"{key}.dataset")
     if source.validation is not None:
-        found["validation"] = corpus.files(source.validation, f"{key}.validation")
+        found["validation"] = files.files(source.validation, f"{key}.validation")
     return found
 
 
@@ -97,8 +140,8 @@ def _tokenizer_inputs(settings: TokenizerSettings) -> list[Path]:
     directory = settings.directory
     assert directory is not None
     if not directory.is_dir():
-        raise InputError(
-            f"tokenizer.path: there is no directory {settings.path}; name a directory that holds "
-            "tokenizer.json, or leave the key out to train a tokenizer"
+        raise files.MissingInput(
+            f"tokenizer.path: there is no directory {settings.path}{files.looked_in(directory)}; "
+            "name a directory that holds tokenizer.json, or leave the key out to train a tokenizer"
         )
     return [p for name in FILES if (p := directory / name).is_file()]

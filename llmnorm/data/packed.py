@@ -1,12 +1,14 @@
 """Prepared data as a run reads it: its sources, their rows and their sizes."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmnorm.data.settings import SourceSettings, source_keys
-from llmnorm.data.shards import TokenStream, check
+from llmnorm.data.manifest import Manifest, cure, read_manifest
+from llmnorm.data.settings import SourceSettings, source_names
+from llmnorm.data.shards import TokenStream, checksum
+from llmnorm.data.tokenizer import FILES
+from llmnorm.machine.reading import read_bytes
 from llmnorm.part import InputError
 
 
@@ -74,45 +76,40 @@ def open_packed(
         directory: where the data lies.
         context: labels of a row.
         settings: the sources' settings, for their weights and for messages.
-        contents: verify the files' checksums, not only their sizes.
+        contents: verify the shards' checksums now, not when each is first read.
 
     Raises:
-        InputError: a shard is missing or damaged, or a source does not fill a row.
+        InputError: the manifest, the tokenizer or a shard is missing or damaged, or a source does
+            not fill a row.
     """
-    file = directory / "MANIFEST.json"
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # not JSON, not UTF-8
-        raise InputError(
-            f"{file}: is damaged; delete {directory} and prepare the data again"
-        ) from None
+    manifest = read_manifest(directory, [source.name for source in settings])
+    _check_tokenizer(directory, manifest)
     sources = []
-    for entry, source, key in zip(
-        manifest["sources"], settings, source_keys(settings), strict=True
-    ):
-        source_directory = directory / entry["name"]
-        streams = {}
-        for part in ("train", "validation"):
-            check(source_directory, entry[part]["shards"], contents=contents)
-            streams[part] = TokenStream(source_directory, entry[part]["shards"])
-        train, validation = streams["train"], streams["validation"]
-        check_fills_a_row(f"{key}: {train.tokens} tokens do", train.tokens, context)
+    for entry, source, name in zip(manifest.sources, settings, source_names(settings), strict=True):
+        of_train, of_validation, vocabulary = entry.train, entry.validation, manifest.vocab_size
+        train = TokenStream(directory / source.name, "train", of_train.shards, vocabulary)
+        validation = TokenStream(
+            directory / source.name, "validation", of_validation.shards, vocabulary
+        )
+        if contents:
+            train.verify()
+            validation.verify()
+        check_fills_a_row(f"{name}: {train.tokens} tokens do", train.tokens, context)
         rows = (train.tokens - 1) // context
-        of_validation = entry["validation"]
         sources.append(
             PackedSource(
-                name=entry["name"],
+                name=source.name,
                 weight=source.weight or rows,
                 rows=rows,
-                documents=entry["train"]["documents"],
+                documents=of_train.documents,
                 tokens=train.tokens,
-                bytes=entry["train"]["bytes"],
+                bytes=of_train.bytes,
                 validation_rows=-(-(validation.tokens - 1) // context),
-                validation_documents=of_validation["documents"],
+                validation_documents=of_validation.documents,
                 validation_tokens=validation.tokens,
-                validation_bytes=of_validation["bytes"],
-                validation_gzip_bytes=of_validation["gzip_bytes"],
-                validation_xz_bytes=of_validation["xz_bytes"],
+                validation_bytes=of_validation.bytes,
+                validation_gzip_bytes=of_validation.gzip_bytes,
+                validation_xz_bytes=of_validation.xz_bytes,
                 train=train,
                 validation=validation,
             )
@@ -121,11 +118,26 @@ def open_packed(
         directory=directory,
         identity=directory.name,
         tokenizer_directory=directory / "tokenizer",
-        vocab_size=manifest["vocab_size"],
+        vocab_size=manifest.vocab_size,
         context_length=context,
         sources=sources,
-        **manifest["special"],
+        **manifest.special.model_dump(),
     )
+
+
+def _check_tokenizer(directory: Path, manifest: Manifest) -> None:
+    for name, recorded in manifest.tokenizer.items():
+        path = directory / "tokenizer" / name
+        if name not in FILES or file_record(path) != recorded:
+            raise InputError(f"{path}: is missing or damaged; {cure(directory)}")
+
+
+def file_record(path: Path) -> tuple[int, str]:
+    """Size and checksum of a file, as a manifest records them; (-1, "") where there is none."""
+    if not path.is_file():
+        return -1, ""
+    content = read_bytes(path)
+    return len(content), checksum(content)
 
 
 def check_fills_a_row(beginning: str, tokens: int, context: int) -> None:

@@ -19,56 +19,77 @@ read.
 import contextlib
 import errno
 import fcntl
-import glob
-import gzip
-import io
-import itertools
-import json
-import lzma
+import os
+import re
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
-
-from llmnorm.data import corpus, default_corpus, split
-from llmnorm.data import tokenizer as tokenizers
-from llmnorm.data.identity import hash_of, made_of, quick_key
-from llmnorm.data.packed import PackedData, PackedSource, check_fills_a_row, open_packed
-from llmnorm.data.settings import DataSettings, SourceSettings, TokenizerSettings, source_keys
-from llmnorm.data.shards import ShardWriter
+from llmnorm.data import default_corpus, files
+from llmnorm.data.files import MissingInput
+from llmnorm.data.identity import agrees, hash_of, made_of, quick_key
+from llmnorm.data.making import make, say
+from llmnorm.data.manifest import NAME, read_manifest
+from llmnorm.data.packed import PackedData, PackedSource, open_packed
+from llmnorm.data.settings import (
+    FORMAT,
+    FORMATS,
+    DataSettings,
+    SourceSettings,
+    TokenizerSettings,
+)
+from llmnorm.machine.reading import read_bytes
 from llmnorm.part import InputError
 
-__all__ = ["PackedData", "PackedSource", "find", "prepare"]
+__all__ = ["PackedData", "PackedSource", "TrainedOn", "find", "prepare", "ready"]
+
+_IDENTITY = re.compile(r"[0-9a-f]{16}")
 
 
-def find(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData | None:
+class TrainedOn(NamedTuple):
+    """The data that a run was trained on.
+
+    Attributes:
+        where: the run or checkpoint that says so.
+        identity: of the data.
+        otherwise: what else can be done where the corpus is another, for the message.
+    """
+
+    where: Path
+    identity: str
+    otherwise: str = "start a new run_dir"
+
+
+def find(
+    data: DataSettings, tokenizer: TokenizerSettings, formats: Sequence[int] = FORMATS
+) -> PackedData | None:
     """The prepared data of these settings, or None if there is none.
 
     The input files are looked at (path, size, time), not read.
+
+    Args:
+        data, tokenizer: the settings.
+        formats: the first of these in which there is data is taken.
 
     Raises:
         InputError: a source's files are missing, or the prepared files are damaged.
     """
     sources = sources_of(data)
-    if not sources:
-        return None
-    known = data.dir / "packed" / "found" / quick_key(data, tokenizer, sources)
-    if not known.is_file():
-        return None
-    directory = data.dir / "packed" / known.read_text(encoding="utf-8").strip()
-    if not (directory / "MANIFEST.json").is_file():
-        return None
-    return open_packed(directory, data.context_length, sources, contents=False)
+    for format in formats if sources else ():
+        identity = _known(data, quick_key(data, tokenizer, sources, format))
+        if identity and (directory := _finished(data, identity)):
+            return open_packed(directory, data.context_length, sources, contents=False)
+    return None
 
 
 def ready(
-    data: DataSettings, tokenizer: TokenizerSettings, *, alone: bool, command: str
+    data: DataSettings,
+    tokenizer: TokenizerSettings,
+    *,
+    alone: bool,
+    command: str,
+    trained_on: TrainedOn | None = None,
 ) -> PackedData:
     """The prepared data of these settings; a single process prepares it if it is missing.
 
@@ -76,23 +97,101 @@ def ready(
         data, tokenizer: the settings.
         alone: whether this is the only process.
         command: the command that prepares the data, for the message.
+        trained_on: what a run that goes on was trained on; no other data is returned or prepared.
+            If it is prepared, the corpus may be gone.
 
     Raises:
-        InputError: as `find` and `prepare`; or the data is missing and there are several processes.
+        InputError: as `find` and `prepare`; or the data is missing and there are several processes;
+            or the settings now give other data than `trained_on`.
     """
-    packed = find(data, tokenizer)
+    format = FORMAT
+    if trained_on and alone and not _finished(data, trained_on.identity):
+        _fetch(data)
+    try:
+        if trained_on is None:
+            packed = find(data, tokenizer, (FORMAT,))
+        else:
+            format = _format_of(data, tokenizer, trained_on)
+            packed = find(data, tokenizer, (format,))
+    except MissingInput as error:
+        packed = trained_on and _kept(data, tokenizer, trained_on)
+        if not (packed and trained_on):
+            raise
+        if os.environ.get("RANK", "0") == "0":  # the launcher's number of this process
+            say(f"{error}; going on with the prepared data {trained_on.identity} of this run")
     if packed is not None:
         return packed
     if not alone:
         raise InputError(f"data: not prepared yet; run once, by itself: {command}")
-    return prepare(data, tokenizer)
+    return prepare(data, tokenizer, format)
 
 
-def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData:
+def _known(data: DataSettings, quick: str) -> str | None:
+    """The identity that was written down for a quick key; None where there is none, or damaged."""
+    known = data.dir / "packed" / "found" / quick
+    if not known.is_file():
+        return None
+    written = read_bytes(known).decode(errors="replace")
+    return written if _IDENTITY.fullmatch(written) else None
+
+
+def _finished(data: DataSettings, identity: str) -> Path | None:
+    """The directory of prepared data; None where it is not prepared to the end."""
+    directory = data.dir / "packed" / identity
+    there = _IDENTITY.fullmatch(identity) and os.path.lexists(directory / NAME)
+    return directory if there else None
+
+
+def _format_of(data: DataSettings, tokenizer: TokenizerSettings, trained_on: TrainedOn) -> int:
+    """The format in which the settings give the data `trained_on`.
+
+    The input files are read, once, if they are not those that were prepared, by size and time.
+
+    Raises:
+        InputError: there is no such format.
+    """
+    sources = sources_of(data)
+    if not sources:
+        raise MissingInput(f"data.sources: default: {data.dir / 'default'} is gone")
+    quick = {format: quick_key(data, tokenizer, sources, format) for format in FORMATS}
+    for format, key in quick.items():
+        if _known(data, key) == trained_on.identity:
+            return format
+    made = made_of(data, tokenizer, sources)
+    for format, key in quick.items():
+        if hash_of(made | {"format": format}) == trained_on.identity:
+            if _finished(data, trained_on.identity):
+                files.write_file(data.dir / "packed" / "found" / key, trained_on.identity.encode())
+            return format
+    raise InputError(
+        f"{trained_on.where}: was trained on the data {trained_on.identity}, this run's data is "
+        f"now {hash_of(made)} ({data.dir}); restore the corpus or {trained_on.otherwise}"
+    )
+
+
+def _kept(
+    data: DataSettings, tokenizer: TokenizerSettings, trained_on: TrainedOn
+) -> PackedData | None:
+    """The prepared data of a run, whose corpus is gone; None where it is gone or of others."""
+    directory = _finished(data, trained_on.identity)
+    if directory is None:
+        return None
+    manifest = read_manifest(directory)
+    sources = sources_of(data) or _default_sources(data, [s.name for s in manifest.sources])
+    if not agrees(manifest.made_of, data, tokenizer, sources):
+        return None
+    return open_packed(directory, data.context_length, sources, contents=False)
+
+
+def prepare(data: DataSettings, tokenizer: TokenizerSettings, format: int = FORMAT) -> PackedData:
     """Prepare the data of these settings, or verify the checksums of what is there already.
 
     What an interrupted call finished is kept, and the next call continues after it. Two processes
     may prepare the same data; the second waits for the first.
+
+    Args:
+        data, tokenizer: the settings.
+        format: by whose rules; an older one for a run that began with it.
 
     Raises:
         InputError: a source, the tokenizer or the output directory cannot be used.
@@ -100,24 +199,23 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> PackedData:
     packed = data.dir / "packed"
     created = [path for path in (packed / "found", packed, *packed.parents) if not path.exists()]
     try:
-        if data.sources == "default":
-            default_corpus.fetch(data.dir / "default")
+        _fetch(data)
         sources = sources_of(data)
         # Taken before the files are read, so that a file which changes meanwhile gets another key.
-        quick = quick_key(data, tokenizer, sources)
-        made = made_of(data, tokenizer, sources)
+        quick = quick_key(data, tokenizer, sources, format)
+        made = made_of(data, tokenizer, sources, format)
         identity = hash_of(made)
         directory = packed / identity
         directory.mkdir(parents=True, exist_ok=True)
         (packed / "found").mkdir(exist_ok=True)
         with _lock(packed / f"{identity}.lock") as lock:
-            if not (directory / "MANIFEST.json").is_file():
+            if not os.path.lexists(directory / NAME):
                 try:
-                    _make(directory, data, tokenizer, sources, made)
+                    make(directory, data, tokenizer, sources, made)
                 except InputError:
                     _remove_if_unusable(directory, lock)
                     raise
-        corpus.write_file(packed / "found" / quick, identity.encode())
+        files.write_file(packed / "found" / quick, identity.encode())
         return open_packed(directory, data.context_length, sources, contents=True)
     except (InputError, OSError) as error:
         for path in created:
@@ -139,11 +237,17 @@ def sources_of(data: DataSettings) -> list[SourceSettings]:
     if data.sources != "default":
         assert isinstance(data.sources, list)
         return data.sources
+    return _default_sources(data, default_corpus.source_names(data.dir / "default"))
+
+
+def _default_sources(data: DataSettings, names: list[str]) -> list[SourceSettings]:
     directory = data.dir / "default"
-    return [
-        SourceSettings(name=name, path=glob.escape(str(directory / f"{name}.jsonl")))
-        for name in default_corpus.source_names(directory)
-    ]
+    return [SourceSettings(name=name, path=str(directory / f"{name}.jsonl")) for name in names]
+
+
+def _fetch(data: DataSettings) -> None:
+    if data.sources == "default":
+        default_corpus.fetch(data.dir / "default")
 
 
 @contextlib.contextmanager
@@ -153,7 +257,7 @@ def _lock(path: Path) -> Iterator[Path]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _print("another process prepares the same data; waiting for it")
+            say("another process prepares the same data; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield path
 
@@ -167,183 +271,3 @@ def _remove_if_unusable(directory: Path, lock: Path) -> None:
     if not any(path.suffix in (".npy", ".zst") for path in directory.rglob("*")):
         shutil.rmtree(directory)
         lock.unlink()
-
-
-def _print(line: str) -> None:
-    print(f"data: {line}", file=sys.stderr, flush=True)
-
-
-def _make(
-    directory: Path,
-    data: DataSettings,
-    settings: TokenizerSettings,
-    sources: list[SourceSettings],
-    made: dict[str, Any],
-) -> None:
-    """Fill the directory; every step keeps what an earlier, interrupted call finished of it."""
-    work = directory / "work"
-    keys = source_keys(sources)
-    if settings.directory is not None:
-        tokenizers.TextEncoder(settings.directory)  # raises InputError if it cannot be used
-    spools: list[Path | None] = [None] * len(sources)
-    for index, source in enumerate(sources):
-        if not corpus.is_local(source):
-            spools[index] = spool = work / f"stream-{index}"
-            corpus.stream(source, keys[index], spool, made["sources"][index]["commit"])
-
-    def texts(index: int) -> Iterator[str]:
-        return corpus.texts(sources[index], keys[index], spools[index])
-
-    start = time.perf_counter()
-    documents = [_survey(work / f"survey-{i}.npz", texts(i)) for i in range(len(sources))]
-    own = [_own_validation(source, key) for source, key in zip(sources, keys, strict=True)]
-    held_out = [
-        np.zeros_like(found.sizes)
-        if validation is not None and found.bytes
-        else split.held_out(found, data.validation_bytes, key)
-        for validation, found, key in zip(own, documents, keys, strict=True)
-    ]
-    if settings.path is None:
-        # A token of our own BPE is at least a byte long, so too little text is noticed right here.
-        for found, held_bytes, key in zip(documents, held_out, keys, strict=True):
-            most = int((found.sizes - held_bytes).sum()) + 2 * len(found.sizes)
-            check_fills_a_row(f"{key}: at most {most} tokens do", most, data.context_length)
-    total = sum(found.bytes for found in documents)
-    _print(f"{_megabytes(total)} of text read and measured in {time.perf_counter() - start:.1f} s")
-    if not (directory / "tokenizer" / "tokenizer.json").is_file():
-        _make_tokenizer(directory / "tokenizer", settings, documents, held_out, texts)
-    encoder = tokenizers.TextEncoder(directory / "tokenizer", "tokenizer.path")
-    start = time.perf_counter()
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
-        threads = data.processes or tokenizers.cores()
-        entries = [
-            {
-                "name": source.name,
-                "train": _pack_training(
-                    directory / source.name, encoder, texts(index), held_out[index], threads, bar
-                ),
-                "validation": _pack_validation(
-                    directory / source.name,
-                    encoder,
-                    own[index],
-                    texts(index),
-                    held_out[index],
-                    threads,
-                    bar,
-                ),
-            }
-            for index, source in enumerate(sources)
-        ]
-    _print(f"{_megabytes(total)} tokenised and packed in {time.perf_counter() - start:.1f} s")
-    manifest = {
-        "made_of": made,
-        "vocab_size": encoder.vocab_size,
-        "special": {"bos": encoder.bos, "eos": encoder.eos, "pad": encoder.pad},
-        "sources": entries,
-    }
-    corpus.write_file(directory / "MANIFEST.json", json.dumps(manifest, indent=1).encode())
-    shutil.rmtree(work)
-
-
-def _own_validation(source: SourceSettings, key: str) -> list[str] | None:
-    """The texts of the source's own validation files; None where it has none."""
-    if source.validation is None:
-        return None
-    paths = corpus.files(source.validation, f"{key}.validation")
-    parts = [text for text in corpus.read_files(paths, source.text_field) if text]
-    if not parts:
-        raise InputError(f"{key}.validation: {source.validation} has no text")
-    return parts
-
-
-def _survey(saved: Path, texts: Iterator[str]) -> split.Documents:
-    """Hash and size of every document, read from `saved` or else computed and written there."""
-    if saved.is_file():
-        with np.load(saved) as arrays:
-            return split.Documents(arrays["hashes"], arrays["sizes"])
-    found = split.survey(texts)
-    buffer = io.BytesIO()
-    np.savez(buffer, hashes=found.hashes, sizes=found.sizes)
-    saved.parent.mkdir(parents=True, exist_ok=True)
-    corpus.write_file(saved, buffer.getvalue())
-    return found
-
-
-def _make_tokenizer(
-    directory: Path,
-    settings: TokenizerSettings,
-    documents: list[split.Documents],
-    held_out: list[NDArray[np.int64]],
-    texts: Callable[[int], Iterator[str]],
-) -> None:
-    """Copy the configured tokenizer, or train one on a sample of the training text."""
-    if settings.directory is not None:
-        tokenizers.copy(settings.directory, directory)
-        return
-    start = time.perf_counter()
-    taken = split.sample(documents, held_out, settings.train_bytes)
-    chosen = (split.sampled(texts(index), part) for index, part in enumerate(taken))
-    text = itertools.chain.from_iterable(chosen)
-    tokenizers.train(text, settings.vocab_size, directory, mask=settings.mask)
-    size = _megabytes(sum(int(part.sum()) for part in taken))
-    _print(f"tokenizer trained on {size} in {time.perf_counter() - start:.1f} s")
-
-
-def _pack_training(
-    directory: Path,
-    encoder: tokenizers.TextEncoder,
-    texts: Iterator[str],
-    held_out: NDArray[np.int64],
-    threads: int,
-    bar: tqdm,
-) -> dict[str, Any]:
-    """Write a source's training shards; their entry of the manifest."""
-    writer = ShardWriter(directory, "train")
-    size = documents = 0
-
-    def parts() -> Iterator[str]:
-        nonlocal size, documents
-        for text, held_bytes in zip(texts, held_out.tolist(), strict=True):
-            part = split.cut(text, held_bytes)[0]
-            if part:
-                length = len(part.encode())
-                size, documents = size + length, documents + 1
-                bar.update(length)
-                yield part
-
-    unwritten = itertools.islice(parts(), writer.documents, None)
-    shards = writer.write(encoder.encode(unwritten, threads))
-    return {"documents": documents, "bytes": size, "shards": shards}
-
-
-def _pack_validation(
-    directory: Path,
-    encoder: tokenizers.TextEncoder,
-    own: list[str] | None,
-    texts: Iterator[str],
-    held_out: NDArray[np.int64],
-    threads: int,
-    bar: tqdm,
-) -> dict[str, Any]:
-    """Write a source's validation shards; their entry of the manifest."""
-    parts = own or [
-        split.cut(text, held_bytes)[1]
-        for text, held_bytes in zip(texts, held_out.tolist(), strict=True)
-        if held_bytes
-    ]
-    raw = "".join(parts).encode()
-    bar.update(len(raw))
-    writer = ShardWriter(directory, "validation")
-    unwritten = itertools.islice(parts, writer.documents, None)
-    shards = writer.write(encoder.encode(unwritten, threads))
-    return {
-        "documents": len(parts),
-        "bytes": len(raw),
-        "shards": shards,
-        "gzip_bytes": len(gzip.compress(raw, 9)),
-        "xz_bytes": len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)),
-    }
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

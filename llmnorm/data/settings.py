@@ -13,6 +13,12 @@ from llmnorm.config.shipped import locate
 from llmnorm.config.values import Count, LocalPath, LocalText, Seed
 from llmnorm.part import Settings
 
+# Version of the rules by which sources and settings become tokens; raised when they would give
+# others. Format 1 held 32 kB of the smallest sources out, trained on documents that another source
+# held out, trained its tokenizer on words of any length, and cut long documents where a word ends,
+# with whatever tokenizer. Data of an older format is still made for runs that began with it.
+FORMAT = 2
+FORMATS = (FORMAT, 1)
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 MASK_TOKEN = "<|mask|>"
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
@@ -36,6 +42,9 @@ class SourceSettings(Settings):
     """Which split of the dataset is read."""
     text_field: str = "text"
     """The field of a record that holds the text."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """What is done with a record that cannot be read (no JSON, not UTF-8, no text in its field):
+    `error` stops at the first one, `skip` leaves them out, counts them and names the first."""
     weight: int | None = Field(default=None, ge=1, lt=2**31)
     """Share of this source among all rows, as a whole number beside the other sources' weights;
     left out by all sources: their numbers of rows, so that an epoch shows every row once."""
@@ -119,5 +128,10 @@ class TokenizerSettings(Settings):
 
 
 def source_keys(sources: list[SourceSettings]) -> list[str]:
-    """What messages call the sources: key and name, `data.sources.0 (books)`."""
+    """The sources' keys: `data.sources.0`."""
+    return [f"data.sources.{index}" for index in range(len(sources))]
+
+
+def source_names(sources: list[SourceSettings]) -> list[str]:
+    """What messages about a whole source call it: `data.sources.0 (books)`."""
     return [f"data.sources.{index} ({source.name})" for index, source in enumerate(sources)]

@@ -4,6 +4,7 @@ Every file that this project did not write a moment ago is opened here: only reg
 or /dev/zero would be read for ever), up to a stated size, as UTF-8, with JSON of a stated depth.
 Whatever is wrong is an `InputError` that begins with the file, so that no caller lists exceptions.
 
+    open_file(path)              its bytes, as they are read
     read_text(path)              a small text
     read_json(path)              a JSON value
     read_settings(path, cls)     a JSON object, checked by a settings class
@@ -45,16 +46,30 @@ def open_file(path: Path, key: str | None = None) -> IO[bytes]:
     Raises:
         InputError: it is missing, not a regular file, or may not be read.
     """
+    check_file(path, key)
+    try:
+        return path.open("rb")
+    except OSError as error:
+        where = f"{key}: {path}" if key else str(path)
+        raise InputError(f"{where}: {reason(error)}") from None
+
+
+def check_file(path: Path, key: str | None = None) -> os.stat_result:
+    """Size and time of a regular file (or of the one that a link leads to), without opening it.
+
+    Raises:
+        InputError: it is missing, or not a regular file.
+    """
     where = f"{key}: {path}" if key else str(path)
     if "\0" in str(path):
         raise InputError(f"{where!r}: a NUL byte is in the name, which no file has")
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            return path.open("rb")
+        found = path.stat()
     except OSError as error:
         raise InputError(f"{where}: {reason(error)}") from None
-    raise InputError(f"{where}: is {_kind(mode)}, not a file")
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{where}: is {_kind(found.st_mode)}, not a file")
+    return found
 
 
 def _kind(mode: int) -> str:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from llmnorm.config.file import load
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.packed import PackedData
+from llmnorm.data.packing import TrainedOn
 from llmnorm.data.settings import TokenizerSettings
 from llmnorm.objectives.contract import Objective
 from llmnorm.objectives.settings import CausalLMSettings, ObjectiveSettings
@@ -106,7 +107,12 @@ def validation_objective(
             own["objective"] = _default_objective(architecture, data)
         config = config.model_copy(update=own)
         command = f"llmnorm data {data} tokenizer.path={tokenizer}"
-    objective = config.objective.build(config, alone=parallel.world == 1, command=command)
+    own_data = None
+    if data is None and trained_on:
+        own_data = TrainedOn(path, trained_on, otherwise="name it by --data")
+    objective = config.objective.build(
+        config, alone=parallel.world == 1, command=command, trained_on=own_data
+    )
     found = objective.data
     if data is None and trained_on != found.identity:
         raise InputError(

@@ -14,6 +14,7 @@ import torch
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.loader import IGNORED, Batch, document_bounds, evaluation_batches
 from llmnorm.data.masking import Masking
+from llmnorm.data.packing import TrainedOn
 from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.objectives.packed_text import PackedText
@@ -35,9 +36,15 @@ class MaskedLM(PackedText):
     """
 
     def __init__(
-        self, config: RunConfig, settings: MaskedLMSettings, *, alone: bool, command: str
+        self,
+        config: RunConfig,
+        settings: MaskedLMSettings,
+        *,
+        alone: bool,
+        command: str,
+        trained_on: TrainedOn | None = None,
     ) -> None:
-        super().__init__(config, alone=alone, command=command)
+        super().__init__(config, alone=alone, command=command, trained_on=trained_on)
         self._settings = settings
         self.head_share = settings.mask_share
         encoder = TextEncoder(self.packed.tokenizer_directory)

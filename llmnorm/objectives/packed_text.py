@@ -17,10 +17,17 @@ class PackedText(Objective):
         packed: the prepared data.
     """
 
-    def __init__(self, config: RunConfig, *, alone: bool, command: str) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        alone: bool,
+        command: str,
+        trained_on: packing.TrainedOn | None = None,
+    ) -> None:
         self.config = config
         self.data = self.packed = packing.ready(
-            config.data, config.tokenizer, alone=alone, command=command
+            config.data, config.tokenizer, alone=alone, command=command, trained_on=trained_on
         )
 
     def micro_batch(self, batch: Batch) -> MicroBatch:

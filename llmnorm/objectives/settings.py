@@ -16,6 +16,7 @@ from llmnorm.part import InputError, Part, Settings, part_name
 
 if TYPE_CHECKING:
     from llmnorm.config.tree import RunConfig
+    from llmnorm.data.packing import TrainedOn
     from llmnorm.objectives.causal_lm import CausalLM
     from llmnorm.objectives.classification import Classification
     from llmnorm.objectives.contract import Objective as Learned
@@ -51,13 +52,21 @@ class ObjectiveSettings(Settings):
         return f"evaluate it:   llmnorm eval {run}"
 
     @abstractmethod
-    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Learned":
+    def build(
+        self,
+        config: "RunConfig",
+        *,
+        alone: bool,
+        command: str,
+        trained_on: "TrainedOn | None" = None,
+    ) -> "Learned":
         """The objective on the run's data.
 
         Args:
             config: the run's settings.
             alone: whether this is the only process; it then prepares data that are missing.
             command: the command that prepares the data, for messages.
+            trained_on: the data of a run that goes on; packed text may be without its corpus then.
         """
 
 
@@ -80,11 +89,18 @@ class CausalLMSettings(ObjectiveSettings):
         """What to type next with a trained run at this path: a line."""
         return f"generate text: llmnorm generate {run} --prompt 'Once upon a time'"
 
-    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "CausalLM":
+    def build(
+        self,
+        config: "RunConfig",
+        *,
+        alone: bool,
+        command: str,
+        trained_on: "TrainedOn | None" = None,
+    ) -> "CausalLM":
         """The objective on the run's data."""
         from llmnorm.objectives.causal_lm import CausalLM
 
-        return CausalLM(config, alone=alone, command=command)
+        return CausalLM(config, alone=alone, command=command, trained_on=trained_on)
 
 
 class MaskedLMSettings(ObjectiveSettings):
@@ -125,11 +141,18 @@ class MaskedLMSettings(ObjectiveSettings):
         """What to type next with a trained run at this path: a line."""
         return f"fine-tune it:  objective.name=classification model.pretrained={run}"
 
-    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "MaskedLM":
+    def build(
+        self,
+        config: "RunConfig",
+        *,
+        alone: bool,
+        command: str,
+        trained_on: "TrainedOn | None" = None,
+    ) -> "MaskedLM":
         """The objective on the run's data."""
         from llmnorm.objectives.masked_lm import MaskedLM
 
-        return MaskedLM(config, self, alone=alone, command=command)
+        return MaskedLM(config, self, alone=alone, command=command, trained_on=trained_on)
 
 
 class ClassificationSettings(ObjectiveSettings):
@@ -173,7 +196,14 @@ class ClassificationSettings(ObjectiveSettings):
         """What to type next with a trained run at this path: a line."""
         return f"use elsewhere: llmnorm export {run} DIR"
 
-    def build(self, config: "RunConfig", *, alone: bool, command: str) -> "Classification":
+    def build(
+        self,
+        config: "RunConfig",
+        *,
+        alone: bool,
+        command: str,
+        trained_on: "TrainedOn | None" = None,
+    ) -> "Classification":
         """The objective on its files."""
         from llmnorm.objectives.classification import Classification
 

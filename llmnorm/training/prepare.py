@@ -28,7 +28,7 @@ from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lock import RunLock
 from llmnorm.training.ema import EMA
-from llmnorm.training.state import Progress, named_tensors, resume, starting_point
+from llmnorm.training.state import Progress, named_tensors, resume, starting_point, trained_on
 from llmnorm.training.stretch import former_steps, stretched
 
 
@@ -118,7 +118,12 @@ def prepare(
     """
     parallel = Parallel(config.parallel, config.training)
     stack.callback(parallel.close)
-    objective = config.objective.build(config, alone=parallel.world == 1, command=data_command)
+    objective = config.objective.build(
+        config,
+        alone=parallel.world == 1,
+        command=data_command,
+        trained_on=trained_on(run, config.training.branch_from),
+    )
     data = objective.data
     micro_batch = _micro_batch(config, parallel)
     steps = config.training.total_steps(data.rows, data.context_length)

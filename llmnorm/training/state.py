@@ -6,6 +6,7 @@ learning rates and noise are functions of these counts, so they are not saved.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,15 +15,17 @@ import torch
 from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoint, Checkpoints, Interval, State, own_rows
-from llmnorm.checkpoints.format import as_interval
+from llmnorm.checkpoints.format import as_interval, read_checkpoint
 from llmnorm.config.manifest import meta_of_run
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
+from llmnorm.data.packing import TrainedOn
 from llmnorm.models.convert import named_weights
 from llmnorm.optim.fragments import Fragment, master
 from llmnorm.optim.state import named_state
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
+from llmnorm.runs.directory import RunDirectory
 from llmnorm.training.ema import EMA
 
 
@@ -74,6 +77,18 @@ def _like(part: torch.Tensor | Interval, data: torch.Tensor) -> torch.Tensor | I
     if isinstance(part, Fragment):
         return part.like(data)
     return as_interval(part)._replace(tensor=data)
+
+
+def trained_on(run: RunDirectory, branch_from: Path | None) -> TrainedOn | None:
+    """The data that a run's checkpoints name, or those of the run that it branches from.
+
+    It is known before the data is opened; all checkpoints of a run name the same.
+    """
+    paths = sorted(run.checkpoints.glob("step_*"), reverse=True)
+    for path in [*paths, branch_from] if branch_from else paths:
+        with suppress(InputError):  # `starting_point` says what is wrong with it
+            return TrainedOn(path, read_checkpoint(path).meta["data"])
+    return None
 
 
 def starting_point(

@@ -133,8 +133,8 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Path) -> None:
         opened(good, tokenizer, tmp_path / "none.jsonl")
     for name, content, message in (
         ("x.txt", b"", "not of a kind that is read"),
-        ("x.jsonl", b'{"a": ', "cannot be read"),
-        ("y.jsonl", b"[1]\n", "cannot be read"),
+        ("x.jsonl", b'{"a": ', "x.jsonl:1: not JSON"),
+        ("y.jsonl", b"[1]\n", "y.jsonl:1: it is a list"),
         ("x.csv", b"a,b,y\n\xff\xfe,1,2\n", "not UTF-8 text"),
     ):
         (tmp_path / name).write_bytes(content)
