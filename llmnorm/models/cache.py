@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from llmnorm.nn.cache import KeyValues, LayerCache, RaggedCache, find_places
+from llmnorm.part import InputError
 
 
 class SlotLayer(CacheLayerMixin):
@@ -32,13 +33,14 @@ class SlotLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """(rows, kv_heads, capacity, head_dim), None before the first tokens."""
-        return self.slots.keys if isinstance(self.slots, KeyValues) else None
+        """(rows, kv_heads, slots in use, head_dim): the longest row's tokens, or what a window
+        keeps of them; None before the first tokens."""
+        return self.slots.in_use()[0] if isinstance(self.slots, KeyValues) else None
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        """(rows, kv_heads, capacity, head_dim), None before the first tokens."""
-        return self.slots.values if isinstance(self.slots, KeyValues) else None
+        """The values of the same slots."""
+        return self.slots.in_use()[1] if isinstance(self.slots, KeyValues) else None
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -99,6 +101,19 @@ class SlotLayer(CacheLayerMixin):
         """Keep these rows."""
         rows = torch.arange(len(self.slots.lengths))[indices.cpu()]
         self.slots.select(rows.tolist())
+
+
+def check_cache_class(cache: object) -> None:
+    """Refuse a cache of another class.
+
+    Raises:
+        InputError: names its class.
+    """
+    if not isinstance(cache, LlmNormCache):
+        raise InputError(
+            f"past_key_values: must be an LlmNormCache, got {type(cache).__name__}: an llmnorm "
+            "model brings its own cache; leave it out, or use `model.model.new_cache()`"
+        )
 
 
 class LlmNormCache(Cache):

@@ -1,8 +1,9 @@
 """LlmNormConfig: the model's settings as Hugging Face's configuration.
 
 `ModelSettings` (llmnorm/nn/settings.py) is the only list of fields; this class stores its plain
-JSON values as attributes, derives `layer_types`, lets Hugging Face's own bookkeeping keys pass and
-refuses every other key.
+JSON values as attributes and derives `layer_types`. Hugging Face's own bookkeeping keys pass. A key
+of another tool becomes an attribute that nothing reads, with one warning; a key that is nearly one
+of ours is refused. What can be saved can be loaded: both are checked before anything is written.
 
 Traps of transformers 5 that are handled here: after loading with trust_remote_code it would copy
 the class's source file beside everything that is saved later (`register_for_auto_class`); configs
@@ -12,6 +13,9 @@ validation; rotary keys of older checkpoints (`rope_theta`, `rope_scaling`) stan
 `rope_parameters`.
 """
 
+import difflib
+import json
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +27,13 @@ from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import InputError, explain, nearest, one_line
 
 _OURS = frozenset(ModelSettings.model_fields)
+# Of difflib: `num_layers` and `hiden_size` are nearly ours, `hidden_act` and `tokenizer_class` not.
+_NEARLY = 0.7
 # Hugging Face's keys that a bare PreTrainedConfig does not have but its tools read, pass or save.
 _THEIRS = frozenset(
     {
         *("_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation"),
+        *("auto_map", "layer_types"),  # written by this class
         *("bos_token_id", "eos_token_id", "experts_implementation", "model_type"),
         *("name_or_path", "num_labels", "output_attentions", "pad_token_id"),
         *("quantization_config", "torch_dtype", "use_cache"),
@@ -52,7 +59,7 @@ class LlmNormConfig(PreTrainedConfig):
     """Configuration of an llmnorm model; see `llmnorm parts model` for the fields.
 
     Raises:
-        InputError: a value that does not fit, or a key that neither side knows.
+        InputError: a value that does not fit, or a key that is nearly one of ours.
     """
 
     model_type = "llmnorm"
@@ -63,10 +70,12 @@ class LlmNormConfig(PreTrainedConfig):
         ours = {k: keys.pop(k) for k in list(keys) if k in _OURS}
         for written in ("layer_types", "auto_map"):  # by this class, see below and to_dict
             keys.pop(written, None)
-        theirs = _their_keys()
-        if unknown := sorted(k for k in keys if k not in theirs):
-            hint = nearest(unknown[0], sorted(_OURS))
-            raise InputError(f"model configuration: {unknown[0]}: unknown key; {hint}")
+        others = _others(keys)
+        if others:
+            warnings.warn(
+                f"model configuration: {', '.join(others)}: kept, and read by nothing in llmnorm",
+                stacklevel=2,
+            )
         settings = _validated({"vocab_size": 32768} | ours)
         self.__dict__.update(_json(settings))
         self.layer_types = [mixer.layer_type for mixer in settings.mixers()]
@@ -89,8 +98,32 @@ class LlmNormConfig(PreTrainedConfig):
         """As Hugging Face's, with the `auto_map` by which Auto classes find the package."""
         return super().to_dict() | {"auto_map": dict(_AUTO_MAP)}
 
+    @property
+    def output_attentions(self) -> bool | None:  # type: ignore[override]
+        """Whether a forward pass gives the mixers' matrices; whatever `attn_implementation` is."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool | None) -> None:
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Nothing: Hugging Face's own classes have attention maps with `eager` alone."""
+
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As Hugging Face's; beside config.json stands the module that `auto_map` names."""
+        """As Hugging Face's; beside config.json stands the module that `auto_map` names.
+
+        Raises:
+            InputError: attributes that were set since could not be loaded again.
+        """
+        self.settings()
+        for key in _others(vars(self)):
+            try:
+                json.dumps(getattr(self, key))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise InputError(
+                    f"model configuration: {key}: cannot be written as JSON: {error}"
+                ) from None
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / f"{_MODULE}.py").write_text(_SOURCE, encoding="utf-8")
         return super().save_pretrained(save_directory, push_to_hub, **kwargs)
@@ -120,6 +153,20 @@ def _validated(values: dict[str, Any]) -> ModelSettings:
     if settings.vocab_size == "auto":
         raise InputError("model configuration: vocab_size: 'auto' needs a tokenizer; give a number")
     return settings
+
+
+def _others(keys: Any) -> list[str]:
+    """Those of `keys` that neither side knows.
+
+    Raises:
+        InputError: one is nearly one of ours.
+    """
+    others = sorted(set(keys) - _OURS - _their_keys())
+    for key in others:
+        if difflib.get_close_matches(key, _OURS, n=1, cutoff=_NEARLY):
+            hint = nearest(key, sorted(_OURS))
+            raise InputError(f"model configuration: {key}: unknown key; {hint}")
+    return others
 
 
 def _json(settings: ModelSettings) -> dict[str, Any]:
@@ -154,4 +201,5 @@ def _without_derived(saved: dict[str, Any], changed: dict[str, Any]) -> dict[str
 
 @cache
 def _their_keys() -> frozenset[str]:
-    return _THEIRS | frozenset(PreTrainedConfig().to_dict())
+    bare = PreTrainedConfig()
+    return _THEIRS | frozenset(bare.to_dict()) | frozenset(vars(bare))

@@ -9,14 +9,18 @@
 This is the one place where these arguments are combined and checked; what comes out is one value of
 four kinds (nn/visibility.py). What would be silently wrong is refused.
 
+Under torch.compile and torch.export no value may decide what runs. Padding then always has a mask,
+and position_ids always make documents, one a row or several; the numbers are the same.
+
 Shapes: attention_mask and position_ids (batch, length); with a cache the mask may be wider, and its
 last `length` columns count.
 """
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmnorm.models.cache import LlmNormCache
@@ -25,6 +29,7 @@ from llmnorm.nn.masks import (
     document_lengths,
     document_mask,
     document_segments,
+    document_starts,
     padding_mask,
 )
 from llmnorm.nn.visibility import Cached, Masked, Packed, Plain, Visibility
@@ -107,7 +112,7 @@ def given_documents(
             f"max_length_q: must be a Python int from 1 to the rows' length {length}, got "
             f"{max_length_q!r}"
         )
-    if device.type == "cpu":
+    if device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist(), max_length_q, batch, length)
     return Documents(cu_seq_lens_q, max_length_q)
 
@@ -162,13 +167,19 @@ def without_cache(
         real = attention_mask.bool().expand(batch, length)
         if position_ids is None:
             position_ids = (real.cumsum(1) - 1).clamp(min=0)
+        elif torch.compiler.is_compiling():
+            return _numbered(position_ids, real, rules), position_ids
         else:
             lengths = document_lengths(position_ids, real)
+        if torch.compiler.is_compiling():
+            return Masked(real, padding_mask(real, causal=rules.causal)), position_ids
         if lengths is None:
             if bool(real.all()):
                 return Plain(), position_ids
             return Masked(real, padding_mask(real, causal=rules.causal)), position_ids
     elif documents is None and position_ids is not None:
+        if torch.compiler.is_compiling():
+            return _numbered(position_ids, None, rules), position_ids
         lengths = document_lengths(position_ids)
     if lengths is not None:
         documents = Documents(document_boundaries(lengths, device), max(lengths))
@@ -188,7 +199,9 @@ def without_cache(
 def _packed(documents: Documents, rules: Rules, *, batch: int, length: int) -> Packed:
     boundaries, longest = documents
     segments = document_segments(boundaries, batch, length)
-    if rules.fixed_shapes:
+    if torch.compiler.is_compiling():
+        rules, longest = rules._replace(fixed_shapes=True), length
+    elif rules.fixed_shapes:
         # The number of documents is the one shape that changes; the compiler is told beforehand. A
         # row's length is the same in every step.
         torch._dynamo.maybe_mark_dynamic(boundaries, 0)
@@ -199,9 +212,97 @@ def _packed(documents: Documents, rules: Rules, *, batch: int, length: int) -> P
     return Packed(boundaries, segments, longest, rules.kernel, mask, rules.fixed_shapes)
 
 
+def _numbered(position_ids: Tensor, real: Tensor | None, rules: Rules) -> Packed:
+    """Documents by their numbers alone, for a compiler: how many there are is a value."""
+    starts = document_starts(position_ids, real)
+    if real is not None:
+        before = F.pad(real[:, :-1], (1, 0))
+        again = real & ~before & (position_ids != 0) & (real.cumsum(1) > 1)
+        require(
+            ~again.any(), "attention_mask: has a hole inside a document; leave position_ids out"
+        )
+    segments = starts.flatten().cumsum(0).view(starts.shape) - 1
+    mask = document_mask(segments, causal=rules.causal)
+    return Packed(None, segments, position_ids.shape[1], mask=mask, fixed_shapes=True)
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Refuse what a 0-dim bool tensor says is wrong; a compiled program refuses when it runs.
+
+    Raises:
+        InputError: the message.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise InputError(message)
+
+
+def check_claims(
+    more: Any,
+    cache: LlmNormCache | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    hidden: Tensor,
+    *,
+    causal: bool,
+) -> None:
+    """Refuse keywords (pretrained_model.py) that say otherwise than the rest.
+
+    Args:
+        more: the keywords; is_causal, cache_position and seq_idx are looked at.
+        hidden: (batch, length, hidden), the new tokens.
+
+    Raises:
+        InputError: another direction than the mixers'; columns other than those behind the cache;
+            numbers of documents without anything that says where they start.
+    """
+    if more.get("is_causal") not in (None, causal):
+        raise InputError(f"is_causal: the mixers have {causal}; leave it out")
+    columns, length = more.get("cache_position"), hidden.shape[1]
+    if columns is not None:
+        end = length + (0 if cache is None else cache.get_seq_length())
+        if cache is not None and attention_mask is not None:
+            end = attention_mask.shape[1]
+        expected = torch.arange(end - length, end, device=columns.device)
+        message = "cache_position: new tokens stand behind those in the cache; leave it out"
+        if columns.shape != expected.shape:
+            raise InputError(message)
+        require((columns == expected).all(), message)
+    if more.get("seq_idx") is not None:
+        if cache is not None:
+            raise InputError("seq_idx: packed rows have no cache; leave one of them out")
+        if position_ids is None and more.get("cu_seq_lens_q") is None:
+            raise InputError(
+                "seq_idx: needs position_ids or cu_seq_lens_q beside it, which say where the "
+                "documents start"
+            )
+
+
+def check_numbers(seq_idx: Tensor | None, visibility: Visibility) -> None:
+    """Refuse numbers of documents that change elsewhere than the documents do; on a CPU only.
+
+    Args:
+        seq_idx: (batch, length) or None.
+
+    Raises:
+        InputError: they do.
+    """
+    if seq_idx is None or seq_idx.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    segments = visibility.segments if isinstance(visibility, Packed) else torch.zeros_like(seq_idx)
+    assert segments is not None
+    changes = [(t[:, 1:] != t[:, :-1]) for t in (seq_idx, segments)]
+    if not torch.equal(*(t.expand_as(changes[1]) for t in changes)):
+        raise InputError(
+            "seq_idx: documents start elsewhere than position_ids or cu_seq_lens_q say; leave it "
+            "out, or make them agree"
+        )
+
+
 def _check_starts(boundaries: Tensor, position_ids: Tensor) -> None:
     """Refuse positions that start documents elsewhere than the boundaries; on a CPU only."""
-    if boundaries.device.type != "cpu":
+    if boundaries.device.type != "cpu" or torch.compiler.is_compiling():
         return
     starts = position_ids == 0
     starts[:, 0] = True

@@ -5,18 +5,18 @@ Source: Devlin et al. 2019, BERT (arXiv 1810.04805), sections 3.1 and 4, whose h
                                                           tied, as in BERT
     class           logits = A tanh(P h + p) + a          h of the first token; of the last real one
                                                           in a decoder, where only it has seen all
+    several classes at once, numbers                      the same logits, other losses
 
 Shapes: input_ids, token_type_ids, attention_mask, position_ids and labels of masked tokens (batch,
-length); hidden (batch, length, hidden); labels of texts (batch,), class numbers or (num_labels = 1)
-real numbers.
+length); hidden (batch, length, hidden); labels of texts (batch,) or (batch, num_labels).
 
-Surprises: a masked model's labels stand at their tokens' own positions; nothing is shifted. In
-training its head runs at the labelled positions only, with the chunked loss of loss.py, and makes
-no logits; on a GPU, finding those positions waits for it. A loss is divided by what is counted in
-the whole step (num_items_in_batch), as in the causal model.
+Surprises: a masked model's labels stand at their tokens' own positions; nothing is shifted. With
+`loss_only` its head runs at the labelled positions only, with the chunked loss of loss.py, and
+makes no logits; on a GPU, finding those positions waits for it. A loss is divided by what is
+counted in the whole step (num_items_in_batch), as in the causal model.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
 
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import LlmNormModel, LlmNormPreTrainedModel, WithLanguageHead
+from llmnorm.models.modeling import LlmNormModel
+from llmnorm.models.pretrained_model import Keywords, LlmNormPreTrainedModel, WithLanguageHead
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
 from llmnorm.nn.norms.running import RunningNorm
@@ -41,10 +42,10 @@ class MaskedHead(nn.Module):
         self.dense = Linear(settings.hidden_size, settings.hidden_size)
         self.norm = settings.norm.build(settings.hidden_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (..., hidden) -> the same shape."""
+    def forward(self, hidden: Tensor, counted: Tensor | None = None) -> Tensor:
+        """hidden (..., hidden) -> the same shape; a norm with statistics counts where `counted`."""
         if isinstance(self.norm, RunningNorm):
-            self.norm.begin(None)  # of what comes here, all counts
+            self.norm.begin(counted)
         return self.norm(F.gelu(self.dense(hidden)))
 
 
@@ -76,23 +77,24 @@ class LlmNormForMaskedLM(WithLanguageHead):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        loss_only: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
+        **more: Unpack[Keywords],
     ) -> MaskedLMOutput | tuple[Any, ...]:
-        """Logits (batch, length, vocabulary), or the loss.
+        """Logits (batch, length, vocabulary), and the loss where labels are given.
 
         Args:
             labels: the true tokens at their own positions; -100 is not counted.
             num_items_in_batch: what the summed loss is divided by; the real labels if None.
+            loss_only: make no logits, whose memory is batch x length x vocabulary, and run the head
+                where there are labels; the loss is the same.
 
-        The others are as in `LlmNormModel.forward`. Logits are None where a loss is asked for in
-        training.
+        The others are as in `LlmNormModel.forward`.
         """
+        if loss_only and labels is None:
+            raise InputError("loss_only: there is no loss without labels; give them")
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -101,25 +103,32 @@ class LlmNormForMaskedLM(WithLanguageHead):
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
+            return_dict=True,
+            **more,
         )
         hidden, loss, logits = output.last_hidden_state, None, None
-        if labels is None or not self.training:
-            logits = self.lm_head(self.head(hidden))
-        if labels is not None and logits is not None:
-            loss = cross_entropy(logits, labels, num_items_in_batch)
-        elif labels is not None:
-            counted = labels != IGNORED
+        counted = None if labels is None else labels != IGNORED
+        if loss_only and labels is not None:
             loss = self._loss(self.head(hidden[counted]), labels[counted], num_items_in_batch)
-        result = MaskedLMOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
-        return result.to_tuple() if return_dict is False else result
+        else:
+            logits = self.lm_head(self.head(hidden, counted))
+            if labels is not None:
+                loss = cross_entropy(logits, labels, num_items_in_batch)
+        result = MaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result if self._asked(None, return_dict)[1] else result.to_tuple()
 
 
 class LlmNormForSequenceClassification(LlmNormPreTrainedModel):
-    """A text's class, or (config.num_labels = 1) a number for it; of any encoder or decoder."""
+    """A text's class, its several classes, or numbers for it; of any encoder or decoder.
+
+    config.problem_type says which, as in Hugging Face's models. If it is None, one label is a
+    number; several are one class if the labels are whole numbers, else several classes at once.
+    """
 
     def __init__(self, config: LlmNormConfig) -> None:
         super().__init__(config)
@@ -142,16 +151,15 @@ class LlmNormForSequenceClassification(LlmNormPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
+        **more: Unpack[Keywords],
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Logits (batch, num_labels), and the loss where labels are given.
 
         Args:
-            labels: (batch,) class numbers, or real numbers where num_labels is 1 (squared error);
-                -100 (nan) is not counted.
+            labels: (batch,) class numbers; (batch, num_labels) 1 or 0 for each class
+                (multi_label_classification: binary cross-entropy); (batch,) or (batch, num_labels)
+                real numbers (regression: squared error). Not counted: -100 among classes, nan among
+                numbers.
             num_items_in_batch: what the summed loss is divided by; the real labels if None.
 
         The others are as in `LlmNormModel.forward`.
@@ -164,24 +172,47 @@ class LlmNormForSequenceClassification(LlmNormPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
+            return_dict=True,
+            **more,
         )
         pooled = torch.tanh(self.pooler(self._read(output.last_hidden_state, attention_mask)))
         if self.dropout:
             pooled = F.dropout(pooled, self.dropout, self.training)
         logits = self.score(pooled)
         loss = None
-        if labels is not None and self.num_labels == 1:
-            loss = squared_error(logits.squeeze(-1), labels, num_items_in_batch)
-        elif labels is not None:
-            loss = cross_entropy(logits, labels, num_items_in_batch)
+        if labels is not None:
+            loss = self._loss(logits, labels, num_items_in_batch)
         result = SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
-        return result.to_tuple() if return_dict is False else result
+        return result if self._asked(None, return_dict)[1] else result.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | float | None) -> Tensor:
+        problem = self.config.problem_type
+        if problem is None and self.num_labels == 1:
+            problem = "regression"
+        elif problem is None:
+            several = labels.is_floating_point()
+            problem = "multi_label_classification" if several else "single_label_classification"
+        wanted = [(len(logits), self.num_labels)]
+        if problem == "single_label_classification":
+            wanted = [(len(logits),)]
+        elif self.num_labels == 1:
+            wanted.append((len(logits),))
+        if labels.shape not in wanted:
+            raise InputError(
+                f"labels: problem_type '{problem}' with num_labels {self.num_labels} wants shape "
+                f"{wanted[0]}, got {tuple(labels.shape)}"
+            )
+        if problem == "single_label_classification":
+            return cross_entropy(logits, labels, items)
+        labels = labels.view_as(logits)
+        if problem == "regression":
+            return squared_error(logits, labels, items)
+        return binary_cross_entropy(logits, labels, items)
 
     def _read(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The hidden state (batch, hidden) that the class is read from."""
@@ -198,8 +229,24 @@ class LlmNormForSequenceClassification(LlmNormPreTrainedModel):
 
 
 def squared_error(values: Tensor, labels: Tensor, items: Tensor | float | None = None) -> Tensor:
-    """Sum of (values - labels)^2 over `items`; labels (batch,), nan is not counted."""
+    """Sum of (values - labels)^2 over `items`, the real labels if None; nan is not counted."""
     values = values.to(wide_dtype(values.dtype))
-    real = ~labels.isnan()
-    total = (values - labels.to(values.dtype)).masked_fill(~real, 0).square().sum()
+    losses = (values - labels.to(values.dtype)).square()
+    return _mean(losses, ~labels.isnan(), items)
+
+
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, items: Tensor | float | None = None
+) -> Tensor:
+    """Sum of every class's own cross-entropy over `items`, the real labels if None.
+
+    labels (batch, num_labels), of which nan and -100 are not counted.
+    """
+    logits = logits.to(wide_dtype(logits.dtype))
+    losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    return _mean(losses, ~(labels.isnan() | (labels == IGNORED)), items)
+
+
+def _mean(losses: Tensor, real: Tensor, items: Tensor | float | None) -> Tensor:
+    total = losses.masked_fill(~real, 0).sum()
     return total / (real.sum().clamp(min=1) if items is None else items)

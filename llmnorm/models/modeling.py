@@ -6,32 +6,41 @@ hidden). Parameter names are Llama's, so a stock Llama, Qwen or Mistral state di
 Surprises:
 - Documents of packed rows are kept apart where position_ids restart at 0, with and without an
   attention_mask; a cache is refused for them. context.py has the rules.
-- No logits are made with labels in training, and with shift_labels (loss.py).
+- `loss_only=True` makes no logits (loss.py): our own training asks for it.
 - There is no cache without `use_cache=True` or past_key_values, and none for an encoder.
 - In `generate`, rows of a left-padded batch are stored without their padding, each at its length.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from llmnorm.models.cache import LlmNormCache
+from llmnorm.models.cache import LlmNormCache, check_cache_class
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.context import (
     Documents,
     Rules,
+    check_claims,
+    check_numbers,
     given_documents,
+    require,
     with_cache,
     without_cache,
 )
-from llmnorm.models.initialization import initialize, initialize_module
-from llmnorm.nn import block as blocks
+from llmnorm.models.initialization import initialize
+from llmnorm.models.pretrained_model import (
+    CausalKeywords,
+    Keywords,
+    LlmNormPreTrainedModel,
+    WithLanguageHead,
+    check_keywords,
+)
 from llmnorm.nn.block import Block
-from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
+from llmnorm.nn.loss import IGNORED, LanguageHead
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.rotary import Rotary
@@ -82,33 +91,6 @@ def empty_model(
     model.to_empty(device=torch.device(device))
     model.tie_weights()  # to_empty gave a tied head a tensor of its own
     return model
-
-
-class LlmNormPreTrainedModel(PreTrainedModel):
-    """What the base model and the language model share with Hugging Face."""
-
-    config_class = LlmNormConfig
-    base_model_prefix = "model"
-    _no_split_modules = [name for name in vars(blocks) if name.endswith("Block")]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    accepts_loss_kwargs = True  # num_items_in_batch
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing: the installed package is what a saved directory names (configuration.py)."""
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Hugging Face's hook (plain construction, keys missing from a checkpoint)."""
-        own = list(module.parameters(recurse=False))
-        if not own or any(p.is_meta for p in own):
-            return
-        loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
-        if len(loaded) < len(own):
-            initialize_module(module, self.config, int(torch.randint(2**62, ())))
-        for parameter, value in loaded:
-            parameter.copy_(value)
 
 
 class LlmNormModel(LlmNormPreTrainedModel):
@@ -164,36 +146,31 @@ class LlmNormModel(LlmNormPreTrainedModel):
         return_dict: bool | None = None,
         loss_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
+        **more: Unpack[Keywords],
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Last hidden states (batch, length, hidden); arguments as Hugging Face's.
 
         Args:
             token_type_ids: (batch, length), 0 for the first sentence and 1 for the second; all 0 if
-                None.
+                None, and where the model has no types.
             loss_mask: (batch, length), True where a token counts for norms that keep statistics;
                 the attention mask's tokens, or all, if None.
-            cu_seq_lens_q: (documents + 1,) int32, where the documents of packed rows start, for
-                callers who know it, with the next three: nothing is then read back from a GPU
-                (context.py, as transformers' FlashAttentionKwargs). Without them documents start
-                where position_ids are 0.
-            cu_seq_lens_k: the same.
-            max_length_q: tokens of the longest document, or more.
-            max_length_k: the same.
+            output_attentions: give each mixer's matrix (batch, heads, length, length), which is
+                made for it besides; not with a cache.
+            more: `Keywords` (pretrained_model.py).
 
         Raises:
             InputError: both or neither of input_ids and inputs_embeds, a foreign cache, a mask that
                 is not (batch, keys), packed documents with a cache, a cache for an encoder, token
-                types that the model does not know, documents that are not as above,
-                output_attentions.
+                types that the model does not know, documents that are not as above, matrices with
+                a cache, keywords that are unknown or say what is not so.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
-        if output_attentions:
-            raise InputError("output_attentions: use a mixer's `materialize` instead")
+        check_keywords(more)
+        output_hidden_states, return_dict = self._asked(output_hidden_states, return_dict)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 f"attention_mask must be (batch, keys), got {tuple(attention_mask.shape)}"
@@ -201,13 +178,14 @@ class LlmNormModel(LlmNormPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is not None:
             position_ids = position_ids.expand(hidden.shape[:2])
-        if token_type_ids is not None and self.embed_types is None:
-            raise InputError("token_type_ids: model.type_vocab_size is 0; leave them out")
         cache = past_key_values
         if cache is None and use_cache:
             cache = self.new_cache()
+        check_claims(more, cache, attention_mask, position_ids, hidden, causal=self.causal)
         documents = given_documents(
-            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, hidden
+            *(more.get(key) for key in ("cu_seq_lens_q", "cu_seq_lens_k")),
+            *(more.get(key) for key in ("max_length_q", "max_length_k")),
+            hidden,
         )
         visibility: Visibility
         order = None
@@ -217,16 +195,24 @@ class LlmNormModel(LlmNormPreTrainedModel):
             visibility, position_ids = without_cache(
                 attention_mask, position_ids, documents, hidden, rules
             )
+            check_numbers(more.get("seq_idx"), visibility)
         else:
+            if output_attentions:
+                raise InputError(
+                    "output_attentions: behind a cache there is no whole matrix; leave one of them "
+                    "out (use_cache=False)"
+                )
             self._check_cache(cache, documents)
             visibility, position_ids, order = with_cache(
                 attention_mask, position_ids, cache, hidden
             )
-        context = Context(*self.rotary(position_ids, wide_dtype(hidden.dtype)), visibility)
+        matrices: list[Tensor] | None = [] if output_attentions else None
+        tables = self.rotary(position_ids, wide_dtype(hidden.dtype))
+        context = Context(*tables, visibility, matrices)
         if loss_mask is None and attention_mask is not None and cache is None:
             loss_mask = attention_mask.bool()
         for norm in self._running_norms:
-            norm.begin(loss_mask)
+            norm.begin(loss_mask, counts=torch.is_grad_enabled())
         hidden = self._embedded(hidden, token_type_ids)
         if order is not None:
             hidden = hidden.take_along_dim(order[..., None], 1)
@@ -242,11 +228,17 @@ class LlmNormModel(LlmNormPreTrainedModel):
             last_hidden_state=states[-1],
             past_key_values=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=None if matrices is None else tuple(matrices),
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if return_dict else output.to_tuple()
 
     def _embedded(self, hidden: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """What enters the first block: token types added, normed, dropped out."""
+        if self.embed_types is None and token_type_ids is not None:
+            require(
+                (token_type_ids == 0).all(),
+                "token_type_ids: model.type_vocab_size is 0, so all must be 0; leave them out",
+            )
         if self.embed_types is not None:
             if token_type_ids is None:
                 token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
@@ -268,35 +260,11 @@ class LlmNormModel(LlmNormPreTrainedModel):
         """Refuse what a pass with a cache cannot do."""
         if not self.causal:
             raise InputError("past_key_values: an encoder has no cache")
-        if not isinstance(cache, LlmNormCache):
-            raise InputError(f"past_key_values must be an LlmNormCache, got {type(cache).__name__}")
+        check_cache_class(cache)
         if self.training and torch.is_grad_enabled():
             raise InputError("use_cache: gradients do not flow through the cache; train without it")
         if documents is not None:
             raise InputError("cu_seq_lens_q: packed rows have no cache; leave one of them out")
-
-
-class WithLanguageHead(LlmNormPreTrainedModel):
-    """What models share that end in logits over the vocabulary, `lm_head`."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    lm_head: nn.Module
-
-    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | float | None) -> Tensor:
-        if isinstance(self.lm_head, LanguageHead):
-            return self.lm_head(hidden, labels, items)
-        # An adapter around the head: its logits are more than hidden @ weight.
-        return cross_entropy(self.lm_head(hidden), labels, items)
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Hugging Face's hook (a resized vocabulary): a plain linear head becomes ours again."""
-        if type(new_embeddings) is nn.Linear:
-            shape = new_embeddings.in_features, new_embeddings.out_features
-            with torch.device("meta"):
-                head = LanguageHead(*shape, bias=new_embeddings.bias is not None)
-            head.weight, head.bias = new_embeddings.weight, new_embeddings.bias
-            new_embeddings = head
-        self.lm_head = new_embeddings
 
 
 class LlmNormForCausalLM(WithLanguageHead, GenerationMixin):
@@ -321,35 +289,34 @@ class LlmNormForCausalLM(WithLanguageHead, GenerationMixin):
         past_key_values: LlmNormCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         logits_to_keep: int | Tensor = 0,
+        loss_only: bool = False,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
+        token_type_ids: Tensor | None = None,
+        **more: Unpack[CausalKeywords],
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits, or the loss.
+        """Logits (batch, length, vocabulary), and the loss where labels are given.
 
         Args:
             labels: Hugging Face's, (batch, length), shifted inside; -100 is not counted.
-            shift_labels: labels already shifted: the label of position i stands at i.
             num_items_in_batch: what the summed loss is divided by; the real labels if None.
             logits_to_keep: logits of the last n positions (0: all), or of the positions given.
+            loss_only: make no logits, whose memory is batch x length x vocabulary; the loss is the
+                same.
+            more: `CausalKeywords` (pretrained_model.py), shift_labels among them.
 
-        The others are as in `LlmNormModel.forward`. Logits are None where a loss is asked for in
-        training, and wherever shift_labels are given.
+        The others are as in `LlmNormModel.forward`.
         """
-        if labels is not None and shift_labels is not None:
-            raise InputError("give labels or shift_labels, not both")
+        shift_labels = more.pop("shift_labels", None)
         loss, logits, loss_mask = None, None, None
-        without_logits = shift_labels is not None or (labels is not None and self.training)
-        if labels is not None:
+        if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if loss_only and shift_labels is None:
+            raise InputError("loss_only: there is no loss without labels; give them")
         if shift_labels is not None:
             loss_mask = shift_labels != IGNORED
         output = self.model(
@@ -361,16 +328,15 @@ class LlmNormForCausalLM(WithLanguageHead, GenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             loss_mask=loss_mask,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
+            token_type_ids=token_type_ids,
+            **more,
         )
         hidden = output.last_hidden_state
         if shift_labels is not None:
             loss = self._loss(hidden, shift_labels, num_items_in_batch)
-        if not without_logits:
+        if not loss_only:
             keep = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
@@ -380,8 +346,9 @@ class LlmNormForCausalLM(WithLanguageHead, GenerationMixin):
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
-        return result.to_tuple() if return_dict is False else result
+        return result if self._asked(None, return_dict)[1] else result.to_tuple()
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -392,5 +359,19 @@ class LlmNormForCausalLM(WithLanguageHead, GenerationMixin):
                 f"cache_implementation '{generation_config.cache_implementation}': an llmnorm "
                 "model brings its own cache; leave the key out"
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            check_cache_class(given)
+        elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.model.new_cache()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' continuous batching (`generate_batch`) keeps keys and values in pages.
+
+        Raises:
+            InputError: always; no layer of ours knows such pages.
+        """
+        raise InputError(
+            "continuous batching: an llmnorm model has a cache of its own, without pages; use "
+            "`generate`, which takes prompts of unequal lengths"
+        )

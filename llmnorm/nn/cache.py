@@ -152,9 +152,16 @@ class KeyValues:
         self.lengths = [a + b for a, b in zip(self.lengths, places.counts, strict=True)]
         return kept_keys[:, :, :width], kept_values[:, :, :width]
 
+    def in_use(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values (rows, kv_heads, slots in use, head_dim), views of the buffers."""
+        if self.keys is None or self.values is None:
+            return None, None
+        width = self._slots_in_use()
+        return self.keys[:, :, :width], self.values[:, :, :width]
+
     def _slots_in_use(self) -> int:
         """Of the fullest row."""
-        return max(a - b for a, b in zip(self.lengths, self.dropped, strict=True))
+        return max((a - b for a, b in zip(self.lengths, self.dropped, strict=True)), default=0)
 
     def _drop(self, window: int, new: int) -> None:
         """Move the rows' last tokens to the front once twice as many are there as are needed."""

@@ -35,7 +35,7 @@ class LanguageHead(Linear):
     """The output head: logits, or the loss itself when labels are given.
 
     The loss is computed inside this module's forward, where wrappers that shard parameters have the
-    weight whole. `compiled` (set by who compiles the blocks): on a GPU one kernel makes the logits'
+    weight whole; by chunks, unless a compiler traces it. `compiled` (set by who compiles the blocks): on a GPU one kernel makes the logits'
     gradient and the losses.
     """
 
@@ -50,6 +50,8 @@ class LanguageHead(Linear):
         """Logits (..., vocabulary) of hidden (..., hidden), or the loss against labels (...)."""
         if labels is None:
             return super().forward(hidden)
+        if torch.compiler.is_compiling():  # of the whole model, by somebody else
+            return cross_entropy(super().forward(hidden), labels, items)
         return linear_cross_entropy(
             hidden.flatten(0, -2),
             self.weight,

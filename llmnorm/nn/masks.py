@@ -16,6 +16,7 @@ or 1, 1, length, length), True where the query (a row of the mask) sees the key 
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -31,24 +32,36 @@ def document_lengths(position_ids: Tensor, real: Tensor | None = None) -> tuple[
 
     Args:
         position_ids: (batch, length).
-        real: (batch, length), False for padding. Every run of padding then counts as a document of
-            its own, so that keeping documents apart hides it; but rows whose real tokens are one
-            document each give None, whatever their padding.
+        real: (batch, length), False for padding, as in `document_starts`; rows whose real tokens
+            are one document each give None, whatever their padding.
     """
-    starts = position_ids == 0
-    starts[:, 0] = True
-    if real is not None:
-        first_real = real & (real.cumsum(1) == 1)
-        starts = starts & real & ~first_real
-        if not bool(starts.any()):
-            return None
-        starts[:, 1:] |= real[:, 1:] != real[:, :-1]
-        starts[:, 0] = True
-    first = starts.flatten().nonzero().flatten().tolist()
+    if real is not None and not bool(_later_starts(position_ids, real).any()):
+        return None
+    first = document_starts(position_ids, real).flatten().nonzero().flatten().tolist()
     if len(first) == len(position_ids):
         return None
     ends = [*first[1:], position_ids.numel()]
     return tuple(end - start for start, end in zip(first, ends, strict=True))
+
+
+def document_starts(position_ids: Tensor, real: Tensor | None = None) -> Tensor:
+    """(batch, length), True where a document of packed rows starts.
+
+    Args:
+        position_ids: (batch, length).
+        real: (batch, length), False for padding. Every run of padding counts as a document of its
+            own, so that keeping documents apart hides it.
+    """
+    if real is None:
+        starts = position_ids[:, 1:] == 0
+    else:
+        starts = _later_starts(position_ids, real)[:, 1:] | (real[:, 1:] != real[:, :-1])
+    return F.pad(starts, (1, 0), value=True)
+
+
+def _later_starts(position_ids: Tensor, real: Tensor) -> Tensor:
+    """(batch, length), True for real tokens at position 0 behind their row's first real token."""
+    return (position_ids == 0) & real & (real.cumsum(1) != 1)
 
 
 def document_boundaries(documents: tuple[int, ...], device: torch.device) -> Tensor:
@@ -78,9 +91,12 @@ def padding_mask(real: Tensor, *, causal: bool = True) -> Tensor | None:
     """(batch, 1, length, length) for rows with padding where `real` (batch, length) is False.
 
     None where none is needed: there is no padding, or (causal) it is all on the right, behind every
-    real token. A padding token sees itself, so that no row of the mask is empty.
+    real token; a compiler, which cannot look, always gets one. A padding token sees itself, so that
+    no row of the mask is empty.
     """
-    if not bool((real[:, 1:] & ~real[:, :-1]).any() if causal else (~real).any()):
+    if not torch.compiler.is_compiling() and not bool(
+        (real[:, 1:] & ~real[:, :-1]).any() if causal else (~real).any()
+    ):
         return None
     length = real.shape[1]
     itself = torch.eye(length, dtype=torch.bool, device=real.device)

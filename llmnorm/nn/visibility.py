@@ -47,8 +47,9 @@ class Packed:
     it takes them one by one; the model gives a kernel or a mask, or neither, and never both.
     """
 
-    boundaries: Tensor
-    """(documents + 1,) int32, where documents start, and where the last one ends."""
+    boundaries: Tensor | None
+    """(documents + 1,) int32, where documents start, and where the last one ends; None for a
+    compiler that was given none, since their number would be a value."""
     segments: Tensor
     """(batch, length) int64, the number of each token's document."""
     longest: int
@@ -64,7 +65,7 @@ class Packed:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """The documents' lengths, on the host; on a GPU the first call waits for the device."""
-        assert not self.fixed_shapes
+        assert not self.fixed_shapes and self.boundaries is not None
         return tuple(self.boundaries.diff().tolist())
 
 

@@ -30,7 +30,7 @@ class CausalLM(PackedText):
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "shift_labels")}
         bounds = document_bounds(batch["position_ids"])
         labels = int((batch["shift_labels"].numpy() != IGNORED).sum())
-        return MicroBatch({**inputs, **bounds}, labels, labels, batch["rows"])
+        return MicroBatch({**inputs, **bounds, "loss_only": True}, labels, labels, batch["rows"])
 
     def evaluate(
         self, model: "PreTrainedModel", *, micro_batch: int, parallel: Parallel

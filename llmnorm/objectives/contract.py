@@ -25,7 +25,8 @@ class MicroBatch(NamedTuple):
     """The rows that one process runs at once.
 
     Attributes:
-        inputs: the model's arguments by name, labels among them; tensors are on the CPU.
+        inputs: the model's arguments by name, labels among them; tensors are on the CPU. Those of
+            language models in training ask for no logits (`loss_only`).
         labels: how many labels of this micro-batch count in the loss.
         tokens: how many of its tokens count as trained on, which rate and MFU are taken of: the
             labels of causal_lm, all tokens that masked_lm and classification read.

@@ -63,7 +63,8 @@ class MaskedLM(PackedText):
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """The rows with their masks of training."""
-        return self._masked(batch, self._settings.mask_share, TRAINING + self.config.seed)
+        found = self._masked(batch, self._settings.mask_share, TRAINING + self.config.seed)
+        return found._replace(inputs={**found.inputs, "loss_only": True})
 
     def evaluate(
         self, model: "PreTrainedModel", *, micro_batch: int, parallel: Parallel

@@ -86,7 +86,7 @@ def test_overrides_on_loading_are_validated_and_move_derived_sizes(tmp_path: Pat
     ("keys", "words"),
     [
         ({"hiden_size": 1}, "hiden_size: unknown key; did you mean 'hidden_size'"),
-        ({"something": 1}, "something: unknown key"),
+        ({"num_layers": 1}, "num_layers: unknown key; did you mean 'num_hidden_layers'"),
         ({"hidden_size": 25}, "hidden_size 25"),
         ({"norm": "rmss"}, "did you mean 'rms'"),
         ({"norm": "nowhere.to.be:Found"}, "import nowhere.to.be"),

@@ -183,7 +183,7 @@ def test_the_loss_and_gradients_are_those_of_full_logits(mixer: Any, tied: bool)
     model = build(mixer, tie_word_embeddings=tied).train()
     ids = tokens(3, 11)
     labels = ids.masked_fill(torch.arange(11) % 3 > 0, -100)
-    output = model(ids, labels=labels, num_items_in_batch=7.0)
+    output = model(ids, labels=labels, num_items_in_batch=7.0, loss_only=True)
     assert output.logits is None
     output.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -197,7 +197,9 @@ def test_the_loss_and_gradients_are_those_of_full_logits(mixer: Any, tied: bool)
     mean = model.eval()(ids, labels=labels)
     torch.testing.assert_close(mean.loss, expected * 7 / 12, rtol=1e-12, atol=0)
     assert torch.equal(mean.logits, model(ids).logits)
-    assert model.train()(ids, labels=torch.full_like(ids, -100)).loss.item() == 0
+    for loss_only in (False, True):
+        nothing = model.train()(ids, labels=torch.full_like(ids, -100), loss_only=loss_only)
+        assert nothing.loss.item() == 0
 
 
 @mixers

@@ -234,9 +234,8 @@ def test_the_private_hook_is_still_there() -> None:
         ({"past_key_values": DynamicCache()}, "LlmNormCache"),
         ({"position_ids": torch.tensor([[0, 1, 0]]), "use_cache": True}, "restart"),
         ({"attention_mask": torch.ones(1, 1, 3, 3)}, "attention_mask"),
-        ({"output_attentions": True}, "materialize"),
+        ({"output_attentions": True, "use_cache": True}, "no whole matrix"),
         ({"inputs_embeds": torch.zeros(1, 3, 24)}, "exactly one"),
-        ({"labels": torch.zeros(1, 3), "shift_labels": torch.zeros(1, 3)}, "not both"),
     ],
 )
 def test_what_would_be_silently_wrong_is_refused(keys: dict[str, Any], words: str) -> None:

@@ -17,7 +17,7 @@ from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import build_model
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.settings import Mixer
-from llmnorm.part import part_classes
+from llmnorm.part import InputError, part_classes
 
 VOCABULARY = 61
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3], list(range(12))])
@@ -40,12 +40,12 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_loss_and_gradients_without_logits(tied: bool) -> None:
+def test_loss_and_gradients_with_and_without_logits(tied: bool) -> None:
     """Oracle: full logits, shifted by hand, F.cross_entropy, in float64; every parameter."""
     model = build(tie_word_embeddings=tied).double().train()
     ids = tokens(3, 11)
     labels = ids.masked_fill(torch.arange(11) % 4 == 2, -100)
-    output = model(ids, labels=labels)
+    output = model(ids, labels=labels, loss_only=True)
     assert output.logits is None
     output.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -77,7 +77,12 @@ def test_logits_are_made_when_and_where_asked() -> None:
     ids = tokens(2, 9)
     full = model(ids).logits
     assert torch.equal(model(ids, labels=ids).logits, full)
-    assert model(ids, shift_labels=ids).logits is None
+    assert torch.equal(model(ids, shift_labels=ids).logits, full)
+    assert torch.equal(model.train()(ids, labels=ids).logits, full)
+    assert model(ids, shift_labels=ids, loss_only=True).logits is None
+    with pytest.raises(InputError, match="loss_only"):
+        model(ids, loss_only=True)
+    model.eval()
     # A product of fewer rows may add in another order: equal to float32's rounding.
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, full[:, -3:])
     keep = torch.tensor([1, 4])
@@ -212,7 +217,7 @@ def test_autocast_keeps_float32_outside_of_products() -> None:
                 lambda _, args, out, name=name: seen.update({name: out.dtype})
             )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(tokens(2, 9), labels=tokens(2, 9)).loss
+        loss = model(tokens(2, 9), labels=tokens(2, 9), loss_only=True).loss
     assert loss.dtype == torch.float32
     for name, dtype in seen.items():
         bf16 = name.endswith("_proj")
@@ -302,8 +307,8 @@ def test_a_resized_vocabulary_keeps_the_old_tokens(tied: bool) -> None:
     model.resize_token_embeddings(VOCABULARY + 4)
     ids[0, 3] = VOCABULARY + 3
     output = model(ids, labels=ids)
-    assert output.logits is None
     logits = model(ids).logits
+    assert torch.equal(output.logits, logits)
     assert torch.equal(logits[1, :, :VOCABULARY], before[1])
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)

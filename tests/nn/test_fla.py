@@ -12,6 +12,7 @@ import builtins
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from llmnorm.nn.mixers.gated_delta import delta_recurrence
 from llmnorm.nn.mixers.gla import channel_recurrence
 from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
 from llmnorm.nn.mixers.nala import NaLa
-from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_by_kernel
+from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_at_once
 
 BATCH, LENGTH, K, V = 2, 80, 16, 8
 DOCUMENTS = (1, 30, 49, 65, 15)
@@ -211,7 +212,7 @@ def test_the_sums_of_nala_by_kernel(kernels: None, packed: bool) -> None:
     shapes = {"q": (LENGTH, 4, 8), "k": (LENGTH, 2, 8), "v": (LENGTH, 2, 8)}
     shapes |= {"state": (2, 16, 8), "keys": (2, 16, 1)}
     made = {n: torch.randn(BATCH, *shape, generator=generator) for n, shape in shapes.items()}
-    same(sums(sums_by_kernel), sums(normalised_sums), made)
+    same(sums(partial(sums_at_once, kernel=True)), sums(normalised_sums), made)
 
 
 def test_boundaries() -> None:

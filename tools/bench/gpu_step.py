@@ -135,7 +135,8 @@ class Ours:
     def step(self, inputs: dict[str, Tensor]) -> Tensor:
         """One step; the loss."""
         parallel, real = self.parallel, int((inputs["shift_labels"] != -100).sum())
-        batches = [MicroBatch(inputs, real, real, torch.arange(len(inputs["input_ids"])))]
+        rows = torch.arange(len(inputs["input_ids"]))
+        batches = [MicroBatch({**inputs, "loss_only": True}, real, real, rows)]
         counts = count(batches, parallel)
         loss = forward_backward(self.replica, batches, counts[0], parallel)
         norm = parallel.clip(self.parameters, 1.0)

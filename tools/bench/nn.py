@@ -119,7 +119,7 @@ def training_steps(rounds: int) -> Times:
     for turn in range(rounds + 2):
         for name, model in models.items():
             start = time.perf_counter()
-            model(ids, labels=ids, use_cache=False).loss.backward()
+            model(ids, labels=ids, loss_only=True).loss.backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
             if turn >= 2:

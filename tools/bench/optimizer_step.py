@@ -260,7 +260,7 @@ def training_step(layers: int) -> float:
     ids = torch.randint(32000, (1, 1024), generator=torch.Generator().manual_seed(0))
 
     def run() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=ids, loss_only=True).loss.backward()
         model.zero_grad()
 
     run()

@@ -69,6 +69,14 @@ def whole_chunks(
     return (*padded, segments)
 
 
+def write(op: Callable[..., Tensor], *inputs: Tensor, out: Tensor) -> None:
+    """op(*inputs) in the memory of `out`, a view perhaps; a compiler knows this as a copy alone."""
+    if torch.compiler.is_compiling():
+        out.copy_(op(*inputs))
+    else:
+        op(*inputs, out=out)
+
+
 class Documents:
     """Which tokens of a chunk belong to one document, and which to that of the state before it.
 

@@ -35,6 +35,8 @@ class Context:
     visibility: Visibility = Plain()
     """Who may look at whom. The three properties below are read from it, for the mixers that treat
     several kinds alike."""
+    matrices: list[Tensor] | None = None
+    """Where every mixer's forward pass appends its matrix, if that is asked for."""
 
     @property
     def real(self) -> Tensor | None:
@@ -137,6 +139,8 @@ class Mixer(nn.Module, Generic[Parameters, Cache]):
         """x (batch, length, hidden) -> the same shape."""
         assert (cache is not None) == isinstance(context.visibility, Cached)
         parameters = self.prepare(x, context, cache)
+        if context.matrices is not None:
+            context.matrices.append(self.materialize(parameters, context))
         return self.finish(self.mix(parameters, context, cache), x, parameters)
 
 

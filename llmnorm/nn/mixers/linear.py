@@ -28,7 +28,7 @@ from llmnorm.nn.mixers.contract import Context, ProjectedMixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.linear_recurrence import CHUNK, flops_per_token, linear_recurrence
-from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_by_kernel
+from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_at_once
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
@@ -203,11 +203,10 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         by_kernel: bool,
     ) -> tuple[Tensor, ...]:
         """The sums over the tokens before; row: q, k, v, cos and sin."""
-        if not by_kernel:
-            return normalised_sums(self.both_features, states, *row, real, segments)
-        return sums_by_kernel(
-            self.both_features, states, *row, real, segments, boundaries=boundaries
-        )
+        inputs = self.both_features, states, *row, real, segments
+        if by_kernel or torch.compiler.is_compiling():
+            return sums_at_once(*inputs, boundaries=boundaries, kernel=by_kernel)
+        return normalised_sums(*inputs)
 
     def _denominator(self, total: Tensor, p: LinearParameters, context: Context) -> Tensor:
         """(batch, length, heads, 1): the sum of the unrotated weights, plus eps a token."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmnorm.nn.mixers import fla
-from llmnorm.nn.mixers.chunks import Documents, decays, whole_chunks
+from llmnorm.nn.mixers.chunks import Documents, decays, whole_chunks, write
 from llmnorm.nn.precision import wide_dtype
 
 CHUNK = 64
@@ -202,9 +202,9 @@ class Block:
             inside = (self.weights @ self.v).transpose(3, 4)
         out = self.merging(y)
         if self.since is None:
-            torch.add(inside, read, out=out)
+            write(torch.add, inside, read, out=out)
         else:
-            torch.addcmul(inside, read, self.factor(self.since), out=out)
+            write(torch.addcmul, inside, read, self.factor(self.since), out=out)
         return states[-1].clone()
 
     def states(self, state: Tensor) -> Tensor:
@@ -254,9 +254,9 @@ class Block:
             d_inside = (self.weights.mT @ dy).transpose(3, 4)
         d_written = self.merging_of(self.k @ d_states[1:], 1)
         if self.until is None:
-            torch.add(d_inside, d_written, out=self.merging(dv))
+            write(torch.add, d_inside, d_written, out=self.merging(dv))
         else:
-            torch.addcmul(d_inside, d_written, self.factor(self.until), out=self.merging(dv))
+            write(torch.addcmul, d_inside, d_written, self.factor(self.until), out=self.merging(dv))
         if d_decay is not None:
             d_decay.copy_(self.decay_gradient(d_weights, d_read, d_written, states, d_states))
         d_scores = self.masked(d_weights)
@@ -325,7 +325,7 @@ class Block:
 
 
 def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out=out.view(-1, *out.shape[3:]))
+    write(torch.bmm, a.flatten(0, 2), b.flatten(0, 2), out=out.view(-1, *out.shape[3:]))
 
 
 def _plus(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -144,6 +144,8 @@ def _query_powers(
 def _split(size: Tensor, x: Tensor) -> Tensor:
     """`size` where x is positive, beside `size` where it is negative; size is 0 where x is."""
     signed, width = size.copysign(x), x.shape[-1]
+    if torch.compiler.is_compiling():
+        return torch.cat((signed.clamp(min=0), (-signed).clamp(min=0)), -1)
     out = x.new_empty(*x.shape[:-1], 2 * width)
     torch.clamp(signed, min=0, out=out[..., :width])
     torch.clamp(signed.neg_(), min=0, out=out[..., width:])

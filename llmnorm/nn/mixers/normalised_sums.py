@@ -10,8 +10,9 @@ states (batch, groups, F, V) of the numerator and (batch, groups, F, 1) of the n
 batch, n chunk, c token of it, g group, r head of the group.
 
 Features are made block by block from q and k, and made again in the backward pass: they are several
-times as wide as q and k, and are never held for a whole row. `sums_by_kernel` does the same by
-fla's kernel on a GPU, whole rows at once; it too makes features again in the backward pass.
+times as wide as q and k, and are never held for a whole row. `sums_at_once` does the same for whole
+rows at once, by fla's kernel on a GPU or for a compiler; it too makes features again in the
+backward pass.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from llmnorm.nn.mixers.linear_recurrence import (
     Block,
     block_slices,
     documents_at,
+    linear_recurrence,
     merged_state,
     parts,
     state_by_head,
@@ -73,7 +75,7 @@ def normalised_sums(
     return _Sums.apply(features, chunk, q, k, v, cos, sin, real, segments, *states)
 
 
-def sums_by_kernel(
+def sums_at_once(
     features: Features,
     states: tuple[Tensor, ...],
     q: Tensor,
@@ -85,23 +87,32 @@ def sums_by_kernel(
     segments: Tensor | None,
     *,
     boundaries: Tensor | None = None,
+    kernel: bool,
 ) -> tuple[Tensor, ...]:
-    """As normalised_sums, in float32: the numerator by fla's kernel, whose products are TF32.
+    """As normalised_sums, in float32, in operations that a compiler can follow.
 
-    That rounds less than bf16 has rounded q and k already, and its gradients are right where those
-    of bf16 are not (fla.py). The normaliser, which divides, is ours.
+    Args:
+        kernel: the numerator comes from fla's kernel, whose products are TF32. That rounds less
+            than bf16 has rounded q and k already, and its gradients are right where those of bf16
+            are not (fla.py). The normaliser, which divides, is ours.
     """
 
     def sums(q: Tensor, k: Tensor, v: Tensor, state: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(q.device.type, enabled=False):
             q, k, turned_q, turned_k = features(q, k, cos, sin, real)
             apart = {"segments": segments, "boundaries": boundaries, "state": state}
-            numerator, state = fla.linear(turned_q, turned_k, v, None, dtype=torch.float32, **apart)
+            if kernel:
+                inputs = turned_q, turned_k, v, None
+                numerator, state = fla.linear(*inputs, dtype=torch.float32, **apart)
+            else:
+                numerator, state = linear_recurrence(turned_q, turned_k, v, **apart)
             running, keys = _running_sum(k.flatten(2), keys.flatten(1), segments)
             running = running.unflatten(2, (k.shape[2], 1, -1))
             normaliser = (q.unflatten(2, (k.shape[2], -1)) * running).sum(-1, keepdim=True)
             return numerator, normaliser.flatten(2, 3), state, keys.view(*state.shape[:3], 1)
 
+    if torch.compiler.is_exporting():
+        return sums(q, k, v, *states)
     return checkpoint(sums, q, k, v, *states, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -44,17 +44,22 @@ class Rotary:
 
     def _frequencies(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         if self.parameters.rope_type in ("dynamic", "longrope"):
-            longest = int(positions.max()) + 1
-            return self.frequencies(dtype, longest).to(positions.device)
+            return self.frequencies(dtype, positions.max() + 1)
+        # What a tracer makes is no number: kept, it would be the next eager pass's.
+        if torch.compiler.is_compiling() or type(positions) is not Tensor:
+            return self.frequencies(dtype).to(positions.device)
         key = (positions.device, dtype)
         if key not in self._fixed:
             self._fixed[key] = self.frequencies(dtype).to(positions.device)
         return self._fixed[key]
 
-    def frequencies(self, dtype: torch.dtype, longest: int = 1) -> Tensor:
-        """Radians a position of each pair, (head_dim/2,); `longest`: the call's length."""
-        with torch.device("cpu"):
-            return _FREQUENCIES[self.parameters.rope_type](self, dtype, longest)
+    def frequencies(self, dtype: torch.dtype, longest: Tensor | None = None) -> Tensor:
+        """Radians a position of each pair, (head_dim/2,), on the CPU or the device of `longest`.
+
+        `longest`: 0-dim, the length of the call, 1 if None.
+        """
+        longest = torch.ones((), device="cpu") if longest is None else longest
+        return _FREQUENCIES[self.parameters.rope_type](self, dtype, longest)
 
     def attention_scaling(self) -> float:
         """The factor on cos and sin: 1 but for yarn and longrope."""
@@ -111,34 +116,34 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def _exponents(rotary: Rotary, dtype: torch.dtype) -> Tensor:
-    return torch.arange(0, rotary.head_dim, 2).to(dtype) / rotary.head_dim
+def _exponents(rotary: Rotary, dtype: torch.dtype, longest: Tensor) -> Tensor:
+    numbers = torch.arange(0, rotary.head_dim, 2, device=longest.device)
+    return numbers.to(dtype) / rotary.head_dim
 
 
-def _default(rotary: Rotary, dtype: torch.dtype, longest: int) -> Tensor:
-    return 1.0 / (rotary.parameters.rope_theta ** _exponents(rotary, dtype))
+def _default(rotary: Rotary, dtype: torch.dtype, longest: Tensor) -> Tensor:
+    return 1.0 / (rotary.parameters.rope_theta ** _exponents(rotary, dtype, longest))
 
 
-def _linear(rotary: Rotary, dtype: torch.dtype, longest: int) -> Tensor:
+def _linear(rotary: Rotary, dtype: torch.dtype, longest: Tensor) -> Tensor:
     assert rotary.parameters.factor is not None
     return _default(rotary, dtype, longest) / rotary.parameters.factor
 
 
-def _dynamic(rotary: Rotary, dtype: torch.dtype, longest: int) -> Tensor:
+def _dynamic(rotary: Rotary, dtype: torch.dtype, longest: Tensor) -> Tensor:
     limit, dim, factor = (
         rotary.max_position_embeddings,
         rotary.head_dim,
         rotary.parameters.factor,
     )
-    if longest <= limit:
-        return _default(rotary, dtype, longest)
     assert factor is not None
-    stretch = (factor * torch.tensor(longest, dtype=dtype) / limit) - (factor - 1)
-    base = rotary.parameters.rope_theta * stretch ** (dim / (dim - 2))
-    return 1.0 / (base ** _exponents(rotary, dtype))
+    stretch = (factor * longest.to(dtype) / limit) - (factor - 1)
+    base = rotary.parameters.rope_theta * stretch.clamp(min=1) ** (dim / (dim - 2))
+    stretched = 1.0 / (base ** _exponents(rotary, dtype, longest))
+    return torch.where(longest > limit, stretched, _default(rotary, dtype, longest))
 
 
-def _yarn(rotary: Rotary, dtype: torch.dtype, longest: int) -> Tensor:
+def _yarn(rotary: Rotary, dtype: torch.dtype, longest: Tensor) -> Tensor:
     p, dim = rotary.parameters, rotary.head_dim
     assert p.factor is not None and p.original_max_position_embeddings is not None
     original = p.original_max_position_embeddings
@@ -152,13 +157,13 @@ def _yarn(rotary: Rotary, dtype: torch.dtype, longest: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     high = high + 0.001 if low == high else high
-    ramp = torch.clamp((torch.arange(dim // 2, dtype=dtype) - low) / (high - low), 0, 1)
-    keep = 1 - ramp
-    wavelengths = p.rope_theta ** _exponents(rotary, dtype)
+    pairs = torch.arange(dim // 2, dtype=dtype, device=longest.device)
+    keep = 1 - torch.clamp((pairs - low) / (high - low), 0, 1)
+    wavelengths = p.rope_theta ** _exponents(rotary, dtype, longest)
     return 1.0 / (p.factor * wavelengths) * (1 - keep) + 1.0 / wavelengths * keep
 
 
-def _llama3(rotary: Rotary, dtype: torch.dtype, longest: int) -> Tensor:
+def _llama3(rotary: Rotary, dtype: torch.dtype, longest: Tensor) -> Tensor:
     p, frequencies = rotary.parameters, _default(rotary, dtype, longest)
     original, factor = p.original_max_position_embeddings, p.factor
     assert original is not None and factor is not None
@@ -171,11 +176,15 @@ def _llama3(rotary: Rotary, dtype: torch.dtype, longest: int) -> Tensor:
     return torch.where((wavelengths >= short) & (wavelengths <= long), between, stretched)
 
 
-def _longrope(rotary: Rotary, dtype: torch.dtype, longest: int) -> Tensor:
+def _longrope(rotary: Rotary, dtype: torch.dtype, longest: Tensor) -> Tensor:
     p = rotary.parameters
     assert p.original_max_position_embeddings is not None
-    factors = p.long_factor if longest > p.original_max_position_embeddings else p.short_factor
-    return 1.0 / (torch.tensor(factors, dtype=dtype) * p.rope_theta ** _exponents(rotary, dtype))
+    far, near = (
+        torch.tensor(factors, dtype=dtype, device=longest.device)
+        for factors in (p.long_factor, p.short_factor)
+    )
+    factors = torch.where(longest > p.original_max_position_embeddings, far, near)
+    return 1.0 / (factors * p.rope_theta ** _exponents(rotary, dtype, longest))
 
 
 def _mscale(factor: float, weight: float) -> float:

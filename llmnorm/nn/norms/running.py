@@ -47,18 +47,24 @@ class RunningNorm(Norm):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.reduce = _one_process
         self.stepwise = False
+        self._counts: bool | None = None
         self._real: Tensor | None = None
         self._batch: Tensor | None = None
         self._squares: Tensor | None = None
         self._gradients: Tensor | None = None
 
-    def begin(self, real: Tensor | None) -> None:
+    def begin(self, real: Tensor | None, *, counts: bool | None = None) -> None:
         """Start a micro-batch; `real` (batch, length) is True where a token counts (None: all).
 
         Commits the micro-batch before as a step of its own unless `stepwise`.
+
+        Args:
+            counts: whether passes in training count; None: those with gradients. A model says it,
+                since a reentrant checkpoint makes a block's first pass without gradients.
         """
         if not self.stepwise:
             self.commit()
+        self._counts = counts
         self._real = None if real is None else real.flatten()
         self._batch = None
 
@@ -93,7 +99,8 @@ class RunningNorm(Norm):
     @property
     def counting(self) -> bool:
         """Whether a forward pass now uses its own batch's statistics and adds to the step's."""
-        return self.training and torch.is_grad_enabled()
+        counts = torch.is_grad_enabled() if self._counts is None else self._counts
+        return self.training and counts
 
     def batch_square(self, x: Tensor) -> Tensor:
         """The micro-batch's mean square (hidden,) of x (tokens, hidden), over all processes."""

@@ -1,0 +1,166 @@
+"""What transformers, and the tools around it, ask of every model class of ours.
+
+    class and configuration     names, hooks, initialisation, recomputation, attention kernels
+    keywords                    of a forward pass, beyond those in its signature
+
+Surprises:
+- Trainer takes every named argument of `forward` with "label" in its name for a label that each
+  batch must have. So `shift_labels` is in `Keywords`, not in a signature.
+- A mixer chooses its kernel by itself, so `attn_implementation` can ask for nothing else.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.initialization import initialize_module
+from llmnorm.nn import block as blocks
+from llmnorm.nn.block import Block
+from llmnorm.nn.loss import LanguageHead, cross_entropy
+from llmnorm.part import InputError, nearest
+
+
+class Keywords(TypedDict, total=False):
+    """Keywords of a forward pass that only some callers have; what says nothing is None.
+
+    The first four are transformers' FlashAttentionKwargs: where the documents of packed rows are,
+    from a caller who knows it. Nothing is then read back from a GPU (context.py).
+    """
+
+    cu_seq_lens_q: Tensor | None
+    """(documents + 1,) int32, where the documents start."""
+    cu_seq_lens_k: Tensor | None
+    """The same: queries and keys are the same tokens."""
+    max_length_q: int | None
+    """Tokens of the longest document, or more."""
+    max_length_k: int | None
+    """The same."""
+    seq_idx: Tensor | None
+    """(batch, length), the number of each token's document, beside position_ids or cu_seq_lens."""
+    cache_position: Tensor | None
+    """(length,), the columns of the new tokens: behind those in the cache, and nowhere else."""
+    is_causal: bool | None
+    """Whether no token sees later ones: what the mixers do, and nothing else."""
+
+
+class CausalKeywords(Keywords, total=False):
+    """Those, and what a causal language model has besides."""
+
+    shift_labels: Tensor | None
+    """(batch, length), labels already shifted: the label of position i stands at i. They win over
+    `labels`: context parallelism passes both, and a process's `labels` are a part of the row."""
+
+
+def check_keywords(given: Any) -> None:
+    """Refuse keywords that no class knows.
+
+    Args:
+        given: what is left of a forward pass's keywords; None says nothing.
+
+    Raises:
+        InputError: names the first unknown one.
+    """
+    known = Keywords.__annotations__
+    for name, value in given.items():
+        if name not in known and value is not None:
+            raise InputError(f"{name}: the model has no such argument; {nearest(name, [*known])}")
+
+
+class LlmNormPreTrainedModel(PreTrainedModel):
+    """What the base model and the models with a head share with Hugging Face."""
+
+    config_class = LlmNormConfig
+    base_model_prefix = "model"
+    _no_split_modules = [name for name in vars(blocks) if name.endswith("Block")]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # num_items_in_batch
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: the installed package is what a saved directory names (configuration.py)."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Hugging Face's hook (plain construction, keys missing from a checkpoint)."""
+        own = list(module.parameters(recurse=False))
+        if not own or any(p.is_meta for p in own):
+            return
+        loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
+        if len(loaded) < len(own):
+            initialize_module(module, self.config, int(torch.randint(2**62, ())))
+        for parameter, value in loaded:
+            parameter.copy_(value)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """Hugging Face's hook: recompute the blocks, or every n-th of them, in the backward pass.
+
+        Theirs counts the layers of its own class alone.
+        """
+        layers = [module for module in self.modules() if isinstance(module, Block)]
+        for number, block in enumerate(layers):
+            block.gradient_checkpointing = enable and number % every_n_layers == 0
+            block._gradient_checkpointing_func = gradient_checkpointing_func  # type: ignore[assignment]
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        """Hugging Face's hook, when a model is made or told another implementation.
+
+        Raises:
+            InputError: one that no layer of ours would follow.
+        """
+        if attn_implementation not in (None, "sdpa", "eager"):
+            raise InputError(
+                f"attn_implementation: '{attn_implementation}': a mixer chooses its kernel by "
+                "itself (flash-attn for packed rows, where it is installed), and none knows paged "
+                "caches; leave the key out"
+            )
+        return attn_implementation or "sdpa"
+
+    def _asked(
+        self, output_hidden_states: bool | None, return_dict: bool | None
+    ) -> tuple[bool, bool]:
+        """The two options, the configuration's where the caller says nothing."""
+        config = self.config
+        hidden = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        return bool(hidden), bool(config.return_dict if return_dict is None else return_dict)
+
+
+class WithLanguageHead(LlmNormPreTrainedModel):
+    """What models share that end in logits over the vocabulary, `lm_head`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    lm_head: nn.Module
+
+    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | float | None) -> Tensor:
+        if isinstance(self.lm_head, LanguageHead):
+            return self.lm_head(hidden, labels, items)
+        # An adapter around the head: its logits are more than hidden @ weight.
+        return cross_entropy(self.lm_head(hidden), labels, items)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Hugging Face's hook (a resized vocabulary): a plain linear head becomes ours again."""
+        if type(new_embeddings) is nn.Linear:
+            shape = new_embeddings.in_features, new_embeddings.out_features
+            with torch.device("meta"):
+                head = LanguageHead(*shape, bias=new_embeddings.bias is not None)
+            head.weight, head.bias = new_embeddings.weight, new_embeddings.bias
+            head.training = new_embeddings.training
+            # Their mark, by which `post_init` leaves it as it is.
+            head._is_hf_initialized = getattr(new_embeddings, "_is_hf_initialized", False)
+            new_embeddings = head
+        self.lm_head = new_embeddings
