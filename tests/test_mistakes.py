@@ -458,7 +458,7 @@ DATA = {
         **source(
             "words " * 20,
             "few.txt",
-            "data.sources.0.validation=tests/data/text/notes.txt",
+            "data.sources.0.validation=tests/data/text/prose.jsonl",
             "data.context_length=256",
         ),
         message="<source>: <tokens> tokens do not fill a row of data.context_length <n>; "
@@ -536,7 +536,7 @@ DATA = {
     ),
     "damaged manifest of the data": Case(
         f"train {SMOKE}",
-        "<file>: is damaged; delete <directory> and prepare the data again",
+        "<file>: is damaged (<reason>); delete <directory> and prepare the data again",
         ("MANIFEST.json",),
         lambda: spoil_data(truncate, "MANIFEST.json"),
     ),
@@ -1077,7 +1077,7 @@ def test_a_dropped_override_is_noted(place: Path) -> None:
 def test_a_source_that_is_too_short_once_it_is_tokens(place: Path) -> None:
     # Its bytes would fill a row, its tokens do not: what is prepared serves a shorter context.
     write(str(place / "few.txt"), "words " * 60)()
-    sources = "data.sources.0.path=few.txt data.sources.0.validation=tests/data/text/notes.txt"
+    sources = "data.sources.0.path=few.txt data.sources.0.validation=tests/data/text/prose.jsonl"
     done = llmnorm(place, f"data {SMOKE} {sources} data.context_length=256")
     assert done.returncode == 2 and says("short of a row", done.stderr)
     again = llmnorm(place, f"data {SMOKE} {sources} data.context_length=32")

@@ -88,12 +88,12 @@ def make(
     if format > 1:
         surveyed = [None if texts is None else split.survey(texts) for texts in own]
         withheld = split.withheld(documents, held_out, surveyed, names)
-    _print_held_out(sources, documents, held_out, withheld, own)
     if settings.path is None:
         # A token of our own BPE is at least a byte long, so too little text is noticed right here.
         for found, kept_back, name in zip(documents, withheld, names, strict=True):
             most = int((found.sizes - kept_back).sum()) + 2 * len(found.sizes)
             check_fills_a_row(f"{name}: at most {most} tokens do", most, data.context_length)
+    _print_held_out(sources, documents, held_out, withheld, own)
     total = sum(found.bytes for found in documents)
     say(f"{_megabytes(total)} of text read and measured in {time.perf_counter() - start:.1f} s")
     if not (directory / "tokenizer" / "tokenizer.json").is_file():

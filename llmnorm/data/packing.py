@@ -24,7 +24,6 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from llmnorm.data import default_corpus, files
 from llmnorm.data.files import MissingInput
@@ -38,6 +37,7 @@ from llmnorm.data.settings import (
     DataSettings,
     SourceSettings,
     TokenizerSettings,
+    TrainedOn,
 )
 from llmnorm.machine.reading import read_bytes
 from llmnorm.part import InputError
@@ -45,20 +45,6 @@ from llmnorm.part import InputError
 __all__ = ["PackedData", "PackedSource", "TrainedOn", "find", "prepare", "ready"]
 
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
-
-
-class TrainedOn(NamedTuple):
-    """The data that a run was trained on.
-
-    Attributes:
-        where: the run or checkpoint that says so.
-        identity: of the data.
-        otherwise: what else can be done where the corpus is another, for the message.
-    """
-
-    where: Path
-    identity: str
-    otherwise: str = "start a new run_dir"
 
 
 def find(

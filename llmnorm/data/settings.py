@@ -5,7 +5,7 @@ configuration is answered before torch is loaded.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -125,6 +125,20 @@ class TokenizerSettings(Settings):
         if self.mask and self.vocab_size == SMALLEST_VOCABULARY:
             raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY + 1} with a mask")
         return self
+
+
+class TrainedOn(NamedTuple):
+    """The data that a run was trained on.
+
+    Attributes:
+        where: the run or checkpoint that says so.
+        identity: of the data.
+        otherwise: what else can be done where the corpus is another, for the message.
+    """
+
+    where: Path
+    identity: str
+    otherwise: str = "start a new run_dir"
 
 
 def source_keys(sources: list[SourceSettings]) -> list[str]:

@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from llmnorm.config.file import load
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.packed import PackedData
-from llmnorm.data.packing import TrainedOn
-from llmnorm.data.settings import TokenizerSettings
+from llmnorm.data.settings import TokenizerSettings, TrainedOn
 from llmnorm.objectives.contract import Objective
 from llmnorm.objectives.settings import CausalLMSettings, ObjectiveSettings
 from llmnorm.objectives.settings import Objective as ObjectivePart

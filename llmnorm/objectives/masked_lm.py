@@ -14,7 +14,7 @@ import torch
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.loader import IGNORED, Batch, document_bounds, evaluation_batches
 from llmnorm.data.masking import Masking
-from llmnorm.data.packing import TrainedOn
+from llmnorm.data.settings import TrainedOn
 from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.objectives.packed_text import PackedText

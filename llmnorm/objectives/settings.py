@@ -16,7 +16,7 @@ from llmnorm.part import InputError, Part, Settings, part_name
 
 if TYPE_CHECKING:
     from llmnorm.config.tree import RunConfig
-    from llmnorm.data.packing import TrainedOn
+    from llmnorm.data.settings import TrainedOn
     from llmnorm.objectives.causal_lm import CausalLM
     from llmnorm.objectives.classification import Classification
     from llmnorm.objectives.contract import Objective as Learned

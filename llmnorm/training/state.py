@@ -19,7 +19,7 @@ from llmnorm.checkpoints.format import as_interval, read_checkpoint
 from llmnorm.config.manifest import meta_of_run
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
-from llmnorm.data.packing import TrainedOn
+from llmnorm.data.settings import TrainedOn
 from llmnorm.models.convert import named_weights
 from llmnorm.optim.fragments import Fragment, master
 from llmnorm.optim.state import named_state
