@@ -100,15 +100,18 @@ class LlmNormConfig(PreTrainedConfig):
 
     @property
     def output_attentions(self) -> bool | None:  # type: ignore[override]
-        """Whether a forward pass gives the mixers' matrices; whatever `attn_implementation` is."""
+        """Whether a forward pass gives the mixers' matrices.
+
+        Setting it sets `attn_implementation` to `eager`, without which Hugging Face's checks refuse
+        it. To an llmnorm model that is the same as `sdpa`.
+        """
         return self._output_attentions
 
     @output_attentions.setter
     def output_attentions(self, value: bool | None) -> None:
+        if value:
+            self._attn_implementation = "eager"
         self._output_attentions = value
-
-    def validate_output_attentions(self) -> None:
-        """Nothing: Hugging Face's own classes have attention maps with `eager` alone."""
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As Hugging Face's; beside config.json stands the module that `auto_map` names.

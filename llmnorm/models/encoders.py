@@ -197,7 +197,7 @@ class LlmNormForSequenceClassification(LlmNormPreTrainedModel):
         elif problem is None:
             several = labels.is_floating_point()
             problem = "multi_label_classification" if several else "single_label_classification"
-        wanted = [(len(logits), self.num_labels)]
+        wanted: list[tuple[int, ...]] = [(len(logits), self.num_labels)]
         if problem == "single_label_classification":
             wanted = [(len(logits),)]
         elif self.num_labels == 1:

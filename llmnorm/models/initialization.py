@@ -41,6 +41,8 @@ def initialize(
     """
     done: set[int] = set()
     for name, module in (dict(model.named_modules()) if modules is None else modules).items():
+        # transformers' mark, without which `post_init` would draw the weights again.
+        module._is_hf_initialized = True  # type: ignore[assignment]
         own = [p for p in module.parameters(recurse=False) if id(p) not in done]
         if own:  # a tied head has none left
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -183,8 +183,10 @@ class LlmNormModel(LlmNormPreTrainedModel):
             cache = self.new_cache()
         check_claims(more, cache, attention_mask, position_ids, hidden, causal=self.causal)
         documents = given_documents(
-            *(more.get(key) for key in ("cu_seq_lens_q", "cu_seq_lens_k")),
-            *(more.get(key) for key in ("max_length_q", "max_length_k")),
+            more.get("cu_seq_lens_q"),
+            more.get("cu_seq_lens_k"),
+            more.get("max_length_q"),
+            more.get("max_length_k"),
             hidden,
         )
         visibility: Visibility

@@ -127,7 +127,7 @@ class LlmNormPreTrainedModel(PreTrainedModel):
                 "itself (flash-attn for packed rows, where it is installed), and none knows paged "
                 "caches; leave the key out"
             )
-        return attn_implementation or "sdpa"
+        return attn_implementation or ("eager" if self.config.output_attentions else "sdpa")
 
     def _asked(
         self, output_hidden_states: bool | None, return_dict: bool | None
@@ -161,6 +161,7 @@ class WithLanguageHead(LlmNormPreTrainedModel):
             head.weight, head.bias = new_embeddings.weight, new_embeddings.bias
             head.training = new_embeddings.training
             # Their mark, by which `post_init` leaves it as it is.
-            head._is_hf_initialized = getattr(new_embeddings, "_is_hf_initialized", False)
+            marked = getattr(new_embeddings, "_is_hf_initialized", False)
+            head._is_hf_initialized = marked  # type: ignore[assignment]
             new_embeddings = head
         self.lm_head = new_embeddings

@@ -35,7 +35,8 @@ class LanguageHead(Linear):
     """The output head: logits, or the loss itself when labels are given.
 
     The loss is computed inside this module's forward, where wrappers that shard parameters have the
-    weight whole; by chunks, unless a compiler traces it. `compiled` (set by who compiles the blocks): on a GPU one kernel makes the logits'
+    weight whole. Where somebody compiles or exports the whole model, it is computed from all logits
+    at once. `compiled` (set by who compiles the blocks): on a GPU one kernel makes the logits'
     gradient and the losses.
     """
 

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,14 +112,60 @@ def test_legacy_rotary_keys_are_folded() -> None:
 
 
 def test_attributes_set_later_count(tmp_path: Path) -> None:
-    """Oracle: resizing the vocabulary sets an attribute; another tool's attribute is named."""
+    """Oracle: resizing the vocabulary sets an attribute."""
     config = LlmNormConfig(**SMALL)
     config.vocab_size = 64
     assert config.settings().vocab_size == 64
-    config.somebody = 1
     config.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="somebody"):
-        LlmNormConfig.from_pretrained(tmp_path)
+    assert LlmNormConfig.from_pretrained(tmp_path).vocab_size == 64
+
+
+def test_keys_of_other_tools_are_kept_with_one_warning(tmp_path: Path) -> None:
+    """Oracle: the values after loading; one warning that names the keys; none for ours."""
+    keys: dict[str, Any] = {
+        "my_note": "x",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "is_decoder": True,
+        "torchscript": False,
+        "use_bfloat16": False,
+        "task_specific_params": {"a": [1, None]},
+        "classifier_dropout": 0.1,
+        "unsloth_version": "2026.1",
+        "hidden_act": "silu",
+        "_private": 3,
+    }
+    config = LlmNormConfig(**SMALL)
+    for key, value in keys.items():
+        setattr(config, key, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="my_note") as caught:
+        loaded = AutoConfig.from_pretrained(tmp_path)
+    ours = [str(one.message) for one in caught if "model configuration" in str(one.message)]
+    assert len(ours) == 1 and all(key in ours[0] for key in keys)
+    assert {key: getattr(loaded, key) for key in keys} == keys
+    assert loaded.settings() == config.settings()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hiden_size", 8, "hiden_size: unknown key; did you mean 'hidden_size'"),
+        ("hidden_size", "wide", "hidden_size"),
+        ("norm", "rmss", "did you mean 'rms'"),
+        ("my_note", {1, 2}, "my_note: cannot be written as JSON"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(
+    key: str, value: Any, words: str, tmp_path: Path
+) -> None:
+    """Oracle: the key, and no file."""
+    config = LlmNormConfig(**SMALL)
+    setattr(config, key, value)
+    with pytest.raises(InputError, match=words):
+        config.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_part_from_outside_is_used_when_its_module_is_imported() -> None:

@@ -100,7 +100,7 @@ def sums_at_once(
     def sums(q: Tensor, k: Tensor, v: Tensor, state: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(q.device.type, enabled=False):
             q, k, turned_q, turned_k = features(q, k, cos, sin, real)
-            apart = {"segments": segments, "boundaries": boundaries, "state": state}
+            apart: dict[str, Any] = {"segments": segments, "boundaries": boundaries, "state": state}
             if kernel:
                 inputs = turned_q, turned_k, v, None
                 numerator, state = fla.linear(*inputs, dtype=torch.float32, **apart)

@@ -116,6 +116,7 @@ class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
             return self._attend(*_heads_first(parameters), self._in_window(packed.mask))
         q, k, v = (t.flatten(0, 1) for t in parameters)
         if packed.kernel:
+            assert packed.boundaries is not None
             mixed = varlen.attention(
                 *(q, k, v, packed.boundaries, packed.longest, self.sliding_window),
                 causal=self.causal,
