@@ -95,9 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
             return found.exit_code
         print("llmnorm: interrupted; the same command starts it again", file=sys.stderr)
         return 130
-    except SystemExit:
-        raise
-    except BaseException as error:  # a panic of the tokenizers, which are Rust, is no Exception
+    except BaseException as error:
+        panic = type(error).__module__ == "pyo3_runtime"  # of the tokenizers, which are Rust
+        if not (isinstance(error, Exception) or panic):
+            raise
         named = getattr(parsed, "path", None) or getattr(parsed, "config", None)
         found = failure(error, words, named if isinstance(named, Path) and named.is_dir() else None)
         _print_error(found.line)

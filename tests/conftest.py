@@ -1,9 +1,11 @@
 """Fixtures that several test modules share."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, which children inherit
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs are bit-equal only at equal threads
 
 import pytest

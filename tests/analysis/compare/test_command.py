@@ -129,7 +129,7 @@ def test_rate_times_decay_is_held_and_rows_are_shared(tmp_path: Path) -> None:
         ("--arm a optimizer.lr=1 --arm a optimizer.lr=2", "--arm a: two arms have this name"),
         ("--arm model.norm=layer", "--arm model.norm=layer: give the arm a name first"),
         ("--arm a seed=1 layer", "--arm a: 'layer' is not an override"),
-        ("--arm a nowhere.yaml", "--arm a: nowhere.yaml: no such file"),
+        ("--arm a nowhere.yaml", "--arm a: nowhere.yaml: there is no such file"),
         ("--arm base model.norm=layer", "--arm base: this is the name of the arm without changes"),
         ("--arm a model.norm=layer --parallel 999", "--parallel 999: there are "),
         ("--seeds 3", "the following arguments are required: --arm"),
@@ -258,7 +258,7 @@ def test_a_run_is_an_ordinary_command(tmp_path: Path) -> None:
         while (code := process.poll()) is None:
             time.sleep(0.02)
     assert code == 2
-    assert (tmp_path / "log").read_text() == "llmnorm: error: nowhere.yaml: no such file\n"
+    assert (tmp_path / "log").read_text() == "llmnorm: error: nowhere.yaml: there is no such file\n"
 
 
 @pytest.mark.parametrize(
