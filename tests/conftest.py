@@ -5,12 +5,13 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, which children inherit
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs are bit-equal only at equal threads
 
 import pytest
 
 from tests.running import MASKED, ROOT, SMOKE, Child, llmnorm
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, which children inherit
 
 
 @pytest.fixture(autouse=True)

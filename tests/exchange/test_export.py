@@ -375,7 +375,7 @@ def test_the_model_card_says_what_the_run_was(run: Path, exported: Path, stock: 
     for name, figures in last["sources"].items():
         row = f"| {name} | {figures['loss']:.4f} | {figures['perplexity']:.4f} |"
         assert row in card
-    assert "| prose | 377 | 131,910 |" in card and "| notes | 1 | 91,718 |" in card, card
+    assert "| prose | 377 | 131,888 |" in card and "| notes | 1 | 91,723 |" in card
     assert "12 steps" in card and "trust_remote_code=True" in card and "None" not in card
     assert "trust_remote_code" not in (stock / "README.md").read_text()
 
