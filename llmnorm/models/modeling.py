@@ -39,6 +39,7 @@ from llmnorm.models.pretrained_model import (
     WithLanguageHead,
     check_keywords,
 )
+from llmnorm.models.recomputed import recomputable
 from llmnorm.nn.block import Block
 from llmnorm.nn.loss import IGNORED, LanguageHead
 from llmnorm.nn.mixers import varlen
@@ -114,7 +115,8 @@ class LlmNormModel(LlmNormPreTrainedModel):
             self.embed_norm = settings.norm.build(settings.hidden_size)
         self.embedding_dropout = settings.embedding_dropout
         self.layers = nn.ModuleList(
-            settings.placement.build(settings, layer) for layer in range(settings.num_hidden_layers)
+            recomputable(settings.placement.build(settings, layer))
+            for layer in range(settings.num_hidden_layers)
         )
         self.norm = settings.norm.build(settings.hidden_size) if settings.final_norm else None
         self._running_norms = [m for m in self.modules() if isinstance(m, RunningNorm)]
@@ -155,8 +157,8 @@ class LlmNormModel(LlmNormPreTrainedModel):
                 None, and where the model has no types.
             loss_mask: (batch, length), True where a token counts for norms that keep statistics;
                 the attention mask's tokens, or all, if None.
-            output_attentions: give each mixer's matrix (batch, heads, length, length), which is
-                made for it besides; not with a cache.
+            output_attentions: give each mixer's matrix (batch, heads, length, length), by which it
+                then mixes; not with a cache.
             more: `Keywords` (pretrained_model.py).
 
         Raises:

@@ -9,18 +9,15 @@ Surprises:
 - A mixer chooses its kernel by itself, so `attn_implementation` can ask for nothing else.
 """
 
-from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.initialization import initialize_module
 from llmnorm.nn import block as blocks
-from llmnorm.nn.block import Block
 from llmnorm.nn.loss import LanguageHead, cross_entropy
 from llmnorm.part import InputError, nearest
 
@@ -98,21 +95,6 @@ class LlmNormPreTrainedModel(PreTrainedModel):
         for parameter, value in loaded:
             parameter.copy_(value)
 
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        every_n_layers: int = 1,
-    ) -> None:
-        """Hugging Face's hook: recompute the blocks, or every n-th of them, in the backward pass.
-
-        Theirs counts the layers of its own class alone.
-        """
-        layers = [module for module in self.modules() if isinstance(module, Block)]
-        for number, block in enumerate(layers):
-            block.gradient_checkpointing = enable and number % every_n_layers == 0
-            block._gradient_checkpointing_func = gradient_checkpointing_func  # type: ignore[assignment]
-
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
@@ -123,9 +105,9 @@ class LlmNormPreTrainedModel(PreTrainedModel):
         """
         if attn_implementation not in (None, "sdpa", "eager"):
             raise InputError(
-                f"attn_implementation: '{attn_implementation}': a mixer chooses its kernel by "
-                "itself (flash-attn for packed rows, where it is installed), and none knows paged "
-                "caches; leave the key out"
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported: a '
+                "mixer chooses its kernel by itself (flash-attn for packed rows, where it is "
+                "installed), and none knows paged caches; leave the key out"
             )
         return attn_implementation or ("eager" if self.config.output_attentions else "sdpa")
 

@@ -15,11 +15,9 @@ MLP and its norms are left out.
 """
 
 import math
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from llmnorm.nn.cache import LayerCache
 from llmnorm.nn.linear import Linear
@@ -29,16 +27,7 @@ from llmnorm.nn.settings import ModelSettings
 
 
 class Block(nn.Module):
-    """One layer (counted from 0) of the model; the subclasses add the norms and the order.
-
-    In training with `gradient_checkpointing` a block keeps its input alone, and the backward pass
-    runs it again. The two attributes have the names by which transformers sets them
-    (`activation_checkpointing_enable`). The recomputation is inside `forward`, so that the hooks
-    of what shards a block run once.
-    """
-
-    gradient_checkpointing = False
-    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
+    """One layer (counted from 0) of the model; the subclasses add the norms and the order."""
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
@@ -54,12 +43,6 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
-        if self.gradient_checkpointing and self.training and cache is None:
-            return self._gradient_checkpointing_func(self.residual, hidden, context)
-        return self.residual(hidden, context, cache)
-
-    def residual(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        """What `forward` gives, by the subclass."""
         raise NotImplementedError
 
     def _mix(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
@@ -87,7 +70,7 @@ class PreBlock(Block):
             for norm in norms:
                 scale_by_depth(norm, layer)
 
-    def residual(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         hidden = hidden + self._mix(self.input_layernorm(hidden), context, cache)
         if self.mlp is None:
@@ -106,7 +89,7 @@ class PostBlock(Block):
         if self.mlp is not None:
             self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
 
-    def residual(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         branch = self._mix(hidden, context, cache)
         hidden = self.post_attention_layernorm(branch.add(hidden, alpha=self.alpha))
@@ -147,7 +130,7 @@ class SandwichBlock(Block):
             self.pre_feedforward_layernorm = settings.norm.build(settings.hidden_size)
             self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
 
-    def residual(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         branch = self._mix(self.input_layernorm(hidden), context, cache)
         hidden = hidden + self.post_attention_layernorm(branch)
@@ -166,7 +149,7 @@ class ReorderedBlock(Block):
         if self.mlp is not None:
             self.post_feedforward_layernorm = settings.norm.build(settings.hidden_size)
 
-    def residual(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """hidden (batch, length, hidden) -> the same shape; `cache` is this layer's."""
         hidden = hidden + self.post_attention_layernorm(self._mix(hidden, context, cache))
         if self.mlp is None:

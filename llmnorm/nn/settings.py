@@ -91,9 +91,10 @@ Mlp = Annotated[SwiGLUSettings | GELUSettings | NoMLPSettings, Part(MLPSettings,
 # What each kind of rotary scaling needs and may have besides rope_type and rope_theta, as in
 # transformers' modeling_rope_utils.
 _ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
-    "default": (set(), set()),
-    "linear": ({"factor"}, set()),
-    "dynamic": ({"factor"}, set()),
+    # The first three do not read the original context, which transformers lets them have.
+    "default": (set(), {"original_max_position_embeddings"}),
+    "linear": ({"factor"}, {"original_max_position_embeddings"}),
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
     "yarn": (
         {"factor", "original_max_position_embeddings"},
         {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},

@@ -32,7 +32,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
-from llmnorm.nn.block import Block
 from llmnorm.nn.loss import LanguageHead
 from llmnorm.optim.sharded import Exchange
 from llmnorm.parallel.launch import accelerator, agreed_sharding, file_for
@@ -142,9 +141,12 @@ class Parallel:
             The model itself, or a wrapper around it with the same parameters.
         """
         for block in model.model.layers:
-            assert isinstance(block, Block)
-            block.gradient_checkpointing = self.settings.activation_checkpointing
+            if self.settings.activation_checkpointing:
+                block.forward = partial(  # type: ignore[method-assign]
+                    torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
+                )
             if self.settings.compile:
+                # block.compile() would leave the forward that recomputes uncompiled, silently.
                 block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         model.model.fixed_shapes |= self.settings.compile
         for module in model.modules():

@@ -52,7 +52,7 @@ def test_the_configurations_options_are_those_of_the_call(cls: Any) -> None:
         assert torch.equal(one, other)
     plain = model(IDS, output_hidden_states=False, output_attentions=False, return_dict=True)
     assert plain.hidden_states is plain.attentions is None
-    assert torch.equal(plain.logits, got[0])
+    torch.testing.assert_close(plain.logits, got[0], rtol=0, atol=1e-12)
     assert isinstance(model.model(IDS), tuple)
 
 
@@ -65,10 +65,14 @@ def test_attentions_are_the_mixers_matrices(mixer: Any) -> None:
         block.self_attn.register_forward_pre_hook(
             lambda m, given: found.append(m.materialize(m.prepare(*given[:2]), given[1]))
         )
-    matrices = model(IDS, attention_mask=mask, output_attentions=True).attentions
-    assert len(matrices) == 2 and matrices[0].shape[2:] == (9, 9)
-    for one, other in zip(matrices, found, strict=True):
+    output = model(IDS, attention_mask=mask, output_attentions=True)
+    assert len(output.attentions) == 2 and output.attentions[0].shape[2:] == (9, 9)
+    for one, other in zip(output.attentions, found, strict=True):
         assert torch.equal(one, other)
+    real, expected = mask.bool(), model(IDS, attention_mask=mask).logits
+    torch.testing.assert_close(output.logits[real], expected[real], rtol=0, atol=1e-10)
+    (gradient,) = torch.autograd.grad(output.logits[real].sum(), output.attentions[0])
+    assert gradient.any()
 
 
 def test_a_configuration_that_asks_for_matrices_is_saved_and_loaded(tmp_path: Any) -> None:

@@ -1,6 +1,6 @@
 """transformers' Trainer and PEFT on our classes: what they look for, find and write."""
 
-import inspect
+import copy
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     DataCollatorWithFlattening,
-    PreTrainedModel,
     Trainer,
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import find_labels
 
 from llmnorm.models import (
@@ -26,6 +26,8 @@ from llmnorm.models import (
     LlmNormForSequenceClassification,
 )
 from llmnorm.models.modeling import build_model
+from llmnorm.models.recomputed import recomputable
+from llmnorm.nn import block as blocks
 from llmnorm.nn.norms.running import RunningNorm
 
 HEADS = [LlmNormForCausalLM, LlmNormForMaskedLM, LlmNormForSequenceClassification]
@@ -150,14 +152,11 @@ def test_recomputed_gradients_are_those_without(norm: Any, mixer: Any, reentrant
 
 
 def test_every_nth_layer_is_recomputed() -> None:
-    """Oracle: the layers by hand; transformers' signature of its hook."""
+    """Oracle: the layers by hand."""
     model = build(num_hidden_layers=5)
     model.activation_checkpointing_enable(every_n_layers=2)
     switches = [block.gradient_checkpointing for block in model.model.layers]
     assert switches == [True, False, True, False, True]
-    theirs = inspect.signature(PreTrainedModel._set_gradient_checkpointing).parameters
-    ours = inspect.signature(LlmNormForCausalLM._set_gradient_checkpointing).parameters
-    assert list(ours) == list(theirs)
 
 
 @each_head
@@ -241,3 +240,26 @@ def test_labels_of_another_shape_are_refused() -> None:
         model(IDS, labels=torch.rand(6, 2))
     with refused(match=r"'single_label_classification'.*\(6,\), got \(6, 1\)"):
         model(IDS, labels=torch.zeros(6, 1, dtype=torch.long))
+
+
+def test_a_whole_model_is_pickled_and_copied(tmp_path: Path) -> None:
+    """Oracle: the logits; a model is handed to other processes so."""
+    model = build(placement="post").eval()
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_every_block_can_be_recomputed() -> None:
+    """Oracle: transformers' class, by which its tools find the layers; one of another package."""
+
+    class Mine(blocks.PreBlock):
+        """A block of another package."""
+
+    found = [cls for cls in vars(blocks).values() if isinstance(cls, type)]
+    placements = [cls for cls in found if issubclass(cls, blocks.Block) and cls is not blocks.Block]
+    settings = LlmNormConfig(vocab_size=61, hidden_size=24, num_attention_heads=4).settings()
+    for cls in [*placements, Mine]:
+        block = recomputable(cls(settings, 0))
+        assert isinstance(block, GradientCheckpointingLayer) and isinstance(block, cls)
+        assert type(block).__name__ == cls.__name__

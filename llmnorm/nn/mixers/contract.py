@@ -12,6 +12,7 @@ convolutions over time to `prepare`. With a cache, a row's padding stands behind
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from llmnorm.nn.cache import LayerCache
@@ -36,7 +37,8 @@ class Context:
     """Who may look at whom. The three properties below are read from it, for the mixers that treat
     several kinds alike."""
     matrices: list[Tensor] | None = None
-    """Where every mixer's forward pass appends its matrix, if that is asked for."""
+    """Where every mixer's forward pass appends its matrix, by which it then mixes, if that is asked
+    for."""
 
     @property
     def real(self) -> Tensor | None:
@@ -139,9 +141,14 @@ class Mixer(nn.Module, Generic[Parameters, Cache]):
         """x (batch, length, hidden) -> the same shape."""
         assert (cache is not None) == isinstance(context.visibility, Cached)
         parameters = self.prepare(x, context, cache)
-        if context.matrices is not None:
-            context.matrices.append(self.materialize(parameters, context))
-        return self.finish(self.mix(parameters, context, cache), x, parameters)
+        if context.matrices is None:
+            return self.finish(self.mix(parameters, context, cache), x, parameters)
+        # By the matrix itself, so that gradients of the output reach it.
+        matrix = self.materialize(parameters, context)
+        context.matrices.append(matrix)
+        v = parameters.v.repeat_interleave(matrix.shape[1] // parameters.v.shape[2], 2)
+        y = torch.einsum("bhij,bjhv->bihv", matrix, v.to(matrix.dtype)).to(v.dtype)
+        return self.finish(y, x, parameters)
 
 
 class ProjectedMixer(Mixer[Parameters, Cache]):
