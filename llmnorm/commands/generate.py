@@ -44,5 +44,6 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from llmnorm.generation.sampling import generate
 
     model, tokenizer = load_model(path, checkpoint=parsed.checkpoint, ema=parsed.ema)
-    for whole in generate(model, tokenizer, parsed.prompt or [""], settings):
-        print(whole, end="\n\n")
+    texts = generate(model, tokenizer, parsed.prompt or [""], settings)
+    for number, whole in enumerate(texts):
+        print(whole if number == 0 else f"\n{whole}", flush=True)

@@ -8,8 +8,9 @@ imported, with one thread; every tenth is a real command instead. Finished trial
 a line each, and are not run again by the same call: so a campaign that was killed goes on.
 
 A trial passes if the command ended with exit code 0 or 2 (or what the campaign allows), within 20 s
-(four times that beside a load), without a traceback; if a refusal is at most 21 lines which all
-name the file or key, and took less than 1 GB; and if the campaign's own check finds nothing lost.
+(`--seconds` gives it more on a busy machine), without a traceback; if a refusal is at most 21 lines
+which all name the file or key, and took less than 1 GB; and if the campaign's own check finds
+nothing lost.
 """
 
 import argparse
