@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     DataCollatorWithFlattening,
@@ -190,6 +190,15 @@ def test_an_adapter_with_gradient_checkpointing(reentrant: bool) -> None:
         assert model.base_model.model.model.embed_tokens.weight.grad is None
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_an_adapter_around_a_mixers_norm(kind: str) -> None:
+    """Oracle: the model without the adapter, which begins as it; a norm must not be passed by."""
+    model = build(mixer={"name": "nala", "norm": kind}).double().eval()
+    expected = model(IDS).logits
+    wrapped = get_peft_model(model, LNTuningConfig(target_modules=["self_attn.norm"]))
+    torch.testing.assert_close(wrapped(input_ids=IDS).logits, expected, rtol=0, atol=1e-12)
 
 
 def test_the_collator_of_packed_rows() -> None:

@@ -99,6 +99,7 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
             ShortConvolution(kv_width, conv_kernel, causal=causal) if conv_kernel else None
         )
         self.norm: nn.Module | None = None
+        self.norm_kind = norm  # not the module's class: an adapter may stand around it
         if norm != "none":
             self.norm = (
                 RMSNorm(head_dim, eps=norm_eps)
@@ -246,10 +247,10 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         """Add the local term, norm, gate, project."""
         if parameters.local is not None:
             y = y + parameters.local.repeat_interleave(self.heads // self.kv_heads, 2)
-        if isinstance(self.norm, RMSNorm):
+        if self.norm is not None and self.norm_kind == "rms":
             y = self.norm(y)
         y = y.flatten(2)
-        if isinstance(self.norm, LayerNorm):
+        if self.norm is not None and self.norm_kind == "layer":
             y = self.norm(y)
         if parameters.gate is not None:
             y = y * F.silu(parameters.gate)
