@@ -1,8 +1,8 @@
 """`llmnorm doctor [RUN]`: what this machine can run, or what of a run is whole."""
 
 import argparse
-from pathlib import Path
 
+from llmnorm.commands.arguments import local
 from llmnorm.part import InputError
 
 HELP = "report what this machine can run, or what of a run is whole"
@@ -12,7 +12,7 @@ TAKES_SETTINGS = False
 def arguments(parser: argparse.ArgumentParser) -> None:
     """RUN, which is then checked in the place of the machine."""
     help = "run directory to verify, to the last byte; nothing in it is changed"
-    parser.add_argument("path", type=Path, nargs="?", metavar="RUN", help=help)
+    parser.add_argument("path", type=local, nargs="?", metavar="RUN", help=help)
 
 
 def run(parsed: argparse.Namespace, _: list[str]) -> None:

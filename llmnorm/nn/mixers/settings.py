@@ -1,7 +1,4 @@
-"""Settings of the sequence mixers: the registry of `model.mixer`.
-
-Sizes (hidden_size, num_attention_heads, num_key_value_heads, head_dim) are the model's settings.
-"""
+"""Settings of the sequence mixers, the registry of `model.mixer`; sizes are the model's."""
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Literal, Self
