@@ -1,5 +1,6 @@
 """The command line: help, mistakes, versions, completion; answered before torch is imported."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmnorm import cli
+from llmnorm.commands.arguments import count, local, split_overrides
+from llmnorm.config.tree import GenerationSettings
 from tests.running import SMOKE
 
 
@@ -68,3 +71,81 @@ def test_overrides_may_stand_anywhere(capsys) -> None:
     plain = answer(capsys, "config", str(SMOKE), "seed=3")
     assert plain == answer(capsys, "config", "seed=3", str(SMOKE))
     assert "seed: 3" in plain[1]
+
+
+@pytest.mark.parametrize("words", [("--foo",), ("run", "--foo"), ("--foo=3",)])
+def test_an_unknown_option_is_answered_by_the_commands_own(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    """Oracle: the options of `generate`, written out; those that it requires come later."""
+    code, _, err = answer(capsys, "generate", *words)
+    own = "--checkpoint, --ema, --help, --prompt"
+    assert code == 2
+    assert f"there is no option --foo; valid: {own} (`llmnorm generate --help`" in err
+    assert "valid: --completion, --help, --version (`llmnorm --h" in answer(capsys, "--foo")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("generate run --temperature 1", "generation.temperature=VALUE"),
+        ("generate run --max-new-tokens 3", "generation.max_new_tokens=VALUE"),
+        ("train x.yaml --lr 1e-3", "optimizer.lr=VALUE"),
+        ("train x.yaml --steps=3", "training.steps=VALUE"),
+    ],
+)
+def test_an_option_that_is_a_setting_is_told_as_one(capsys, words: str, hint: str) -> None:
+    """Oracle: the setting of the same name; a command without settings knows none."""
+    assert f"; a setting is written {hint}" in answer(capsys, *words.split())[2]
+    assert "a setting is written" not in answer(capsys, "export", "a", "b", "--lr", "1")[2]
+
+
+def test_generate_shows_every_setting_of_the_sampling(capsys) -> None:
+    """Oracle: the fields of the section."""
+    _, out, _ = answer(capsys, "generate", "--help")
+    assert all(f"generation.{name}=" in out for name in GenerationSettings.model_fields)
+
+
+def test_the_word_after_an_option_is_its_value() -> None:
+    """Oracle: argparse's own reading of `--prompt=E=mc2`."""
+    parser = cli._parser()
+    overrides, others = split_overrides(["generate", "run", "seed=1", "--prompt", "E=mc2"], parser)
+    assert overrides == ["seed=1"]
+    assert (
+        parser.parse_args(others).prompt
+        == parser.parse_args(["generate", "run", "--prompt=E=mc2"]).prompt
+    )
+    assert split_overrides(["export", "a", "--stock", "x.y=1"], parser)[0] == ["x.y=1"]
+
+
+def path_arguments() -> list[tuple[str, str]]:
+    """Every argument of every command that is a path: the command, and the argument's name."""
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return [
+        (command, (action.option_strings or [action.dest])[0])
+        for command, parser in commands.choices.items()
+        for action in parser._actions
+        if action.type in (local, Path)
+    ]
+
+
+@pytest.mark.parametrize(("command", "name"), path_arguments())
+def test_every_path_is_of_this_machine(command: str, name: str, monkeypatch) -> None:
+    """Oracle: HOME, and a refusal of what lies elsewhere, for every argument that is a path."""
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    actions = commands.choices[command]._actions
+    (action,) = (a for a in actions if name in (*a.option_strings, a.dest))
+    assert action.type("~/run") == Path("/home/of/somebody/run")
+    assert action.type("llmnorm:smoke.yaml") == Path("llmnorm:smoke.yaml")
+    for elsewhere in ("s3://bucket/run", "file:///run", "a" * 300):
+        with pytest.raises(argparse.ArgumentTypeError):
+            action.type(elsewhere)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "²", "x", "1e3", "9" * 5_000, "1.0"])
+def test_a_count_is_a_whole_number(number: str) -> None:
+    """Oracle: what `int` takes and is at least 1."""
+    assert count("007") == 7
+    with pytest.raises(argparse.ArgumentTypeError):
+        count(number)
