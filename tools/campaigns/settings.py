@@ -261,7 +261,7 @@ def choose(rng: random.Random, tree: Any, _: tuple[Any, ...]) -> str:
     """Another part, or another of a setting's choices: most of these are valid."""
     from llmnorm.config.docs import parts
 
-    key, (_, classes) = rng.choice(list(parts().items()))
+    key, (_part, classes) = rng.choice(list(parts().items()))
     *above, last = key.split(".")
     at = tree
     for name in above:

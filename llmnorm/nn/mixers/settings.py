@@ -145,11 +145,9 @@ class LinearSettings(RecurrentSettings):
 
     @model_validator(mode="after")
     def _has_a_middle(self) -> Self:
-        if self.bidirectional and self.conv_kernel and not self.conv_kernel % 2:
-            raise ValueError(
-                f"conv_kernel {self.conv_kernel} must be odd in a bidirectional mixer, "
-                f"e.g. {self.conv_kernel + 1}"
-            )
+        width = self.conv_kernel
+        if self.bidirectional and width and not width % 2:
+            raise ValueError(f"conv_kernel {width} must be odd if bidirectional, e.g. {width + 1}")
         return self
 
     def build(self, model: "ModelSettings", layer: int) -> "LinearAttention":
