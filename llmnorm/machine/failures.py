@@ -23,7 +23,7 @@ MISTAKE, DIVERGED, DEFECT, LOST_PROCESS = 2, 3, 70, 74  # exit codes
 TORCH_BYTES = 1_200_000_000  # of addresses; with less its libraries do not load (measured)
 _NO_MEMORY = re.compile(
     r"allocate memory|DefaultCPUAllocator|out of memory|not enough memory|"
-    r"failed to map segment|bad_alloc",
+    r"failed to map segment|bad_alloc|multiplication overflow|size calculation overflowed",
     re.IGNORECASE,
 )
 _NO_THREAD = re.compile(

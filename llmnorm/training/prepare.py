@@ -13,6 +13,7 @@ from torch import nn
 from llmnorm.checkpoints.checkpoints import Checkpoints, State
 from llmnorm.config.tree import RunConfig
 from llmnorm.exchange.loading import open_source
+from llmnorm.machine.memory import refuse_what_cannot_fit
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.initialization import initialize
@@ -229,6 +230,11 @@ def _model(
         **objective.model_keys(),
     )
     model = empty_model(settings, device="meta").train()
+    if parallel.device.type == "cpu":  # a GPU refuses by itself
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        refuse_what_cannot_fit(
+            weights // (parallel.world if parallel.spread else 1), "model: the weights"
+        )
     if pretrained is None or begun:
         return model, lambda modules: initialize(model, seed=config.seed, modules=modules)
     source = open_source(

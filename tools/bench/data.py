@@ -64,7 +64,9 @@ def packing_rates(packed: PackedData, texts: list[str], threads: int, rounds: in
         records.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
         def pack(number: int) -> None:
-            documents = corpus.read_files([records], "text", "texts", BadRecords("texts", skip=False))
+            documents = corpus.read_files(
+                [records], "text", "texts", BadRecords("texts", skip=False)
+            )
             writer = ShardWriter(Path(made) / f"{number}", "train")
             writer.write(encoder.encode(documents, threads))
 

@@ -40,7 +40,7 @@ from llmnorm.nn.mixers.gated_delta import delta_recurrence
 from llmnorm.nn.mixers.gla import channel_recurrence
 from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
 from llmnorm.nn.mixers.nala import NaLa
-from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_by_kernel
+from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_at_once
 
 GPU = torch.device("cuda")
 DOCUMENTS = (1, 2, 63, 64, 65, 127, 190, 512)  # two rows of 512 tokens

@@ -112,8 +112,10 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     while True:
         ids = rows(vocabulary, count, step)
         labels = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-        inputs = {"input_ids": ids, "position_ids": positions, "shift_labels": labels}
-        inputs |= {"loss_only": True}
+        inputs = {
+            **{"input_ids": ids, "position_ids": positions, "shift_labels": labels},
+            "loss_only": True,
+        }
         items = int((labels != -100).sum())
         batch = MicroBatch(inputs, items, items, torch.arange(count))
         counts = count_labels([batch], parallel)

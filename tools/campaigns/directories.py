@@ -61,8 +61,8 @@ def whole() -> Path:
         ["export", "run", "stock", "--stock"],
     ]
     made += [["export", "run", f"step_{step}", "--checkpoint", str(step)] for step in STEPS]
-    for words in made:
-        result = command(words, place, seconds=300)
+    for typed in made:
+        result = command(typed, place, seconds=300)
         assert result.code == 0, result.err
     return place
 
@@ -250,7 +250,12 @@ def _lost(folder: Path, before: dict[str, str], victim: Path) -> list[str]:
     """
     after = _contents(folder)
     changed = [name for name, digest in before.items() if after.get(name) != digest]
-    allowed = ("run/checkpoints/", "run/metrics.jsonl", "run/samples.jsonl", "run/config.yaml")
+    allowed: tuple[str, ...] = (
+        "run/checkpoints/",
+        "run/metrics.jsonl",
+        "run/samples.jsonl",
+        "run/config.yaml",
+    )
     allowed += (
         "run/tracker.json",
         "run/DONE",

@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -110,10 +110,12 @@ def command(
                 _run_and_exit(words, folder, environment or {}, out.fileno(), err.fileno())
     status, usage, timed_out = _wait(child, started + seconds)
     taken = time.monotonic() - started
-    texts = [(log / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err")]
+    printed, errors = (
+        (log / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err")
+    )
     shutil.rmtree(log)
     peak = max(0, usage.ru_maxrss * 1024 - baseline)
-    return Result(os.waitstatus_to_exitcode(status), *texts, taken, peak, timed_out)
+    return Result(os.waitstatus_to_exitcode(status), printed, errors, taken, peak, timed_out)
 
 
 def _run_and_exit(
@@ -232,7 +234,7 @@ def _one(
     seconds: float,
     *,
     show: bool,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix=f"campaign-{name}-"))
     try:
         trial = make(number, random.Random(f"{name} {seed} {number}"), folder)
@@ -276,7 +278,7 @@ def _settle() -> None:
     importlib.import_module("llmnorm.training.loop")
 
 
-def _finished(file: Path | None, seed: int) -> dict[int, dict[str, object]]:
+def _finished(file: Path | None, seed: int) -> dict[int, dict[str, Any]]:
     if file is None or not file.is_file():
         return {}
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
