@@ -112,7 +112,7 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     while True:
         ids = rows(vocabulary, count, step)
         labels = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-        inputs = {
+        inputs: dict[str, torch.Tensor | int] = {
             **{"input_ids": ids, "position_ids": positions, "shift_labels": labels},
             "loss_only": True,
         }
