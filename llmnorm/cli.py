@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("llmnorm: interrupted; the same command starts it again", file=sys.stderr)
         return 130
     except BaseException as error:
-        panic = type(error).__module__ == "pyo3_runtime"  # of the tokenizers, which are Rust
+        panic = type(error).__name__ == "PanicException"  # of the tokenizers, which are Rust
         if not (isinstance(error, Exception) or panic):
             raise
         named = getattr(parsed, "path", None) or getattr(parsed, "config", None)
