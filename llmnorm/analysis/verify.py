@@ -20,6 +20,7 @@ from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.machine import reading
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory, free
+from llmnorm.runs.lines import read_lines
 from llmnorm.runs.lock import is_locked
 
 
@@ -119,24 +120,23 @@ def _lines(file: Path) -> tuple[int, list[Finding]]:
     """The last step in a .jsonl file, and what was found; nothing of a file that is not there."""
     if not file.exists() and not file.is_symlink():
         return 0, []
-    count, last, bad = 0, 0, []
+    entries, bad = [], []
     try:
-        for line in reading.json_lines(file):
-            step = (line.value or {}).get("step")
-            if isinstance(step, int) and not isinstance(step, bool):
-                count, last = count + 1, max(last, step)
-            elif not line.unfinished:  # else a killed process was writing it
-                bad.append(f"line {line.number} is damaged ({_why(line)})")
+        reading.check_file(file)
+        lines = read_lines(file)
+        entries = lines.entries
+        bad = [f"line {number} is damaged ({_why(raw)})" for number, raw in lines.damaged]
     except InputError as error:
         bad.append(str(error))
+    count, last = len(entries), max((entry.step for entry in entries), default=0)
     if bad:
         more = f"; and {len(bad) - 3} more" if bad[3:] else ""
         return last, [Finding(file.name, f"{'; '.join(bad[:3])}{more}; {count} are whole", False)]
     return last, [Finding(file.name, f"whole ({count} lines, the last of step {last})", True)]
 
 
-def _why(line: reading.Line) -> str:
-    return (line.problem or "it has no step").removeprefix("it: ")
+def _why(raw: bytes) -> str:
+    return (reading.judge(raw)[1] or "it has no step").removeprefix("it: ")
 
 
 def _tokenizer(run: RunDirectory, meta: dict[str, Any]) -> str:

@@ -36,6 +36,11 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _Cls = TypeVar("_Cls", bound=Settings)
 
 
+def named(path: Path, key: str | None) -> str:
+    """How a message about a file begins: with what named it, if that is known."""
+    return f"{key}: {path}" if key else str(path)
+
+
 def open_file(path: Path, key: str | None = None) -> IO[bytes]:
     """Open a regular file (or a link to one) for reading bytes.
 
@@ -50,8 +55,7 @@ def open_file(path: Path, key: str | None = None) -> IO[bytes]:
     try:
         return path.open("rb")
     except OSError as error:
-        where = f"{key}: {path}" if key else str(path)
-        raise InputError(f"{where}: {reason(error)}") from None
+        raise InputError(f"{named(path, key)}: {reason(error)}") from None
 
 
 def check_file(path: Path, key: str | None = None) -> os.stat_result:
@@ -60,7 +64,7 @@ def check_file(path: Path, key: str | None = None) -> os.stat_result:
     Raises:
         InputError: it is missing, or not a regular file.
     """
-    where = f"{key}: {path}" if key else str(path)
+    where = named(path, key)
     if "\0" in str(path):
         raise InputError(f"{where!r}: a NUL byte is in the name, which no file has")
     try:
@@ -96,7 +100,7 @@ def read_bytes(path: Path, key: str | None = None, *, limit: int = MAX_BYTES) ->
     Raises:
         InputError: as `open_file`; or it has more than `limit` bytes.
     """
-    where = f"{key}: {path}" if key else str(path)
+    where = named(path, key)
     with open_file(path, key) as file:
         try:
             content = file.read(limit + 1)
@@ -113,7 +117,7 @@ def read_text(path: Path, key: str | None = None, *, limit: int = MAX_BYTES) -> 
     Raises:
         InputError: as `read_bytes`; or it is not UTF-8.
     """
-    where = f"{key}: {path}" if key else str(path)
+    where = named(path, key)
     return decode(read_bytes(path, key, limit=limit), where).removeprefix("\ufeff")
 
 
@@ -135,7 +139,7 @@ def read_json(path: Path, key: str | None = None, *, limit: int = MAX_BYTES) -> 
     Raises:
         InputError: as `read_text`; or it is not JSON that is read (`parse_json`).
     """
-    return parse_json(read_text(path, key, limit=limit), f"{key}: {path}" if key else str(path))
+    return parse_json(read_text(path, key, limit=limit), named(path, key))
 
 
 def read_object(path: Path, key: str | None = None, *, limit: int = MAX_BYTES) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def read_object(path: Path, key: str | None = None, *, limit: int = MAX_BYTES) -
     """
     value = read_json(path, key, limit=limit)
     if not isinstance(value, dict):
-        where = f"{key}: {path}" if key else str(path)
+        where = named(path, key)
         raise InputError(f"{where}: expected a JSON object, got {_json_kind(value)}")
     return value
 
@@ -157,7 +161,7 @@ def read_settings(path: Path, cls: type[_Cls], key: str | None = None) -> _Cls:
     Raises:
         InputError: as `read_object`; or a key is missing, unknown or of another type.
     """
-    return checked(read_object(path, key), cls, f"{key}: {path}" if key else str(path))
+    return checked(read_object(path, key), cls, named(path, key))
 
 
 def checked(value: Any, cls: type[_Cls], where: str) -> _Cls:
@@ -247,12 +251,16 @@ def json_lines(path: Path, key: str | None = None) -> Iterator[Line]:
             number += 1
             if len(raw) > MAX_LINE:
                 raise InputError(f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes")
-            try:
-                value = parse_json(decode(raw, "it"), "it")
-                problem = None if isinstance(value, dict) else f"it is {_json_kind(value)}"
-            except InputError as error:
-                value, problem = None, str(error)
-            yield Line(number, raw, value if problem is None else None, problem)
+            yield Line(number, raw, *judge(raw))
+
+
+def judge(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """The JSON object on a line, or None and why there is none, as in `Line`."""
+    try:
+        value = parse_json(decode(raw, "it"), "it")
+    except InputError as error:
+        return None, str(error)
+    return (value, None) if isinstance(value, dict) else (None, f"it is {_json_kind(value)}")
 
 
 def local_path(text: str) -> Path:
