@@ -11,7 +11,6 @@ even if YAML takes it for a number.
 import difflib
 import os
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +20,7 @@ from pydantic import ValidationError
 from llmnorm.config import shipped
 from llmnorm.config.merge import merge, with_names
 from llmnorm.config.mistakes import MOST
-from llmnorm.config.modules import import_modules
+from llmnorm.config.modules import import_modules, search_working_directory
 from llmnorm.config.pretrained import FREE, describe
 from llmnorm.config.tree import RunConfig
 from llmnorm.config.yaml_text import (
@@ -92,8 +91,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
         tree, brought = _with_own_tokenizer(tree, run)
     notes += brought
     valid = _validated(RunConfig, tree, written, Imports.OPAQUE)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a console script has not got it
+    search_working_directory()
     import_modules(valid.imports, f"{where_of(written, ('imports',))}: imports")
     config = _validated(RunConfig, tree, written, Imports.ALLOWED)
     if config.run_dir is None:

@@ -17,6 +17,12 @@ from llmnorm.part import InputError
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
+def search_working_directory() -> None:
+    """Let imports look into the working directory, which a console script has not got."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+
+
 def import_modules(modules: Iterable[str], where: str) -> None:
     """Import modules that the user named; the working directory is searched too.
 
@@ -33,8 +39,7 @@ def import_modules(modules: Iterable[str], where: str) -> None:
                 f"{where}: '{module}' is no module; give what stands after `import`, as in "
                 "my_package.my_norm"
             )
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))  # a console script has not got it
+        search_working_directory()
         try:
             importlib.import_module(module)
         except KeyboardInterrupt:

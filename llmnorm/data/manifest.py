@@ -8,11 +8,11 @@ named by the hash of what the data was made of.
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from llmnorm.data.identity import hash_of
-from llmnorm.machine.reading import read_object
-from llmnorm.part import InputError, Settings, explain, one_line
+from llmnorm.machine.reading import checked, read_object
+from llmnorm.part import InputError, Settings
 
 NAME = "MANIFEST.json"
 
@@ -104,9 +104,7 @@ def read_manifest(directory: Path, names: list[str] | None = None) -> Manifest:
     try:
         tree = read_object(file)
         problem = _problem(tree, directory.name)
-        manifest = Manifest.model_validate(tree) if problem is None else None
-    except ValidationError as error:
-        manifest, problem = None, one_line(explain(error, Manifest)[:3])
+        manifest = checked(tree, Manifest, str(file)) if problem is None else None
     except InputError as error:
         manifest, problem = None, str(error).removeprefix(f"{file}: ")
     if manifest is not None:

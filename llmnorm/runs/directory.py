@@ -12,13 +12,13 @@ half a second, by every process, before any of them writes.
 """
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from llmnorm.config.file import load
+from llmnorm.config.manifest import steps_in
 from llmnorm.config.tree import (
     CheckpointSettings,
     RunConfig,
@@ -167,7 +167,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
             else "is another run; go on with the old settings, or start a new one with"
         )
         raise InputError(f"run_dir: {run.path}: {listed}: {what} run_dir={free(run.path)}")
-    if not finished(run, config):
+    if not (run.done.exists() and _as_long(there, config)):
         for record in (run.metrics, run.samples):
             if record.exists():
                 open_file(record).close()  # refuses a directory, or a file that cannot be read
@@ -179,7 +179,11 @@ def finished(run: RunDirectory, config: RunConfig) -> bool:
     """Whether the run has reached its last step and `config` asks for the same length."""
     if not run.done.exists():
         return False
-    changed = differences(to_tree(load(run.path).config), to_tree(config))
+    return _as_long(load(run.path).config, config)
+
+
+def _as_long(there: RunConfig, here: RunConfig) -> bool:
+    changed = differences(to_tree(there), to_tree(here))
     return not any(f"training.{key}" in changed for key in ("steps", "tokens", "epochs"))
 
 
@@ -193,8 +197,7 @@ def _check_checkpoints(run: RunDirectory, settings: CheckpointSettings) -> None:
     Raises:
         InputError: the newest checkpoint is not there.
     """
-    names = os.listdir(run.checkpoints) if run.checkpoints.is_dir() else []
-    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{8,})", name))]
+    steps = steps_in(run.checkpoints) if run.checkpoints.is_dir() else []
     newest = max(steps, default=0)
     signs = [sign for sign in (run.done, run.preempted) if sign.exists()]
     saved, knows = max(((step_in(s) or 0, s.name) for s in signs), default=(0, ""))

@@ -16,6 +16,7 @@ from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoint, Checkpoints, Interval, State, own_rows
 from llmnorm.checkpoints.format import as_interval, read_checkpoint
+from llmnorm.checkpoints.store import Store
 from llmnorm.config.manifest import meta_of_run
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
@@ -84,7 +85,8 @@ def trained_on(run: RunDirectory, branch_from: Path | None) -> TrainedOn | None:
 
     It is known before the data is opened; all checkpoints of a run name the same.
     """
-    paths = sorted(run.checkpoints.glob("step_*"), reverse=True)
+    store = Store(run.checkpoints)
+    paths = [store.path(step) for step in reversed(store.steps())]
     for path in [*paths, branch_from] if branch_from else paths:
         with suppress(InputError):  # `starting_point` says what is wrong with it
             return TrainedOn(path, read_checkpoint(path).meta["data"])

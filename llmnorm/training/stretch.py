@@ -78,9 +78,10 @@ def _instead(config: RunConfig, before: int, steps: int) -> str:
     if isinstance(config.schedule, WSDSettings):
         decay = round(config.schedule.decay * before)
         stable = max(config.schedule.warmup_steps(before), before - 1 - decay) + 1
-    kept = [step for step in Store(run.checkpoints).steps() if step <= stable]
+    store = Store(run.checkpoints)
+    kept = [step for step in store.steps() if step <= stable]
     if kept:
-        branch = f"{new} training.branch_from={run.checkpoints}/step_{kept[-1]:08d}"
+        branch = f"{new} training.branch_from={store.path(kept[-1])}"
         return f"a decayed run is better continued from a checkpoint before its decay: {branch}"
     why = "none is kept (checkpoint.keep_every=N keeps some)"
     if not stable:
