@@ -31,7 +31,8 @@ from llmnorm.config.shipped import locate
 from llmnorm.data.files import digest, looked_in
 from llmnorm.data.identity import hash_of
 from llmnorm.data.records import half_a_pair
-from llmnorm.data.tokenizer import FILES, TextEncoder, check_special_tokens
+from llmnorm.data.settings import TOKENIZER_FILES
+from llmnorm.data.tokenizer import TextEncoder, check_special_tokens
 from llmnorm.machine.reading import json_lines, parse_json, read_text
 from llmnorm.part import InputError, nearest
 
@@ -132,7 +133,11 @@ def open_examples(
         key: _table(found, encoder, None if regression else classes, context_length)
         for key, found in records.items()
     }
-    files = [train, validation, *(p for name in FILES if (p := tokenizer / name).is_file())]
+    files = [
+        train,
+        validation,
+        *(p for name in TOKENIZER_FILES if (p := tokenizer / name).is_file()),
+    ]
     made = [[path.name, digest(path, "objective.train")] for path in files]
     return Examples(
         directory=train.parent,

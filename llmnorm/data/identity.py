@@ -19,12 +19,12 @@ from typing import Any
 from llmnorm.data import files, hub
 from llmnorm.data.settings import (
     FORMAT,
+    TOKENIZER_FILES,
     DataSettings,
     SourceSettings,
     TokenizerSettings,
     source_keys,
 )
-from llmnorm.data.tokenizer import FILES
 
 
 def quick_key(
@@ -144,4 +144,4 @@ def _tokenizer_inputs(settings: TokenizerSettings) -> list[Path]:
             f"tokenizer.path: there is no directory {settings.path}{files.looked_in(directory)}; "
             "name a directory that holds tokenizer.json, or leave the key out to train a tokenizer"
         )
-    return [p for name in FILES if (p := directory / name).is_file()]
+    return [p for name in TOKENIZER_FILES if (p := directory / name).is_file()]

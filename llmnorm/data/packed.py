@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmnorm.data.manifest import Manifest, cure, read_manifest
-from llmnorm.data.settings import SourceSettings, source_names
+from llmnorm.data.settings import TOKENIZER_FILES, SourceSettings, source_names
 from llmnorm.data.shards import TokenStream, checksum
-from llmnorm.data.tokenizer import FILES
 from llmnorm.machine.reading import read_bytes
 from llmnorm.part import InputError
 
@@ -128,7 +127,7 @@ def open_packed(
 def _check_tokenizer(directory: Path, manifest: Manifest) -> None:
     for name, recorded in manifest.tokenizer.items():
         path = directory / "tokenizer" / name
-        if name not in FILES or file_record(path) != recorded:
+        if name not in TOKENIZER_FILES or file_record(path) != recorded:
             raise InputError(f"{path}: is missing or damaged; {cure(directory)}")
 
 

@@ -21,6 +21,14 @@ FORMAT = 2
 FORMATS = (FORMAT, 1)
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 MASK_TOKEN = "<|mask|>"
+# The files of a tokenizer; weights and other files beside them are not copied.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 

@@ -33,18 +33,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from llmnorm.data.files import write_file
 from llmnorm.data.pieces import Block, Encoded, Piece, as_block, blocks, cut_both
-from llmnorm.data.settings import FORMAT, MASK_TOKEN, SPECIAL_TOKENS
+from llmnorm.data.settings import FORMAT, MASK_TOKEN, SPECIAL_TOKENS, TOKENIZER_FILES
 from llmnorm.machine.reading import read_bytes, read_object, read_text
 from llmnorm.part import InputError
 
-# The files of a tokenizer; weights and other files beside them are not copied.
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 LONGEST_WORD = 256  # characters that the BPE is trained on
 # Letters and digits, punctuation, or spaces: what the BPE's pre-tokeniser may take for one word.
 LONG_WORD = re.compile(
@@ -285,7 +277,7 @@ class _LongWords:
 def copy(source: Path, directory: Path) -> None:
     """Copy a tokenizer's files, `tokenizer.json` last: once it is there, all of them are."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name in reversed(FILES):
+    for name in reversed(TOKENIZER_FILES):
         if (source / name).is_file():
             write_file(directory / name, read_bytes(source / name, "tokenizer.path"))
 

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmnorm.data.settings import TOKENIZER_FILES
 from llmnorm.machine import reading
 from llmnorm.machine.files import write_whole
 from llmnorm.part import InputError
@@ -25,8 +26,7 @@ from llmnorm.part import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
-_FILES = (TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+TOKENIZER, CONFIG = TOKENIZER_FILES[:2]
 
 
 def open_tokenizer(directory: Path, *, first: int | None = None) -> "PreTrainedTokenizerBase":
@@ -44,7 +44,7 @@ def open_tokenizer(directory: Path, *, first: int | None = None) -> "PreTrainedT
     if first is None or beginning(tokenizer) == [first]:
         return tokenizer
     with tempfile.TemporaryDirectory() as copy:
-        for name in _FILES:
+        for name in TOKENIZER_FILES:
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, Path(copy) / name)
         begin_with(Path(copy), first, tokenizer, where=directory)
@@ -174,7 +174,7 @@ def _open(directory: Path, *, shown: Path | None = None) -> "PreTrainedTokenizer
     if not (directory / TOKENIZER).exists():
         raise InputError(f"{where}: has no tokenizer (no {TOKENIZER})")
     reading.open_file(directory / TOKENIZER).close()  # transformers would wait for a named pipe
-    for name in _FILES[1:-1]:
+    for name in TOKENIZER_FILES[1:-1]:
         if (where / name).exists():
             reading.read_object(where / name)
     try:

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from llmnorm.machine.memory import address_limit
+
 MISTAKE, DIVERGED, DEFECT, LOST_PROCESS = 2, 3, 70, 74  # exit codes
 TORCH_BYTES = 1_200_000_000  # of addresses; with less its libraries do not load (measured)
 _NO_MEMORY = re.compile(
@@ -57,15 +59,11 @@ def too_little_memory() -> Failure | None:
 
     Without this some libraries that come with torch wait for ever for memory, instead of failing.
     """
-    try:
-        import resource
-    except ImportError:  # no limits on this system
-        return None
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft == resource.RLIM_INFINITY or soft >= TORCH_BYTES:
+    most = address_limit()
+    if most is None or most >= TORCH_BYTES:
         return None
     return Failure(
-        f"out of memory: `ulimit -v` leaves this process {soft / 1e6:,.0f} MB, and torch alone "
+        f"out of memory: `ulimit -v` leaves this process {most / 1e6:,.0f} MB, and torch alone "
         f"needs {TORCH_BYTES / 1e6:,.0f} MB",
         MISTAKE,
     )

@@ -4,7 +4,6 @@ Linux promises more memory than there is and kills the process when it is used. 
 be too large is refused before it is allocated.
 """
 
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,9 +31,18 @@ def _limits() -> Iterator[int]:
             yield int(Path(file).read_text(encoding="ascii"))
         except (OSError, ValueError):  # not there, or `max`
             continue
+    if (most := address_limit()) is not None:
+        yield most
+
+
+def address_limit() -> int | None:
+    """Bytes of addresses that the shell allows (`ulimit -v`); None where it sets no limit."""
+    try:
+        import resource
+    except ImportError:  # no limits on this system
+        return None
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        yield soft
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def refuse_what_cannot_fit(needed: int, what: str) -> None:
