@@ -12,6 +12,8 @@ also where the products are bf16; the division by the number of tokens is applie
 not to the logits; gradients are made only for inputs that want them.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -170,8 +172,7 @@ def _by_parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return gradient.to(dtype), losses
 
 
-@torch.compile
-def _in_one_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _in_one_expression(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What `_by_parts` computes, in a form that torch's compiler makes one kernel of."""
     wide = logits.to(wide_dtype(logits.dtype))
     label = labels.clamp(min=0).unsqueeze(-1)
@@ -179,6 +180,12 @@ def _in_one_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     losses = (normaliser - wide.gather(-1, label)).squeeze(-1).masked_fill(labels == IGNORED, 0)
     hit = torch.arange(wide.shape[-1], device=labels.device) == label
     return ((wide - normaliser).exp() - hit.to(wide.dtype)).to(logits.dtype), losses
+
+
+@cache
+def _one_kernel() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`_in_one_expression`, compiled; not at import, where it would load torch's compiler."""
+    return torch.compile(_in_one_expression)
 
 
 class _Loss(torch.autograd.Function):
@@ -204,7 +211,7 @@ class _Loss(torch.autograd.Function):
         weight_grad = sum_of_weight_gradients(weight, wide) if wants_weight else None
         bias_grad = weight.new_zeros(len(weight), dtype=wide) if wants_bias else None
         real = (labels != IGNORED).to(wide).mul_(scale).unsqueeze(1)
-        work = _in_one_kernel if compiled else _by_parts
+        work = _one_kernel() if compiled else _by_parts
         # New pages for 64 MiB of logits cost a fifth of their product (nn/linear.py, CHOICES).
         keeps = dtype == wide and fills_memory(hidden[:chunk].to(dtype), head)
         memory: Tensor | None = None

@@ -1,5 +1,7 @@
 """Chunked linear cross-entropy against logits and F.cross_entropy."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -229,3 +231,9 @@ def test_an_offset_is_part_of_the_logits(tokens: int) -> None:
     pairs = (torch.autograd.grad(3 * loss, inputs) for loss in (got, expected))
     for one, other in zip(*pairs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_importing_the_loss_does_not_load_the_compiler() -> None:
+    """Oracle: sys.modules of a fresh interpreter. The compiler takes a second to import."""
+    code = "import sys, llmnorm.nn.loss; sys.exit('torch._inductor' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
