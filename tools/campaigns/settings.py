@@ -402,6 +402,7 @@ def make(number: int, rng: random.Random, folder: Path) -> Trial:
         encoding="utf-8",
     )
     words = ["train" if train else "config", "run.yaml", *overrides]
+    compiles = b"compile: true" in content or "parallel.compile=true" in overrides
     return Trial(
         what=f"{words[0]} {file.relative_to(ROOT)}: {'; '.join(done)}"[:300],
         words=words,
@@ -410,6 +411,7 @@ def make(number: int, rng: random.Random, folder: Path) -> Trial:
         codes=(0, 2, 3) if train else (0, 2),
         check=(lambda result: trained(result, folder)) if train else reads_back,
         environment={"HOME": str(folder)},
+        times=5 if train and compiles else 1,  # a C++ compiler takes as long as all else together
     )
 
 

@@ -8,9 +8,9 @@ imported, with one thread; every tenth is a real command instead. Finished trial
 a line each, and are not run again by the same call: so a campaign that was killed goes on.
 
 A trial passes if the command ended with exit code 0 or 2 (or what the campaign allows), within 20 s
-(`--seconds` gives it more on a busy machine), without a traceback; if a refusal is at most 21 lines
-which all name the file or key, and took less than 1 GB; and if the campaign's own check finds
-nothing lost.
+of a machine whose load is at most two for each core (in proportion more beside a higher one),
+without a traceback; if a refusal is at most 21 lines which all name the file or key, and took less
+than 1 GB; and if the campaign's own check finds nothing lost.
 """
 
 import argparse
@@ -70,6 +70,7 @@ class Trial:
         codes: allowed exit codes.
         check: what was lost or is wrong, given the result; empty for nothing.
         environment: variables beside those of this process.
+        times: how many times the usual limit it may take.
     """
 
     what: str
@@ -79,6 +80,7 @@ class Trial:
     codes: tuple[int, ...] = (0, 2)
     check: Callable[[Result], list[str]] = lambda _: []
     environment: dict[str, str] = field(default_factory=dict)
+    times: float = 1.0
 
 
 def command(
@@ -108,7 +110,7 @@ def command(
             child = os.fork()
             if child == 0:
                 _run_and_exit(words, folder, environment or {}, out.fileno(), err.fileno())
-    status, usage, timed_out = _wait(child, started + seconds)
+    status, usage, timed_out = _wait(child, started, seconds)
     taken = time.monotonic() - started
     printed, errors = (
         (log / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err")
@@ -147,17 +149,22 @@ def _run_and_exit(
         os._exit(code)
 
 
-def _wait(child: int, until: float) -> tuple[int, resource.struct_rusage, bool]:
-    """Wait for a process, and kill its session at the time `until`."""
+def _wait(child: int, started: float, seconds: float) -> tuple[int, resource.struct_rusage, bool]:
+    """Wait for a process, and kill its session when it has had its time."""
     timed_out = False
     while True:
         found, status, usage = os.wait4(child, 0 if timed_out else os.WNOHANG)
         if found:
             return status, usage, timed_out
-        if time.monotonic() > until:
+        if time.monotonic() - started > seconds * _overload():
             timed_out = True
             os.killpg(child, signal.SIGKILL)
         time.sleep(0.01)
+
+
+def _overload() -> float:
+    """How much longer than beside a load of two for each core everything takes; at least 1."""
+    return max(1.0, os.getloadavg()[0] / (2 * (os.cpu_count() or 1)))
 
 
 def _resident() -> int:
@@ -244,7 +251,7 @@ def _one(
             trial.folder,
             real=real,
             environment=trial.environment,
-            seconds=seconds,
+            seconds=seconds * trial.times,
         )
         if show:
             print(f"{trial.what}\n$ llmnorm {' '.join(trial.words)}\n{result.out}{result.err}")
