@@ -183,12 +183,18 @@ def from_stock(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
+def to_stock(
+    settings: ModelSettings, who: str = "--stock", cure: str = "export without --stock"
+) -> tuple[str, dict[str, Any]]:
     """Find the stock architecture that computes what this model computes.
 
     Where two do (Llama and Mistral), `export_as` chooses. Dropout is left out, since it does
     nothing outside training. Depth scaling has no key in a stock configuration: the caller must
     multiply it into the gains when it writes the weights.
+
+    Args:
+        settings: of the model.
+        who, cure: how a refusal begins and ends.
 
     Returns:
         The name of transformers' model class, e.g. "LlamaForCausalLM", and the keys of its
@@ -199,7 +205,7 @@ def to_stock(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     """
 
     def refuse(key: str, why: str) -> NoReturn:
-        raise InputError(f"--stock: model.{key}: {why}; export without --stock")
+        raise InputError(f"{who}: model.{key}: {why}; {cure}")
 
     if not settings.causal:
         refuse("mixer", "this is an encoder; the stock architectures only look at earlier tokens")

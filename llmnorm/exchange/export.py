@@ -68,9 +68,9 @@ def export(
             statistics, the disk is full; nothing has been written.
     """
     check_empty(directory)
-    sources = _sources(path, average, ema, checkpoint)
+    sources = open_sources(path, average=average, ema=ema, checkpoint=checkpoint)
     newest = sources[-1]
-    config, read_into = newest.config, _reader(sources)
+    config, read_into = newest.config, reader(sources)
     architecture = class_of(config).__name__
     if stock:
         refuse_encoder(config.architectures, f"--stock: {path}", "the stock architectures are of")
@@ -79,7 +79,7 @@ def export(
         tokens = {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         class_name = architecture.replace("ForCausalLM", "Config")
         config = getattr(transformers, class_name)(**keys, **tokens)
-        read_into = _folding(read_into, depth_factors(settings))
+        read_into = folding(read_into, depth_factors(settings))
     config.architectures = [architecture]
     steps = [source.meta["step"] for source in sources if source.meta]
     write_directory(
@@ -182,8 +182,11 @@ def _add_older_rope(file: Path) -> None:
     write_whole(file, json.dumps(tree, indent=2, sort_keys=True) + "\n")
 
 
-def _sources(path: Path, average: int, ema: bool, checkpoint: str) -> list[Source]:
-    """The weights to export, oldest first: one source, or those of the last checkpoints."""
+def open_sources(path: Path, *, average: int, ema: bool, checkpoint: str) -> list[Source]:
+    """The weights to export, oldest first: one source, or those of the last checkpoints.
+
+    The arguments are those of `export`, and so are the errors.
+    """
     if average == 1:
         return [open_source(path, checkpoint=checkpoint, ema=ema)]
     if checkpoint != "latest":
@@ -203,7 +206,7 @@ def _sources(path: Path, average: int, ema: bool, checkpoint: str) -> list[Sourc
     return [*older, newest]
 
 
-def _folding(
+def folding(
     read_into: Callable[[Mapping[str, Tensor]], None], factors: Mapping[str, float]
 ) -> Callable[[Mapping[str, Tensor]], None]:
     """A reader as `read_into`, which multiplies the norms' gains by their depth scales."""
@@ -216,7 +219,7 @@ def _folding(
     return read
 
 
-def _reader(sources: Sequence[Source]) -> Callable[[Mapping[str, Tensor]], None]:
+def reader(sources: Sequence[Source]) -> Callable[[Mapping[str, Tensor]], None]:
     """A function that fills tensors from one source, or with the mean over several."""
     if len(sources) == 1:
         return sources[0].read_into

@@ -39,6 +39,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "fla": ("fla",),
     "finetune": ("peft",),
     "quant": ("bitsandbytes",),
+    "gguf": ("gguf",),
     "eval": ("lm_eval",),
     "serve": ("fastapi", "uvicorn"),
     "track": ("tensorboard", "wandb", "trackio"),
