@@ -112,7 +112,8 @@ def check_cache_class(cache: object) -> None:
     if not isinstance(cache, LlmNormCache):
         raise InputError(
             f"past_key_values: must be an LlmNormCache, got {type(cache).__name__}: an llmnorm "
-            "model brings its own cache; leave it out, or use `model.model.new_cache()`"
+            "model brings its own cache; leave it out, or use `model.model.new_cache()` (instead "
+            "of PEFT's prefix tuning, which fills a cache of its own: prompt tuning)"
         )
 
 
@@ -126,6 +127,11 @@ class LlmNormCache(Cache):
     def __init__(self, layers: int | Sequence[LayerCache]) -> None:
         self.slots = RaggedCache(layers)
         super().__init__(layers=[SlotLayer(layer) for layer in self.slots.layers])
+
+    @property
+    def max_cache_len(self) -> int:
+        """No limit. PEFT asks every cache but a DynamicCache for it."""
+        return -1
 
     def reset(self) -> None:
         """Forget everything."""

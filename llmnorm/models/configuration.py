@@ -99,6 +99,15 @@ class LlmNormConfig(PreTrainedConfig):
         return super().to_dict() | {"auto_map": dict(_AUTO_MAP)}
 
     @property
+    def auto_map(self) -> dict[str, str]:
+        """Empty: this object's classes are imported already, so that nobody need fetch them.
+
+        What config.json tells the Auto classes is written by `to_dict`. TRL asks every
+        configuration of a class that transformers does not bring.
+        """
+        return {}
+
+    @property
     def output_attentions(self) -> bool | None:  # type: ignore[override]
         """Whether a forward pass gives the mixers' matrices.
 

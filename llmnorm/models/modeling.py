@@ -16,7 +16,6 @@ from typing import Any, Unpack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from llmnorm.models.cache import LlmNormCache, check_cache_class
@@ -31,6 +30,7 @@ from llmnorm.models.context import (
     with_cache,
     without_cache,
 )
+from llmnorm.models.generation import LlmNormGenerationMixin
 from llmnorm.models.initialization import initialize
 from llmnorm.models.pretrained_model import (
     CausalKeywords,
@@ -43,7 +43,7 @@ from llmnorm.models.recomputed import recomputable
 from llmnorm.nn.block import Block
 from llmnorm.nn.loss import IGNORED, LanguageHead
 from llmnorm.nn.mixers import varlen
-from llmnorm.nn.mixers.contract import Context
+from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.nn.precision import wide_dtype
@@ -257,8 +257,9 @@ class LlmNormModel(LlmNormPreTrainedModel):
         """An empty cache for this model's mixers."""
         if not self.causal:
             raise InputError("use_cache: an encoder reads its tokens all at once and has no cache")
-        blocks = [block for block in self.layers if isinstance(block, Block)]
-        return LlmNormCache([block.self_attn.new_cache() for block in blocks])
+        # An adapter may stand around a block or a mixer.
+        mixers = [next(m for m in block.modules() if isinstance(m, Mixer)) for block in self.layers]
+        return LlmNormCache([mixer.new_cache() for mixer in mixers])
 
     def _check_cache(self, cache: object, documents: Documents | None) -> None:
         """Refuse what a pass with a cache cannot do."""
@@ -271,7 +272,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             raise InputError("cu_seq_lens_q: packed rows have no cache; leave one of them out")
 
 
-class LlmNormForCausalLM(WithLanguageHead, GenerationMixin):
+class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
     """The language model: base model and head."""
 
     def __init__(self, config: LlmNormConfig) -> None:
@@ -353,29 +354,3 @@ class LlmNormForCausalLM(WithLanguageHead, GenerationMixin):
             attentions=output.attentions,
         )
         return result if self._asked(None, return_dict)[1] else result.to_tuple()
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """`generate`'s hook (private to transformers, pinned by a test): our cache, not theirs."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise InputError(
-                f"cache_implementation '{generation_config.cache_implementation}': an llmnorm "
-                "model brings its own cache; leave the key out"
-            )
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            check_cache_class(given)
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.model.new_cache()
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching (`generate_batch`) keeps keys and values in pages.
-
-        Raises:
-            InputError: always; no layer of ours knows such pages.
-        """
-        raise InputError(
-            "continuous batching: an llmnorm model has a cache of its own, without pages; use "
-            "`generate`, which takes prompts of unequal lengths"
-        )

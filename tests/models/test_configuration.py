@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from llmnorm.models import LlmNormConfig
+from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.nn.norms.settings import NormSettings
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import InputError
@@ -61,6 +61,16 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert (other.bos_token_id, other.eos_token_id) == (1, [2, 3])
         assert (other.pad_token_id, other.use_cache) == (None, False)
     assert LlmNormConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize("trusted", [None, True])
+def test_what_tools_ask_of_classes_from_outside_transformers(trusted: bool | None) -> None:
+    """Oracle: TRL's question, and the class that transformers makes of the answer."""
+    config = LlmNormConfig(**SMALL)
+    assert "AutoModelForCausalLM" not in (config.auto_map or {})
+    assert "AutoModelForCausalLM" in config.to_dict()["auto_map"]
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    assert type(model) is LlmNormForCausalLM
 
 
 def test_equality_looks_at_our_fields() -> None:

@@ -220,6 +220,66 @@ def test_a_stock_model_can_use_the_cache_for_equal_rows_and_is_refused_for_other
         stock(ids[:, :1], past_key_values=ours)
 
 
+@every_mixer
+@pytest.mark.parametrize("given", ["whole", "new", "embeddings"])
+def test_a_left_padded_batch_goes_on_from_its_cache(mixer: Any, given: str) -> None:
+    """Oracle: one `generate` of all tokens; a cache holds fewer tokens than there are columns."""
+    model = build(mixer=mixer).float()
+    ids, mask = prompts([3, 8, 6])
+    keys: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=6, **keys)
+    first = model.generate(ids, attention_mask=mask, max_new_tokens=4, **keys)
+    whole = first.sequences
+    keys["attention_mask"] = torch.cat((mask, torch.ones(3, 4, dtype=mask.dtype)), 1)
+    keys |= {"past_key_values": first.past_key_values, "max_new_tokens": 2}
+    if given == "embeddings":
+        inputs: dict[str, Any] = {"inputs_embeds": model.get_input_embeddings()(whole)}
+    else:
+        inputs = {"input_ids": whole if given == "whole" else whole[:, -1:]}
+    more = model.generate(**inputs, **keys)
+    assert torch.equal(more.sequences[:, -2:], expected.sequences[:, -2:])
+    assert more.past_key_values.slots.lengths == [8, 13, 11]
+
+
+@pytest.mark.parametrize("keys", [{}, {"prefill_chunk_size": 2}])
+def test_tokens_that_the_cache_does_not_hold_are_refused(keys: dict[str, Any]) -> None:
+    """Oracle: the argument that says so; a cached token would be read once more, without a word."""
+    model = build()
+    ids, mask = prompts([3, 8])
+    cache = model.model.new_cache()
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    if not keys:
+        with pytest.raises(InputError, match="input_ids: have .3, 8. tokens"):
+            model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+        mask[0, 0] = 1
+    ids = torch.cat((ids, ids[:, -2:]), 1)
+    mask = torch.cat((mask, torch.ones(2, 2, dtype=mask.dtype)), 1)
+    cache.slots.rollback([2, 1])
+    with pytest.raises(InputError, match="attention_mask: has"):
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2, **keys)
+
+
+@every_mixer
+def test_what_stands_around_a_block_leaves_it_its_cache(mixer: Any) -> None:
+    """Oracle: the model without it."""
+
+    class Around(torch.nn.Module):
+        def __init__(self, block: torch.nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *given: Any) -> torch.Tensor:
+            return self.block(*given)
+
+    model = build(mixer=mixer)
+    ids, mask = prompts([3, 8])
+    keys = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(ids, **keys)
+    model.model.layers[1] = Around(model.model.layers[1])
+    assert torch.equal(model.generate(ids, **keys), expected)
+
+
 def test_the_private_hook_is_still_there() -> None:
     """Oracle: transformers' own signature of the method that `generate` calls."""
     names = list(inspect.signature(GenerationMixin._prepare_cache_for_generation).parameters)

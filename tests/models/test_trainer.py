@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LNTuningConfig, LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     DataCollatorWithFlattening,
@@ -29,6 +29,7 @@ from llmnorm.models.modeling import build_model
 from llmnorm.models.recomputed import recomputable
 from llmnorm.nn import block as blocks
 from llmnorm.nn.norms.running import RunningNorm
+from llmnorm.part import InputError
 
 HEADS = [LlmNormForCausalLM, LlmNormForMaskedLM, LlmNormForSequenceClassification]
 IDS = torch.randint(0, 61, (6, 9), generator=torch.Generator().manual_seed(7))
@@ -199,6 +200,18 @@ def test_an_adapter_around_a_mixers_norm(kind: str) -> None:
     expected = model(IDS).logits
     wrapped = get_peft_model(model, LNTuningConfig(target_modules=["self_attn.norm"]))
     torch.testing.assert_close(wrapped(input_ids=IDS).logits, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_prefix_tuning_is_refused_by_name(training: bool) -> None:
+    """Oracle: the cure; PEFT fills a cache of its own class, also inside `generate`."""
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(build(), config).train(training)
+    with pytest.raises(InputError, match="prompt tuning"):
+        if training:
+            model(input_ids=IDS, labels=IDS)
+        else:
+            model.generate(input_ids=IDS, max_new_tokens=2)
 
 
 def test_the_collator_of_packed_rows() -> None:
