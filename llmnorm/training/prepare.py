@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoints, State
+from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import RunConfig
 from llmnorm.exchange.loading import open_source
 from llmnorm.machine.memory import refuse_what_cannot_fit
@@ -29,7 +30,14 @@ from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lock import RunLock
 from llmnorm.training.ema import EMA
-from llmnorm.training.state import Progress, named_tensors, resume, starting_point, trained_on
+from llmnorm.training.state import (
+    Progress,
+    end_tokens,
+    named_tensors,
+    resume,
+    starting_point,
+    trained_on,
+)
 from llmnorm.training.stretch import former_steps, stretched
 
 
@@ -150,7 +158,8 @@ def prepare(
     start = starting_point(checkpoints, config.training.branch_from, parallel)
 
     # Model, layout, optimizer, schedule.
-    model, fill = _model(config, objective, parallel, begun=start is not None)
+    ends = end_tokens(config, start, data.eos)
+    model, fill = _model(config, objective, parallel, ends=ends, begun=start is not None)
     replica = parallel.prepare(model, fill)
     statistics = RunningStatistics(model, parallel.reduce)
     groups = split(model)
@@ -195,7 +204,7 @@ def prepare(
 
 
 def _model(
-    config: RunConfig, objective: Objective, parallel: Parallel, *, begun: bool
+    config: RunConfig, objective: Objective, parallel: Parallel, *, ends: Tokens, begun: bool
 ) -> tuple[LlmNormForCausalLM, Fill]:
     """The run's model on the meta device, and the function that gives it its first weights.
 
@@ -203,6 +212,7 @@ def _model(
     loaded only if its objective is the run's; else it is drawn.
 
     Args:
+        ends: the tokens that end a text.
         begun: a checkpoint will replace these weights, so `model.pretrained` is not read.
 
     Raises:
@@ -224,7 +234,7 @@ def _model(
         config.model,
         vocab_size=data.vocab_size if rows == "auto" else rows,
         bos_token_id=data.bos,
-        eos_token_id=data.eos,
+        eos_token_id=ends,
         pad_token_id=data.pad,
         architectures=[config.objective.architecture],
         **objective.model_keys(),

@@ -18,6 +18,9 @@ from llmnorm.checkpoints.checkpoints import Checkpoint, Checkpoints, Interval, S
 from llmnorm.checkpoints.format import as_interval, read_checkpoint
 from llmnorm.checkpoints.store import Store
 from llmnorm.config.manifest import meta_of_run
+from llmnorm.config.pretrained import describe
+from llmnorm.config.stock import Tokens, all_tokens
+from llmnorm.config.tree import RunConfig
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
 from llmnorm.data.settings import TrainedOn
@@ -117,6 +120,29 @@ def starting_point(
         return parent.find(int(number[1]))
     except InputError as error:
         raise InputError(f"training.branch_from: {error}") from None
+
+
+def end_tokens(config: RunConfig, start: Checkpoint | None, own: Tokens) -> Tokens:
+    """The tokens that end a text: the run's own, and all of the weights that it starts from.
+
+    Args:
+        config: names these weights (`model.pretrained`); where the run has another tokenizer than
+            they have, the numbers of their tokens mean nothing and are left out.
+        start: the checkpoint that the run goes on from. It holds them already, so that the run
+            does not lose them with the weights that it began from.
+        own: the end tokens of the run's data.
+
+    Returns:
+        A token's id, or the list of several; `own` stands first.
+    """
+    if start is not None:
+        return all_tokens(own, meta_of_run(start.path, start.manifest)["model"].get("eos_token_id"))
+    if config.model.pretrained is None:
+        return own
+    base = describe(config.model.pretrained, "model.pretrained", ())
+    tokenizer = config.tokenizer.directory
+    same = tokenizer and base.tokenizer and tokenizer.resolve() == base.tokenizer.resolve()
+    return all_tokens(own, base.config.get("eos_token_id")) if same else own
 
 
 def resume(
