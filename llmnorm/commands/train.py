@@ -62,8 +62,10 @@ def _train(parsed: argparse.Namespace, overrides: list[str], stop: "StopRequest"
     is_own = parsed.config.is_dir() and parsed.config.resolve() == config.run_dir.resolve()
     run = directory.agree(config, going_on=is_own)
     if directory.finished(run, config):
-        print(f"{run.path} is finished (step {directory.step_in(run.done)})")
-        print(directory.next_commands(run, config))
+        early = directory.ended_early(run)
+        why = f"; {directory.PATIENCE} has ended it early" if early else ""
+        print(f"{run.path} is finished (step {directory.step_in(run.done)}{why})")
+        print(directory.next_commands(run, config, early=early))
         return 0
     check_gpu(config.training.device)
     words = [str(parsed.config), *overrides]

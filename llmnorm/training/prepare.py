@@ -56,6 +56,8 @@ class Prepared:
         state: what this process writes of a checkpoint, by name.
         progress: how far the run is.
         steps: the run's length, its parent's steps included.
+        former_steps: its length when it wrote the checkpoint that it goes on from; None where there
+            is no checkpoint of its own, or where that cannot be told.
         saved: the step of the run's own newest checkpoint; None before there is one.
         micro_batch: rows that one process runs at once.
         noise_seed: step and rank are added to it, so that no random state is ever saved.
@@ -76,6 +78,7 @@ class Prepared:
     state: State
     progress: Progress
     steps: int
+    former_steps: int | None
     saved: int | None
     micro_batch: int
     noise_seed: int
@@ -177,6 +180,7 @@ def prepare(
     if message:
         parallel.say(message)
     own = start is not None and start.path.parent == run.checkpoints
+    before = None
     if start is not None and own:
         before = former_steps(start, data.rows, data.context_length)
         if note := stretched(config, start, steps, before, optimizer):
@@ -197,6 +201,7 @@ def prepare(
         state=written,
         progress=progress,
         steps=steps,
+        former_steps=before,
         saved=progress.step if own else None,
         micro_batch=micro_batch,
         noise_seed=_noise_seed(config.seed),

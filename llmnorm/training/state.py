@@ -5,6 +5,7 @@ weights' moving average where there is one (`ema.<name>`), and the counts of `Pr
 learning rates and noise are functions of these counts, so they are not saved.
 """
 
+import math
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -44,13 +45,40 @@ class Progress:
     """Trained on so far, over all processes; an objective says which of its tokens count."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    """Lowest validation loss of the run; None before there is a finite one."""
+    best_step: int = 0
+    """The step that had it."""
+    not_better: int = 0
+    """Evaluations since then, none of which had a lower loss."""
+    evaluated_step: int = 0
+    """Step of the last evaluation that these three count."""
     seconds: float = 0.0
     """Training time, summed over all processes that continued the run."""
 
     @classmethod
     def of(cls, meta: dict[str, Any]) -> Self:
-        """The counts in a checkpoint's meta."""
-        return cls(**{key: meta[key] for key in asdict(cls())})
+        """The counts in a checkpoint's meta; an older version's has none of evaluations."""
+        start = asdict(cls())
+        later = ("best_loss", "best_step", "not_better", "evaluated_step")
+        return cls(**{k: meta.get(k, start[k]) if k in later else meta[k] for k in start})
+
+    def count_evaluation(self, loss: float) -> None:
+        """Count the evaluation of the present step, unless it is counted already.
+
+        A step is saved before or after its evaluation, so a run that goes on from it cannot know.
+        """
+        if self.evaluated_step == self.step:
+            return
+        self.evaluated_step = self.step
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss, self.best_step, self.not_better = loss, self.step, 0
+        else:
+            self.not_better += 1
+
+    def forget_evaluations(self) -> None:
+        """Count evaluations anew."""
+        self.best_loss, self.best_step, self.not_better = None, 0, 0
 
 
 def named_tensors(
