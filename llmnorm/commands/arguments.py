@@ -7,7 +7,7 @@ so that help and every mistake are answered before torch is loaded.
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -45,12 +45,18 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that name the nearest choice.
 
     Attributes:
+        after_help: gives the text that the help ends with; made only where help is asked for.
         settings: the sections that the command reads (`generation`), all of them for "", and None
             for a command without settings; for the hint at an option that is a setting.
     """
 
+    after_help: Callable[[], str] | None = None
     settings: str | None = None
     _words: Sequence[str] = ()
+
+    def format_help(self) -> str:
+        """As argparse's, with the text of `after_help`."""
+        return super().format_help() + (self.after_help() if self.after_help else "")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but the parser of a command refuses an unknown option itself."""
