@@ -21,6 +21,7 @@ from llmnorm.commands import (
     doctor,
     eval,
     export,
+    finetune,
     generate,
     inspect,
     parts,
@@ -35,6 +36,7 @@ from llmnorm.part import InputError
 WITHOUT_TORCH = ("config", "configs", "parts", "runs")
 COMMANDS: dict[str, Command] = {
     "train": train,
+    "finetune": finetune,
     "data": data,
     "config": config,
     "configs": configs,
@@ -141,5 +143,6 @@ def _parser() -> Parser:
         below = parsers.add_parser(name, help=command.HELP, description=command.HELP)
         if command.TAKES_SETTINGS:
             below.settings = getattr(command, "SECTION", "")
+        below.after_help = getattr(command, "after_help", None)
         command.arguments(below)
     return parser

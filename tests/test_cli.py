@@ -106,16 +106,71 @@ def test_generate_shows_every_setting_of_the_sampling(capsys) -> None:
     assert all(f"generation.{name}=" in out for name in GenerationSettings.model_fields)
 
 
-def test_the_word_after_an_option_is_its_value() -> None:
-    """Oracle: argparse's own reading of `--prompt=E=mc2`."""
+def options_with_a_value() -> list[tuple[str, str]]:
+    """Every option of every command that takes one word, written out by argparse."""
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return [
+        (command, option)
+        for command, parser in commands.choices.items()
+        for action in parser._actions
+        for option in action.option_strings
+        if action.nargs is None
+    ]
+
+
+@pytest.mark.parametrize(("command", "option"), options_with_a_value())
+def test_the_word_after_an_option_is_its_value(command: str, option: str) -> None:
+    """Oracle: where the words stand; the option is written whole and as `--option=value`."""
     parser = cli._parser()
-    overrides, others = split_overrides(["generate", "run", "seed=1", "--prompt", "E=mc2"], parser)
-    assert overrides == ["seed=1"]
-    assert (
-        parser.parse_args(others).prompt
-        == parser.parse_args(["generate", "run", "--prompt=E=mc2"]).prompt
-    )
+    words = [command, "a", "seed=1", option, "x=2", "seed=3"]
+    assert split_overrides(words, parser) == (["seed=1", "seed=3"], [command, "a", option, "x=2"])
+    words = [command, "a", "seed=1", f"{option}=x=2", "seed=3"]
+    overrides, others = split_overrides(words, parser)
+    assert (overrides, others) == (["seed=1", "seed=3"], [command, "a", f"{option}=x=2"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--prompt", "x=2", "seed=1", "--prompt", "E=mc2", "seed=2"],
+        ["seed=1", "--prom", "x=2", "seed=2", "--prompt", "E=mc2"],
+        ["seed=1", "--prompt=x=2", "--ema", "seed=2", "--prompt", "E=mc2"],
+    ],
+)
+def test_prompts_and_settings_may_alternate(words: list[str]) -> None:
+    """Oracle: the prompts and settings, written out; argparse reads an option's beginning too."""
+    parser = cli._parser()
+    overrides, others = split_overrides(["generate", "run", *words], parser)
+    assert overrides == ["seed=1", "seed=2"]
+    assert parser.parse_args(others).prompt == ["x=2", "E=mc2"]
+
+
+def test_an_option_without_a_value_takes_no_word() -> None:
+    """Oracle: the settings behind a flag, behind --profile, and behind an option of others."""
+    parser = cli._parser()
     assert split_overrides(["export", "a", "--stock", "x.y=1"], parser)[0] == ["x.y=1"]
+    assert split_overrides(["train", "a", "--profile", "x.y=1"], parser)[0] == ["x.y=1"]
+    assert split_overrides(["train", "a", "--prompt", "x.y=1"], parser)[0] == ["x.y=1"]
+
+
+def test_a_value_that_begins_like_an_option_is_told_how_to_be_written(capsys) -> None:
+    """Oracle: argparse takes `--prompt=-x` for the text -x and refuses the two words."""
+    err = answer(capsys, "generate", "run", "--prompt", "-x")[2]
+    assert "a value that begins with - is written --prompt=VALUE" in err
+    assert cli._parser().parse_args(["generate", "run", "--prompt=-x"]).prompt == ["-x"]
+
+
+def test_settings_of_an_arm_stay_with_it(capsys) -> None:
+    """Oracle: the words of each arm, written out; `--arm=NAME` takes no settings in argparse."""
+    parser = cli._parser()
+    words = ["compare", "c", "seed=1", "--arm", "a", "x=1", "--out", "d=e", "--arm", "b", "x=2"]
+    overrides, others = split_overrides(words, parser)
+    assert overrides == ["seed=1"]
+    parsed = parser.parse_args(others)
+    assert parsed.arm == [["a", "x=1"], ["b", "x=2"]] and parsed.out == Path("d=e")
+    for misplaced in (["--arm=a", "x=1"], ["--arm", "a", "--plan", "x=1"]):
+        code, _, err = answer(capsys, "compare", "c", *misplaced)
+        assert code == 2 and "an arm's own right after --arm NAME" in err
 
 
 def path_arguments() -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@
 settings that differ between the runs. The states are
 
     running       a process holds the run's lock
-    finished      it reached its last step
+    finished      it reached its last step, or `evaluation.patience` has ended it
     stopped       by a signal, after a checkpoint
     diverged      it ended because of a loss that is not finite
     damaged       its config.yaml or metrics.jsonl cannot be read; a line below the table says why

@@ -7,7 +7,7 @@ so that help and every mistake are answered before torch is loaded.
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -45,12 +45,18 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that name the nearest choice.
 
     Attributes:
+        after_help: gives the text that the help ends with; made only where help is asked for.
         settings: the sections that the command reads (`generation`), all of them for "", and None
             for a command without settings; for the hint at an option that is a setting.
     """
 
+    after_help: Callable[[], str] | None = None
     settings: str | None = None
     _words: Sequence[str] = ()
+
+    def format_help(self) -> str:
+        """As argparse's, with the text of `after_help`."""
+        return super().format_help() + (self.after_help() if self.after_help else "")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but the parser of a command refuses an unknown option itself."""
@@ -62,6 +68,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise an `InputError` where argparse would print its usage and leave the process."""
+        if match := re.match(r"argument (--[\w-]+): expected one argument", message):
+            message += f"; a value that begins with - is written {match[1]}=VALUE"
         if "arguments are required" in message and (unknown := self._unknown_option()):
             message = f"unrecognized arguments: {unknown}"  # says more than what is missing too
         match = re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
@@ -93,35 +101,58 @@ class Parser(argparse.ArgumentParser):
                 return f"a setting is written {shortest}=VALUE"
         return nearest(option, sorted(o for o in self._option_string_actions if o[:2] == "--"))
 
-    def takes_a_word(self, option: str) -> bool:
-        """Whether a word after the option is its value, the option of a command included."""
+    def of_command(self, words: Sequence[str]) -> "Parser":
+        """The parser of the first of `words` that is a command; this one where none is."""
         below = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
-        actions = [
-            parser._option_string_actions[option]
-            for parser in (self, *(parser for choices in below for parser in choices.values()))
-            if option in parser._option_string_actions
-        ]
-        return any(action.nargs is None for action in actions)
+        parsers = {name: parser for choices in below for name, parser in choices.items()}
+        return next((parsers[word] for word in words if word in parsers), self)
+
+    def option(self, word: str) -> argparse.Action | None:
+        """The option that a word is, by its whole name or a beginning that no other option has.
+
+        Args:
+            word: a word of the command line; of `--prompt=TEXT` the name counts.
+        """
+        name = word.partition("=")[0]
+        options = self._option_string_actions
+        if name in options:
+            return options[name]
+        long = [option for option in options if name[:2] == "--" and option.startswith(name)]
+        return options[long[0]] if len(long) == 1 else None
 
 
 def split_overrides(words: list[str], parser: Parser) -> tuple[list[str], list[str]]:
     """The settings `key=value`, and all other words. Settings of an arm stay with the other words.
 
     argparse cannot take positional words both before and after options, so settings are found by
-    their shape before it sees them. What follows `--arm NAME` belongs to that arm, and the word
-    after an option with one value (`--prompt E=mc2`) is that value.
+    their shape before it sees them. An option of the command tells what follows it: the word after
+    one with a value (`--prompt E=mc2`) is that value, and what follows `--arm NAME` belongs to that
+    arm, up to the next option.
+
+    Args:
+        words: what was typed after `llmnorm`.
+        parser: of all commands.
+
+    Raises:
+        InputError: a setting stands behind the arms and belongs to none of them.
     """
-    overrides, others, arm, arms, value = [], [], False, False, False
+    own = parser.of_command(words)
+    overrides, others, arms = [], [], False
+    follows = None  # what the words after an option are: its "value", or its "arm"
     for word in words:
-        if value:
+        if follows == "value":
             others.append(word)
-            value = False
+            follows = None
             continue
         if word.startswith("-"):
-            arm = word == "--arm"
-            arms = arms or arm
-            value = parser.takes_a_word(word)
-        if arm or not _OVERRIDE.match(word):
+            option, follows = own.option(word), None
+            if option is not None and option.nargs == "+":
+                arms, follows = True, "arm"
+            elif option is not None and option.nargs is None:
+                follows = "value"
+            if "=" in word:  # `--prompt=TEXT` holds it already
+                follows = None
+        if follows == "arm" or not _OVERRIDE.match(word):
             others.append(word)
         elif arms:
             raise InputError(

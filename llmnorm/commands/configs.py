@@ -31,4 +31,4 @@ def run(parsed: argparse.Namespace, _: list[str]) -> None:
     if shipped.describe(parsed.name).time:
         print(f"change it, then: llmnorm train {written[0]}")
     else:
-        print(f"it gives a model alone: name it as `base: {written[0]}` of a configuration")
+        print(f"it is no whole run: name it as `base: {written[0]}` of a configuration")

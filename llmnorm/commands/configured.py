@@ -10,15 +10,18 @@ if TYPE_CHECKING:
     from llmnorm.config.tree import RunConfig
 
 
-def load_config(path: Path, overrides: list[str]) -> "RunConfig":
+def load_config(path: Path, overrides: list[str], below: Path | None = None) -> "RunConfig":
     """Load the settings of a YAML file or a run directory, and print notes about them.
+
+    Args:
+        below: a file that a YAML file is put over, as if it came first under its `base`.
 
     Raises:
         InputError: a setting is not valid.
     """
     from llmnorm.config.file import load
 
-    loaded = load(path, overrides)
+    loaded = load(path, overrides, below=below)
     note(loaded.notes)
     return loaded.config
 

@@ -8,6 +8,7 @@ from llmnorm.commands.arguments import add_config
 from llmnorm.commands.configured import load_config, note, resolve_auto
 
 if TYPE_CHECKING:
+    from llmnorm.config.tree import RunConfig
     from llmnorm.training.signals import StopRequest
 
 HELP = "train, or resume a run"
@@ -36,7 +37,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
+    """Train a configuration, or go on with a run."""
+    return start(parsed, overrides, load_config(parsed.config, overrides))
+
+
+def start(
+    parsed: argparse.Namespace, overrides: list[str], config: "RunConfig", command: str = "train"
+) -> int:
     """Check the run directory and the machine, then train.
+
+    Args:
+        parsed: the command's arguments.
+        overrides: the settings that were typed.
+        config: what `parsed.config` and they give.
+        command: what `llmnorm` was asked for, for the commands that messages hold.
 
     Returns:
         The exit code of the training loop (`training/loop.py`); 0 for a run that is finished.
@@ -45,14 +59,20 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
 
     before = "before its first step, so there was nothing to save; the same command starts it again"
     with StopRequest(before) as stop:
-        return _train(parsed, overrides, stop)
+        return _train(parsed, overrides, config, command, stop)
 
 
-def _train(parsed: argparse.Namespace, overrides: list[str], stop: "StopRequest") -> int:
+def _train(
+    parsed: argparse.Namespace,
+    overrides: list[str],
+    config: "RunConfig",
+    command: str,
+    stop: "StopRequest",
+) -> int:
     from llmnorm.machine.gpus import check_gpu, launch_hint
     from llmnorm.runs import directory
 
-    config, automatic = resolve_auto(load_config(parsed.config, overrides))
+    config, automatic = resolve_auto(config)
     if parsed.print_groups:
         from llmnorm.training.outline import groups_table
 
@@ -62,12 +82,14 @@ def _train(parsed: argparse.Namespace, overrides: list[str], stop: "StopRequest"
     is_own = parsed.config.is_dir() and parsed.config.resolve() == config.run_dir.resolve()
     run = directory.agree(config, going_on=is_own)
     if directory.finished(run, config):
-        print(f"{run.path} is finished (step {directory.step_in(run.done)})")
-        print(directory.next_commands(run, config))
+        early = directory.ended_early(run)
+        why = f"; {directory.PATIENCE} has ended it early" if early else ""
+        print(f"{run.path} is finished (step {directory.step_in(run.done)}{why})")
+        print(directory.next_commands(run, config, early=early))
         return 0
     check_gpu(config.training.device)
     words = [str(parsed.config), *overrides]
-    if config.training.device != "cpu" and (hint := launch_hint(words)):
+    if config.training.device != "cpu" and (hint := launch_hint(words, command)):
         note([hint])
 
     from llmnorm.training.loop import train
@@ -75,9 +97,14 @@ def _train(parsed: argparse.Namespace, overrides: list[str], stop: "StopRequest"
     return train(
         config,
         run,
-        data_command=shlex.join(["llmnorm", "data", *words]),
+        data_command=shlex.join(["llmnorm", "data", *words, *_for_data(config, command)]),
         automatic=automatic,
         dry_run=parsed.dry_run,
         profile=parsed.profile,
         stop=stop,
     )
+
+
+def _for_data(config: "RunConfig", command: str) -> list[str]:
+    """What `llmnorm data` is told beside the words of a command whose defaults it does not read."""
+    return [] if command == "train" else [f"objective={config.objective.name}"]

@@ -56,13 +56,15 @@ class Loaded(NamedTuple):
     notes: list[str]
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
+def load(path: Path, overrides: Iterable[str] = (), *, below: Path | None = None) -> Loaded:
     """Read, merge and validate a configuration.
 
     Args:
         path: a YAML file, a run directory, or `llmnorm:NAME` for a file that the package brings. A
             run directory's `run_dir` is that directory, wherever it was written.
         overrides: `key.sub=value`, applied left to right.
+        below: a file that `path` is put over, as if it named it first under `base`. A run has been
+            put over it already, so its config.yaml is taken as it is.
 
     Raises:
         InputError: one line per mistake, each with its place, key, value and nearest valid choice.
@@ -74,8 +76,9 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
                 f"{run}: is a directory without config.yaml, so it is no run directory"
             )
         path = run / "config.yaml"
-    written = _Files().read(path, ())
     home = run or _run_around(path)
+    files = _Files()
+    written = files.read(path, (), below=None if home or below is None else files.read(below, ()))
     if home is not None:  # older runs have saved their path, which a copy or a move has changed
         keys = {key: node for key, node in written.value.items() if key != "run_dir"}
         written = written._replace(value=keys)
@@ -181,13 +184,16 @@ class _Files:
         self._read: dict[Path, Node] = {}
         self._count = 0
 
-    def read(self, path: Path, seen: tuple[Path, ...], named: str = "") -> Node:
+    def read(
+        self, path: Path, seen: tuple[Path, ...], named: str = "", below: Node | None = None
+    ) -> Node:
         """A file's tree, over those of its `base`.
 
         Args:
             path: the file.
             seen: the files whose `base` led here.
             named: how messages about a file that is not there begin: with the `base` that names it.
+            below: a tree that comes before those of its `base`.
         """
         try:
             file = shipped.locate(path)
@@ -204,10 +210,10 @@ class _Files:
                 f"{MAX_DEPTH} one after the other"
             )
         if real not in self._read:
-            self._read[real] = self._merged(path, text, (*seen, real))
+            self._read[real] = self._merged(path, text, (*seen, real), below)
         return self._read[real]
 
-    def _merged(self, path: Path, text: str, seen: tuple[Path, ...]) -> Node:
+    def _merged(self, path: Path, text: str, seen: tuple[Path, ...], below: Node | None) -> Node:
         own = parse(text, str(path), line_numbers=True)
         if own is None or own.value is None:
             raise InputError(f"{path}: the file is empty")
@@ -215,7 +221,7 @@ class _Files:
             kind = "list" if isinstance(own.value, list) else type(own.value).__name__
             raise InputError(f"{path}: expected a mapping of sections, got {kind}")
         keys = dict(own.value)
-        tree = Node({}, "", str(path))
+        tree = below or Node({}, "", str(path))
         if "base" in keys:
             named = f"{keys['base'].where}: base: "
             for base in _bases(keys.pop("base"), path):

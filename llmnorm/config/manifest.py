@@ -114,6 +114,10 @@ class RunMeta(_Strict):
     tokens: Size
     skipped_steps: Size
     skipped_in_a_row: Size
+    best_loss: float | None = None
+    best_step: Size = 0
+    not_better: Size = 0
+    evaluated_step: Size = 0
     seconds: float
     data: Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]
     environment: dict[str, Any]

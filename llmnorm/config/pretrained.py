@@ -22,7 +22,7 @@ from llmnorm.config.manifest import (
     steps_in,
 )
 from llmnorm.config.modules import refuse_unimported
-from llmnorm.config.stock import Tokens, from_stock
+from llmnorm.config.stock import Tokens, all_tokens, from_stock
 from llmnorm.machine import reading
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import Imports, InputError, Settings, explain, nearest, one_line
@@ -38,7 +38,8 @@ class Pretrained(NamedTuple):
         path: the directory.
         run: the run directory that it is or belongs to; None for exported and stock directories.
         checkpoint: which checkpoint of the run: "latest" or a step's number.
-        config: `LlmNormConfig`'s keys, token ids and the like included.
+        config: `LlmNormConfig`'s keys, token ids and the like included; `eos_token_id` holds the
+            end tokens of generation_config.json too.
         tokenizer: the directory that holds tokenizer.json, None where there is none.
     """
 
@@ -97,6 +98,14 @@ class Bookkeeping(Settings):
         return value
 
 
+class _Generation(Settings):
+    """The key of generation_config.json that is read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    eos_token_id: Tokens = None
+
+
 _DTYPES = ["float32", "bfloat16", "float16", "float64", "auto"]
 
 
@@ -140,10 +149,19 @@ def _exported(path: Path, key: str, cure: str, imports: Collection[str]) -> Pret
         )
     where = f"{key}: {file}"
     config = reading.read_object(file, key)
+    ends: list[Tokens] = [config.get("eos_token_id")]
     if config.get("model_type") == "llmnorm":
         reading.checked(config, Bookkeeping, where)
     else:
         config = from_stock(config, where)
+    generation = path / "generation_config.json"
+    if generation.exists():
+        values = reading.read_object(generation, key)
+        reading.checked(values, _Generation, f"{key}: {generation}")
+        ends.append(values.get("eos_token_id"))
+    # What the stock class takes for the end token by default counts only where no file names one.
+    if (named := all_tokens(*ends)) is not None:
+        config = config | {"eos_token_id": named}
     tokenizer = path if (path / "tokenizer.json").is_file() else None
     found = Pretrained(path, None, "latest", config, tokenizer)
     refuse_unimported(found.model, where, cure, imports)

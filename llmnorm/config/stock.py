@@ -86,6 +86,13 @@ KINDS = {
 Tokens = int | list[int] | None  # a token's id, or several that end a text
 
 
+def all_tokens(*given: Tokens) -> Tokens:
+    """Every token of `given` once, in that order: a number where it is one, None where none is."""
+    lists = [[ids] if isinstance(ids, int) else ids for ids in given if ids is not None]
+    several = list(dict.fromkeys(token for ids in lists for token in ids))
+    return several if len(several) > 1 else several[0] if several else None
+
+
 class _Keys(Settings):
     """The keys of a stock config.json that are read; others are of no meaning to us."""
 

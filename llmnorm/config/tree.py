@@ -106,6 +106,9 @@ class EvaluationSettings(Settings):
 
     every: Count | None = None
     """Steps between two evaluations; left out, only at the end."""
+    patience: Count | None = None
+    """The run ends early after this many evaluations in a row without a lower validation loss than
+    before; left out, never. With it the step of every lowest loss is saved."""
     micro_batch: Rows | None = None
     """Rows that one process runs at once; left out, as in training."""
     prompts: list[str] = []
@@ -115,6 +118,15 @@ class EvaluationSettings(Settings):
     Only objectives of a causal language model continue text."""
     sample_tokens: Rows = 32
     """Tokens generated at most for each of them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluationSettings":
+        if self.patience is not None and self.every is None:
+            raise ValueError(
+                f"evaluation.patience {self.patience} counts evaluations, and there is only the "
+                "one at the end; give evaluation.every"
+            )
+        return self
 
 
 class CheckpointSettings(Settings):

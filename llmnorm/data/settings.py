@@ -5,7 +5,7 @@ configuration is answered before torch is loaded.
 """
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,13 +21,14 @@ FORMAT = 2
 FORMATS = (FORMAT, 1)
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 MASK_TOKEN = "<|mask|>"
+CHAT_TEMPLATE = "chat_template.jinja"
 # The files of a tokenizer; weights and other files beside them are not copied.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
@@ -113,6 +114,20 @@ class TokenizerSettings(Settings):
     """At most this much text, shared evenly by the sources, is read to train the BPE."""
     mask: bool = False
     """A fourth special token, `<|mask|>`, which the objective `masked_lm` needs."""
+    chat_template: LocalPath | None = None
+    """How messages become one text: `chatml`, or a file with a Jinja template; left out, the
+    tokenizer's own template. It is kept with the run's tokenizer and exported."""
+    template_arguments: dict[str, bool | int | float | str] = {}
+    """Values that the template is given, e.g. `{enable_thinking: false}`; they become its defaults
+    in the run's tokenizer and its exports."""
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _are_names(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in arguments:
+            if not name.isidentifier():
+                raise ValueError(f"'{name}' is no name of a template's variable")
+        return arguments
 
     @property
     def directory(self) -> Path | None:

@@ -82,7 +82,7 @@ class TextEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        special = _special_tokens(directory, key)
+        special = special_tokens(directory, key)
         cls, sep, pad, self.mask = (
             ids.get(special.get(name, "")) for name in ("cls", "sep", "pad", "mask")
         )
@@ -298,7 +298,7 @@ def check_special_tokens(directory: Path, key: str) -> None:
     there = TextEncoder(directory, key).spellings
     missing = [
         f"{kind}_token '{token}'"
-        for kind, token in _special_tokens(directory, key).items()
+        for kind, token in special_tokens(directory, key).items()
         if token not in there
     ]
     if missing:
@@ -310,7 +310,7 @@ def check_special_tokens(directory: Path, key: str) -> None:
         )
 
 
-def _special_tokens(directory: Path, key: str) -> dict[str, str]:
+def special_tokens(directory: Path, key: str) -> dict[str, str]:
     """The directory's special tokens: kind (bos, eos, ...) -> spelling."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):

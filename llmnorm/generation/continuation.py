@@ -26,7 +26,7 @@ def continuation(
     """The tokens that follow `prompt`: at most `settings.max_new_tokens`, the end token included.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; its configuration's end tokens, one or several, end the text.
         tokenizer: its end token, where the model's configuration has none, and its padding token.
         prompt: token ids, at least one.
         settings: sampling; temperature 0 is greedy.

@@ -192,13 +192,14 @@ def launch_file(name: str) -> str:
     return f"{installed if installed.is_dir() else 'launch/accelerate'}/{name}.yaml"
 
 
-def launch_hint(arguments: Sequence[str]) -> str | None:
+def launch_hint(arguments: Sequence[str], command: str = "train") -> str | None:
     """A sentence with the command that would use all free GPUs, where one process was started.
 
     None where several processes were started or fewer than two GPUs are free.
 
     Args:
-        arguments: what follows `llmnorm train` on the command line.
+        arguments: what follows the command on the command line.
+        command: `train` or `finetune`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return None
@@ -211,7 +212,7 @@ def launch_hint(arguments: Sequence[str]) -> str | None:
         f"one process was started, but {len(free)} GPUs are free; to use them all, run: "
         f"{'' if free == gpus else chosen}accelerate launch "
         f"--config_file {launch_file('ddp')} --num_processes {len(free)} "
-        f"-m llmnorm train {shlex.join(arguments)}".rstrip()
+        f"-m llmnorm {command} {shlex.join(arguments)}".rstrip()
     )
 
 

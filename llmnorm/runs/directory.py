@@ -32,6 +32,8 @@ from llmnorm.machine.reading import open_file, read_text
 from llmnorm.part import InputError
 from llmnorm.runs.lines import read_lines
 
+PATIENCE = "evaluation.patience"
+
 
 class RunDirectory(NamedTuple):
     """The paths in a run directory."""
@@ -90,7 +92,8 @@ class RunDirectory(NamedTuple):
 
     @property
     def done(self) -> Path:
-        """Exists when the run has reached its last step; holds the step's number."""
+        """Exists when the run has reached its last step, or `evaluation.patience` has ended it
+        before; holds the step's number, in the second case `evaluation.patience` below it."""
         return self.path / "DONE"
 
     @property
@@ -167,7 +170,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
             else "is another run; go on with the old settings, or start a new one with"
         )
         raise InputError(f"run_dir: {run.path}: {listed}: {what} run_dir={free(run.path)}")
-    if not (run.done.exists() and _as_long(there, config)):
+    if not (run.done.exists() and _as_long(run, there, config)):
         for record in (run.metrics, run.samples):
             if record.exists():
                 open_file(record).close()  # refuses a directory, or a file that cannot be read
@@ -176,15 +179,26 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
 
 
 def finished(run: RunDirectory, config: RunConfig) -> bool:
-    """Whether the run has reached its last step and `config` asks for the same length."""
+    """Whether the run has ended by itself, and `config` asks for nothing more of it."""
     if not run.done.exists():
         return False
-    return _as_long(load(run.path).config, config)
+    return _as_long(run, load(run.path).config, config)
 
 
-def _as_long(there: RunConfig, here: RunConfig) -> bool:
+def ended_early(run: RunDirectory) -> bool:
+    """Whether the run is DONE because `evaluation.patience` has ended it before its last step."""
+    try:
+        return read_text(run.done, limit=1000).split()[1:] == [PATIENCE]
+    except InputError:
+        return False
+
+
+def _as_long(run: RunDirectory, there: RunConfig, here: RunConfig) -> bool:
+    """Whether a run that is DONE is asked for the same length; if it ended early, also patience."""
+    keys = ["training.steps", "training.tokens", "training.epochs"]
+    keys += [PATIENCE] if ended_early(run) else []
     changed = differences(to_tree(there), to_tree(here))
-    return not any(f"training.{key}" in changed for key in ("steps", "tokens", "epochs"))
+    return not any(key in changed for key in keys)
 
 
 def _check_checkpoints(run: RunDirectory, settings: CheckpointSettings) -> None:
@@ -221,20 +235,29 @@ def _check_checkpoints(run: RunDirectory, settings: CheckpointSettings) -> None:
 
 
 def step_in(sign: Path) -> int | None:
-    """The step in DONE, PREEMPT or DIVERGED; None where there is no number."""
+    """The step in DONE, PREEMPT or DIVERGED; None where there is no number in the first line."""
     try:
-        text = read_text(sign, limit=1000).strip()
+        text = read_text(sign, limit=1000).partition("\n")[0].strip()
     except InputError:
         return None
     return int(text) if text.isascii() and text.isdecimal() else None
 
 
-def next_commands(run: RunDirectory, config: RunConfig) -> str:
-    """What to type next, for a run that is finished; a few lines."""
+def next_commands(run: RunDirectory, config: RunConfig, *, early: bool = False) -> str:
+    """What to type next, for a run that is finished; a few lines.
+
+    Args:
+        run: the run.
+        config: its settings.
+        early: it was `evaluation.patience` that has ended it.
+    """
+    longer = "training.steps=N"
+    if early and config.evaluation.patience is not None:  # it may have been taken away since
+        longer = f"{PATIENCE}={2 * config.evaluation.patience} (null: to its last step)"
     return (
         f"everything lies in {run.path}: config.yaml, metrics.jsonl, checkpoints/, plots/\n"
         f"  {config.objective.uses(str(run.path))}\n"
-        f"  train longer:  llmnorm train {run.path} training.steps=N"
+        f"  train longer:  llmnorm train {run.path} {longer}"
     )
 
 
@@ -286,19 +309,22 @@ def begin(
         raise InputError(f"run_dir: {run.path} cannot be written: {error.strerror}") from None
 
 
-def end(sign: Path, step: int) -> None:
+def end(sign: Path, step: int, *, early: bool = False) -> None:
     """Write the file that says how this process ended.
 
     Args:
         sign: `run.done`, `run.preempted` or `run.diverged`.
         step: the step that it ended after.
+        early: `evaluation.patience` has ended it before its last step.
 
     Raises:
         InputError: the directory cannot be written.
     """
     temporary = sign.with_suffix(".tmp")
     try:
-        temporary.write_text(f"{step}\n", encoding="utf-8")
+        temporary.write_text(
+            f"{step}\n{PATIENCE if early else ''}".strip() + "\n", encoding="utf-8"
+        )
         temporary.replace(sign)
     except OSError as error:
         temporary.unlink(missing_ok=True)

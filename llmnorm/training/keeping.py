@@ -1,6 +1,8 @@
 """What a run keeps of its steps: lines of metrics, evaluations, checkpoints, and how it ended.
 
-A step is saved before it is evaluated, so that no evaluation can lose it.
+A step is saved before it is evaluated, so that no evaluation can lose it. With
+`evaluation.patience` an evaluation may ask for a checkpoint that was not due: of the lowest loss so
+far, and of the step after which the run ends early.
 
 What would surprise: a skipped step has left the weights as they were, so the checkpoint at a run's
 end or at a signal is written after a skipped step too. A checkpoint that is due at an interval is
@@ -108,7 +110,8 @@ def keep_line(
 def keep_evaluation(run: Prepared, metrics: Metrics, stop: StopRequest) -> int:
     """Evaluate the weights as they are now, and write it down.
 
-    If the step has a checkpoint, it gets the validation loss.
+    If the step has a checkpoint, it gets the validation loss. With `evaluation.patience` the step
+    of the lowest loss gets one, and that with which the run ends.
 
     Returns:
         0, or the exit code if a process was asked to stop. Then nothing was written, and the run
@@ -131,10 +134,42 @@ def keep_evaluation(run: Prepared, metrics: Metrics, stop: StopRequest) -> int:
     except Interrupted as found:
         return agreed(stop.exit_code, found.asked)
     metrics.log_evaluation(progress.step, progress.tokens, figures, texts)
+    progress.count_evaluation(figures["loss"])
+    if run.saved != progress.step and (_best_is_kept(run) or out_of_patience(run)):
+        save(run, metrics)
     if sound and run.saved == progress.step:
         with metrics.pause():
             run.checkpoints.add_loss(progress.step, figures["loss"])
     return 0
+
+
+def out_of_patience(run: Prepared) -> bool:
+    """Whether the run ends early, since its validation loss is no longer getting lower."""
+    patience = run.config.evaluation.patience
+    return patience is not None and run.progress.not_better >= patience
+
+
+def _best_is_kept(run: Prepared) -> bool:
+    """Whether the present step has the lowest loss, and is to be saved for that."""
+    kept = run.config.evaluation.patience is not None and run.config.checkpoint.keep_best
+    return kept and run.progress.best_step == run.progress.step
+
+
+def lost_patience(run: Prepared) -> str:
+    """Why a run that is `out_of_patience` has ended, in a line."""
+    progress, patience = run.progress, run.config.evaluation.patience
+    lower = "a finite validation loss"
+    if progress.best_loss is not None:
+        lower = (
+            f"a lower validation loss than {progress.best_loss:.4f} at step {progress.best_step}"
+        )
+    text = (
+        f"ended early, at step {progress.step} of {run.steps}: {progress.not_better} evaluations "
+        f"in a row without {lower} (evaluation.patience={patience})"
+    )
+    if progress.best_loss is not None and run.config.checkpoint.keep_best:
+        text += "; its best checkpoint is kept (--checkpoint best)"
+    return text
 
 
 def save(run: Prepared, metrics: Metrics) -> None:
@@ -159,7 +194,8 @@ def evaluation_at_start(run: Prepared) -> tuple[bool, float | None]:
     """What is to be done of the evaluation of the step that the run goes on from.
 
     A step is saved before it is evaluated, so a process that was stopped or killed in between has
-    left a checkpoint without its evaluation, or metrics with a loss that the checkpoint lacks.
+    left a checkpoint without its evaluation, or metrics with a loss that the checkpoint lacks. An
+    evaluation that was made is counted here. A branch counts its own alone, not its parent's.
 
     Returns:
         The same on every process: whether the step is still to be evaluated; and its finite loss in
@@ -169,6 +205,8 @@ def evaluation_at_start(run: Prepared) -> tuple[bool, float | None]:
         InputError: metrics.jsonl or samples.jsonl cannot be read.
     """
     step = run.progress.step
+    if run.saved is None:
+        run.progress.forget_evaluations()
     is_due = step == run.steps or due(step, run.config.evaluation.every)
     if run.saved != step or not is_due:
         return False, None
@@ -181,6 +219,8 @@ def evaluation_at_start(run: Prepared) -> tuple[bool, float | None]:
 
     run.parallel.on_main(look)
     evaluated, loss = run.parallel.reduce(found).tolist()
+    if evaluated:
+        run.progress.count_evaluation(loss)
     return not evaluated, loss if evaluated and math.isfinite(loss) else None
 
 

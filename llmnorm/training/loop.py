@@ -26,8 +26,10 @@ from llmnorm.training.keeping import (
     give_up,
     keep_evaluation,
     keep_line,
+    lost_patience,
     open_metrics,
     open_profiler,
+    out_of_patience,
     save,
 )
 from llmnorm.training.prepare import Prepared, prepare
@@ -71,7 +73,10 @@ def train(
         left, recorded = evaluation_at_start(prepared)
         if recorded is not None and not dry_run:
             prepared.checkpoints.add_loss(progress.step, recorded)
-        if finished and (not left or _gave_up(prepared)):
+        if out_of_patience(prepared) and prepared.former_steps not in (None, steps):
+            progress.not_better = 0  # who asks for another length wants the run to go on
+        impatient = out_of_patience(prepared) and not _gave_up(prepared)
+        if (finished and (not left or _gave_up(prepared))) or (impatient and not left):
             return _already_finished(prepared, dry_run)
         parallel.say(prepared.describe())
         if not finished:
@@ -100,7 +105,7 @@ def train(
             progress.skipped_in_a_row = 0  # who resumes a run that has given up gives it new tries
         exit_code = keep_evaluation(prepared, metrics, stop) if left else 0
         batches = prepared.batches()
-        while progress.step < steps and not exit_code:
+        while progress.step < steps and not exit_code and not out_of_patience(prepared):
             micro_batches = next(batches)
             outcome = step(prepared, micro_batches, stop)
             exit_code = outcome.exit_code
@@ -120,13 +125,14 @@ def train(
                     save(prepared, metrics)
         prepared.checkpoints.wait()
         if parallel.is_main:
-            run_directory.end(run.preempted if exit_code else run.done, progress.step)
+            early = not exit_code and progress.step < steps
+            run_directory.end(run.preempted if exit_code else run.done, progress.step, early=early)
     if parallel.is_main:
         name = stop.name or name_of(exit_code)
         print(
             run_directory.stopped(run, name, progress.step, steps)
             if exit_code
-            else run_directory.next_commands(run, config)
+            else _ended(prepared)
         )
     return exit_code
 
@@ -135,8 +141,18 @@ def _gave_up(run: Prepared) -> bool:
     return run.progress.skipped_in_a_row >= run.config.training.max_skipped_steps
 
 
+def _ended(run: Prepared) -> str:
+    """What is said of a run that has ended by itself: why, if early, and what to type next."""
+    early = run.progress.step < run.steps
+    commands = run_directory.next_commands(run.directory, run.config, early=early)
+    return f"{lost_patience(run)}\n{commands}" if early else commands
+
+
 def _already_finished(run: Prepared, dry_run: bool) -> int:
-    """What is done with a run whose newest checkpoint is that of its last step.
+    """What is done with a run that has nothing left to do.
+
+    Its newest checkpoint is that of its last step, or of one after which `evaluation.patience` has
+    ended it.
 
     Raises:
         Diverged: the run has given up in that step.
@@ -150,6 +166,6 @@ def _already_finished(run: Prepared, dry_run: bool) -> int:
         )
     run.parallel.say(f"{path} is finished (step {step})")
     if run.parallel.is_main and not dry_run:
-        run_directory.end(run.directory.done, step)
-        print(run_directory.next_commands(run.directory, run.config))
+        run_directory.end(run.directory.done, step, early=step < run.steps)
+        print(_ended(run))
     return 0

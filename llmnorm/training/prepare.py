@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoints, State
+from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import RunConfig
 from llmnorm.exchange.loading import open_source
 from llmnorm.machine.memory import refuse_what_cannot_fit
@@ -29,7 +30,14 @@ from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lock import RunLock
 from llmnorm.training.ema import EMA
-from llmnorm.training.state import Progress, named_tensors, resume, starting_point, trained_on
+from llmnorm.training.state import (
+    Progress,
+    end_tokens,
+    named_tensors,
+    resume,
+    starting_point,
+    trained_on,
+)
 from llmnorm.training.stretch import former_steps, stretched
 
 
@@ -48,6 +56,8 @@ class Prepared:
         state: what this process writes of a checkpoint, by name.
         progress: how far the run is.
         steps: the run's length, its parent's steps included.
+        former_steps: its length when it wrote the checkpoint that it goes on from; None where there
+            is no checkpoint of its own, or where that cannot be told.
         saved: the step of the run's own newest checkpoint; None before there is one.
         micro_batch: rows that one process runs at once.
         noise_seed: step and rank are added to it, so that no random state is ever saved.
@@ -68,6 +78,7 @@ class Prepared:
     state: State
     progress: Progress
     steps: int
+    former_steps: int | None
     saved: int | None
     micro_batch: int
     noise_seed: int
@@ -150,7 +161,8 @@ def prepare(
     start = starting_point(checkpoints, config.training.branch_from, parallel)
 
     # Model, layout, optimizer, schedule.
-    model, fill = _model(config, objective, parallel, begun=start is not None)
+    ends = end_tokens(config, start, data.eos)
+    model, fill = _model(config, objective, parallel, ends=ends, begun=start is not None)
     replica = parallel.prepare(model, fill)
     statistics = RunningStatistics(model, parallel.reduce)
     groups = split(model)
@@ -168,6 +180,7 @@ def prepare(
     if message:
         parallel.say(message)
     own = start is not None and start.path.parent == run.checkpoints
+    before = None
     if start is not None and own:
         before = former_steps(start, data.rows, data.context_length)
         if note := stretched(config, start, steps, before, optimizer):
@@ -188,6 +201,7 @@ def prepare(
         state=written,
         progress=progress,
         steps=steps,
+        former_steps=before,
         saved=progress.step if own else None,
         micro_batch=micro_batch,
         noise_seed=_noise_seed(config.seed),
@@ -195,7 +209,7 @@ def prepare(
 
 
 def _model(
-    config: RunConfig, objective: Objective, parallel: Parallel, *, begun: bool
+    config: RunConfig, objective: Objective, parallel: Parallel, *, ends: Tokens, begun: bool
 ) -> tuple[LlmNormForCausalLM, Fill]:
     """The run's model on the meta device, and the function that gives it its first weights.
 
@@ -203,6 +217,7 @@ def _model(
     loaded only if its objective is the run's; else it is drawn.
 
     Args:
+        ends: the tokens that end a text.
         begun: a checkpoint will replace these weights, so `model.pretrained` is not read.
 
     Raises:
@@ -224,7 +239,7 @@ def _model(
         config.model,
         vocab_size=data.vocab_size if rows == "auto" else rows,
         bos_token_id=data.bos,
-        eos_token_id=data.eos,
+        eos_token_id=ends,
         pad_token_id=data.pad,
         architectures=[config.objective.architecture],
         **objective.model_keys(),

@@ -5,6 +5,7 @@ weights' moving average where there is one (`ema.<name>`), and the counts of `Pr
 learning rates and noise are functions of these counts, so they are not saved.
 """
 
+import math
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,6 +19,9 @@ from llmnorm.checkpoints.checkpoints import Checkpoint, Checkpoints, Interval, S
 from llmnorm.checkpoints.format import as_interval, read_checkpoint
 from llmnorm.checkpoints.store import Store
 from llmnorm.config.manifest import meta_of_run
+from llmnorm.config.pretrained import describe
+from llmnorm.config.stock import Tokens, all_tokens
+from llmnorm.config.tree import RunConfig
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
 from llmnorm.data.settings import TrainedOn
@@ -41,13 +45,40 @@ class Progress:
     """Trained on so far, over all processes; an objective says which of its tokens count."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    """Lowest validation loss of the run; None before there is a finite one."""
+    best_step: int = 0
+    """The step that had it."""
+    not_better: int = 0
+    """Evaluations since then, none of which had a lower loss."""
+    evaluated_step: int = 0
+    """Step of the last evaluation that these three count."""
     seconds: float = 0.0
     """Training time, summed over all processes that continued the run."""
 
     @classmethod
     def of(cls, meta: dict[str, Any]) -> Self:
-        """The counts in a checkpoint's meta."""
-        return cls(**{key: meta[key] for key in asdict(cls())})
+        """The counts in a checkpoint's meta; an older version's has none of evaluations."""
+        start = asdict(cls())
+        later = ("best_loss", "best_step", "not_better", "evaluated_step")
+        return cls(**{k: meta.get(k, start[k]) if k in later else meta[k] for k in start})
+
+    def count_evaluation(self, loss: float) -> None:
+        """Count the evaluation of the present step, unless it is counted already.
+
+        A step is saved before or after its evaluation, so a run that goes on from it cannot know.
+        """
+        if self.evaluated_step == self.step:
+            return
+        self.evaluated_step = self.step
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss, self.best_step, self.not_better = loss, self.step, 0
+        else:
+            self.not_better += 1
+
+    def forget_evaluations(self) -> None:
+        """Count evaluations anew."""
+        self.best_loss, self.best_step, self.not_better = None, 0, 0
 
 
 def named_tensors(
@@ -117,6 +148,29 @@ def starting_point(
         return parent.find(int(number[1]))
     except InputError as error:
         raise InputError(f"training.branch_from: {error}") from None
+
+
+def end_tokens(config: RunConfig, start: Checkpoint | None, own: Tokens) -> Tokens:
+    """The tokens that end a text: the run's own, and all of the weights that it starts from.
+
+    Args:
+        config: names these weights (`model.pretrained`); where the run has another tokenizer than
+            they have, the numbers of their tokens mean nothing and are left out.
+        start: the checkpoint that the run goes on from. It holds them already, so that the run
+            does not lose them with the weights that it began from.
+        own: the end tokens of the run's data.
+
+    Returns:
+        A token's id, or the list of several; `own` stands first.
+    """
+    if start is not None:
+        return all_tokens(own, meta_of_run(start.path, start.manifest)["model"].get("eos_token_id"))
+    if config.model.pretrained is None:
+        return own
+    base = describe(config.model.pretrained, "model.pretrained", ())
+    tokenizer = config.tokenizer.directory
+    same = tokenizer and base.tokenizer and tokenizer.resolve() == base.tokenizer.resolve()
+    return all_tokens(own, base.config.get("eos_token_id")) if same else own
 
 
 def resume(

@@ -32,6 +32,7 @@ SET_BY_COMPARISON = (
     "seed",
     "data.seed",
     "evaluation.every",
+    "evaluation.patience",
     "evaluation.prompts",
     "evaluation.samples",
     "checkpoint",

@@ -235,6 +235,7 @@ class Protocol:
         settings |= {
             "training.steps": steps,
             "evaluation.every": "null",
+            "evaluation.patience": "null",
             "evaluation.prompts": "[]",
             "evaluation.samples": 0,
             "checkpoint.every": min(every or steps, max(1, steps // 20)),

@@ -1,0 +1,128 @@
+"""The chat template among a tokenizer's files: read, or written as the configuration says.
+
+A template is a Jinja text that makes one text of messages, as Hugging Face's tokenizers keep it:
+in `chat_template.jinja`, in older directories in tokenizer_config.json.
+
+What would surprise: `tokenizer.template_arguments` are written into the template as its defaults,
+in front of it. So every tool that opens the directory, or an export of it, renders as in training,
+and can still be told another value.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from llmnorm.config.shipped import locate
+from llmnorm.data.files import MissingInput, looked_in, write_file
+from llmnorm.data.settings import CHAT_TEMPLATE, TokenizerSettings
+from llmnorm.data.tokenizer import TextEncoder
+from llmnorm.machine.reading import read_object, read_text
+from llmnorm.part import InputError
+
+# ChatML as OpenAI described it, behind the token with which the base's documents begin.
+CHATML = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|im_start|>assistant\\n' }}"
+    "{%- endif %}"
+)
+# How special tokens are usually spelled: <|im_end|>, and DeepSeek's bars of full width.
+_LOOKS_SPECIAL = re.compile(r"<[|｜][^\s|｜<>'\"{}]{1,40}[|｜]>")
+
+
+def read_template(directory: Path, key: str, *, tools: bool = False) -> tuple[str, Path]:
+    """A tokenizer directory's chat template, and the file that it stands in.
+
+    Args:
+        directory: of the tokenizer.
+        key: the configuration key for messages.
+        tools: prefer the template for tools where a directory has several.
+
+    Raises:
+        InputError: there is none, or a file cannot be read.
+    """
+    path = directory / CHAT_TEMPLATE
+    if path.is_file():
+        return read_text(path, key), path
+    path = directory / "tokenizer_config.json"
+    found = read_object(path, key).get("chat_template") if path.is_file() else None
+    if isinstance(found, list):  # several, by name
+        named = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}
+        found = (named.get("tool_use") if tools else None) or named.get("default")
+    if isinstance(found, str):
+        return found, path
+    raise InputError(
+        f"{key}: {directory} has no chat template; set tokenizer.chat_template to chatml, or to a "
+        "file that holds one"
+    )
+
+
+def template_file(settings: TokenizerSettings) -> Path | None:
+    """The file that `tokenizer.chat_template` names; None for `chatml`, or where it is left out.
+
+    Raises:
+        MissingInput: there is no such file.
+    """
+    named = settings.chat_template
+    if named is None or str(named) == "chatml":
+        return None
+    path = locate(named, "tokenizer.chat_template")
+    if not path.is_file():
+        raise MissingInput(
+            f"tokenizer.chat_template: there is no file {named}{looked_in(path)}; name a file that "
+            "holds a Jinja template, or write chatml"
+        )
+    return path
+
+
+def write_template(directory: Path, settings: TokenizerSettings) -> None:
+    """Give a copied or trained tokenizer the configured template and its arguments.
+
+    Args:
+        directory: of the tokenizer; its files are changed, unless no template is configured.
+        settings: of the tokenizer.
+
+    Raises:
+        InputError: the template cannot be read, there is none for the arguments, or it needs
+            special tokens that the vocabulary does not have.
+    """
+    if settings.chat_template is None and not settings.template_arguments:
+        return
+    path = template_file(settings)
+    if path is not None:
+        text = read_text(path, "tokenizer.chat_template")
+    elif settings.chat_template is not None:
+        text = CHATML
+    else:
+        text = read_template(directory, "tokenizer.template_arguments")[0]
+    if settings.chat_template is not None:
+        _check_vocabulary(directory, text, str(settings.chat_template))
+    defaults = "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}\n"
+        for name, value in settings.template_arguments.items()
+    )
+    write_file(directory / CHAT_TEMPLATE, (defaults + text).encode())
+    config = directory / "tokenizer_config.json"
+    tree = read_object(config) if config.is_file() else {}
+    if tree.pop("chat_template", None) is not None:  # the file says it now
+        write_file(config, json.dumps(tree, indent=1).encode())
+
+
+def _check_vocabulary(directory: Path, text: str, name: str) -> None:
+    """Refuse a template whose special tokens the tokenizer would spell out letter by letter."""
+    there = TextEncoder(directory).spellings
+    missing = [token for token in dict.fromkeys(_LOOKS_SPECIAL.findall(text)) if token not in there]
+    if missing:
+        raise InputError(
+            f"tokenizer.chat_template: {name} needs the special tokens {', '.join(missing)}, which "
+            "the tokenizer does not have; name a template that is written with the tokenizer's own"
+        )
+
+
+def _literal(value: Any) -> str:
+    """A value as Jinja writes it: as JSON does, True, False and strings included."""
+    return json.dumps(value)
