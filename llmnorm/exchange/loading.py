@@ -5,6 +5,7 @@ Hugging Face directories name them `<parameter>`. `open_source` hides the differ
 (commands, `model.pretrained`, export) see parameter names and copy the tensors that they need.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmnorm.checkpoints.checkpoints import Checkpoints
-from llmnorm.checkpoints.format import copy_into
+from llmnorm.checkpoints.format import checksum, copy_into
 from llmnorm.config.file import load
 from llmnorm.config.manifest import MANIFEST, meta_of_run
 from llmnorm.config.pretrained import Pretrained, describe
@@ -41,6 +42,8 @@ class Source(NamedTuple):
             and the tokenizer decides.
         run: the run that the weights belong to; None for exported and stock directories.
         meta: what the checkpoint holds beside tensors; empty for exported and stock directories.
+        origin: the directory that the weights lie in; of a run the checkpoint.
+        contents: gives a hash of their files, which it reads.
     """
 
     config: LlmNormConfig
@@ -50,6 +53,8 @@ class Source(NamedTuple):
     first_token: int | None
     run: RunDirectory | None
     meta: dict[str, Any]
+    origin: Path
+    contents: Callable[[], str]
 
 
 def load_model(
@@ -125,7 +130,17 @@ def open_source(
     weights = open_weights(path, config)
     tensors = {name: weights.tensors[name] for name in check_weights(config, weights.tensors, path)}
     first = _first_token(found)
-    return Source(config, tensors, weights.read_into, found.tokenizer, first, None, {})
+    return Source(
+        config,
+        tensors,
+        weights.read_into,
+        found.tokenizer,
+        first,
+        run=None,
+        meta={},
+        origin=path,
+        contents=lambda: _hash({file.name: checksum(file) for file in weights.files}),
+    )
 
 
 def _first_token(found: Pretrained) -> int | None:
@@ -196,7 +211,41 @@ def _of_run(
     def read_into(into: Mapping[str, Tensor]) -> None:
         copy_into(saved, {names[name]: tensor for name, tensor in into.items()})
 
-    return Source(config, tensors, read_into, found.tokenizer, _first_token(found), run, meta)
+    return Source(
+        config,
+        tensors,
+        read_into,
+        found.tokenizer,
+        _first_token(found),
+        run=run,
+        meta=meta,
+        origin=path,
+        contents=lambda: _hash({n: f["crc32"] for n, f in saved.manifest["files"].items()}),
+    )
+
+
+def base_path(pretrained: Path, meta: Mapping[str, Any]) -> Path:
+    """Where the base of a run lies that freezes weights.
+
+    Args:
+        pretrained: the run's `model.pretrained`, which may have been changed since `meta`.
+        meta: of a checkpoint of the run; empty before there is one.
+
+    Returns:
+        What `meta` names, so that a base that is a run and was trained further is read at the step
+        that it had; else, where that is gone or the setting was changed, `pretrained`.
+    """
+    named = meta.get("base")
+    if named is None or str(pretrained) != meta["config"]["model"].get("pretrained"):
+        return pretrained
+    path = Path(named["path"])
+    return path if path.is_dir() else pretrained
+
+
+def _hash(checksums: Mapping[str, str]) -> str:
+    """One hash of files, from their names and checksums."""
+    text = "".join(f"{name} {checksums[name]}\n" for name in sorted(checksums))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def refuse_mean(config: LlmNormConfig, who: str) -> None:
