@@ -52,9 +52,12 @@ def inject(model: PreTrainedModel, settings: LowRankSettings) -> None:
     names = target_modules(model, settings.targets)
     config = peft.LoraConfig(target_modules=names, **settings.peft_keys())
     peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
-    for name, parameter in model.named_parameters():
-        if is_adapter(name):
-            parameter.data = parameter.data.to(wide_dtype(parameter.dtype))
+    layers = dict(model.named_modules())
+    for name, module in layers.items():
+        if match := _MODULE.fullmatch(name):
+            base = layers[f"{match[1]}.base_layer"].weight
+            assert isinstance(base, Tensor) and isinstance(module.weight, Tensor)
+            module.weight.data = module.weight.data.to(wide_dtype(base.dtype))
 
 
 def _peft() -> Any:
