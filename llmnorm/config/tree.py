@@ -363,6 +363,13 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def changeable(key: str) -> bool:
-    """Whether `train RUN_DIR key=value` may change this key of an existing run."""
+def changeable(key: str, config: RunConfig | None = None) -> bool:
+    """Whether `train RUN_DIR key=value` may change this key of an existing run.
+
+    Args:
+        config: the run's; one that freezes weights may be told where its base was moved to, and
+            compares it with the one that it had.
+    """
+    if key == "model.pretrained" and config is not None and config.freezes:
+        return True
     return any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)

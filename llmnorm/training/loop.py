@@ -150,6 +150,8 @@ def _already_finished(run: Prepared, dry_run: bool) -> int:
         )
     run.parallel.say(f"{path} is finished (step {step})")
     if run.parallel.is_main and not dry_run:
+        if run.base is not None:  # `model.pretrained=NEW`, which was found to be the same base
+            run_directory.rewrite_settings(run.directory, run.config)
         run_directory.end(run.directory.done, step)
         print(run_directory.next_commands(run.directory, run.config))
     return 0
