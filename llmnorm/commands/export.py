@@ -16,6 +16,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_import(parser)
     help = "as a Llama, a Qwen3 (QK-norm), or the class that it came from"
     parser.add_argument("--stock", action="store_true", help=help)
+    help = "of a run with an adapter: the whole model, in the dtype of its base"
+    parser.add_argument("--merge", action="store_true", help=help)
     help = "export the mean of the last N checkpoints"
     parser.add_argument("--average", type=count, default=1, metavar="N", help=help)
 
@@ -37,4 +39,5 @@ def run(parsed: argparse.Namespace, _: list[str]) -> None:
         average=parsed.average,
         ema=parsed.ema,
         checkpoint=parsed.checkpoint,
+        merge=parsed.merge,
     )

@@ -41,7 +41,7 @@ def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
         )
         _demand(
             not parameter.requires_grad or parameter.dtype in (torch.float32, torch.float64),
-            f"{name} is {parameter.dtype}, but weights that are trained are kept in float32",
+            f"{name} is {parameter.dtype}, but weights are kept in float32 where they are trained",
         )
         weight = master(parameter)
         cut = any(placement.is_shard() for placement in getattr(weight, "placements", ()))

@@ -8,7 +8,7 @@ was moved is found by `model.pretrained=NEW`.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from llmnorm.checkpoints.checkpoints import Checkpoint
 from llmnorm.config.adapter import LowRankSettings
 from llmnorm.config.pretrained import FREE
 from llmnorm.config.tree import RunConfig
-from llmnorm.exchange.loading import Source, base_path, open_source
+from llmnorm.exchange.loading import Source, base_path, open_source, refuse_other_base
 from llmnorm.machine.memory import refuse_what_cannot_fit
 from llmnorm.models.adapters import (
     PeftFiles,
@@ -99,8 +99,6 @@ def run_model(
         base = Base(source.origin.absolute(), source.contents())
         _check_base(config, source, base, start)
         choose_trained(config, model, new_head=new_head)
-        if parallel.precision == "bf16":
-            narrow(model)
     first: PeftFiles | None = None
     adapter = config.adapter
     if isinstance(adapter, LowRankSettings) and adapter.start is not None and start is None:
@@ -130,6 +128,8 @@ def run_model(
 def choose_trained(config: RunConfig, model: LlmNormForCausalLM, *, new_head: bool) -> None:
     """Put the run's adapter into a model on the meta device, and freeze what the run freezes.
 
+    What is frozen is stored for the products that it makes (models/frozen.py).
+
     Raises:
         InputError: a target of the adapter is not there; nothing is left to train.
     """
@@ -142,6 +142,8 @@ def choose_trained(config: RunConfig, model: LlmNormForCausalLM, *, new_head: bo
                 f"training.trainable: '{config.trainable}', but the model has none with weights; "
                 "nearest: adapter=lora"
             )
+        if config.training.precision == "bf16":
+            narrow(model)
 
 
 def _settings(config: RunConfig, objective: Objective) -> LlmNormConfig:
@@ -198,10 +200,5 @@ def _check_base(config: RunConfig, source: Source, base: Base, start: Checkpoint
             f"model.pretrained: {base.path} is another model than the base of this run: "
             f"{', '.join(changed[:3])}"
         )
-    named: dict[str, Any] | None = start.meta.get("base") if start else None
-    if named is not None and named["hash"] != base.hash:
-        raise InputError(
-            f"model.pretrained: {base.path} holds other weights than the base that {start.path} "  # type: ignore[union-attr]
-            f"was trained beside: the hash of its files is {base.hash}, and that of "
-            f"{named['path']} was {named['hash']}; bring that base back"
-        )
+    if start is not None and start.meta.get("base"):
+        refuse_other_base(base.path, base.hash, start.meta, start.path)

@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 
 from llmnorm.checkpoints.format import copy_into, read_checkpoint
-from llmnorm.config.adapter import DoraSettings, LoraSettings
 from llmnorm.models.adapters import is_adapter
 from llmnorm.optim import sharded
 from llmnorm.optim.fragments import master
 from llmnorm.parallel.check import check
 from tests.distributed.processes import run
 from tests.distributed.tiny import Run
+from tests.models.adapter_kinds import ADAPTERS
 
 pytest.importorskip("peft", reason="needs the extra finetune")
 
 STEPS = 4
-ADAPTERS = {"lora": LoraSettings(rank=3, alpha=6), "dora": DoraSettings(rank=3, alpha=6)}
+KINDS = ("lora", "dora")
 SHARDINGS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 CELLS = [
     (sharding, optimizer, kind, "fp32")
     for sharding in SHARDINGS
     for optimizer in ("adamw", "muon")
-    for kind in ADAPTERS
+    for kind in KINDS
 ] + [
     (sharding, "adamw" if kind == "lora" else "muon", kind, "bf16")
     for sharding in ("ddp", "fsdp2", "zero2", "zero3")
-    for kind in ADAPTERS
+    for kind in KINDS
 ]
 IDS = ["-".join(cell) for cell in CELLS]
 

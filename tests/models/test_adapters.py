@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmnorm.config.adapter import DoraSettings, LoraSettings, LowRankSettings
+from llmnorm.config.adapter import LoraSettings, LowRankSettings
 from llmnorm.models import adapters
 from llmnorm.models.adapters import (
     Factors,
@@ -32,15 +32,11 @@ from llmnorm.models.modeling import LlmNormForCausalLM, build_model, class_of, e
 from llmnorm.nn.mixers.contract import Mixer
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.part import InputError
+from tests.models.adapter_kinds import ADAPTERS
 from tests.models.test_generation import MIXERS
 
 peft = pytest.importorskip("peft", reason="needs the extra finetune")
 
-ADAPTERS: dict[str, LowRankSettings] = {
-    "lora": LoraSettings(rank=4, alpha=8),
-    "rslora": LoraSettings(rank=4, alpha=8, rslora=True, targets=["q_proj", "down_proj"]),
-    "dora": DoraSettings(rank=4, alpha=8),
-}
 every_adapter = pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 BOTH = [ADAPTERS["lora"], ADAPTERS["dora"]]
 ENCODERS: dict[str, Any] = {
