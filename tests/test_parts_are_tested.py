@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from llmnorm.config.adapter import Adapter
 from llmnorm.nn.mixers.matrix.settings import Family
 from llmnorm.nn.mixers.settings import Mixer
 from llmnorm.nn.norms.settings import Norm
@@ -19,6 +20,7 @@ from llmnorm.optim.settings import Optimizer
 from llmnorm.part import part_name, settings_in
 from tests.distributed import test_sharding
 from tests.models import test_generation
+from tests.models.adapter_kinds import ADAPTERS
 from tests.nn import test_mixers
 from tests.optim import test_official
 from tests.optim.rules import RULES
@@ -70,6 +72,10 @@ TABLES = {
         {part_name(type(settings())) for settings in RULES.values()},
     ),
     "tests/optim/test_official.py: CASES": (offered(Optimizer), official()),
+    "tests/models/adapter_kinds.py: ADAPTERS": (
+        offered(Adapter) - {"none"},
+        {part_name(type(settings)) for settings in ADAPTERS.values()},
+    ),
     "tests/objectives/test_NAME.py": (offered(Objective), objectives()),
 }
 

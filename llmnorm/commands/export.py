@@ -18,6 +18,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_import(parser)
     help = "as a Llama, a Qwen3 (QK-norm), or the class that it came from"
     parser.add_argument("--stock", action="store_true", help=help)
+    help = "of a run with an adapter: the whole model, in the dtype of its base"
+    parser.add_argument("--merge", action="store_true", help=help)
     help = "export the mean of the last N checkpoints"
     parser.add_argument("--average", type=count, default=1, metavar="N", help=help)
     help = "of a .gguf file: what its matrices are stored in (f16)"
@@ -32,6 +34,8 @@ def run(parsed: argparse.Namespace, _: list[str]) -> None:
     as_file = parsed.target.suffix == ".gguf"
     if as_file and parsed.stock:
         raise InputError("--stock: a .gguf file is of a stock architecture as it is; leave it out")
+    if as_file and parsed.merge:
+        raise InputError("--merge: a .gguf file holds the whole model as it is; leave it out")
     if parsed.type and not as_file:
         raise InputError(f"--type: belongs to a .gguf file, and {parsed.target} is a directory")
 
@@ -46,4 +50,4 @@ def run(parsed: argparse.Namespace, _: list[str]) -> None:
     else:
         from llmnorm.exchange.export import export
 
-        export(parsed.path, parsed.target, stock=parsed.stock, **which)
+        export(parsed.path, parsed.target, stock=parsed.stock, merge=parsed.merge, **which)

@@ -97,7 +97,8 @@ def describe_parts(name: str | None = None) -> str:
                         shown = "(depends on other settings)"
                     elif field.is_required():
                         shown = "(required)"
-                    lines.append(f"    {field_name} = {shown}  {docs.get(field_name, '')}".rstrip())
+                    key_name = field.alias or field_name
+                    lines.append(f"    {key_name} = {shown}  {docs.get(field_name, '')}".rstrip())
         lines.append("")
     if not lines:
         names = [n for _, classes in everything.values() for n in classes]

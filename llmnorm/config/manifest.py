@@ -104,6 +104,15 @@ class Manifest(_Strict):
         return self
 
 
+class BaseMeta(_Strict):
+    """The weights that a run leaves as they are."""
+
+    path: str
+    """Where they lie; of a run the checkpoint."""
+    hash: str
+    """Of their files."""
+
+
 class RunMeta(_Strict):
     """What a run's checkpoint holds beside tensors (`training/keeping.py` writes it)."""
 
@@ -125,6 +134,7 @@ class RunMeta(_Strict):
     model: dict[str, Any]
     sources: list[dict[str, Any]]
     llmnorm: str
+    base: BaseMeta | None = None
 
 
 def steps_in(directory: Path) -> list[int]:

@@ -12,6 +12,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from llmnorm.config.adapter import (
+    Adapter,
+    AdapterSettings,
+    NoAdapterSettings,
+    frozen_refusal,
+)
 from llmnorm.config.values import Count, LocalPath, Rows, Seed
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.nn.mixers.settings import MixerSettings
@@ -61,6 +67,10 @@ class TrainingSettings(Settings):
     """The run stops after this many steps in a row with a non-finite loss or gradient."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights with this decay, e.g. 0.999."""
+    trainable: Literal["all", "norms", "adapter"] | None = None
+    """What is trained of the weights of `model.pretrained`: `all`; `norms`, gains and offsets of
+    the norms (beside an adapter, where there is one); `adapter`, the adapter alone. A new head is
+    trained in any case. Left out, `adapter` where there is one, else `all`."""
     branch_from: LocalPath | None = None
     """Start with weights, optimizer state and row number of this checkpoint
     (RUN/checkpoints/step_N); the run's length counts its steps too."""
@@ -232,6 +242,8 @@ class RunConfig(Settings):
     """The transformer."""
     objective: Objective = CausalLMSettings()
     """What is learned from the rows."""
+    adapter: Adapter = NoAdapterSettings()
+    """What is trained beside the weights of `model.pretrained`, which then stay as they are."""
     optimizer: Optimizer = AdamWSettings()
     """The update rule."""
     schedule: Schedule = CosineSettings()
@@ -264,7 +276,26 @@ class RunConfig(Settings):
             why = self.objective.refusal(self)
             if why is not None:
                 raise ValueError(why)
+        if isinstance(self.adapter, AdapterSettings):
+            why = self.adapter.refusal(self) or frozen_refusal(self)
+            if why is not None:
+                raise ValueError(why)
         return self
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained."""
+        return not isinstance(self.adapter, NoAdapterSettings)
+
+    @property
+    def trainable(self) -> str:
+        """What is trained of the model: `all`, `norms` or `adapter`."""
+        return self.training.trainable or ("adapter" if self.has_adapter else "all")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether weights of `model.pretrained` stay as they are; then the run needs them."""
+        return self.trainable != "all"
 
     def automatic(self) -> list[str]:
         """The keys that are `auto` and become numbers before a run begins."""
@@ -308,7 +339,7 @@ def to_tree(config: Settings) -> dict[str, Any]:
         value = getattr(config, name)
         derived = field.default_factory is not None and name not in config.model_fields_set
         if derived or (value is None and field.default is None):
-            del tree[name]
+            del tree[name if name in tree else str(field.alias)]
         elif isinstance(value, Settings):
             tree[name] = _named(tree[name], value)
         elif isinstance(value, list):
@@ -344,6 +375,13 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def changeable(key: str) -> bool:
-    """Whether `train RUN_DIR key=value` may change this key of an existing run."""
+def changeable(key: str, config: RunConfig | None = None) -> bool:
+    """Whether `train RUN_DIR key=value` may change this key of an existing run.
+
+    Args:
+        config: the run's; one that freezes weights may be told where its base was moved to, and
+            compares it with the one that it had.
+    """
+    if key == "model.pretrained" and config is not None and config.freezes:
+        return True
     return any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)

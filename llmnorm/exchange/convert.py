@@ -16,7 +16,8 @@ import transformers
 from torch import Tensor
 
 from llmnorm.config.pretrained import refuse_encoder
-from llmnorm.exchange.export import check_empty, write_directory
+from llmnorm.exchange.directories import check_empty
+from llmnorm.exchange.export import write_directory
 from llmnorm.exchange.loading import open_source
 from llmnorm.exchange.model_card import model_card
 from llmnorm.machine import reading

@@ -1,6 +1,6 @@
 """`llmnorm export`: write a model directory that other tools read.
 
-    model*.safetensors      the weights; those of a run are float32
+    model*.safetensors      the weights; those of a run are float32, of a merged adapter its base's
     config.json             of our class, with the `auto_map` that names modeling_llmnorm.py (three
                             lines that import the installed package); or of a stock architecture
     generation_config.json  the tokens that end and pad a text
@@ -8,14 +8,15 @@
                             began every document in training
     README.md               the model card: data, settings, losses, how to load it
 
+A run that has trained an adapter gives what PEFT reads instead (adapter_directory.py), or with
+`--merge` such a directory, in the dtype of its base.
+
 All files are written to a temporary directory next to the target, which is renamed at the end.
 Weights move file by file: in memory are the tensors of the file that is being written, and for an
 average one more tensor.
 """
 
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from llmnorm.config.modules import outside_modules
 from llmnorm.config.pretrained import refuse_encoder
 from llmnorm.config.stock import to_stock
 from llmnorm.data import tokenizer
+from llmnorm.exchange.adapter_directory import write_adapter
+from llmnorm.exchange.directories import check_empty, new_directory
 from llmnorm.exchange.loading import Source, open_source, refuse_mean
 from llmnorm.exchange.model_card import model_card
 from llmnorm.generation.prompts import begin_with
@@ -50,9 +53,10 @@ def export(
     average: int = 1,
     ema: bool = False,
     checkpoint: str = "latest",
+    merge: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the model at `path` to the new or empty `directory`.
+    """Write the model at `path` to the new or empty `directory`; of an adapter's run the adapter.
 
     Args:
         path: a run, or a directory that was exported before or holds a stock model.
@@ -60,16 +64,26 @@ def export(
         average: export the float32 mean of this many of the run's last checkpoints.
         ema: export the moving average of the weights instead of the weights.
         checkpoint: of a run: `latest`, `best` or a step.
+        merge: write the whole model of a run that has trained an adapter, in the dtype of its base.
         max_shard_bytes: size of a file of weights, and of what is in memory at once.
 
     Raises:
         InputError: the directory is not empty, the weights are not there or not whole, the stock
             architectures cannot express the model, a mean is asked for where the norms keep
-            statistics, the disk is full; nothing has been written.
+            statistics, there is no adapter to merge, the disk is full; nothing has been written.
     """
     check_empty(directory)
     sources = open_sources(path, average=average, ema=ema, checkpoint=checkpoint)
     newest = sources[-1]
+    has_adapter = newest.trained is not None and newest.trained.adapter is not None
+    if merge and not has_adapter:
+        raise InputError(f"--merge: {path} has no adapter; leave it out")
+    if has_adapter and not merge:
+        if stock or average > 1:
+            option = "--stock" if stock else "--average"
+            raise InputError(f"{option}: {path} is an adapter; add --merge for a whole model")
+        write_adapter(newest, directory, ema=ema)
+        return
     config, read_into = newest.config, reader(sources)
     architecture = class_of(config).__name__
     if stock:
@@ -92,12 +106,6 @@ def export(
         card=model_card(directory.name, newest, architecture, steps=steps, ema=ema),
         max_shard_bytes=max_shard_bytes,
     )
-
-
-def check_empty(directory: Path) -> None:
-    """Raise an InputError if there is something in the directory."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: is not empty; name a new directory")
 
 
 def write_directory(
@@ -128,9 +136,7 @@ def write_directory(
     """
     dtypes = {stored.dtype for stored in tensors.values() if stored.dtype.is_floating_point}
     config.dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
-    temporary = directory.with_name(f".{directory.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.mkdir(parents=True)
+    with new_directory(directory, card) as temporary:
         write_weights(temporary, tensors, read_into, max_shard_bytes=max_shard_bytes)
         config.save_pretrained(temporary)
         _add_older_rope(temporary / "config.json")
@@ -143,16 +149,6 @@ def write_directory(
             tokenizer.copy(tokenizer_directory, temporary)
             if first_token is not None:
                 begin_with(temporary, first_token, where=tokenizer_directory)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        for file in temporary.glob("*.safetensors"):  # safetensors lets nobody else read them
-            file.chmod((temporary / "README.md").stat().st_mode)
-        if directory.exists():
-            directory.rmdir()
-        temporary.rename(directory)
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     total = sum(torch.Size(stored.shape).numel() for stored in tensors.values())
     (architecture,) = config.architectures or ["model"]
     print(f"{directory}: {architecture}, {total / 1e6:.2f}M parameters, {config.dtype}")
@@ -225,14 +221,16 @@ def reader(sources: Sequence[Source]) -> Callable[[Mapping[str, Tensor]], None]:
         return sources[0].read_into
 
     def mean(into: Mapping[str, Tensor]) -> None:
-        for name, total in into.items():
-            sources[-1].read_into({name: total})
-            if not total.is_floating_point():
+        for name, tensor in into.items():
+            sources[-1].read_into({name: tensor})
+            if not tensor.is_floating_point():
                 continue  # a count is taken from the newest checkpoint
+            total = torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            sources[-1].read_into({name: total})
             for source in sources[:-1]:
                 other = torch.empty_like(total)
                 source.read_into({name: other})
                 total += other
-            total /= len(sources)
+            tensor.copy_(total / len(sources))
 
     return mean

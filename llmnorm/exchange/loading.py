@@ -5,6 +5,7 @@ Hugging Face directories name them `<parameter>`. `open_source` hides the differ
 (commands, `model.pretrained`, export) see parameter names and copy the tensors that they need.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from llmnorm.checkpoints.checkpoints import Checkpoints
-from llmnorm.checkpoints.format import copy_into
+from llmnorm.checkpoints.format import checksum, copy_into
 from llmnorm.config.file import load
 from llmnorm.config.manifest import MANIFEST, meta_of_run
 from llmnorm.config.pretrained import Pretrained, describe
+from llmnorm.exchange.adapted import Trained, adapter_of, beside
 from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import Stored, check_weights, named_weights, open_weights
@@ -41,6 +43,9 @@ class Source(NamedTuple):
             and the tokenizer decides.
         run: the run that the weights belong to; None for exported and stock directories.
         meta: what the checkpoint holds beside tensors; empty for exported and stock directories.
+        origin: the directory that the weights lie in; of a run the checkpoint.
+        contents: gives a hash of their files, which it reads.
+        trained: of a run that has left weights as they were, what it has trained; else None.
     """
 
     config: LlmNormConfig
@@ -50,6 +55,9 @@ class Source(NamedTuple):
     first_token: int | None
     run: RunDirectory | None
     meta: dict[str, Any]
+    origin: Path
+    contents: Callable[[], str]
+    trained: Trained | None = None
 
 
 def load_model(
@@ -125,7 +133,17 @@ def open_source(
     weights = open_weights(path, config)
     tensors = {name: weights.tensors[name] for name in check_weights(config, weights.tensors, path)}
     first = _first_token(found)
-    return Source(config, tensors, weights.read_into, found.tokenizer, first, None, {})
+    return Source(
+        config,
+        tensors,
+        weights.read_into,
+        found.tokenizer,
+        first,
+        run=None,
+        meta={},
+        origin=path,
+        contents=lambda: _hash({file.name: checksum(file) for file in weights.files}),
+    )
 
 
 def _first_token(found: Pretrained) -> int | None:
@@ -191,12 +209,92 @@ def _of_run(
         name: Stored(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
         for name, entry in ((name, stored_tensors[full]) for name, full in names.items())
     }
-    tensors = {name: stored[name] for name in check_weights(config, stored, path)}
 
-    def read_into(into: Mapping[str, Tensor]) -> None:
+    def read_own(into: Mapping[str, Tensor]) -> None:
         copy_into(saved, {names[name]: tensor for name, tensor in into.items()})
 
-    return Source(config, tensors, read_into, found.tokenizer, _first_token(found), run, meta)
+    read_into: Callable[[Mapping[str, Tensor]], None] = read_own
+    trained = None
+    if meta.get("base"):
+        base = _base_of(run, path, meta, rank, world)
+        adapter = adapter_of(meta, f"{path / MANIFEST}: meta.config")
+        trained = Trained(adapter, stored, read_own, base.origin, base.run is not None)
+        stored, read_into = beside(config, base.tensors, base.read_into, trained)
+    tensors = {name: stored[name] for name in check_weights(config, stored, path)}
+    return Source(
+        config,
+        tensors,
+        read_into,
+        found.tokenizer,
+        _first_token(found),
+        run=run,
+        meta=meta,
+        origin=path,
+        contents=lambda: _hash({n: f["crc32"] for n, f in saved.manifest["files"].items()}),
+        trained=trained,
+    )
+
+
+def _base_of(
+    run: RunDirectory, checkpoint: Path, meta: Mapping[str, Any], rank: int, world: int
+) -> Source:
+    """The weights beside which a checkpoint of a run was trained.
+
+    Raises:
+        InputError: they are not there, or are others now.
+    """
+    pretrained = Path(meta["config"]["model"].get("pretrained") or meta["base"]["path"])
+    if run.config.is_file():  # which knows where a base was moved to
+        pretrained = load(run.path).config.model.pretrained or pretrained
+    path = base_path(pretrained, meta)
+    if not path.is_dir():
+        raise InputError(
+            f"{checkpoint}: its base {path} is not there; if it was moved: "
+            f"llmnorm train {run.path} model.pretrained=NEW"
+        )
+    source = open_source(path, rank=rank, world=world)
+    refuse_other_base(path, source.contents(), meta, checkpoint)
+    return source
+
+
+def refuse_other_base(path: Path, found: str, meta: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise an InputError if the base at `path` is not the one that a checkpoint names.
+
+    Args:
+        found: the hash of its files.
+        meta: of the checkpoint.
+    """
+    named = meta["base"]
+    if found != named["hash"]:
+        raise InputError(
+            f"{path}: holds other weights than the base that {checkpoint} was trained beside: the "
+            f"hash of its files is {found}, and that of {named['path']} was {named['hash']}; bring "
+            "that base back"
+        )
+
+
+def base_path(pretrained: Path, meta: Mapping[str, Any]) -> Path:
+    """Where the base of a run lies that freezes weights.
+
+    Args:
+        pretrained: the run's `model.pretrained`, which may have been changed since `meta`.
+        meta: of a checkpoint of the run; empty before there is one.
+
+    Returns:
+        What `meta` names, so that a base that is a run and was trained further is read at the step
+        that it had; else, where that is gone or the setting was changed, `pretrained`.
+    """
+    named = meta.get("base")
+    if named is None or str(pretrained) != meta["config"]["model"].get("pretrained"):
+        return pretrained
+    path = Path(named["path"])
+    return path if path.is_dir() else pretrained
+
+
+def _hash(checksums: Mapping[str, str]) -> str:
+    """One hash of files, from their names and checksums."""
+    text = "".join(f"{name} {checksums[name]}\n" for name in sorted(checksums))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def refuse_mean(config: LlmNormConfig, who: str) -> None:

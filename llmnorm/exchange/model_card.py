@@ -1,4 +1,4 @@
-"""The README.md of an exported model: its data, settings and losses, and how to load it."""
+"""The README.md of an exported model or adapter: data, settings and losses, and how to load it."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -59,9 +59,46 @@ def model_card(
     if source.meta:
         tree = {key: value for key, value in source.meta["config"].items() if key != "model"}
         blocks.append("## Configuration of the run\n\n" + _code("yaml", _yaml(tree)))
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in _PACKAGES)
-    blocks.append(f"## Versions\n\nExported with {versions}.")
+    blocks.append(_versions(_PACKAGES))
     return "\n\n".join(blocks) + "\n"
+
+
+def adapter_card(name: str, source: Source, *, ema: bool) -> str:
+    """The card's Markdown of an adapter, as `model_card`'s of a model.
+
+    Args:
+        name: the heading.
+        source: of the run that has trained it.
+        ema: whether the weights are their moving average.
+    """
+    trained = source.trained
+    assert trained is not None and trained.adapter is not None
+    total = sum(torch.Size(stored.shape).numel() for stored in trained.tensors.values())
+    (architecture,) = source.config.architectures or ["LlmNormForCausalLM"]
+    kind = next(kind for ending, kind in _KINDS.items() if architecture.endswith(ending))
+    base = f"`llmnorm export {trained.base} BASE`" if trained.base_is_run else str(trained.base)
+    given = ", num_labels=N" if architecture.endswith("ForSequenceClassification") else ""
+    code = (
+        f"from peft import PeftModel\nfrom transformers import {kind.loader}, AutoTokenizer\n\n"
+        f"base = {kind.loader}.from_pretrained(BASE{given})\n"
+        "model = PeftModel.from_pretrained(base, DIRECTORY)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)"
+    )
+    blocks = [
+        f"---\nlibrary_name: peft\npipeline_tag: {kind.pipeline}\ntags: [llmnorm]\n---",
+        f"# {name}",
+        f"An adapter of {total:,} parameters for a {kind.text}, trained by llmnorm.",
+        f"## Loading\n\nIts base: {base}.\n\n" + _code("python", code),
+        *_of_the_run(source, [source.meta["step"]], ema),
+        "## Configuration of the run\n\n" + _code("yaml", _yaml(source.meta["config"])),
+        _versions((*_PACKAGES, "peft")),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _versions(packages: Sequence[str]) -> str:
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    return f"## Versions\n\nExported with {versions}."
 
 
 def _how_to_load(own: bool, loader: str, modules: Sequence[str]) -> str:
@@ -92,6 +129,8 @@ def _of_the_run(source: Source, steps: Sequence[int], ema: bool) -> list[str]:
         f"step {steps[0]}" if len(steps) == 1 else f"the mean of steps {', '.join(map(str, steps))}"
     )
     weights = f"Weights of {of}{' (their moving average)' if ema else ''}."
+    if source.trained is not None:
+        weights += f" Those that were not trained are of {source.trained.base}."
     facts = (
         f"Trained for {meta['step']:,} steps on {meta['tokens']:,} tokens in "
         f"{meta['seconds'] / 60:,.1f} minutes, by llmnorm {meta['llmnorm']}."

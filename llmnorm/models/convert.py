@@ -62,13 +62,15 @@ class Weights:
 
     Attributes:
         tensors: every tensor's dtype and shape.
+        files: the files that hold them.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.files = _shards(directory)
         self.tensors: dict[str, Stored] = {}
         self._files: dict[str, Path] = {}
-        for file in _shards(directory):
+        for file in self.files:
             reading.open_file(file).close()  # safetensors would wait for a named pipe
             try:
                 with safe_open(file, framework="pt", device="cpu") as stored:

@@ -1,9 +1,10 @@
 """Operations a token of training costs, for the model FLOPs utilisation (MFU).
 
 Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B: six operations for every weight
-of a matrix product (two forward, four backward) and three times the mixers' own. Weights are
-counted from the modules, so a tied head counts (it multiplies) and an embedding does not (it looks
-up); recomputation under activation checkpointing is not counted.
+of a matrix product (two forward, four backward) and three times the mixers' own. A frozen weight
+has four: it gets no gradient. Weights are counted from the modules, so a tied head counts (it
+multiplies) and an embedding does not (it looks up); recomputation under activation checkpointing is
+not counted.
 """
 
 import torch
@@ -27,10 +28,11 @@ def flops_per_token(
             model = class_of(model)(model)
     modules = list(model.modules())
     base = set((model.base_model if isinstance(model, PreTrainedModel) else model).modules())
-    weights = sum(
-        m.in_features * m.out_features * (1.0 if m in base else head_share)
+    products = sum(
+        (6.0 if m.weight.requires_grad else 4.0)
+        * (m.in_features * m.out_features * (1.0 if m in base else head_share))
         for m in modules
         if isinstance(m, nn.Linear)
     )
     mixing = sum(m.flops_per_token(context_length) for m in modules if isinstance(m, Mixer))
-    return 6.0 * weights + 3.0 * mixing
+    return products + 3.0 * mixing

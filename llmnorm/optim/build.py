@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 def adamw(settings: AdamWSettings, groups: Groups, exchange: "Exchange | None" = None) -> AdamW:
     """AdamW on everything."""
     kinds = {"matrices": groups.matrices, "auxiliary": groups.auxiliary}
-    param_groups = [
-        _param_group(kind, members.values(), *_rates(settings, groups)[kind])
-        for kind, members in kinds.items()
-        if members
-    ]
+    param_groups = []
+    for kind, members in kinds.items():
+        lr, decay = _rates(settings, groups)[kind]
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in members.items():
+            by_factor.setdefault(groups.factors.get(name, 1.0), []).append(parameter)
+        param_groups += [
+            _param_group(kind, alike, factor * lr, decay) for factor, alike in by_factor.items()
+        ]
     optimizer = AdamW(param_groups, betas=settings.betas, eps=settings.eps)
     optimizer.register_step_pre_hook(lambda *_: check_gradients(groups.matrices))
     if settings.nap:
@@ -71,16 +75,19 @@ def describe(settings: OptimizerSettings, groups: Groups) -> str:
     sizes = getattr(settings, "split_sizes", {})
     rows: list[tuple[str, ...]] = [("parameter", "shape", "rule", "lr", "weight decay")]
     for matrix in matrices(groups, sizes):
+        lr, decay = rates["matrices"]
+        lr *= groups.factors.get(matrix.name, 1.0)
         shape = f"{matrix.rows} x {matrix.columns}"
-        rows.append(
-            (matrix.name + matrix.suffix, shape, settings.label, *map(_number, rates["matrices"]))
-        )
+        name = matrix.name + matrix.suffix
+        rows.append((name, shape, settings.label, _number(lr), _number(decay)))
     for name, parameter in groups.auxiliary.items():
+        lr, decay = rates["auxiliary"]
+        lr *= groups.factors.get(name, 1.0)
         shape = " x ".join(map(str, parameter.shape)) or "scalar"
-        rows.append((name, shape, "adamw", *map(_number, rates["auxiliary"])))
+        rows.append((name, shape, "adamw", _number(lr), _number(decay)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    counts = [sum(p.numel() for p in members.values()) for members in groups]
+    counts = [sum(p.numel() for p in members.values()) for members in groups[:2]]
     lines.append(
         f"{counts[0]} numbers in {len(groups.matrices)} hidden matrices, "
         f"{counts[1]} in {len(groups.auxiliary)} auxiliary parameters"

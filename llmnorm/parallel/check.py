@@ -40,8 +40,8 @@ def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
             f"{name} is on {parameter.device}, not on {parallel.device}",
         )
         _demand(
-            parameter.dtype in (torch.float32, torch.float64),
-            f"{name} is {parameter.dtype}, but weights are kept in float32",
+            not parameter.requires_grad or parameter.dtype in (torch.float32, torch.float64),
+            f"{name} is {parameter.dtype}, but weights are kept in float32 where they are trained",
         )
         weight = master(parameter)
         cut = any(placement.is_shard() for placement in getattr(weight, "placements", ()))

@@ -124,7 +124,8 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
 
     Args:
         going_on: whether the user has named the run directory itself (`llmnorm train RUN key=...`).
-            Then length, intervals, logging, micro batch and sharding may differ from the run's.
+            Then length, intervals, logging, micro batch and sharding may differ from the run's,
+            and of a run that freezes weights the place of its base.
 
     Raises:
         InputError: the directory cannot be made, or holds other files or another run, whose
@@ -159,7 +160,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
     changed = differences(to_tree(there), to_tree(config))
     changed.pop("run_dir", None)
     if going_on:
-        changed = {key: values for key, values in changed.items() if not changeable(key)}
+        changed = {key: v for key, v in changed.items() if not changeable(key, config)}
     if changed:
         listed = ", ".join(
             f"{key} ({old} there, {new} here)" for key, (old, new) in changed.items()
@@ -179,10 +180,15 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
 
 
 def finished(run: RunDirectory, config: RunConfig) -> bool:
-    """Whether the run has ended by itself, and `config` asks for nothing more of it."""
+    """Whether the run has ended by itself, and `config` asks for nothing more of it.
+
+    A run that is told where its base was moved to is not finished: the base is compared first.
+    """
     if not run.done.exists():
         return False
-    return _as_long(run, load(run.path).config, config)
+    there = load(run.path).config
+    same_base = there.model.pretrained == config.model.pretrained
+    return same_base and _as_long(run, there, config)
 
 
 def ended_early(run: RunDirectory) -> bool:
@@ -291,10 +297,7 @@ def begin(
     """
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        temporary = run.config.with_suffix(".tmp")
-        settings = to_yaml(config.model_copy(update={"run_dir": None}))
-        temporary.write_text(f"# llmnorm {version()}\n{settings}", encoding="utf-8")
-        temporary.replace(run.config)
+        _write_settings(run, config)
         if automatic:
             run.automatic.write_text("\n".join(automatic) + "\n", encoding="utf-8")
         run.plots.mkdir(exist_ok=True)
@@ -307,6 +310,25 @@ def begin(
         ) from None
     except OSError as error:
         raise InputError(f"run_dir: {run.path} cannot be written: {error.strerror}") from None
+
+
+def rewrite_settings(run: RunDirectory, config: RunConfig) -> None:
+    """Write the resolved settings of a run that is finished.
+
+    Raises:
+        InputError: the directory cannot be written.
+    """
+    try:
+        _write_settings(run, config)
+    except OSError as error:
+        raise InputError(f"{run.config}: cannot be written: {error.strerror}") from None
+
+
+def _write_settings(run: RunDirectory, config: RunConfig) -> None:
+    temporary = run.config.with_suffix(".tmp")
+    settings = to_yaml(config.model_copy(update={"run_dir": None}))
+    temporary.write_text(f"# llmnorm {version()}\n{settings}", encoding="utf-8")
+    temporary.replace(run.config)
 
 
 def end(sign: Path, step: int, *, early: bool = False) -> None:

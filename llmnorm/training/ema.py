@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class EMA:
-    """The average of a model's parameters, trainable and frozen.
+    """The average of a model's trained parameters.
 
     Args:
-        weights: this process's part of each parameter, by the parameter's name.
+        weights: this process's part of each parameter that is trained, by the parameter's name.
         decay: the largest d.
         changed: called after weights were swapped with averages: `Parallel.weights_changed`.
 

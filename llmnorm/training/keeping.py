@@ -185,6 +185,8 @@ def save(run: Prepared, metrics: Metrics) -> None:
         "sources": data.sizes(),
         "llmnorm": run_directory.version(),
     }
+    if run.base is not None:
+        meta["base"] = {"path": str(run.base.path), "hash": run.base.hash}
     with metrics.pause():
         run.checkpoints.save(progress.step, run.state, meta)
     run.saved = progress.step

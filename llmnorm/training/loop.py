@@ -166,6 +166,8 @@ def _already_finished(run: Prepared, dry_run: bool) -> int:
         )
     run.parallel.say(f"{path} is finished (step {step})")
     if run.parallel.is_main and not dry_run:
+        if run.base is not None:  # `model.pretrained=NEW`, which was found to be the same base
+            run_directory.rewrite_settings(run.directory, run.config)
         run_directory.end(run.directory.done, step, early=step < run.steps)
         print(_ended(run))
     return 0

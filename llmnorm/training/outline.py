@@ -7,12 +7,15 @@ head.
 
 import torch
 
+from llmnorm.config.pretrained import describe as describe_weights
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.tokenizer import TextEncoder
+from llmnorm.models.adapters import rate_factors
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import LlmNormForCausalLM, class_of
 from llmnorm.optim.build import describe
 from llmnorm.optim.groups import split
+from llmnorm.training.model import choose_trained
 
 
 def outline(config: RunConfig) -> LlmNormForCausalLM:
@@ -21,11 +24,17 @@ def outline(config: RunConfig) -> LlmNormForCausalLM:
     if rows == "auto":
         path = config.tokenizer.directory
         rows = config.tokenizer.vocab_size if path is None else TextEncoder(path).vocab_size
+    classes = [config.objective.architecture]
     with torch.device("meta"):
-        classes = [config.objective.architecture]
         settings = LlmNormConfig.from_settings(config.model, vocab_size=rows, architectures=classes)
         model: LlmNormForCausalLM = class_of(settings)(settings)
-        return model
+    if config.freezes:
+        assert config.model.pretrained is not None
+        loaded = describe_weights(config.model.pretrained, "model.pretrained", ()).architectures
+        same = (loaded or ["LlmNormForCausalLM"])[0] == classes[0]
+        model.tie_weights()  # making it on the meta device has parted them
+        choose_trained(config, model, new_head=not (config.objective.keeps_head and same))
+    return model
 
 
 def parameters_outside_the_embedding(config: RunConfig) -> int:
@@ -42,4 +51,6 @@ def parameters_outside_the_embedding(config: RunConfig) -> int:
 
 def groups_table(config: RunConfig) -> str:
     """A table of the parameters and their optimizer rules: `train CONFIG --print-groups`."""
-    return describe(config.optimizer, split(outline(config)))
+    model = outline(config)
+    groups = split(model)._replace(factors=rate_factors(model, config.adapter))
+    return describe(config.optimizer, groups)

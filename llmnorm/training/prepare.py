@@ -3,7 +3,7 @@
 `prepare` refuses what can be refused, and writes nothing into the run directory but its lock.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,25 +11,21 @@ import torch
 from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoints, State
-from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import RunConfig
-from llmnorm.exchange.loading import open_source
-from llmnorm.machine.memory import refuse_what_cannot_fit
-from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.convert import named_weights
-from llmnorm.models.initialization import initialize
-from llmnorm.models.modeling import LlmNormForCausalLM, class_of, empty_model
+from llmnorm.models.adapters import rate_factors
+from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.norms.running import RunningStatistics
 from llmnorm.objectives.contract import MicroBatch, Objective
 from llmnorm.optim.fragments import master, whole_shape
 from llmnorm.optim.groups import split
 from llmnorm.optim.schedule import HyperparameterSchedule
 from llmnorm.parallel.check import describe
-from llmnorm.parallel.processes import Fill, Parallel, local
+from llmnorm.parallel.processes import Parallel, local
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lock import RunLock
 from llmnorm.training.ema import EMA
+from llmnorm.training.model import Base, run_model
 from llmnorm.training.state import (
     Progress,
     end_tokens,
@@ -50,6 +46,7 @@ class Prepared:
         directory: the run directory.
         objective: its rows, and what the model is asked about them.
         model: this process's part of the model.
+        base: the weights that are not trained, if there are any; a checkpoint names them.
         replica: what is called for a forward pass in training; `model`, wrapped or not.
         parameters: what is trained, as the optimizer sees it.
         hyperparameters: what a step's learning rates and momentum are.
@@ -68,6 +65,7 @@ class Prepared:
     parallel: Parallel
     objective: Objective
     model: LlmNormForCausalLM
+    base: Base | None
     replica: nn.Module
     statistics: RunningStatistics
     parameters: list[nn.Parameter]
@@ -106,10 +104,14 @@ class Prepared:
             if group["kind"] == "matrices"
             for p in group["params"]
         )
+        trained = f"{hidden / 1e6:.2f}M in hidden matrices"
+        if self.base is not None:
+            numbers = sum(whole_shape(p).numel() for p in self.parameters)
+            trained = f"{numbers / 1e6:.2f}M of them trained, {trained}"
         return (
             f"{self.objective.describe(self.steps * self.config.training.rows)}\n"
             f"{describe(self.parallel, self.model, self.optimizer)}; {weights / 1e6:.2f}M "
-            f"parameters ({hidden / 1e6:.2f}M in hidden matrices); {self.steps} steps"
+            f"parameters ({trained}); {self.steps} steps"
         )
 
 
@@ -162,15 +164,19 @@ def prepare(
 
     # Model, layout, optimizer, schedule.
     ends = end_tokens(config, start, data.eos)
-    model, fill = _model(config, objective, parallel, ends=ends, begun=start is not None)
+    model, fill, base = run_model(config, objective, parallel, start, ends)
     replica = parallel.prepare(model, fill)
     statistics = RunningStatistics(model, parallel.reduce)
-    groups = split(model)
+    groups = split(model)._replace(factors=rate_factors(model, config.adapter))
     optimizer = config.optimizer.build(groups, parallel.exchange())
     hyperparameters = config.optimizer.hyperparameters(config.schedule.build(steps), steps)
     ema = None
     if config.training.ema:
-        weights = {name: local(master(p).detach()) for name, p in model.named_parameters()}
+        weights = {
+            name: local(master(p).detach())
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
         ema = EMA(weights, config.training.ema, parallel.weights_changed)
 
     state = named_tensors(model, optimizer, ema)
@@ -191,6 +197,7 @@ def prepare(
         parallel=parallel,
         objective=objective,
         model=model,
+        base=base,
         replica=replica,
         statistics=statistics,
         parameters=[*groups.matrices.values(), *groups.auxiliary.values()],
@@ -206,67 +213,6 @@ def prepare(
         micro_batch=micro_batch,
         noise_seed=_noise_seed(config.seed),
     )
-
-
-def _model(
-    config: RunConfig, objective: Objective, parallel: Parallel, *, ends: Tokens, begun: bool
-) -> tuple[LlmNormForCausalLM, Fill]:
-    """The run's model on the meta device, and the function that gives it its first weights.
-
-    Drawn weights are the same numbers on every process and device. A pretrained model's head is
-    loaded only if its objective is the run's; else it is drawn.
-
-    Args:
-        ends: the tokens that end a text.
-        begun: a checkpoint will replace these weights, so `model.pretrained` is not read.
-
-    Raises:
-        InputError: the vocabulary is too small for the tokenizer, or `model.pretrained` cannot be
-            read.
-    """
-    rows, pretrained, data = config.model.vocab_size, config.model.pretrained, objective.data
-    if rows != "auto" and rows < data.vocab_size:
-        if pretrained is not None:
-            raise InputError(
-                f"model.pretrained: {pretrained} has {rows} embedding rows, the tokenizer "
-                f"{data.vocab_size} tokens; leave the tokenizer section out to use its own"
-            )
-        raise InputError(
-            f"model.vocab_size: {rows} is less than the tokenizer's {data.vocab_size}; "
-            "leave it out, or give at least that"
-        )
-    settings = LlmNormConfig.from_settings(
-        config.model,
-        vocab_size=data.vocab_size if rows == "auto" else rows,
-        bos_token_id=data.bos,
-        eos_token_id=ends,
-        pad_token_id=data.pad,
-        architectures=[config.objective.architecture],
-        **objective.model_keys(),
-    )
-    model = empty_model(settings, device="meta").train()
-    if parallel.device.type == "cpu":  # a GPU refuses by itself
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        refuse_what_cannot_fit(
-            weights // (parallel.world if parallel.spread else 1), "model: the weights"
-        )
-    if pretrained is None or begun:
-        return model, lambda modules: initialize(model, seed=config.seed, modules=modules)
-    source = open_source(
-        pretrained, key="model.pretrained", rank=parallel.rank, world=parallel.world
-    )
-    if config.objective.keeps_head and class_of(source.config) is class_of(settings):
-        parallel.say(f"weights from {pretrained}")
-        return model, lambda modules: source.read_into(named_weights(modules))
-    prefix = f"{model.base_model_prefix}."
-
-    def fill(modules: Mapping[str, nn.Module]) -> None:
-        initialize(model, seed=config.seed, modules=modules)
-        named = named_weights(modules)
-        source.read_into({n: t for n, t in named.items() if n.startswith(prefix)})
-
-    parallel.say(f"weights from {pretrained}, but a new head: it had another objective")
-    return model, fill
 
 
 def _micro_batch(config: RunConfig, parallel: Parallel) -> int:

@@ -2,11 +2,13 @@
 
 A checkpoint holds weights (`model.<name>`), optimizer state (`optimizer.<name>.<field>`), the
 weights' moving average where there is one (`ema.<name>`), and the counts of `Progress`. Rows,
-learning rates and noise are functions of these counts, so they are not saved.
+learning rates and noise are functions of these counts, so they are not saved. Where some weights
+are frozen, it holds those that are trained, and its meta names the base (`training/model.py`).
 """
 
 import math
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,21 +89,32 @@ def named_tensors(
     """What this process holds of the run's state, by its name in a checkpoint.
 
     The tensors are the live ones, so that loading into them changes model and optimizer. Tied
-    weights appear once; of a sharded tensor it is this process's rows.
+    weights appear once; of a sharded tensor it is this process's rows. Frozen weights are left out,
+    and so are the buffers of modules of which nothing is trained, unless all weights are trained.
 
     Raises:
         InputError: a tensor is laid out over the processes in a way that no checkpoint can hold.
     """
     masters = {name: master(p) for name, p in model.named_parameters()}
     fragments = {name: m for name, m in masters.items() if isinstance(m, Fragment)}
+    modules = dict(model.named_modules())
+    if any(not p.requires_grad for p in model.parameters()):
+        kept = {n for n, m in modules.items() if any(p.requires_grad for p in _own(m))}
+        modules = {n: m for n, m in modules.items() if n in kept}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    weights = {n: t for n, t in named_weights(modules).items() if n not in frozen}
     tensors = {
-        **{f"model.{name}": fragments.get(name, t) for name, t in named_weights(model).items()},
+        **{f"model.{name}": fragments.get(name, t) for name, t in weights.items()},
         **{f"optimizer.{name}": t for name, t in named_state(optimizer, model).items()},
     }
     state = {name: own_rows(name, tensor) for name, tensor in tensors.items()}
     for name, average in (ema.average if ema else {}).items():
         state[f"ema.{name}"] = _like(state[f"model.{name}"], average)
     return state
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters(recurse=False)
 
 
 def _like(part: torch.Tensor | Interval, data: torch.Tensor) -> torch.Tensor | Interval:

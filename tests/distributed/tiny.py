@@ -3,7 +3,7 @@
 tools/bench/sharding.py trains it too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoints, Interval
+from llmnorm.config.adapter import LowRankSettings
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
+from llmnorm.models.adapters import inject, is_adapter, set_first_values
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.frozen import freeze, narrow
 from llmnorm.models.initialization import initialize
 from llmnorm.models.modeling import empty_model
 from llmnorm.nn.norms.running import RunningStatistics
@@ -71,6 +74,7 @@ class Run:
         optimizer: a name of the table.
         model: other settings of the model.
         frozen: how the names end of parameters that are not trained.
+        adapter: what is trained beside frozen weights, which are then stored for their products.
         micro_batches: how many a process cuts its rows of a step into.
         dtype: of the weights.
         lr: the matrices' learning rate.
@@ -87,6 +91,7 @@ class Run:
         *,
         model: dict[str, Any] | None = None,
         frozen: tuple[str, ...] = (),
+        adapter: LowRankSettings | None = None,
         micro_batches: int = 2,
         dtype: torch.dtype = torch.float64,
         lr: float = 1e-2,
@@ -104,9 +109,12 @@ class Run:
         self.model = empty_model(config, device="meta", dtype=dtype).train()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not name.endswith(frozen))
-        self.replica = self.parallel.prepare(
-            self.model, lambda modules: initialize(self.model, seed=3, modules=modules)
-        )
+        if adapter is not None:
+            inject(self.model, adapter)
+            freeze(self.model, norms=False, new_head=False)
+            if precision == "bf16":
+                narrow(self.model)
+        self.replica = self.parallel.prepare(self.model, self._fill)
         self.micro_batches = micro_batches
         self.statistics = RunningStatistics(self.model, self.parallel.reduce)
         groups = split(self.model)
@@ -115,6 +123,11 @@ class Run:
         self.optimizer = settings.build(groups, self.parallel.exchange())
         self.hyperparameters = settings.hyperparameters(lambda step: 1.0, 1)
         self.state = named_tensors(self.model, self.optimizer, None)
+
+    def _fill(self, modules: Mapping[str, nn.Module]) -> None:
+        plain = {n: m for n, m in modules.items() if not is_adapter(f"{n}.weight")}
+        initialize(self.model, seed=3, modules=plain)
+        set_first_values(modules, seed=3)
 
     def rows(self, step: int) -> Tensor:
         """The numbers of the rows that this process reads."""

@@ -36,6 +36,7 @@ class RunningNorm(Norm):
     Attributes:
         reduce: gives the sum of a tensor over all processes.
         stepwise: True if `commit` is called from outside, by `RunningStatistics`.
+        still: True if statistics stay as they are in training too, since the weights below do.
         steps: () int64, how many steps the statistics were moved by.
     """
 
@@ -47,6 +48,7 @@ class RunningNorm(Norm):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.reduce = _one_process
         self.stepwise = False
+        self.still = False
         self._counts: bool | None = None
         self._real: Tensor | None = None
         self._batch: Tensor | None = None
@@ -100,7 +102,7 @@ class RunningNorm(Norm):
     def counting(self) -> bool:
         """Whether a forward pass now uses its own batch's statistics and adds to the step's."""
         counts = torch.is_grad_enabled() if self._counts is None else self._counts
-        return self.training and counts
+        return self.training and counts and not self.still
 
     def batch_square(self, x: Tensor) -> Tensor:
         """The micro-batch's mean square (hidden,) of x (tokens, hidden), over all processes."""
