@@ -25,28 +25,27 @@ installed.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import report  # noqa: E402
 import torch  # noqa: E402
-from report import Table, memory_of, publish  # noqa: E402
+from report import Table, publish  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from turns import WARMUP, Candidate, Turns  # noqa: E402
 
 from llmnorm.machine.processor import processor  # noqa: E402
 from llmnorm.nn.linear import choice, onednn_product  # noqa: E402
 
-LENGTH, WARMUP = 512, 2
+LENGTH = 512
 SHAPE = {
     "hidden_size": 384,
     "intermediate_size": 1024,
@@ -221,84 +220,29 @@ def run_trainer(
 
 
 def serve(options: argparse.Namespace) -> None:
-    """A candidate's process: does as many steps as a line on stdin says, answers with JSON."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print goes to stderr
+    """A candidate's process."""
     import transformers.trainer  # noqa: F401  every candidate carries the same libraries
 
     from llmnorm.training import loop as _  # noqa: F401
 
-    cuda = options.device == "cuda"
-    before = memory_of("VmRSS")
-    waiting: dict[str, Any] = {"left": WARMUP, "start": time.perf_counter(), "losses": []}
-
-    def done(loss: float) -> None:
-        waiting["losses"].append(loss)
-        waiting["left"] -= 1
-        while waiting["left"] == 0:
-            seconds = time.perf_counter() - waiting["start"]
-            memory = torch.cuda.max_memory_allocated() if cuda else memory_of("VmHWM") - before
-            answer = {"seconds": seconds, "losses": waiting["losses"], "memory": memory}
-            out.write(json.dumps(answer) + "\n")
-            out.flush()
-            waiting["left"] = int(sys.stdin.readline() or "0") or _exit()
-            waiting["losses"] = []
-            waiting["start"] = time.perf_counter()
-
+    turns = Turns(cuda=options.device == "cuda")
     vocabulary, count = options.vocabulary[0], options.rows
     if options.candidate == "trainer":
         steps = WARMUP + options.rounds * options.steps + 1
-        run_trainer(vocabulary, count, steps, options.device, done)
+        run_trainer(vocabulary, count, steps, options.device, turns.done)
     else:
         for loss in {"ours": ours, "loop": loop}[options.candidate](
             vocabulary, count, options.device
         ):
-            done(loss)
+            turns.done(loss)
 
 
-def _exit() -> int:
-    """The parent is gone or has enough."""
-    sys.stderr.flush()
-    os._exit(0)
-
-
-class Candidate:
-    """A candidate's process, seen from the parent."""
-
-    def __init__(self, name: str, vocabulary: int, options: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, "--candidate", name, "--vocabulary", str(vocabulary)]
-        for key in ("rows", "rounds", "steps", "device"):
-            command += [f"--{key}", str(getattr(options, key))]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.name, self.losses, self.memory = name, list[float](), 0
-        self._read()  # the warm-up
-
-    def run(self, steps: int) -> float:
-        """Seconds of so many steps."""
-        stdin = self.process.stdin
-        assert stdin is not None
-        stdin.write(f"{steps}\n")
-        stdin.flush()
-        return self._read()
-
-    def _read(self) -> float:
-        stdout: IO[str] | None = self.process.stdout
-        assert stdout is not None
-        line = stdout.readline()
-        if not line:
-            sys.exit(f"bench: error: {self.name} ended with code {self.process.wait()}")
-        answer = json.loads(line)
-        self.losses += answer["losses"]
-        self.memory = answer["memory"]
-        return answer["seconds"]
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+def start(name: str, vocabulary: int, options: argparse.Namespace) -> Candidate:
+    """Start a candidate's process."""
+    command = [sys.executable, __file__, "--candidate", name, "--vocabulary", str(vocabulary)]
+    for key in ("rows", "rounds", "steps", "device"):
+        command += [f"--{key}", str(getattr(options, key))]
+    return Candidate(name, command)
 
 
 class Products:
@@ -357,7 +301,7 @@ def product_rates(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 def measure(vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
     """One vocabulary's table."""
     names = ["ours", "trainer"] + (["loop"] if options.device == "cpu" else [])
-    candidates = [Candidate(name, vocabulary, options) for name in names]
+    candidates = [start(name, vocabulary, options) for name in names]
     products = Products(vocabulary, options.rows, options.device)
     ways = product_rates(options.device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
