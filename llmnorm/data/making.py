@@ -24,8 +24,9 @@ from llmnorm.data import corpus, files, hub, split
 from llmnorm.data import tokenizer as tokenizers
 from llmnorm.data.manifest import NAME, signed
 from llmnorm.data.packed import check_fills_a_row, file_record
-from llmnorm.data.records import Bad
+from llmnorm.data.records import Bad, Record, text_of
 from llmnorm.data.settings import (
+    TOKENIZER_FILES,
     DataSettings,
     SourceSettings,
     TokenizerSettings,
@@ -63,7 +64,7 @@ def make(
             spools[index] = spool = work / f"stream-{index}"
             commit = made["sources"][index]["commit"]
             uncounted = corpus.bad_records(source, keys[index])  # they are counted when read
-            hub.stream(source, keys[index], spool, commit, uncounted)
+            hub.stream(source, keys[index], spool, commit, _text_copied(source, uncounted))
 
     def texts(index: int, bad: Bad | None = None) -> Iterator[str]:
         return corpus.texts(sources[index], keys[index], spools[index], bad)
@@ -123,14 +124,21 @@ def make(
         "vocab_size": encoder.vocab_size,
         "special": {"bos": encoder.bos, "eos": encoder.eos, "pad": encoder.pad},
         "sources": entries,
-        "tokenizer": {
-            path.name: file_record(path) for path in sorted((directory / "tokenizer").iterdir())
+        "tokenizer": {  # not what a killed call left there half written
+            name: file_record(directory / "tokenizer" / name)
+            for name in sorted(TOKENIZER_FILES)
+            if (directory / "tokenizer" / name).is_file()
         },
     }
     # Through JSON first, so that its checksum is of what will be read.
     manifest = signed(json.loads(json.dumps(manifest)))
     files.write_file(directory / NAME, json.dumps(manifest, indent=1).encode())
     shutil.rmtree(work)
+
+
+def _text_copied(source: SourceSettings, bad: Bad) -> Callable[[Record], dict[str, Any]]:
+    """What is copied of a record of the hub: its text."""
+    return lambda record: {"text": text_of(record, source.text_field, bad)}
 
 
 def _print_held_out(
