@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -213,10 +213,13 @@ def _print_held_out(
         say(line)
 
 
+_Read = TypeVar("_Read")
+
+
 def with_sizes(
-    texts: Iterable[str], sizes: NDArray[np.int64], name: str
-) -> Iterator[tuple[str, int]]:
-    """Each text of a source with its number.
+    texts: Iterable[_Read], sizes: NDArray[Any], name: str
+) -> Iterator[tuple[_Read, Any]]:
+    """Each text, or other item, of a source with its number.
 
     Raises:
         InputError: there are more or fewer texts than when the source was surveyed.
