@@ -1,4 +1,4 @@
-"""Reading a source: files and Hugging Face datasets as a sequence of texts.
+"""Reading a source: files and Hugging Face datasets as a sequence of records, or of texts.
 
 A .txt file is a document; so is a record of a .jsonl, .parquet or .arrow file or of a dataset. .txt
 and .jsonl may end in .gz or .zst. Files are read in the order of their paths and records in the
@@ -11,12 +11,20 @@ What would surprise:
   source several times.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from llmnorm.data.files import files, kind
-from llmnorm.data.hub import dataset_documents, streamed
-from llmnorm.data.records import Bad, BadRecords, json_documents, table_documents, text_document
+from llmnorm.data.hub import dataset_records, streamed
+from llmnorm.data.records import (
+    Bad,
+    BadRecords,
+    Record,
+    json_records,
+    table_records,
+    text_of,
+    text_record,
+)
 from llmnorm.data.settings import SourceSettings
 from llmnorm.part import InputError
 
@@ -42,15 +50,37 @@ def texts(
             is not to be left out.
     """
     bad = bad or bad_records(source, key)
-    read: Iterator[str | None]
+    # What is streamed from the hub has its text copied under this name.
+    field = "text" if spool is not None else source.text_field
+    for record in records(source, [field], key, spool, bad):
+        text = text_of(record, field, bad)
+        if text:
+            yield text
+
+
+def records(
+    source: SourceSettings,
+    fields: Collection[str],
+    key: str,
+    spool: Path | None = None,
+    bad: Bad | None = None,
+) -> Iterator[Record]:
+    """The source's records in their order.
+
+    Args:
+        source: where to read.
+        fields: which of a record's fields are wanted; a .txt file has the first of them.
+        key, spool, bad: as in `texts`.
+
+    Raises:
+        InputError: as `texts`.
+    """
+    bad = bad or bad_records(source, key)
     if source.path is not None:
-        paths = files(source.path, f"{key}.path")
-        read = read_files(paths, source.text_field, f"{key}.path", bad)
-    elif spool is not None:
-        read = read_files(streamed(spool), "text", f"{key}.dataset", bad)
-    else:
-        read = dataset_documents(source, f"{key}.dataset", bad)
-    return (text for text in read if text)
+        return read_files(files(source.path, f"{key}.path"), fields, f"{key}.path", bad)
+    if spool is not None:
+        return read_files(streamed(spool), fields, f"{key}.dataset", bad)
+    return dataset_records(source, f"{key}.dataset")
 
 
 def validation_texts(source: SourceSettings, key: str, bad: Bad) -> list[str] | None:
@@ -66,20 +96,20 @@ def validation_texts(source: SourceSettings, key: str, bad: Bad) -> list[str] | 
     """
     if source.validation is None:
         return None
-    key_of_files = f"{key}.validation"
-    paths = files(source.validation, key_of_files)
-    found = [text for text in read_files(paths, source.text_field, key_of_files, bad) if text]
+    key, field = f"{key}.validation", source.text_field
+    read = read_files(files(source.validation, key), [field], key, bad)
+    found = [text for record in read if (text := text_of(record, field, bad))]
     if not found:
-        raise InputError(f"{key_of_files}: {source.validation} has no text")
+        raise InputError(f"{key}: {source.validation} has no text")
     return found
 
 
-def read_files(paths: list[Path], field: str, key: str, bad: Bad) -> Iterator[str]:
-    """The texts of files, one after the other.
+def read_files(paths: list[Path], fields: Collection[str], key: str, bad: Bad) -> Iterator[Record]:
+    """The records of files, one after the other.
 
     Args:
         paths: the files.
-        field: which field of a record holds its text.
+        fields: which of a record's fields are wanted; a .txt file has the first of them.
         key: the configuration key that names the files, for messages.
         bad: is told of records that cannot be read.
 
@@ -89,8 +119,8 @@ def read_files(paths: list[Path], field: str, key: str, bad: Bad) -> Iterator[st
     for path in paths:
         suffix = kind(path, key)
         if suffix == ".txt":
-            yield from text_document(path, key, bad)
+            yield from text_record(path, next(iter(fields)), key, bad)
         elif suffix == ".jsonl":
-            yield from json_documents(path, field, key, bad)
+            yield from json_records(path, fields, key, bad)
         else:
-            yield from table_documents(path, suffix, field, key, bad)
+            yield from table_records(path, suffix, fields, key, bad)

@@ -6,14 +6,14 @@ systems and its hub client raise, so the two functions that call it turn any exc
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import zstandard
 
 from llmnorm.data.files import MissingInput, looked_in, write_file
-from llmnorm.data.records import Bad, field_of
+from llmnorm.data.records import Record
 from llmnorm.data.settings import SourceSettings
 from llmnorm.part import InputError, nearest
 
@@ -25,10 +25,10 @@ def is_local(source: SourceSettings) -> bool:
     return source.dataset is None or Path(source.dataset).is_dir()
 
 
-def dataset_documents(
-    source: SourceSettings, key: str, bad: Bad, skip: int = 0, **options: Any
-) -> Iterator[str | None]:
-    """The documents of a dataset after the first `skip` records; None for each bad record.
+def dataset_records(
+    source: SourceSettings, key: str, skip: int = 0, **options: Any
+) -> Iterator[Record]:
+    """The records of a dataset after the first `skip`.
 
     Raises:
         InputError: the dataset or one of its records cannot be read.
@@ -42,7 +42,7 @@ def dataset_documents(
             raise InputError(f"{where}: {_first_line(error)}") from error
         if record is None:
             return
-        yield next(field_of(record, source.text_field, where, bad), None)
+        yield Record(where, record)
 
 
 def _load(source: SourceSettings, key: str, **options: Any) -> Any:
@@ -87,18 +87,25 @@ def commit(source: SourceSettings, key: str) -> str:
         ) from error
 
 
-def stream(source: SourceSettings, key: str, spool: Path, revision: str, bad: Bad) -> None:
+def stream(
+    source: SourceSettings,
+    key: str,
+    spool: Path,
+    revision: str,
+    copied: Callable[[Record], dict[str, Any]],
+) -> None:
     """Copy a dataset of the hub into `spool` as `.jsonl.zst` files.
 
-    Files that an interrupted call wrote are kept, and the records after them are streamed. A bad
-    record is written as one without text, so that every record keeps its number.
+    Files that an interrupted call wrote are kept, and the records after them are streamed. Every
+    record is written, so that it keeps its number.
 
     Args:
         source: the source.
         key: its configuration key, for messages.
         spool: directory for the files; made if it is not there.
         revision: the commit that is read.
-        bad: is told of bad records, and raises if they are not left out.
+        copied: what is written of a record, as values of JSON; raises for a bad one that is not to
+            be left out.
     """
     spool.mkdir(parents=True, exist_ok=True)
     first = len(streamed(spool))
@@ -106,12 +113,12 @@ def stream(source: SourceSettings, key: str, spool: Path, revision: str, bad: Ba
     if complete.is_file() and complete.read_bytes() == f"{first}".encode():
         return
     skip = first * STREAM_PART
-    documents = dataset_documents(source, f"{key}.dataset", bad, skip, revision=revision)
+    records = dataset_records(source, f"{key}.dataset", skip, revision=revision)
     for part in itertools.count(first):
-        block = list(itertools.islice(documents, STREAM_PART))
+        block = [copied(record) for record in itertools.islice(records, STREAM_PART)]
         if not block:
             break
-        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in block)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in block)
         pack = zstandard.ZstdCompressor(level=3, write_checksum=True)
         write_file(spool / f"{part:06d}.jsonl.zst", pack.compress(lines.encode()))
         if len(block) < STREAM_PART:

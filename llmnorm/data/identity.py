@@ -12,7 +12,7 @@ prepared again by the older rules if it is gone.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from llmnorm.data.settings import (
     TokenizerSettings,
     source_keys,
 )
+from llmnorm.data.templates import CHATML, template_file
+
+NO_RULES: Mapping[str, Any] = {}
 
 
 def quick_key(
@@ -32,13 +35,15 @@ def quick_key(
     tokenizer: TokenizerSettings,
     sources: list[SourceSettings],
     format: int = FORMAT,
+    rules: Mapping[str, Any] = NO_RULES,
 ) -> str:
-    """Hash of the settings, and of every input file's path, size and time.
+    """Hash of the settings, of every input file's path, size and time, and of more rules.
 
     Raises:
         InputError: an input file cannot be found.
     """
-    return hash_of(_described(data, tokenizer, sources, files.stamp) | {"format": format})
+    described = _described(data, tokenizer, sources, files.stamp)
+    return hash_of({**described, **rules, "format": format})
 
 
 def made_of(
@@ -46,8 +51,9 @@ def made_of(
     tokenizer: TokenizerSettings,
     sources: list[SourceSettings],
     format: int = FORMAT,
+    rules: Mapping[str, Any] = NO_RULES,
 ) -> dict[str, Any]:
-    """What decides the tokens: settings, contents of files, commits of the hub's datasets.
+    """What decides the tokens: settings, contents of files, commits of the hub's datasets, rules.
 
     Raises:
         InputError: an input file or a dataset of the hub cannot be found or read.
@@ -60,7 +66,7 @@ def made_of(
     for source, entry, key in zip(sources, described["sources"], source_keys(sources), strict=True):
         if not hub.is_local(source):
             entry["commit"] = hub.commit(source, key)
-    return described | {"format": format}
+    return {**described, **rules, "format": format}
 
 
 def agrees(
@@ -68,19 +74,23 @@ def agrees(
     data: DataSettings,
     tokenizer: TokenizerSettings,
     sources: list[SourceSettings],
+    rules: Mapping[str, Any] = NO_RULES,
 ) -> bool:
     """Whether settings are those of which data was made, the files apart, which may be gone."""
 
     def settings_of(entry: dict[str, Any]) -> dict[str, Any]:
         files = ("path", "dataset", "validation", "commit", "weight")
-        return {"on_bad_record": "error"} | {k: v for k, v in entry.items() if k not in files}
+        found = {k: v for k, v in entry.items() if k not in files}
+        return {"on_bad_record": "error", "fields": None} | found
 
-    wanted: Any = tokenizer.model_dump(mode="json", exclude=set() if tokenizer.mask else {"mask"})
+    wanted = _settings_of_tokenizer(tokenizer)
     same_tokenizer = (
         made["tokenizer"] == wanted if tokenizer.path is None else type(made["tokenizer"]) is list
     )
     return (
         same_tokenizer
+        and all(made.get(name) == rule for name, rule in rules.items())
+        and made.get("chat_template", {}).get("arguments", {}) == tokenizer.template_arguments
         and made["validation_bytes"] == data.validation_bytes
         and [settings_of(entry) for entry in made["sources"]]
         == [settings_of(source.model_dump()) for source in sources]
@@ -103,25 +113,41 @@ def _described(
     for source, key in zip(sources, source_keys(sources), strict=True):
         inputs = _inputs(source, key)
         # Left out at its default: data that was prepared before the key existed is still found.
-        strict = {"on_bad_record"} if source.on_bad_record == "error" else set()
-        others = source.model_dump(exclude={"weight", *inputs, *strict})
+        default = {k for k in ("on_bad_record", "fields") if getattr(source, k) in ("error", None)}
+        others = source.model_dump(exclude={"weight", *inputs, *default})
         described = {
             name: [describe(path, f"{key}.{name}") for path in paths]
             for name, paths in inputs.items()
         }
         entries.append(others | described)
-    # `mask: false` is left out for the same reason.
-    of_tokenizer: Any = tokenizer.model_dump(
-        mode="json", exclude=set() if tokenizer.mask else {"mask"}
-    )
+    of_tokenizer: Any = _settings_of_tokenizer(tokenizer)
     if tokenizer.path is not None:
         paths = _tokenizer_inputs(tokenizer)
         of_tokenizer = [[path.name, describe(path, "tokenizer.path")] for path in paths]
+    template = _template(tokenizer, describe)
     return {
         "sources": entries,
         "tokenizer": of_tokenizer,
         "validation_bytes": data.validation_bytes,
+        **({"chat_template": template} if template else {}),
     }
+
+
+def _settings_of_tokenizer(tokenizer: TokenizerSettings) -> dict[str, Any]:
+    """What a tokenizer is trained by; `mask: false` is left out for the same reason as above."""
+    left_out = {"chat_template", "template_arguments"} | (set() if tokenizer.mask else {"mask"})
+    return tokenizer.model_dump(mode="json", exclude=left_out)
+
+
+def _template(tokenizer: TokenizerSettings, describe: Callable[[Path, str], Any]) -> dict[str, Any]:
+    """The configured template and its arguments; nothing where the tokenizer's own is used."""
+    found: dict[str, Any] = {}
+    if tokenizer.chat_template is not None:
+        path = template_file(tokenizer)
+        found["text"] = CHATML if path is None else describe(path, "tokenizer.chat_template")
+    if tokenizer.template_arguments:
+        found["arguments"] = tokenizer.template_arguments
+    return found
 
 
 def _inputs(source: SourceSettings, key: str) -> dict[str, list[Path]]:

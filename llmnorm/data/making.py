@@ -4,6 +4,7 @@ Every step keeps what an earlier, interrupted call finished of it. The directory
 is needed until then: hashes and sizes of all documents, and the copies of streamed datasets.
 """
 
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,9 @@ from llmnorm.data import corpus, files, hub, split
 from llmnorm.data import tokenizer as tokenizers
 from llmnorm.data.manifest import NAME, signed
 from llmnorm.data.packed import check_fills_a_row, file_record
-from llmnorm.data.records import Bad
+from llmnorm.data.records import Bad, BadRecords, Record, text_of
 from llmnorm.data.settings import (
+    TOKENIZER_FILES,
     DataSettings,
     SourceSettings,
     TokenizerSettings,
@@ -33,6 +35,7 @@ from llmnorm.data.settings import (
     source_names,
 )
 from llmnorm.data.shards import ShardWriter
+from llmnorm.data.templates import write_template
 from llmnorm.machine.reading import read_bytes
 from llmnorm.part import InputError
 
@@ -57,27 +60,15 @@ def make(
     if settings.directory is not None:
         tokenizers.check_special_tokens(settings.directory, "tokenizer.path")
     bad = [corpus.bad_records(source, key) for source, key in zip(sources, keys, strict=True)]
-    spools: list[Path | None] = [None] * len(sources)
-    for index, source in enumerate(sources):
-        if not hub.is_local(source):
-            spools[index] = spool = work / f"stream-{index}"
-            commit = made["sources"][index]["commit"]
-            uncounted = corpus.bad_records(source, keys[index])  # they are counted when read
-            hub.stream(source, keys[index], spool, commit, uncounted)
+    spools = copy_streams(directory, sources, made, _text_copied)
 
     def texts(index: int, bad: Bad | None = None) -> Iterator[str]:
         return corpus.texts(sources[index], keys[index], spools[index], bad)
 
     start = time.perf_counter()
-    documents = [_survey(work / f"survey-{i}", texts(i, bad[i])) for i in range(len(sources))]
+    documents = [survey(work / f"survey-{i}", texts(i, bad[i])) for i in range(len(sources))]
     own = [corpus.validation_texts(*of) for of in zip(sources, keys, bad, strict=True)]
-    for source, records in zip(sources, bad, strict=True):
-        if records.count:
-            more = ", ..." if records.count > len(records.first) else ""
-            say(
-                f"{source.name}: {records.count} bad records are left out: "
-                f"{'; '.join(records.first)}{more}"
-            )
+    print_bad(sources, bad)
     held_out = [
         np.zeros_like(found.sizes)
         if validation is not None and found.bytes
@@ -95,9 +86,12 @@ def make(
             check_fills_a_row(f"{name}: at most {most} tokens do", most, data.context_length)
     _print_held_out(sources, documents, held_out, withheld, own)
     total = sum(found.bytes for found in documents)
-    say(f"{_megabytes(total)} of text read and measured in {time.perf_counter() - start:.1f} s")
+    say(f"{megabytes(total)} of text read and measured in {time.perf_counter() - start:.1f} s")
     if not (directory / "tokenizer" / "tokenizer.json").is_file():
-        _make_tokenizer(directory / "tokenizer", settings, documents, withheld, texts, format)
+        if settings.directory is not None:
+            copy_tokenizer(directory / "tokenizer", settings)
+        else:
+            _train_tokenizer(directory / "tokenizer", settings, documents, withheld, texts, format)
     encoder = tokenizers.TextEncoder(directory / "tokenizer", "tokenizer.path")
     start = time.perf_counter()
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
@@ -105,10 +99,10 @@ def make(
         entries = []
         for index, (source, name) in enumerate(zip(sources, names, strict=True)):
             encode = _Encode(directory / source.name, encoder, threads, format, bar)
-            train = _with_sizes(texts(index), withheld[index], name)
+            train = with_sizes(texts(index), withheld[index], name)
             validation: Iterable[str] | None = own[index]
             if validation is None:
-                held = _with_sizes(texts(index), held_out[index], name)
+                held = with_sizes(texts(index), held_out[index], name)
                 validation = (split.cut(text, size)[1] for text, size in held if size)
             entries.append(
                 {
@@ -117,20 +111,82 @@ def make(
                     "validation": encode.validation(validation),
                 }
             )
-    say(f"{_megabytes(total)} tokenised and packed in {time.perf_counter() - start:.1f} s")
+    say(f"{megabytes(total)} tokenised and packed in {time.perf_counter() - start:.1f} s")
+    write_manifest(directory, made, encoder, entries)
+
+
+def write_manifest(
+    directory: Path,
+    made: dict[str, Any],
+    encoder: tokenizers.TextEncoder,
+    entries: list[dict[str, Any]],
+) -> None:
+    """Write the manifest of prepared data, and remove what was needed until then.
+
+    Args:
+        directory: of the data.
+        made: what it is made of.
+        encoder: its tokenizer.
+        entries: of the sources, in their order.
+    """
     manifest = {
         "made_of": made,
         "vocab_size": encoder.vocab_size,
         "special": {"bos": encoder.bos, "eos": encoder.eos, "pad": encoder.pad},
         "sources": entries,
-        "tokenizer": {
-            path.name: file_record(path) for path in sorted((directory / "tokenizer").iterdir())
+        "tokenizer": {  # not what a killed call left there half written
+            name: file_record(directory / "tokenizer" / name)
+            for name in sorted(TOKENIZER_FILES)
+            if (directory / "tokenizer" / name).is_file()
         },
     }
     # Through JSON first, so that its checksum is of what will be read.
     manifest = signed(json.loads(json.dumps(manifest)))
     files.write_file(directory / NAME, json.dumps(manifest, indent=1).encode())
-    shutil.rmtree(work)
+    shutil.rmtree(directory / "work")
+
+
+def copy_streams(
+    directory: Path,
+    sources: list[SourceSettings],
+    made: dict[str, Any],
+    copied: Callable[[SourceSettings, Bad], Callable[[Record], dict[str, Any]]],
+) -> list[Path | None]:
+    """Copy the datasets of the hub into the directory's `work`.
+
+    Args:
+        directory: of the prepared data.
+        sources: the sources' settings.
+        made: what the data is made of, the datasets' commits among it.
+        copied: makes the function that says what is copied of a record.
+
+    Returns:
+        Where each source's copy lies; None for those of this machine.
+    """
+    spools: list[Path | None] = [None] * len(sources)
+    for index, (source, key) in enumerate(zip(sources, source_keys(sources), strict=True)):
+        if not hub.is_local(source):
+            spools[index] = spool = directory / "work" / f"stream-{index}"
+            commit = made["sources"][index]["commit"]
+            uncounted = corpus.bad_records(source, key)  # they are counted when read
+            hub.stream(source, key, spool, commit, copied(source, uncounted))
+    return spools
+
+
+def _text_copied(source: SourceSettings, bad: Bad) -> Callable[[Record], dict[str, Any]]:
+    """What is copied of a record of the hub: its text."""
+    return lambda record: {"text": text_of(record, source.text_field, bad)}
+
+
+def print_bad(sources: list[SourceSettings], bad: list[BadRecords]) -> None:
+    """A line for each source of which bad records are left out."""
+    for source, records in zip(sources, bad, strict=True):
+        if records.count:
+            more = ", ..." if records.count > len(records.first) else ""
+            say(
+                f"{source.name}: {records.count} bad records are left out: "
+                f"{'; '.join(records.first)}{more}"
+            )
 
 
 def _print_held_out(
@@ -157,10 +213,13 @@ def _print_held_out(
         say(line)
 
 
-def _with_sizes(
-    texts: Iterable[str], sizes: NDArray[np.int64], name: str
-) -> Iterator[tuple[str, int]]:
-    """Each text of a source with its number.
+_Read = TypeVar("_Read")
+
+
+def with_sizes(
+    texts: Iterable[_Read], sizes: NDArray[Any], name: str
+) -> Iterator[tuple[_Read, Any]]:
+    """Each text, or other item, of a source with its number.
 
     Raises:
         InputError: there are more or fewer texts than when the source was surveyed.
@@ -176,7 +235,7 @@ def _with_sizes(
         ) from None
 
 
-def _survey(saved: Path, texts: Iterator[str]) -> split.Documents:
+def survey(saved: Path, texts: Iterator[str]) -> split.Documents:
     """Hash and size of every document, read from `saved` or else computed and written there."""
     if saved.is_file():
         content = read_bytes(saved, limit=saved.stat().st_size)
@@ -191,7 +250,31 @@ def _survey(saved: Path, texts: Iterator[str]) -> split.Documents:
     return found
 
 
-def _make_tokenizer(
+@contextlib.contextmanager
+def written_whole(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which then takes the place of `directory`, whole or not at all."""
+    part = directory.with_name(f"{directory.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    shutil.rmtree(directory, ignore_errors=True)
+    part.rename(directory)
+
+
+def copy_tokenizer(directory: Path, settings: TokenizerSettings) -> None:
+    """Copy the configured tokenizer, with the configured template.
+
+    Raises:
+        InputError: its files or its template cannot be used.
+    """
+    assert settings.directory is not None
+    tokenizers.check_special_tokens(settings.directory, "tokenizer.path")
+    with written_whole(directory) as part:
+        tokenizers.copy(settings.directory, part)
+        write_template(part, settings)
+
+
+def _train_tokenizer(
     directory: Path,
     settings: TokenizerSettings,
     documents: list[split.Documents],
@@ -199,18 +282,17 @@ def _make_tokenizer(
     texts: Callable[[int], Iterator[str]],
     format: int,
 ) -> None:
-    """Copy the configured tokenizer, or train one on a sample of the training text."""
-    if settings.directory is not None:
-        tokenizers.copy(settings.directory, directory)
-        return
+    """Train a tokenizer on a sample of the training text."""
     start = time.perf_counter()
     taken = split.sample(documents, withheld, settings.train_bytes)
     chosen = (split.sampled(texts(index), part) for index, part in enumerate(taken))
     text = itertools.chain.from_iterable(chosen)
-    trained = tokenizers.train(
-        text, settings.vocab_size, directory, mask=settings.mask, format=format
-    )
-    size = _megabytes(sum(int(part.sum()) for part in taken))
+    with written_whole(directory) as part_written:
+        trained = tokenizers.train(
+            text, settings.vocab_size, part_written, mask=settings.mask, format=format
+        )
+        write_template(part_written, settings)
+    size = megabytes(sum(int(part.sum()) for part in taken))
     say(f"tokenizer trained on {size} in {time.perf_counter() - start:.1f} s")
     if trained.vocab_size < settings.vocab_size:
         say(
@@ -266,8 +348,9 @@ class _Encode(NamedTuple):
         writer = ShardWriter(self.directory, name)
         unwritten = itertools.islice(parts, writer.documents, None)
         blocks = self.encoder.encode(unwritten, self.threads, format=self.format)
-        return [record.model_dump() for record in writer.write(blocks)]
+        return [record.model_dump(exclude_defaults=True) for record in writer.write(blocks)]
 
 
-def _megabytes(size: int) -> str:
+def megabytes(size: int) -> str:
+    """A size for a message."""
     return f"{size / 1e6:.1f} MB"

@@ -5,8 +5,9 @@ no record leads out of its directory. MANIFEST.json holds a checksum of itself, 
 named by the hash of what the data was made of.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
@@ -15,17 +16,22 @@ from llmnorm.machine.reading import checked, read_object
 from llmnorm.part import InputError, Settings
 
 NAME = "MANIFEST.json"
+# The arrays of a shard: its tokens, where its documents start, and which tokens are trained.
+TEXT = ("tokens", "starts")
+EXAMPLES = (*TEXT, "trained")
 
 
 class ShardRecord(Settings):
     """A shard of a stream."""
 
     files: dict[str, tuple[int, str]]
-    """Size in bytes and checksum of the tokens' file and of the starts' file, by their names."""
+    """Size in bytes and checksum of each array's file, by their names."""
     tokens: int = Field(ge=1)
     """Tokens in it."""
     documents: int = Field(ge=1)
     """Documents in it."""
+    tally: list[Annotated[int, Field(ge=0)]] = []
+    """Of conversations: what was counted of their source up to the shard's end."""
 
 
 class StreamRecord(Settings):
@@ -55,7 +61,30 @@ class SourceRecord(Settings):
     """Its name, which is its directory's."""
     train: StreamRecord
     """What is trained on."""
+    validation: StreamRecord
+    """What is held out."""
+
+
+class TextRecord(SourceRecord):
+    """A source of packed text."""
+
     validation: ValidationRecord
+    """What is held out."""
+
+
+class ExamplesRecord(StreamRecord):
+    """A stream of a source of conversations; its documents are examples."""
+
+    tally: list[Annotated[int, Field(ge=0)]]
+    """What was counted (conversations.py)."""
+
+
+class ConversationsRecord(SourceRecord):
+    """A source of conversations."""
+
+    train: ExamplesRecord
+    """What is trained on."""
+    validation: ExamplesRecord
     """What is held out."""
 
 
@@ -79,10 +108,30 @@ class Manifest(Settings):
     """Number of token ids."""
     special: SpecialTokens
     """Ids of special tokens."""
-    sources: list[SourceRecord]
+    sources: Sequence[SourceRecord]
     """The sources in their order."""
     tokenizer: dict[str, tuple[int, str]] = {}
     """Size in bytes and checksum of the tokenizer's files, by their names; none in format 1."""
+    arrays: ClassVar[tuple[str, ...]] = TEXT
+    """The arrays of its shards."""
+
+
+class TextManifest(Manifest):
+    """Prepared text."""
+
+    sources: list[TextRecord]
+    """The sources in their order."""
+
+
+class ConversationsManifest(Manifest):
+    """Prepared conversations."""
+
+    sources: list[ConversationsRecord]
+    """The sources in their order."""
+    arrays = EXAMPLES
+
+
+Kind = TypeVar("Kind", bound=Manifest)
 
 
 def signed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -90,11 +139,12 @@ def signed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**manifest, "checksum": hash_of(manifest)}
 
 
-def read_manifest(directory: Path, names: list[str] | None = None) -> Manifest:
+def read_manifest(directory: Path, kind: type[Kind], names: list[str] | None = None) -> Kind:
     """The manifest of prepared data.
 
     Args:
         directory: of the data, named by its identity.
+        kind: what it is a manifest of.
         names: of the configured sources; left out, any.
 
     Raises:
@@ -104,7 +154,7 @@ def read_manifest(directory: Path, names: list[str] | None = None) -> Manifest:
     try:
         tree = read_object(file)
         problem = _problem(tree, directory.name)
-        manifest = checked(tree, Manifest, str(file)) if problem is None else None
+        manifest = checked(tree, kind, str(file)) if problem is None else None
     except InputError as error:
         manifest, problem = None, str(error).removeprefix(f"{file}: ")
     if manifest is not None:
@@ -142,11 +192,11 @@ def _disagreement(manifest: Manifest, names: list[str] | None) -> str | None:
             if sum(shard.documents for shard in stream.shards) != stream.documents:
                 return f"the shards of {source.name} have not the documents of their stream"
             for number, shard in enumerate(stream.shards):
-                if [*shard.files] != file_names(part, number):
+                if [*shard.files] != file_names(part, number, manifest.arrays):
                     return f"a shard of {source.name} has other files than its number says"
     return None
 
 
-def file_names(stream: str, number: int) -> list[str]:
-    """The files of a shard: of its tokens, and of the starts of its documents."""
-    return [f"{stream}-{number:05d}.{kind}.npy" for kind in ("tokens", "starts")]
+def file_names(stream: str, number: int, arrays: Sequence[str] = TEXT) -> list[str]:
+    """The files of a shard, one for each array."""
+    return [f"{stream}-{number:05d}.{array}.npy" for array in arrays]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmnorm.data.manifest import Manifest, cure, read_manifest
+from llmnorm.data.manifest import Manifest, TextManifest, cure, read_manifest
 from llmnorm.data.settings import TOKENIZER_FILES, SourceSettings, source_names
 from llmnorm.data.shards import TokenStream, checksum
 from llmnorm.machine.reading import read_bytes
@@ -81,8 +81,8 @@ def open_packed(
         InputError: the manifest, the tokenizer or a shard is missing or damaged, or a source does
             not fill a row.
     """
-    manifest = read_manifest(directory, [source.name for source in settings])
-    _check_tokenizer(directory, manifest)
+    manifest = read_manifest(directory, TextManifest, [source.name for source in settings])
+    check_tokenizer(directory, manifest)
     sources = []
     for entry, source, name in zip(manifest.sources, settings, source_names(settings), strict=True):
         of_train, of_validation, vocabulary = entry.train, entry.validation, manifest.vocab_size
@@ -124,7 +124,8 @@ def open_packed(
     )
 
 
-def _check_tokenizer(directory: Path, manifest: Manifest) -> None:
+def check_tokenizer(directory: Path, manifest: Manifest) -> None:
+    """Refuse prepared data whose tokenizer is damaged."""
     for name, recorded in manifest.tokenizer.items():
         path = directory / "tokenizer" / name
         if name not in TOKENIZER_FILES or file_record(path) != recorded:

@@ -29,12 +29,17 @@ class Block:
     Attributes:
         tokens: (tokens,) uint16 or uint32, with `bos` and `eos` around every document.
         starts: (documents that begin here,) int64, the offsets of their `bos`.
-        ends: (documents that end here,) int64, the offsets after their `eos`.
+        ends: (documents that end here,) int64, the offsets after their `eos`; of conversations the
+            offsets after a record's last example, between which no shard ends.
+        trained: (tokens,) bool, which tokens are trained; None for text, of which all are.
+        tallies: (ends, counts) int64, what was counted up to each of the ends; None for text.
     """
 
     tokens: NDArray[np.unsignedinteger]
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
+    trained: NDArray[np.bool_] | None = None
+    tallies: NDArray[np.int64] | None = None
 
 
 class Piece(NamedTuple):

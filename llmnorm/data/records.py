@@ -1,6 +1,6 @@
-"""Documents out of opened files: a .txt file is one, a record of any other kind is one.
+"""Records out of opened files: a line of a .jsonl file, a row of a table, a whole .txt file.
 
-A document that cannot be read (not UTF-8, no JSON, no text in its field, too long) is a bad record.
+A record that cannot be read (not UTF-8, no JSON, no text in its field, too long) is a bad record.
 `BadRecords` refuses it or counts it, as `data.sources.N.on_bad_record` says. A file that is damaged
 as a whole is always refused.
 
@@ -13,9 +13,9 @@ What would surprise:
 
 import codecs
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from llmnorm.data.files import opened
 from llmnorm.machine.reading import MAX_LINE, check_file, parse_json
@@ -61,8 +61,15 @@ class BadRecords:
 Bad = Callable[[str], None]  # is told what is wrong with a record, and raises or returns
 
 
-def text_document(path: Path, key: str, bad: Bad) -> Iterator[str]:
-    """The document that a .txt file is, without a byte order mark; none if it is a bad record."""
+class Record(NamedTuple):
+    """A record: where it stands (`file:line`), and its fields."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+def text_record(path: Path, field: str, key: str, bad: Bad) -> Iterator[Record]:
+    """The record that a .txt file is: its text, without a byte order mark, as the only field."""
     content, problem = bytearray(), None
     with opened(path, key) as file:
         while not problem and (block := file.read(BLOCK)):
@@ -81,11 +88,15 @@ def text_document(path: Path, key: str, bad: Bad) -> Iterator[str]:
         return
     text = _text(content, str(path), bad)
     if text is not None:
-        yield text.removeprefix("\ufeff")
+        yield Record(str(path), {field: text.removeprefix("\ufeff")})
 
 
-def json_documents(path: Path, field: str, key: str, bad: Bad) -> Iterator[str]:
-    """The documents of a .jsonl file; lines without text between them are passed over."""
+def json_records(path: Path, fields: Collection[str], key: str, bad: Bad) -> Iterator[Record]:
+    """The records of a .jsonl file; lines without text between them are passed over.
+
+    Args:
+        fields: that are wanted, for the message.
+    """
     with opened(path, key) as file:
         for where, raw in lines(file, str(path), bad):
             text = _text(raw, where, bad)
@@ -97,9 +108,15 @@ def json_documents(path: Path, field: str, key: str, bad: Bad) -> Iterator[str]:
                 bad(str(error))
                 continue
             if isinstance(record, dict):
-                yield from field_of(record, field, where, bad)
+                yield Record(where, record)
             else:
-                bad(f"{where}: a record must be an object with the field '{field}'")
+                bad(f"{where}: a record must be an object with {_listed(fields)}")
+
+
+def _listed(fields: Collection[str]) -> str:
+    if len(fields) == 1:
+        return f"the field '{next(iter(fields))}'"
+    return f"one of the fields {', '.join(fields)}"
 
 
 def lines(file: IO[bytes], name: str, bad: Bad) -> Iterator[tuple[str, bytes]]:
@@ -137,46 +154,69 @@ def _problem(part: bytes, size: int) -> str | None:
     return None
 
 
-def table_documents(path: Path, suffix: str, field: str, key: str, bad: Bad) -> Iterator[str]:
-    """The documents of a .parquet or .arrow file.
+def table_records(
+    path: Path, suffix: str, fields: Collection[str], key: str, bad: Bad
+) -> Iterator[Record]:
+    """The records of a .parquet or .arrow file, with those of the fields that it has.
 
     Raises:
-        InputError: it is damaged, or has no such column.
+        InputError: it is damaged, or has none of the fields.
     """
     import pyarrow as pa
 
     check_file(path, key)
     number = 0
     try:
-        for column in _columns(path, suffix, field):
-            is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-            if is_text:  # as bytes, so that one text that is not UTF-8 is one bad record
-                large = pa.types.is_large_string(column.type)
-                column = column.cast(pa.large_binary() if large else pa.binary())
-            column.validate(full=True)  # offsets that lead elsewhere would be followed
-            for scalar in column:
+        for names, columns in _columns(path, suffix, fields):
+            kept = []
+            for column in columns:
+                is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+                if is_text:  # as bytes, so that one text that is not UTF-8 is one bad record
+                    large = pa.types.is_large_string(column.type)
+                    column = column.cast(pa.large_binary() if large else pa.binary())
+                column.validate(full=True)  # offsets that lead elsewhere would be followed
+                kept.append((column, is_text))
+            for row in range(len(columns[0])):
                 number += 1
-                value, where = scalar.as_py(), f"{path}: record {number}"
-                if is_text and value is not None:
-                    value = _text(value, where, bad)
-                    if value is None:
-                        continue
-                yield from field_of({field: value}, field, where, bad)
+                found = _row(names, kept, row, f"{path}: record {number}", bad)
+                if found is not None:
+                    yield found
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{key}: {path}: not a readable {suffix} file ({reason})") from None
 
 
-def _columns(path: Path, suffix: str, field: str) -> Iterator[Any]:
-    """The parts of a table's column."""
+def _row(
+    names: list[str], columns: list[tuple[Any, bool]], row: int, where: str, bad: Bad
+) -> Record | None:
+    """A row of a table; None for a bad record."""
+    fields = {}
+    for name, (column, is_text) in zip(names, columns, strict=True):
+        try:
+            value = column[row].as_py()
+        except UnicodeDecodeError as error:  # of a text inside of a list
+            bad(f"{where}: not UTF-8 text (byte {error.start}); convert it")
+            return None
+        if is_text and value is not None:
+            value = _text(value, where, bad)
+            if value is None:
+                return None
+        fields[name] = value
+    return Record(where, fields)
+
+
+def _columns(
+    path: Path, suffix: str, fields: Collection[str]
+) -> Iterator[tuple[list[str], list[Any]]]:
+    """The parts of a table's columns, and their names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if suffix == ".parquet":
         table = pq.ParquetFile(path)
-        _require(table.schema_arrow.names, field, str(path))
-        for batch in table.iter_batches(columns=[field]):
-            yield batch.column(0)
+        names = _there(table.schema_arrow.names, fields, str(path))
+        for batch in table.iter_batches(columns=names):
+            yield names, [batch.column(name) for name in names]
         return
     with pa.memory_map(str(path)) as source:
         try:  # `datasets` writes the streaming format, other tools the one with a footer
@@ -185,35 +225,41 @@ def _columns(path: Path, suffix: str, field: str) -> Iterator[Any]:
             file = pa.ipc.open_file(source)
             reader = (file.get_batch(index) for index in range(file.num_record_batches))
         for batch in reader:
-            _require(batch.schema.names, field, str(path))
-            yield batch.column(field)
+            names = _there(batch.schema.names, fields, str(path))
+            yield names, [batch.column(name) for name in names]
 
 
-def _require(names: list[str], field: str, where: str) -> None:
-    if problem := _lacks(names, field):
-        raise InputError(f"{where}: {problem}")
+def _there(names: list[str], fields: Collection[str], where: str) -> list[str]:
+    """Those of the fields that are among the names."""
+    found = [field for field in fields if field in names]
+    if not found:
+        raise InputError(f"{where}: {lacks(names, fields)}")
+    return found
 
 
-def _lacks(names: list[str], field: str) -> str | None:
-    """What is wrong where a field is not among the names; None if it is."""
-    if field in names:
-        return None
-    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"there is no field '{field}' (text_field); the fields are: {listed}"
+def lacks(names: Collection[str], fields: Collection[str]) -> str:
+    """What is wrong where none of the fields is among the names."""
+    listed = ", ".join(itertools.islice(names, 20)) + (", ..." if len(names) > 20 else "")
+    if len(fields) == 1:
+        return f"there is no field '{next(iter(fields))}' (text_field); the fields are: {listed}"
+    return f"there is none of the fields {', '.join(fields)}; the fields are: {listed}"
 
 
-def field_of(record: dict[str, Any], field: str, where: str, bad: Bad) -> Iterator[str]:
-    """The text in a record's field; none for a bad record."""
-    value = record.get(field)
-    problem = _lacks(list(record), field)
-    if problem is None and not isinstance(value, str):
-        problem = f"the field '{field}' holds {type(value).__name__}, not text"
-    if problem is None and isinstance(value, str):
-        problem = half_a_pair(value)
-        if problem is None:
-            yield value
-            return
-    bad(f"{where}: {problem}")
+def text_of(record: Record, field: str, bad: Bad) -> str | None:
+    """The text in a record's field; None for a bad record."""
+    problem = None
+    if field not in record.fields:
+        problem = lacks(record.fields, [field])
+    else:
+        value = record.fields[field]
+        if isinstance(value, str):
+            problem = half_a_pair(value)
+        else:
+            problem = f"the field '{field}' holds {type(value).__name__}, not text"
+    if problem is None:
+        return str(value)
+    bad(f"{record.where}: {problem}")
+    return None
 
 
 def half_a_pair(text: str) -> str | None:

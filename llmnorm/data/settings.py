@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llmnorm.config.shipped import locate
 from llmnorm.config.values import Count, LocalPath, LocalText, Seed
-from llmnorm.part import Settings
+from llmnorm.part import Settings, nearest
 
 # Version of the rules by which sources and settings become tokens; raised when they would give
 # others. Format 1 held 32 kB of the smallest sources out, trained on documents that another source
@@ -30,6 +30,22 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     CHAT_TEMPLATE,
 )
+# Names of a record's fields (data/messages.py); `fields` of a source gives others.
+FIELDS = ("messages", "prompt", "completion", "tools", "role", "content", "system", "input")
+PRESETS = {
+    "sharegpt": {
+        "messages": "conversations",
+        "role": "from",
+        "content": "value",
+        "system": "system",
+    },
+    "alpaca": {
+        "prompt": "instruction",
+        "input": "input",
+        "completion": "output",
+        "system": "system",
+    },
+}
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
@@ -51,6 +67,11 @@ class SourceSettings(Settings):
     """Which split of the dataset is read."""
     text_field: str = "text"
     """The field of a record that holds the text."""
+    fields: str | dict[str, str] | None = None
+    """Of conversations (objective `sft`): names of a record's fields where they are not `messages`,
+    `prompt`, `completion`, `tools`, or of a message's where they are not `role` and `content`, e.g.
+    `{messages: dialogue}`; or `sharegpt` or `alpaca` for all of theirs. `system` and `input` name
+    fields that hold a system message, and what is put behind a prompt."""
     on_bad_record: Literal["error", "skip"] = "error"
     """What is done with a record that cannot be read (no JSON, not UTF-8, no text in its field):
     `error` stops at the first one, `skip` leaves them out, counts them and names the first."""
@@ -59,6 +80,16 @@ class SourceSettings(Settings):
     left out by all sources: their numbers of rows, so that an epoch shows every row once."""
     validation: LocalText | None = None
     """File or glob of the source's own validation text; left out: 2 % of the source is held out."""
+
+    @field_validator("fields")
+    @classmethod
+    def _known_fields(cls, fields: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        if isinstance(fields, str) and fields not in PRESETS:
+            raise ValueError(f"'{fields}' is no preset; {nearest(fields, list(PRESETS))}")
+        for name in fields if isinstance(fields, dict) else ():
+            if name not in FIELDS:
+                raise ValueError(f"'{name}' is not known; {nearest(name, list(FIELDS))}")
+        return fields
 
     @model_validator(mode="after")
     def _path_or_dataset(self) -> "SourceSettings":

@@ -1,14 +1,16 @@
 """A stream of tokens on disk, as shards: written whole, and read as memory maps.
 
-Shard k of a stream is three files:
+Shard k of a stream is three files, of conversations four:
 
     NAME-k.tokens.npy   (tokens,) uint16 or uint32
     NAME-k.starts.npy   (documents,) int64, the offset of every document's first token in the shard
-    NAME-k.json         sizes and checksums of both; written last, so the shard is whole
+    NAME-k.trained.npy  (tokens,) bool, which tokens are trained; of conversations, whose documents
+                        are the examples
+    NAME-k.json         sizes and checksums of them; written last, so the shard is whole
 
-Shards hold whole documents. An interrupted writer therefore continues with the first document after
-the finished shards, and its files equal those of an uninterrupted one byte for byte
-(tests/test_data/test_packing.py kills it to check).
+Shards hold whole documents, and all examples of a record. An interrupted writer therefore continues
+with the first document after the finished shards, and its files equal those of an uninterrupted one
+byte for byte (tests/test_data/test_packing.py kills it to check).
 """
 
 import bisect
@@ -16,7 +18,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmnorm.data.files import write_file
-from llmnorm.data.manifest import ShardRecord, cure, file_names
+from llmnorm.data.manifest import TEXT, ShardRecord, cure, file_names
 from llmnorm.data.pieces import Block
 from llmnorm.machine.reading import check_file, read_bytes, read_settings
 from llmnorm.part import InputError
@@ -40,16 +42,23 @@ class ShardWriter:
         directory: made if it is not there; finished shards in it are kept.
         name: of the stream, the beginning of the files' names.
         shard_tokens: tokens at which a shard ends; left out, SHARD_TOKENS.
+        arrays: of a shard, `manifest.TEXT` or `manifest.EXAMPLES`.
 
     Attributes:
         records: sizes and checksums of the finished shards.
     """
 
-    def __init__(self, directory: Path, name: str, shard_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        shard_tokens: int | None = None,
+        arrays: Sequence[str] = TEXT,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._name = directory, name
+        self._directory, self._name, self._arrays = directory, name, arrays
         self._limit = SHARD_TOKENS if shard_tokens is None else shard_tokens
-        self.records = _finished(directory, name)
+        self.records = _finished(directory, name, arrays)
 
     @property
     def documents(self) -> int:
@@ -62,52 +71,67 @@ class ShardWriter:
         Returns:
             The records of all shards.
         """
-        tokens: list[NDArray[np.unsignedinteger]] = []  # of the shard that is being filled
-        starts: list[NDArray[np.int64]] = []
+        parts: list[list[NDArray[Any]]] = [[] for _ in self._arrays]  # of the shard to be filled
         size = 0  # tokens in it
+        tally: list[int] = []  # of the last end in it
+
+        def add(block: Block, start: int, end: int) -> None:
+            """Add the tokens [start, end) of a block."""
+            inside = (block.starts >= start) & (block.starts < end)
+            found: list[NDArray[Any]] = [
+                block.tokens[start:end],
+                block.starts[inside] - start + size,
+            ]
+            if block.trained is not None:
+                found.append(block.trained[start:end])
+            for part, array in zip(parts, found, strict=True):
+                part.append(array)
+
         for block in blocks:
             written = 0  # tokens of this block that are in finished shards
-            for end in block.ends[size + block.ends >= self._limit].tolist():
+            for number in np.flatnonzero(size + block.ends >= self._limit).tolist():
+                end = int(block.ends[number])
                 if size + end - written < self._limit:
                     continue  # an earlier end has finished a shard, so this one does not fill it
-                inside = (block.starts >= written) & (block.starts < end)
-                tokens.append(block.tokens[written:end])
-                starts.append(block.starts[inside] - written + size)
-                self._finish(tokens, starts)
-                tokens, starts, size, written = [], [], 0, end
-            tokens.append(block.tokens[written:])
-            starts.append(block.starts[block.starts >= written] - written + size)
+                add(block, written, end)
+                if block.tallies is not None:
+                    tally = block.tallies[number].tolist()
+                self._finish(parts, tally)
+                parts, size, written = [[] for _ in self._arrays], 0, end
+            add(block, written, len(block.tokens))
             size += len(block.tokens) - written
+            if block.tallies is not None and len(block.tallies):
+                tally = block.tallies[-1].tolist()
         if size:
-            self._finish(tokens, starts)
+            self._finish(parts, tally)
         return self.records
 
-    def _finish(
-        self, tokens: list[NDArray[np.unsignedinteger]], starts: list[NDArray[np.int64]]
-    ) -> None:
+    def _finish(self, parts: list[list[NDArray[Any]]], tally: list[int]) -> None:
         number = len(self.records)
-        record: dict[str, Any] = {"files": {}}
-        arrays: list[NDArray[Any]] = [np.concatenate(tokens), np.concatenate(starts)]
-        counts = "tokens", "documents"
-        for name, count, array in zip(file_names(self._name, number), counts, arrays, strict=True):
+        record: dict[str, Any] = {"files": {}} | ({"tally": tally} if tally else {})
+        arrays = [np.concatenate(part) for part in parts]
+        for name, array in zip(self._files(number), arrays, strict=True):
             buffer = io.BytesIO()
             np.save(buffer, array)
             content = buffer.getbuffer()
             write_file(self._directory / name, content)
             record["files"][name] = [len(content), checksum(content)]
-            record[count] = len(array)
+        record["tokens"], record["documents"] = len(arrays[0]), len(arrays[1])
         path = self._directory / f"{self._name}-{number:05d}.json"
         write_file(path, json.dumps(record).encode())
         self.records.append(ShardRecord.model_validate(record))
 
+    def _files(self, number: int) -> list[str]:
+        return file_names(self._name, number, self._arrays)
 
-def _finished(directory: Path, name: str) -> list[ShardRecord]:
+
+def _finished(directory: Path, name: str, arrays: Sequence[str]) -> list[ShardRecord]:
     """The records of an interrupted writer's shards, up to the first that is not whole."""
     records: list[ShardRecord] = []
     while (path := directory / f"{name}-{len(records):05d}.json").is_file():
         try:
             record = read_settings(path, ShardRecord)
-            for file in file_names(name, len(records)):
+            for file in file_names(name, len(records), arrays):
                 size, expected = record.files[file]
                 if checksum(read_bytes(directory / file, limit=size)) != expected:
                     return records
@@ -120,14 +144,15 @@ def _finished(directory: Path, name: str) -> list[ShardRecord]:
 class TokenStream:
     """A stream of tokens, read from its shards.
 
-    A shard is opened, and its checksums are compared, when it is first read: that takes a tenth of
-    a second for a shard of 64 MB, once in each process. No file stays open.
+    An array of a shard is opened, and its checksum is compared, when it is first read: that takes a
+    tenth of a second for 64 MB, once in each process. No file stays open.
 
     Args:
         directory: of the stream.
         name: of the stream, the beginning of the files' names.
         records: of its shards.
         vocab_size: every token is below it.
+        arrays: of a shard, as they were written.
 
     Attributes:
         tokens: their number.
@@ -138,15 +163,21 @@ class TokenStream:
     """
 
     def __init__(
-        self, directory: Path, name: str, records: list[ShardRecord], vocab_size: int
+        self,
+        directory: Path,
+        name: str,
+        records: list[ShardRecord],
+        vocab_size: int,
+        arrays: Sequence[str] = TEXT,
     ) -> None:
         self._directory, self._name, self._records = directory, name, records
-        self._vocab_size = vocab_size
+        self._vocab_size, self._arrays = vocab_size, arrays
         for number in range(len(records)):
-            for path, (size, _) in self._files(number):
+            for array in arrays:
+                path, (size, _) = self._file(number, array)
                 self._check_size(path, size)
         self._offsets = [0, *accumulate(record.tokens for record in records)]
-        self._open: dict[int, tuple[NDArray[Any], NDArray[np.int64]]] = {}
+        self._open: dict[tuple[int, str], NDArray[Any]] = {}
         self.tokens = self._offsets[-1]
 
     def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -156,66 +187,88 @@ class TokenStream:
             The indices into `out` at which documents start.
         """
         document_starts = []
-        shard = bisect.bisect_right(self._offsets, start) - 1
-        filled = 0
-        while filled < len(out):
-            offset = start + filled - self._offsets[shard]
-            size = min(len(out) - filled, self._offsets[shard + 1] - start - filled)
-            tokens, starts = self._shard(shard)
-            out[filled : filled + size] = tokens[offset : offset + size]
+        for shard, offset, part in self._parts(start, len(out)):
+            size = part.stop - part.start
+            out[part] = self._array(shard, "tokens")[offset : offset + size]
+            starts = self._array(shard, "starts")
             low, high = starts.searchsorted((offset, offset + size))
-            document_starts.append(starts[low:high] - (offset - filled))
-            filled, shard = filled + size, shard + 1
+            document_starts.append(starts[low:high] - (offset - part.start))
         if len(document_starts) == 1:
             return document_starts[0]
         return np.concatenate(document_starts)
 
+    def trained(self, start: int, out: NDArray[np.bool_]) -> None:
+        """Fill `out` with which of the tokens `start`, ... are trained; of conversations."""
+        for shard, offset, part in self._parts(start, len(out)):
+            size = part.stop - part.start
+            out[part] = self._array(shard, "trained")[offset : offset + size]
+
+    def starts(self) -> NDArray[np.int64]:
+        """Where every document of the stream starts; (documents,)."""
+        found = [self._array(n, "starts") + self._offsets[n] for n in range(len(self._records))]
+        return np.concatenate([np.empty(0, np.int64), *found])
+
     def verify(self) -> None:
-        """Compare the checksums of all shards that were not read yet.
+        """Compare the checksums of all arrays that were not read yet.
 
         Raises:
             InputError: a shard is damaged; names the first one.
         """
         for number in range(len(self._records)):
-            self._shard(number)
+            for array in self._arrays:
+                self._array(number, array)
 
-    def _shard(self, shard: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        if shard not in self._open:
-            self._open[shard] = self._load(shard)
-        return self._open[shard]
+    def _parts(self, start: int, count: int) -> Iterator[tuple[int, int, slice]]:
+        """The shards that hold `count` tokens from `start` on.
 
-    def _load(self, number: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        Yields:
+            A shard, the first of its tokens, and which of the `count` these are.
+        """
+        shard = bisect.bisect_right(self._offsets, start) - 1
+        filled = 0
+        while filled < count:
+            offset = start + filled - self._offsets[shard]
+            size = min(count - filled, self._offsets[shard + 1] - start - filled)
+            yield shard, offset, slice(filled, filled + size)
+            filled, shard = filled + size, shard + 1
+
+    def _array(self, number: int, array: str) -> NDArray[Any]:
+        if (number, array) not in self._open:
+            self._open[number, array] = self._load(number, array)
+        return self._open[number, array]
+
+    def _load(self, number: int, array: str) -> NDArray[Any]:
         record = self._records[number]
-        arrays: list[NDArray[Any]] = []
-        for path, (size, expected) in self._files(number):
-            content = self._map(path, size)
-            if checksum(content.data) != expected:
-                raise self._damaged(path, "does not have its checksum")
-            try:
-                arrays.append(_array(content))
-            except ValueError:
-                raise self._damaged(path, "is no array") from None
-        tokens, starts = arrays
-        if tokens.shape != (record.tokens,) or tokens.dtype.name not in ("uint16", "uint32"):
-            raise self._damaged(self._files(number)[0][0], "has not the tokens of its record")
-        if int(tokens.max()) >= self._vocab_size:
+        path, (size, expected) = self._file(number, array)
+        content = self._map(path, size)
+        if checksum(content.data) != expected:
+            raise self._damaged(path, "does not have its checksum")
+        try:
+            found = _array(content)
+        except ValueError:
+            raise self._damaged(path, "is no array") from None
+        if array == "starts":
+            rising = found.dtype == np.int64 and found.shape == (record.documents,)
+            if (
+                not rising
+                or found[0] != 0
+                or found[-1] >= record.tokens
+                or (np.diff(found) < 1).any()
+            ):
+                raise self._damaged(path, "has not the documents of its record")
+            return found
+        kinds = ("uint16", "uint32") if array == "tokens" else ("bool",)
+        if found.shape != (record.tokens,) or found.dtype.name not in kinds:
+            raise self._damaged(path, "has not the tokens of its record")
+        if array == "tokens" and int(found.max()) >= self._vocab_size:
             what = f"has a token beyond the vocabulary of {self._vocab_size}"
-            raise self._damaged(self._files(number)[0][0], what)
-        rising = starts.dtype == np.int64 and starts.shape == (record.documents,)
-        if (
-            not rising
-            or starts[0] != 0
-            or starts[-1] >= record.tokens
-            or (np.diff(starts) < 1).any()
-        ):
-            raise self._damaged(self._files(number)[1][0], "has not the documents of its record")
-        return tokens, starts
+            raise self._damaged(path, what)
+        return found
 
-    def _files(self, number: int) -> list[tuple[Path, tuple[int, str]]]:
-        """Path, size and checksum of a shard's two files."""
-        record = self._records[number]
-        names = file_names(self._name, number)
-        return [(self._directory / name, record.files[name]) for name in names]
+    def _file(self, number: int, array: str) -> tuple[Path, tuple[int, str]]:
+        """Path, size and checksum of an array of a shard."""
+        (name,) = file_names(self._name, number, [array])
+        return self._directory / name, self._records[number].files[name]
 
     def _map(self, path: Path, size: int) -> NDArray[np.uint8]:
         """A file's bytes, read as they are needed; numpy's own map would keep the file open."""

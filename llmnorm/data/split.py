@@ -54,7 +54,7 @@ def survey(texts: Iterable[str]) -> Documents:
 
 
 def held_out(
-    documents: Documents, limit: int, name: str, *, format: int = FORMAT
+    documents: Documents, limit: int, name: str, *, format: int = FORMAT, whole: bool = False
 ) -> NDArray[np.int64]:
     """How many bytes at the end of each document are validation text: 0, some or all.
 
@@ -63,6 +63,7 @@ def held_out(
         limit: at most this many bytes are held out in all (`data.validation_bytes`).
         name: what messages call the source.
         format: whose rules hold (identity.py).
+        whole: never cut a document: a conversation has no end to hold out.
 
     Returns:
         (documents,) int64.
@@ -74,7 +75,7 @@ def held_out(
     sizes, total = documents.sizes, documents.bytes
     if not total:
         raise InputError(f"{name}: the source has no text")
-    few = len(sizes) < FEW
+    few = len(sizes) < FEW and not whole
     # Of few documents each is cut: 3 bytes more are held out than its share (rounded up), since a
     # cut inside a character moves up to 3 bytes forward.
     at_least = AT_LEAST if format == 1 else min(AT_LEAST, total // 10)

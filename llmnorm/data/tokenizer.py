@@ -21,11 +21,11 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,21 +119,16 @@ class TextEncoder:
         Raises:
             InputError: the tokenizer refuses a text.
         """
-        # `tokenizers` releases Python's lock while it encodes. Its own thread pool is not used: it
-        # waits for the longest text of every batch, and its size cannot be changed later.
-        with _own_threads_only(), ThreadPoolExecutor(threads) as pool:
-            yield from self._joined(self._encoded(blocks(texts, format), threads, pool))
+        yield from self._joined(in_order(self._encode, blocks(texts, format), threads))
 
-    def _encoded(
-        self, blocks: Iterable[list[Piece]], threads: int, pool: ThreadPoolExecutor
-    ) -> Iterator[list[Encoded]]:
-        waiting: deque[Future[list[Encoded]]] = deque()
-        for pieces in blocks:
-            waiting.append(pool.submit(self._encode, pieces))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    def encode_document(self, text: str) -> NDArray[np.unsignedinteger]:
+        """The tokens of one document, with bos and eos.
+
+        Raises:
+            InputError: the tokenizer refuses the text.
+        """
+        joined = self._joined(map(self._encode, blocks([text], FORMAT)))
+        return np.concatenate([block.tokens for block in joined])
 
     def encode_alone(self, texts: list[str]) -> list[list[int]]:
         """Each text's tokens, without bos and eos."""
@@ -198,6 +193,28 @@ class TextEncoder:
             return joined
         following = len(starts) - starts.index(place)
         return before._replace(ids=before.ids[: max(0, len(before.ids) - following)]), after
+
+
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
+
+
+def in_order(
+    function: Callable[[_Given], _Made], items: Iterable[_Given], threads: int
+) -> Iterator[_Made]:
+    """What the function makes of each item, computed by threads, in the items' order.
+
+    `tokenizers` releases Python's lock while it encodes. Its own thread pool is not used: it waits
+    for the longest text of every batch, and its size cannot be changed later.
+    """
+    waiting: deque[Future[_Made]] = deque()
+    with _own_threads_only(), ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def train(

@@ -91,6 +91,16 @@ def test_damaged_data_is_used_if_whole_and_else_said(folder: Path) -> None:
     assert said > 50
 
 
+def test_what_a_killed_call_left_half_written_is_no_file_of_the_tokenizer(folder: Path) -> None:
+    """Oracle: the manifest of the data that was prepared without it."""
+    (file,) = (folder / "data" / "packed").glob("*/MANIFEST.json")
+    whole = file.read_bytes()
+    file.unlink()
+    (file.parent / "tokenizer" / "tokenizer_config.json.1.tmp").write_text("{")
+    _ready(folder)
+    assert file.read_bytes() == whole
+
+
 def _forge(folder: Path, change: dict[str, object]) -> Path:
     """The manifest with other values and a right checksum."""
     (file,) = (folder / "data" / "packed").glob("*/MANIFEST.json")

@@ -27,7 +27,6 @@ from llmnorm.config.file import load
 from llmnorm.data import corpus, packing
 from llmnorm.data.loader import Loader
 from llmnorm.data.packed import PackedData
-from llmnorm.data.records import BadRecords
 from llmnorm.data.settings import SourceSettings
 from llmnorm.data.shards import ShardWriter
 from llmnorm.data.tokenizer import TextEncoder, cores
@@ -64,9 +63,7 @@ def packing_rates(packed: PackedData, texts: list[str], threads: int, rounds: in
         records.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
         def pack(number: int) -> None:
-            documents = corpus.read_files(
-                [records], "text", "texts", BadRecords("texts", skip=False)
-            )
+            documents = corpus.texts(SourceSettings(name="texts", path=str(records)), "texts")
             writer = ShardWriter(Path(made) / f"{number}", "train")
             writer.write(encoder.encode(documents, threads))
 

@@ -1,0 +1,248 @@
+"""Conversations as examples on disk, with the tokens of each that are trained.
+
+    conversations = prepare_conversations(data, tokenizer, too_long="truncate", ...)
+    ids, trained = conversations.sources[0].train.read(17)
+
+A record of a source (messages.py) becomes one example, or one for each answer (chat.py). A plain
+text becomes bos + tokens + eos, cut into rows as packed text is, and all of it is trained. An
+example has at most `context_length` + 1 tokens. A longer conversation loses its end or is left out,
+as `too_long` says; what has no trained token left is left out and counted.
+
+What would surprise: context length and `too_long` are part of the identity, other than for packed
+text. The records that are held out are chosen as documents are (split.py), never a part of one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmnorm.data.chat import ChatTemplate
+from llmnorm.data.making_conversations import COUNTS, DROPPED, make_conversations
+from llmnorm.data.manifest import (
+    EXAMPLES,
+    ConversationsManifest,
+    ExamplesRecord,
+    read_manifest,
+)
+from llmnorm.data.packed import check_tokenizer
+from llmnorm.data.prepared import Preparation
+from llmnorm.data.settings import DataSettings, SourceSettings, TokenizerSettings, TrainedOn
+from llmnorm.data.shards import TokenStream
+
+# Version of the rules by which records become examples; raised when they would give others.
+RULES = 1
+
+
+class ExampleStream:
+    """Examples on disk, read as they are needed.
+
+    Args:
+        stream: their shards.
+        template: says which of an answer's tokens are its text.
+    """
+
+    def __init__(self, stream: TokenStream, template: ChatTemplate) -> None:
+        self._stream, self._template = stream, template
+
+    @cached_property
+    def _borders(self) -> NDArray[np.int64]:
+        return np.append(self._stream.starts(), self._stream.tokens)
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """The tokens of each example; (examples,)."""
+        return np.diff(self._borders)
+
+    def __len__(self) -> int:
+        return len(self._borders) - 1
+
+    def read(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """An example: its token ids, and which of them are labels; (tokens,) both.
+
+        Raises:
+            InputError: its shard is damaged.
+        """
+        start, size = int(self._borders[index]), int(self.sizes[index])
+        ids, trained = np.empty(size, np.int64), np.empty(size, bool)
+        self._stream.read(start, ids)
+        self._stream.trained(start, trained)
+        return ids, trained
+
+    def answer(self, index: int) -> tuple[NDArray[np.int64], str]:
+        """What stands before the last answer of an example, and the answer's text.
+
+        Of a plain text the first token, and the text.
+        """
+        ids, trained = self.read(index)
+        last = int(np.flatnonzero(trained)[-1]) + 1
+        before = np.flatnonzero(~trained[:last])
+        first = int(before[-1]) + 1
+        return ids[:first], self._template.decode(ids[first:last].tolist())
+
+    def verify(self) -> None:
+        """Compare the checksums of all shards.
+
+        Raises:
+            InputError: a shard is damaged; names the first one.
+        """
+        self._stream.verify()
+
+
+@dataclass(frozen=True)
+class ConversationSource:
+    """A source's examples on disk.
+
+    Attributes:
+        name, weight: as in the settings; the weight is the number of examples where none is given.
+        examples, tokens, trained_tokens: of the training examples.
+        bytes: UTF-8 bytes of what the messages of their records say.
+        dropped: how many training examples (or records) were left out, by the reason.
+        counts: what else was counted of the training records (making_conversations.py).
+        train, validation: the examples.
+    """
+
+    name: str
+    weight: int
+    examples: int
+    tokens: int
+    trained_tokens: int
+    bytes: int
+    dropped: dict[str, int]
+    train: ExampleStream = field(repr=False)
+    validation: ExampleStream = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Prepared conversations; `bos`, `eos` and `pad` are token ids."""
+
+    directory: Path
+    identity: str
+    tokenizer_directory: Path
+    vocab_size: int
+    bos: int
+    eos: int
+    pad: int
+    context_length: int
+    sources: list[ConversationSource]
+    template: ChatTemplate = field(repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Training examples of all sources."""
+        return sum(source.examples for source in self.sources)
+
+    def mean(self, figures: Mapping[str, float]) -> float:
+        """The mean of figures by source name, weighted by the sources' training bytes."""
+        weights = {source.name: source.bytes for source in self.sources}
+        total = sum(weights.values())
+        return sum(weights[name] / total * figure for name, figure in figures.items())
+
+    def sizes(self) -> list[dict[str, str | int]]:
+        """The sources' sizes as plain values, as checkpoints keep them."""
+        return [
+            {
+                "name": source.name,
+                "weight": source.weight,
+                "rows": source.examples,
+                "documents": source.examples,
+                "tokens": source.tokens,
+                "bytes": source.bytes,
+            }
+            for source in self.sources
+        ]
+
+
+class ConversationData(Preparation[Conversations]):
+    """How conversations are prepared and opened.
+
+    Args:
+        data, tokenizer: the settings.
+        too_long: what is done with conversations that are too long, `truncate` or `drop`.
+    """
+
+    def __init__(self, data: DataSettings, tokenizer: TokenizerSettings, too_long: str) -> None:
+        super().__init__(data, tokenizer)
+        chosen = {"context_length": data.context_length, "too_long": too_long, "rules": RULES}
+        self.rules = {"conversations": chosen}
+
+    def make(self, directory: Path, sources: list[SourceSettings], made: dict[str, Any]) -> None:
+        """Fill the directory."""
+        make_conversations(directory, self.data, self.tokenizer, sources, made)
+
+    def manifest(self, directory: Path) -> ConversationsManifest:
+        """The manifest of the directory."""
+        return read_manifest(directory, ConversationsManifest)
+
+    def open(
+        self, directory: Path, sources: list[SourceSettings], *, contents: bool
+    ) -> Conversations:
+        """The prepared conversations in a directory."""
+        manifest = read_manifest(directory, ConversationsManifest, [s.name for s in sources])
+        check_tokenizer(directory, manifest)
+        template = ChatTemplate(directory / "tokenizer")
+
+        def stream(name: str, source: str, record: ExamplesRecord) -> ExampleStream:
+            found = TokenStream(
+                directory / source, name, record.shards, manifest.vocab_size, EXAMPLES
+            )
+            if contents:
+                found.verify()
+            return ExampleStream(found, template)
+
+        opened = []
+        for entry, settings in zip(manifest.sources, sources, strict=True):
+            counts = dict(zip(COUNTS, entry.train.tally, strict=True))
+            opened.append(
+                ConversationSource(
+                    name=entry.name,
+                    weight=settings.weight or counts["examples"],
+                    examples=counts["examples"],
+                    tokens=counts["tokens"],
+                    trained_tokens=counts["trained"],
+                    bytes=entry.train.bytes,
+                    dropped={reason: counts[reason] for reason in DROPPED},
+                    train=stream("train", entry.name, entry.train),
+                    validation=stream("validation", entry.name, entry.validation),
+                )
+            )
+        return Conversations(
+            directory=directory,
+            identity=directory.name,
+            tokenizer_directory=directory / "tokenizer",
+            vocab_size=manifest.vocab_size,
+            context_length=self.data.context_length,
+            sources=opened,
+            template=template,
+            **manifest.special.model_dump(),
+        )
+
+
+def prepare_conversations(
+    data: DataSettings,
+    tokenizer: TokenizerSettings,
+    *,
+    too_long: str,
+    alone: bool,
+    command: str,
+    trained_on: TrainedOn | None = None,
+) -> Conversations:
+    """The prepared conversations of these settings, made if they are missing.
+
+    Args:
+        data, tokenizer: the settings.
+        too_long: what is done with conversations that are too long, `truncate` or `drop`.
+        alone: whether this is the only process; others find the data prepared.
+        command: the command that prepares the data, for the message.
+        trained_on: what a run that goes on was trained on.
+
+    Raises:
+        InputError: as `Preparation.ready`; or a source has nothing that can be trained.
+    """
+    kind = ConversationData(data, tokenizer, too_long)
+    return kind.ready(alone=alone, command=command, trained_on=trained_on)
