@@ -83,16 +83,24 @@ class TrainingSettings(Settings):
             raise ValueError(
                 f"give exactly one of training.steps, training.tokens, training.epochs; got {found}"
             )
-        batch = self.global_batch
-        if self.micro_batch is not None and batch != "auto" and batch % self.micro_batch:
-            wanted = self.micro_batch  # 1 is nearer than any divisor above its double
-            divisors = (d for d in range(1, min(batch, 2 * wanted) + 1) if batch % d == 0)
-            close = min(divisors, key=lambda d: abs(d - wanted))
-            raise ValueError(
-                f"training.micro_batch {self.micro_batch} does not divide training.global_batch "
-                f"{self.global_batch}; the nearest that does is {close}"
-            )
         return self
+
+    def check_micro_batch(self) -> None:
+        """Refuse a micro-batch that does not divide the global batch.
+
+        Raises:
+            ValueError: it does not.
+        """
+        batch, wanted = self.global_batch, self.micro_batch
+        if wanted is None or batch == "auto" or not batch % wanted:
+            return
+        # 1 is nearer than any divisor above its double
+        divisors = (d for d in range(1, min(batch, 2 * wanted) + 1) if batch % d == 0)
+        close = min(divisors, key=lambda d: abs(d - wanted))
+        raise ValueError(
+            f"training.micro_batch {wanted} does not divide training.global_batch {batch}; "
+            f"the nearest that does is {close}"
+        )
 
     @property
     def rows(self) -> int:
@@ -271,6 +279,8 @@ class RunConfig(Settings):
         warmup, steps = getattr(self.schedule, "warmup", 0), self.training.steps
         if steps is not None and warmup >= max(steps, 2):
             raise ValueError(f"schedule.warmup {warmup} is not less than training.steps {steps}")
+        if getattr(self.objective, "even_batches", True):
+            self.training.check_micro_batch()
         loaded = all(isinstance(mixer, MixerSettings) for mixer in self.model.mixers())
         if loaded and isinstance(self.objective, ObjectiveSettings):
             why = self.objective.refusal(self)

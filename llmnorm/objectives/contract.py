@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmnorm.config.tree import TrainingSettings
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
 from llmnorm.parallel.processes import Parallel
@@ -30,7 +31,8 @@ class MicroBatch(NamedTuple):
         labels: how many labels of this micro-batch count in the loss.
         tokens: how many of its tokens count as trained on, which rate and MFU are taken of: the
             labels of causal_lm, all tokens that masked_lm and classification read.
-        rows: (rows,) their numbers in the run; no two processes have the same.
+        rows: (rows,) their numbers in the run; no two processes have the same. Of sft the numbers
+            of its examples, of which it may have none.
     """
 
     inputs: Mapping[str, Tensor | int]
@@ -63,6 +65,15 @@ class Objective:
         """Keys of the model's configuration that depend on the data, e.g. its classes."""
         return {}
 
+    def rows_at_once(self, training: TrainingSettings, world: int) -> int:
+        """How many rows one process runs at once: `training.micro_batch`, or its share of a step.
+
+        Args:
+            training: the settings of batches.
+            world: the number of processes.
+        """
+        return training.micro_batch or max(1, training.rows // world)
+
     def describe(self, rows: int) -> str:
         """What a run of `rows` rows reads of each source or file: a table, a line each."""
         raise NotImplementedError
@@ -71,6 +82,9 @@ class Objective:
         self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int
     ) -> Iterator[list[MicroBatch]]:
         """Yield, without end, this process's micro-batches of each step.
+
+        Every process yields equally many in a step, without labels if need be, since a forward or
+        backward pass may need all processes.
 
         Args:
             first_row: the number of the first step's first row.

@@ -34,6 +34,9 @@ class ObjectiveSettings(Settings):
     """Whether it trains the head of a pretrained model of that class further; else a new one."""
     packs: ClassVar[bool] = True
     """Whether its rows are packed text, which `llmnorm data` prepares."""
+    even_batches: ClassVar[bool] = True
+    """Whether a step's rows are cut into equal parts: `training.micro_batch` and the number of
+    processes must divide `training.global_batch`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
