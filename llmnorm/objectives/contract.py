@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmnorm.config.tree import TrainingSettings
+from llmnorm.data.conversations import Conversations
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
 from llmnorm.parallel.processes import Parallel
@@ -30,7 +31,7 @@ class MicroBatch(NamedTuple):
             language models in training ask for no logits (`loss_only`).
         labels: how many labels of this micro-batch count in the loss.
         tokens: how many of its tokens count as trained on, which rate and MFU are taken of: the
-            labels of causal_lm, all tokens that masked_lm and classification read.
+            labels of causal_lm, all tokens that masked_lm, classification and sft read.
         rows: (rows,) their numbers in the run; no two processes have the same. Of sft the numbers
             of its examples, of which it may have none.
     """
@@ -52,18 +53,23 @@ class Objective:
     """A run's objective on its data.
 
     Attributes:
-        data: the opened data: rows of packed text, or labelled examples.
+        data: the opened data: rows of packed text, labelled examples, or conversations.
         head_share: the share of the tokens for which the model's head is computed, for the FLOPs:
-            1 with LlmNormForCausalLM, whatever its labels; LlmNormForMaskedLM computes its head at
-            labels alone.
+            1 with LlmNormForCausalLM, whatever its labels, unless it is told where they are (as sft
+            does); LlmNormForMaskedLM computes its head at labels alone.
     """
 
-    data: PackedData | Examples
+    data: PackedData | Examples | Conversations
     head_share = 1.0
 
     def model_keys(self) -> dict[str, Any]:
         """Keys of the model's configuration that depend on the data, e.g. its classes."""
         return {}
+
+    @property
+    def ends(self) -> int | list[int]:
+        """The tokens with which a text of the model ends."""
+        return self.data.eos
 
     def rows_at_once(self, training: TrainingSettings, world: int) -> int:
         """How many rows one process runs at once: `training.micro_batch`, or its share of a step.

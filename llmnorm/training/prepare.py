@@ -163,7 +163,7 @@ def prepare(
     start = starting_point(checkpoints, config.training.branch_from, parallel)
 
     # Model, layout, optimizer, schedule.
-    ends = end_tokens(config, start, data.eos)
+    ends = end_tokens(config, start, objective.ends)
     model, fill, base = run_model(config, objective, parallel, start, ends)
     replica = parallel.prepare(model, fill)
     statistics = RunningStatistics(model, parallel.reduce)
