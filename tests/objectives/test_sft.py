@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from llmnorm.config.file import load
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.data.best_fit import lay_out
-from llmnorm.data.conversations import Conversations, ConversationSource
 from llmnorm.data.order import Order
 from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
@@ -30,74 +29,8 @@ from llmnorm.part import InputError
 from llmnorm.training.step import count, forward_backward
 from tests.models.test_generation import MIXERS, build
 from tests.models.test_generation import greedy as by_hand
+from tests.objectives.in_memory import PAD, Stream, Template, conversations, example, objective
 from tests.running import SMOKE
-
-PAD = 2
-
-
-class Stream(NamedTuple):
-    """Examples in memory, as they are read from disk."""
-
-    examples: list[tuple[np.ndarray, np.ndarray]]
-
-    @property
-    def sizes(self) -> np.ndarray:
-        return np.array([len(ids) for ids, _ in self.examples], np.int64)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.examples[index]
-
-
-class Template(NamedTuple):
-    stops: list[int]
-
-
-def example(context: int, trained: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random tokens, of which the last ones are trained."""
-    ids = np.random.default_rng(seed).integers(3, 61, context + trained)
-    return ids, np.arange(context + trained) >= context
-
-
-def conversations(lengths: list[list[tuple[int, int]]], room: int, **keys: Any) -> Conversations:
-    """A source for each list of (context, trained) lengths; it is its own validation."""
-    sources = []
-    for number, of_source in enumerate(lengths):
-        stream = Stream([example(*n, seed=1000 * number + i) for i, n in enumerate(of_source)])
-        sources.append(
-            ConversationSource(
-                name=f"source_{number}",
-                weight=len(stream),
-                examples=len(stream),
-                tokens=int(stream.sizes.sum()),
-                trained_tokens=sum(trained for _, trained in of_source),
-                bytes=100 * (number + 1),
-                dropped={},
-                train=stream,
-                validation=stream,
-            )
-        )
-    values = {
-        "directory": Path("nowhere"),
-        "identity": "in memory",
-        "tokenizer_directory": Path("nowhere"),
-        "vocab_size": 61,
-        "bos": 0,
-        "eos": 1,
-        "pad": PAD,
-        "context_length": room,
-        "sources": sources,
-        "template": Template([1]),
-    }
-    return Conversations(**values | keys)
-
-
-def objective(data: Conversations, *words: str, batch: int = 4) -> SFT:
-    settings = [f"data.context_length={data.context_length}", "schedule.warmup=0"]
-    settings += ["model.max_position_embeddings=4096", f"training.global_batch={batch}"]
-    return SFT(load(SMOKE, ["objective=sft", *settings, *words]).config, data)
 
 
 def steps(sft: SFT, count: int, **keys: Any) -> list[list[MicroBatch]]:
@@ -255,17 +188,6 @@ def test_conversations_of_a_row_are_as_alone(mixer: Any) -> None:
 # The figures.
 
 
-class Held(Stream):
-    """Held-out examples with their references."""
-
-    def answer(self, index: int) -> tuple[np.ndarray, str]:
-        ids, trained = self.examples[index]
-        return ids[~trained], references[index]
-
-
-references: dict[int, str] = {}
-
-
 @pytest.fixture(scope="module")
 def tokenizer(smoke_data: Path) -> Path:
     return next((smoke_data / "packed").glob("*/tokenizer"))
@@ -304,21 +226,19 @@ def test_an_answer_is_right_if_it_ends_as_the_reference(tokenizer, micro_batch) 
         prompt = torch.from_numpy(ids[~trained])
         said.append([int(logits.argmax()) for logits in by_hand(model, prompt, 60)])
     stop = said[0][4]  # the first answer ends with its fifth token at the latest
-    held = [Held(data.sources[0].train.examples[:n]) for n in (6, 2)]
-    pairs = zip(data.sources, held, strict=True)
-    sources = [dataclasses.replace(source, validation=stream) for source, stream in pairs]
-    data = dataclasses.replace(data, template=Template([stop]), sources=sources)
     decode = open_tokenizer(tokenizer).decode
     answers = [ids[: ids.index(stop)] if stop in ids else None for ids in said]
     assert answers[0] is not None and None in answers
-    references.clear()
-    for index, (answer, ids) in enumerate(zip(answers, said, strict=True)):
-        references[index] = decode(answer or ids[:8])
+    references = [decode(a or ids[:8]) for a, ids in zip(answers, said, strict=True)]
     references[0] = f" {references[0]}\n"  # white space at the ends does not count
-    longest = [_longest(tokenizer, references[i]) for i in range(len(said))]
+    longest = [_longest(tokenizer, reference) for reference in references]
     right = [a is not None and len(a) < n for a, n in zip(answers, longest, strict=True)]
     references[1] += "?"
     right[1] = False
+    held = [Stream(data.sources[0].train.examples[:n], references) for n in (6, 2)]
+    pairs = zip(data.sources, held, strict=True)
+    sources = [dataclasses.replace(source, validation=stream) for source, stream in pairs]
+    data = dataclasses.replace(data, template=Template([stop]), sources=sources)
     assert True in right
     sft = objective(data, "evaluation.answers=5", "evaluation.samples=3")
     with torch.no_grad():
@@ -329,7 +249,7 @@ def test_an_answer_is_right_if_it_ends_as_the_reference(tokenizer, micro_batch) 
     texts = sft.texts(model, process())
     assert [text["reference"] for text in texts] == [references[0], references[0], references[1]]
     assert texts[0]["continuation"] == decode(answers[0])
-    assert texts[0]["prompt"] == decode(list(data.sources[0].validation.answer(0)[0]))
+    assert texts[0]["prompt"] == decode(list(held[0].prompt(0)))
 
 
 def _decoder() -> LlmNormForCausalLM:
