@@ -263,18 +263,9 @@ class SFTSettings(ObjectiveSettings):
         trained_on: "TrainedOn | None" = None,
     ) -> "SFT":
         """The objective on the run's conversations."""
-        from llmnorm.data.conversations import prepare_conversations
         from llmnorm.objectives.sft import SFT
 
-        conversations = prepare_conversations(
-            config.data,
-            config.tokenizer,
-            too_long=self.too_long,
-            alone=alone,
-            command=command,
-            trained_on=trained_on,
-        )
-        return SFT(config, conversations)
+        return SFT.on_disk(config, self, alone=alone, command=command, trained_on=trained_on)
 
 
 # `llmnorm eval` of an exported model takes the first with the model's architecture.

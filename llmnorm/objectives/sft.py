@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -29,12 +29,19 @@ from numpy.typing import NDArray
 
 from llmnorm.config.tree import RunConfig, TrainingSettings
 from llmnorm.data.best_fit import Example, best_fit, lay_out
-from llmnorm.data.conversations import Conversations, ConversationSource, ExampleStream
+from llmnorm.data.conversations import (
+    Conversations,
+    ConversationSource,
+    ExampleStream,
+    prepare_conversations,
+)
 from llmnorm.data.loader import AHEAD, document_bounds
 from llmnorm.data.order import Order
 from llmnorm.data.report import conversations_table
+from llmnorm.data.settings import TrainedOn
 from llmnorm.objectives.answers import Answers
 from llmnorm.objectives.contract import MicroBatch, Objective
+from llmnorm.objectives.settings import SFTSettings
 from llmnorm.parallel.processes import Parallel
 
 if TYPE_CHECKING:
@@ -76,6 +83,31 @@ class SFT(Objective):
         trained = sum(s.weight * s.trained_tokens / s.examples for s in sources)
         taken = sum(s.weight * (s.tokens / s.examples - 1) for s in sources)
         self.head_share = trained / taken
+
+    @classmethod
+    def on_disk(
+        cls,
+        config: RunConfig,
+        settings: SFTSettings,
+        *,
+        alone: bool,
+        command: str,
+        trained_on: TrainedOn | None = None,
+    ) -> Self:
+        """The objective on the run's data, which are prepared if need be (`settings.py`: build).
+
+        Raises:
+            InputError: the records cannot be used, or are to be prepared first.
+        """
+        conversations = prepare_conversations(
+            config.data,
+            config.tokenizer,
+            too_long=settings.too_long,
+            alone=alone,
+            command=command,
+            trained_on=trained_on,
+        )
+        return cls(config, conversations)
 
     @property
     def ends(self) -> list[int]:
