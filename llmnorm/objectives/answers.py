@@ -4,16 +4,20 @@
     answers.texts(model, parallel)            -> some of them beside their references
 
 An example's prompt is what stands before its last answer. The answer is right if its text is the
-reference, white space at both ends aside, and the model has ended it by itself.
+reference, white space at both ends aside, and the model has ended it by itself. Examples that ask
+nothing are left out: plain texts, and those whose last answer was cut off.
 
 What would surprise: batches are made of the prompts alone, not of the number of processes, which
 take turns in them. So the answers are those of one process.
 """
 
 from collections.abc import Sequence
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.conversations import Conversations, ConversationSource
@@ -70,6 +74,7 @@ class Answers:
         self._config, self._conversations = config, conversations
         self._tokenizer = open_tokenizer(conversations.tokenizer_directory)
         self._stops = {conversations.eos, *conversations.template.stops}
+        self._found: dict[tuple[str, int], list[Question]] = {}
 
     def exact_match(
         self,
@@ -91,10 +96,9 @@ class Answers:
         Raises:
             Interrupted: a process was asked to stop.
         """
-        count = min(self._config.evaluation.answers, len(source.validation))
-        if not count:
+        questions = self._questions(source, self._config.evaluation.answers)
+        if not questions:
             return None
-        questions = [self._question(source, index) for index in range(count)]
         right = torch.zeros((), dtype=torch.float64)
         batches = self._batches(questions, micro_batch)
         for first in range(0, len(batches), parallel.world):
@@ -106,7 +110,7 @@ class Answers:
             found = self._answer(model, batch, parallel)
             if turn < len(batches):
                 right += sum(a.is_right(q) for a, q in zip(found, batch, strict=True))
-        return float(parallel.reduce(right)) / count
+        return float(parallel.reduce(right)) / len(questions)
 
     def texts(self, model: "PreTrainedModel", parallel: Parallel) -> list[dict[str, str]]:
         """Answers to the prompts of `evaluation`, or to `evaluation.samples` held-out examples.
@@ -142,18 +146,30 @@ class Answers:
             render, longest = data.template.render, evaluation.sample_tokens
             turns = ([{"role": "user", "content": text}] for text in evaluation.prompts)
             return [Question(render(t, generation_prompt=True), None, longest) for t in turns]
-        places = [
-            (index, source)
-            for source in data.sources
-            for index in range(min(evaluation.samples, len(source.validation)))
-        ]
-        places.sort(key=lambda place: place[0])  # which keeps the order of the sources
-        return [self._question(source, index) for index, source in places[: evaluation.samples]]
+        each = [self._questions(source, evaluation.samples) for source in data.sources]
+        found = (q for questions in zip_longest(*each) for q in questions if q is not None)
+        return list(islice(found, evaluation.samples))
 
-    def _question(self, source: ConversationSource, index: int) -> Question:
-        prompt, reference = source.validation.answer(index)
-        tokens = len(self._tokenizer.encode(reference, add_special_tokens=False))
-        return Question(list(map(int, prompt)), reference, tokens + tokens // 4 + SLACK)
+    def _questions(self, source: ConversationSource, count: int) -> list[Question]:
+        """The first `count` held-out examples that ask something; fewer if there are no more."""
+        if (source.name, count) in self._found:
+            return self._found[source.name, count]
+        held = source.validation
+        asking = (index for index in range(len(held)) if self._asks(*held.read(index)))
+        questions = []
+        for index in islice(asking, count):
+            prompt, reference = held.answer(index)
+            tokens = len(self._tokenizer.encode(reference, add_special_tokens=False))
+            longest = tokens + tokens // 4 + SLACK
+            questions.append(Question(prompt.tolist(), reference, longest))
+        self._found[source.name, count] = questions
+        return questions
+
+    def _asks(self, ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> bool:
+        """Whether an example has a prompt behind its first token, and the end of its answer."""
+        places = np.flatnonzero(trained)
+        cut = len(ids) > self._conversations.context_length and ids[places[-1]] not in self._stops
+        return bool((~trained[1 : places[-1]]).any()) and not cut
 
     def _batches(self, questions: Sequence[Question], micro_batch: int) -> list[list[Question]]:
         """The questions, those of similar length together.

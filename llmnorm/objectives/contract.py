@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import TrainingSettings
 from llmnorm.data.conversations import Conversations
 from llmnorm.data.examples import Examples
@@ -67,7 +68,7 @@ class Objective:
         return {}
 
     @property
-    def ends(self) -> int | list[int]:
+    def ends(self) -> Tokens:
         """The tokens with which a text of the model ends."""
         return self.data.eos
 

@@ -252,6 +252,24 @@ def test_an_answer_is_right_if_it_ends_as_the_reference(tokenizer, micro_batch) 
     assert texts[0]["prompt"] == decode(list(held[0].prompt(0)))
 
 
+def test_what_asks_nothing_is_not_asked(tokenizer) -> None:
+    """Oracle: by hand: a plain text, an answer that is cut off, one as long that has its end."""
+    asking, text = example(4, 3, seed=0), example(1, 6, seed=1)
+    cut, whole = example(4, 5, seed=2), example(4, 5, seed=3)
+    whole[0][-1], cut[0][-1] = 1, 5
+    data = conversations([[(4, 3)]], room=8, tokenizer_directory=tokenizer)
+    held = Stream([text, cut, asking, whole, asking], [*"abcde"])
+    data = dataclasses.replace(
+        data, sources=[dataclasses.replace(data.sources[0], validation=held)]
+    )
+    answers = objective(data)._answers
+    for count in (2, 9):  # asked again: the same
+        for _ in range(2):
+            found = answers._questions(data.sources[0], count)
+            assert [question.reference for question in found] == [*"cde"][:count]
+    assert found[0].prompt == asking[0][:4].tolist()
+
+
 def _decoder() -> LlmNormForCausalLM:
     shape = {"vocab_size": 512, "hidden_size": 24, "num_hidden_layers": 1, "pad_token_id": PAD}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
