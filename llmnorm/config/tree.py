@@ -51,9 +51,11 @@ class TrainingSettings(Settings):
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Length in passes over the training rows, rounded up to whole global batches."""
     global_batch: Rows | Literal["auto"] = 32
-    """Rows a step, over all processes; `auto`: the Step Law's (needs `tokens`)."""
+    """Rows a step, over all processes; `auto`: the Step Law's (needs `tokens`). A row of `sft` is
+    an example."""
     micro_batch: Rows | None = None
-    """Rows that one process runs at once; left out, all of its share of the global batch."""
+    """Rows that one process runs at once; left out, all of its share of the global batch. Of `sft`
+    rows of `data.context_length` tokens, each with several examples."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: matrix products in bfloat16; weights, optimizer state, norm statistics, rotary
     angles, softmax, loss and reductions stay float32."""
@@ -83,16 +85,24 @@ class TrainingSettings(Settings):
             raise ValueError(
                 f"give exactly one of training.steps, training.tokens, training.epochs; got {found}"
             )
-        batch = self.global_batch
-        if self.micro_batch is not None and batch != "auto" and batch % self.micro_batch:
-            wanted = self.micro_batch  # 1 is nearer than any divisor above its double
-            divisors = (d for d in range(1, min(batch, 2 * wanted) + 1) if batch % d == 0)
-            close = min(divisors, key=lambda d: abs(d - wanted))
-            raise ValueError(
-                f"training.micro_batch {self.micro_batch} does not divide training.global_batch "
-                f"{self.global_batch}; the nearest that does is {close}"
-            )
         return self
+
+    def check_micro_batch(self) -> None:
+        """Refuse a micro-batch that does not divide the global batch.
+
+        Raises:
+            ValueError: it does not.
+        """
+        batch, wanted = self.global_batch, self.micro_batch
+        if wanted is None or batch == "auto" or not batch % wanted:
+            return
+        # 1 is nearer than any divisor above its double
+        divisors = (d for d in range(1, min(batch, 2 * wanted) + 1) if batch % d == 0)
+        close = min(divisors, key=lambda d: abs(d - wanted))
+        raise ValueError(
+            f"training.micro_batch {wanted} does not divide training.global_batch {batch}; "
+            f"the nearest that does is {close}"
+        )
 
     @property
     def rows(self) -> int:
@@ -112,7 +122,8 @@ class TrainingSettings(Settings):
 
 class EvaluationSettings(Settings):
     """Validation: the objective's figures (loss, perplexity and bits per byte; of masked tokens
-    loss and accuracy; a classification's scores) of every source. Always done at the end."""
+    loss and accuracy; a classification's scores; of sft loss, perplexity, right answers) of every
+    source. Always done at the end."""
 
     every: Count | None = None
     """Steps between two evaluations; left out, only at the end."""
@@ -125,9 +136,14 @@ class EvaluationSettings(Settings):
     """Texts to continue at every evaluation, with the sampling of `generation` and fixed noise."""
     samples: int = Field(default=2, ge=0, le=100_000)
     """Without `prompts`: how many validation rows' first tokens are continued instead; 0: none.
-    Only objectives of a causal language model continue text."""
+    Only objectives of a causal language model continue text. `sft` answers instead, greedily: each
+    prompt as a user's turn, or so many held-out examples."""
     sample_tokens: Rows = 32
-    """Tokens generated at most for each of them."""
+    """Tokens generated at most for each of them; of a held-out example as many as its reference
+    has, and a few more."""
+    answers: int = Field(default=0, ge=0, le=100_000)
+    """How many held-out examples of each source are answered greedily at every evaluation; the
+    share of them whose answer is the reference is `exact_match`. For `sft` alone."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluationSettings":
@@ -271,6 +287,13 @@ class RunConfig(Settings):
         warmup, steps = getattr(self.schedule, "warmup", 0), self.training.steps
         if steps is not None and warmup >= max(steps, 2):
             raise ValueError(f"schedule.warmup {warmup} is not less than training.steps {steps}")
+        if getattr(self.objective, "even_batches", True):
+            self.training.check_micro_batch()
+        if self.evaluation.answers and not getattr(self.objective, "answers", False):
+            name = getattr(self.objective, "name", "this objective")
+            raise ValueError(
+                f"evaluation.answers: the rows of '{name}' have no answers; leave it out"
+            )
         loaded = all(isinstance(mixer, MixerSettings) for mixer in self.model.mixers())
         if loaded and isinstance(self.objective, ObjectiveSettings):
             why = self.objective.refusal(self)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llmnorm.data.conversations import Conversations
 from llmnorm.data.examples import Examples
 from llmnorm.data.loader import IGNORED, Loader
 from llmnorm.data.packed import PackedData
@@ -55,6 +56,36 @@ def sources_table(packed: PackedData, rows: int) -> str:
     vocabulary = (
         f"vocabulary {packed.vocab_size}, context {packed.context_length}, "
         f"identity {packed.identity}, in {packed.directory}"
+    )
+    return f"{_aligned(lines)}\n{vocabulary}"
+
+
+def conversations_table(conversations: Conversations, rows: int) -> str:
+    """A line a source: its examples, what is trained of them, and its part of a run.
+
+    Args:
+        rows: examples that the run reads.
+    """
+    total = sum(source.weight for source in conversations.sources)
+    header = ["source", "examples", "tokens", "trained", "dropped", "share", "epochs", "held out"]
+    lines = [header]
+    for source in conversations.sources:
+        share = source.weight / total
+        lines.append(
+            [
+                source.name,
+                f"{source.examples}",
+                f"{source.tokens}",
+                f"{source.trained_tokens / source.tokens:.1%}",
+                f"{sum(source.dropped.values())}",
+                f"{share:.1%}",
+                f"{rows * share / source.examples:.2f}",
+                f"{len(source.validation)}",
+            ]
+        )
+    vocabulary = (
+        f"vocabulary {conversations.vocab_size}, context {conversations.context_length}, "
+        f"identity {conversations.identity}, in {conversations.directory}"
     )
     return f"{_aligned(lines)}\n{vocabulary}"
 

@@ -107,7 +107,8 @@ def evaluate_directory(
         }
         paragraphs = [_title(result)]
         if config and objective:
-            rows = batch_size or _micro_batch(config, parallel)
+            rows = batch_size or config.evaluation.micro_batch  # as in the run's own evaluations
+            rows = rows or objective.rows_at_once(config.training, parallel.world)
             figures = evaluate(scored, objective, micro_batch=rows, parallel=parallel)
             result |= {"data": objective.data.identity, "validation": figures}
             paragraphs.append(table(figures))
@@ -136,12 +137,6 @@ def _config(
     run = source.run.path if source.run else None
     otherwise = ", or --tasks, or both"
     return configuration("eval", path, run, data, overrides, otherwise=otherwise)
-
-
-def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
-    """Rows at once, as in the run's own evaluations."""
-    share = max(1, config.training.rows // parallel.world)
-    return config.evaluation.micro_batch or config.training.micro_batch or share
 
 
 def _with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":

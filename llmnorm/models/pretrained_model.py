@@ -51,6 +51,10 @@ class CausalKeywords(Keywords, total=False):
     shift_labels: Tensor | None
     """(batch, length), labels already shifted: the label of position i stands at i. They win over
     `labels`: context parallelism passes both, and a process's `labels` are a part of the row."""
+    label_positions: Tensor | None
+    """(labels,) int64, the positions of all labels of `shift_labels` in the rows laid end to end,
+    from a caller who knows them on the host. The loss's head then runs there alone, and nothing is
+    read back from a GPU; a label at another position is not counted."""
 
 
 def check_keywords(given: Any) -> None:
@@ -128,7 +132,17 @@ class WithLanguageHead(LlmNormPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     lm_head: nn.Module
 
-    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | float | None) -> Tensor:
+    def _loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        items: Tensor | float | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of hidden (..., hidden) against labels (...), at flat `positions` if given."""
+        if positions is not None:
+            hidden = hidden.flatten(0, -2).index_select(0, positions)
+            labels = labels.flatten().index_select(0, positions)
         if isinstance(self.lm_head, LanguageHead):
             return self.lm_head(hidden, labels, items)
         # An adapter around the head: its logits are more than hidden @ weight.

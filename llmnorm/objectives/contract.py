@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmnorm.config.stock import Tokens
+from llmnorm.config.tree import TrainingSettings
+from llmnorm.data.conversations import Conversations
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
 from llmnorm.parallel.processes import Parallel
@@ -29,8 +32,9 @@ class MicroBatch(NamedTuple):
             language models in training ask for no logits (`loss_only`).
         labels: how many labels of this micro-batch count in the loss.
         tokens: how many of its tokens count as trained on, which rate and MFU are taken of: the
-            labels of causal_lm, all tokens that masked_lm and classification read.
-        rows: (rows,) their numbers in the run; no two processes have the same.
+            labels of causal_lm, all tokens that masked_lm, classification and sft read.
+        rows: (rows,) their numbers in the run; no two processes have the same. Of sft the numbers
+            of its examples, of which it may have none.
     """
 
     inputs: Mapping[str, Tensor | int]
@@ -50,18 +54,32 @@ class Objective:
     """A run's objective on its data.
 
     Attributes:
-        data: the opened data: rows of packed text, or labelled examples.
+        data: the opened data: rows of packed text, labelled examples, or conversations.
         head_share: the share of the tokens for which the model's head is computed, for the FLOPs:
-            1 with LlmNormForCausalLM, whatever its labels; LlmNormForMaskedLM computes its head at
-            labels alone.
+            1 with LlmNormForCausalLM, whatever its labels, unless it is told where they are (as sft
+            does); LlmNormForMaskedLM computes its head at labels alone.
     """
 
-    data: PackedData | Examples
+    data: PackedData | Examples | Conversations
     head_share = 1.0
 
     def model_keys(self) -> dict[str, Any]:
         """Keys of the model's configuration that depend on the data, e.g. its classes."""
         return {}
+
+    @property
+    def ends(self) -> Tokens:
+        """The tokens with which a text of the model ends."""
+        return self.data.eos
+
+    def rows_at_once(self, training: TrainingSettings, world: int) -> int:
+        """How many rows one process runs at once: `training.micro_batch`, or its share of a step.
+
+        Args:
+            training: the settings of batches.
+            world: the number of processes.
+        """
+        return training.micro_batch or max(1, training.rows // world)
 
     def describe(self, rows: int) -> str:
         """What a run of `rows` rows reads of each source or file: a table, a line each."""
@@ -71,6 +89,9 @@ class Objective:
         self, first_row: int, *, global_batch: int, rank: int, world: int, micro_batch: int
     ) -> Iterator[list[MicroBatch]]:
         """Yield, without end, this process's micro-batches of each step.
+
+        Every process yields equally many in a step, without labels if need be, since a forward or
+        backward pass may need all processes.
 
         Args:
             first_row: the number of the first step's first row.

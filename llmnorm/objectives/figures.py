@@ -27,7 +27,7 @@ def table(figures: dict[str, Any]) -> str:
     widths = {name: max(10, len(name) + 2) for name in names(figures)}
     lines = [f"{'validation':{width}}" + "".join(f"{_spoken(n):>{w}}" for n, w in widths.items())]
     for row, found in rows.items():
-        cells = "".join(f"{_shown(n, found[n]):>{w}}" for n, w in widths.items())
+        cells = "".join(f"{_shown(n, found.get(n)):>{w}}" for n, w in widths.items())
         lines.append(f"{row:{width}}{cells}")
     return "\n".join(lines)
 
@@ -36,5 +36,8 @@ def _spoken(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _shown(name: str, value: float) -> str:
+def _shown(name: str, value: float | None) -> str:
+    """A figure's number; a dash where a source lacks the figure."""
+    if value is None:
+        return "-"
     return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"

@@ -131,7 +131,11 @@ def validation_data(
     tokenizer: Path | None,
     trained_on: str | None,
 ) -> PackedData:
-    """The rows for a causal language model; arguments and errors as in `validation_objective`."""
+    """The packed text for a causal language model; arguments as in `validation_objective`.
+
+    Raises:
+        InputError: as there; or the rows are no packed text.
+    """
     objective = validation_objective(
         path,
         config,
@@ -142,7 +146,11 @@ def validation_data(
         tokenizer=tokenizer,
         trained_on=trained_on,
     )
-    assert isinstance(objective.data, PackedData)
+    if not isinstance(objective.data, PackedData):
+        raise InputError(
+            f"{data or path}: trains on conversations, and packed text is needed here; name some "
+            "by --data CONFIG"
+        )
     return objective.data
 
 

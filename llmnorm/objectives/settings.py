@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmnorm.objectives.classification import Classification
     from llmnorm.objectives.contract import Objective as Learned
     from llmnorm.objectives.masked_lm import MaskedLM
+    from llmnorm.objectives.sft import SFT
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -34,6 +35,11 @@ class ObjectiveSettings(Settings):
     """Whether it trains the head of a pretrained model of that class further; else a new one."""
     packs: ClassVar[bool] = True
     """Whether its rows are packed text, which `llmnorm data` prepares."""
+    even_batches: ClassVar[bool] = True
+    """Whether a step's rows are cut into equal parts: `training.micro_batch` and the number of
+    processes must divide `training.global_batch`."""
+    answers: ClassVar[bool] = False
+    """Whether its held-out examples have answers, for `evaluation.answers`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -210,9 +216,61 @@ class ClassificationSettings(ObjectiveSettings):
         return Classification(config, self)
 
 
+class SFTSettings(ObjectiveSettings):
+    """The answers of conversations, or other trained tokens of examples: supervised fine-tuning
+    (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+
+    A row of the run is an example; `training.micro_batch` counts rows of `data.context_length`
+    tokens, into which the examples of a step are laid."""
+
+    name: Literal["sft"] = "sft"
+    architecture = "LlmNormForCausalLM"
+    even_batches = False
+    answers = True
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What is done with a conversation longer than `data.context_length`: cut off its end, or leave
+    it out. Texts are cut into rows. What has no trained token left is left out and counted."""
+
+    def refusal(self, config: "RunConfig") -> str | None:
+        """Refuse mixers that look at later tokens, and lengths in tokens of rows."""
+        if not config.model.causal:
+            return (
+                f"model.mixer '{_first_mixer(config.model)}' looks at later tokens and cannot "
+                "answer; 'sft' trains a causal language model"
+            )
+        if config.training.tokens is not None:
+            return (
+                "training.tokens counts rows that are full, and rows of 'sft' are examples; give "
+                "training.epochs or training.steps"
+            )
+        if automatic := config.automatic():
+            return (
+                f"{automatic[0]}: auto: the Step Law is one of pretraining and says nothing about "
+                "'sft'; give a number"
+            )
+        return None
+
+    def uses(self, run: str) -> str:
+        """What to type next with a trained run at this path: a line."""
+        return f"use elsewhere: llmnorm export {run} DIR"
+
+    def build(
+        self,
+        config: "RunConfig",
+        *,
+        alone: bool,
+        command: str,
+        trained_on: "TrainedOn | None" = None,
+    ) -> "SFT":
+        """The objective on the run's conversations."""
+        from llmnorm.objectives.sft import SFT
+
+        return SFT.on_disk(config, self, alone=alone, command=command, trained_on=trained_on)
+
+
 # `llmnorm eval` of an exported model takes the first with the model's architecture.
 Objective = Annotated[
-    CausalLMSettings | MaskedLMSettings | ClassificationSettings,
+    CausalLMSettings | MaskedLMSettings | ClassificationSettings | SFTSettings,
     Part(ObjectiveSettings, default="causal_lm"),
 ]
 

@@ -7,6 +7,7 @@ are looked at and compared with the settings; a difference ends the run.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.optim.fragments import Fragment, master, whole_shape
@@ -18,7 +19,8 @@ def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
 
     Args:
         model: after `Parallel.prepare`.
-        rows: (n,) numbers of the rows that this process reads first.
+        rows: (n,) numbers of the rows that this process reads first, from 0 on; another process
+            may read fewer or more.
 
     Raises:
         RuntimeError: they differ; the message names the difference.
@@ -61,7 +63,7 @@ def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
     faults = [*parallel.zero.faults()] if parallel.zero is not None else []
     anywhere = int(parallel.reduce(torch.tensor(len(faults), device=parallel.device)))
     _demand(anywhere == 0, (faults or ["see the message of another process"])[0])
-    read = parallel.gather(rows.to(parallel.device))
+    read = _gathered(rows, parallel)
     _demand(len(read.unique()) == len(read), "several processes read the same rows")
 
 
@@ -83,6 +85,14 @@ def describe(parallel: Parallel, model: nn.Module, optimizer: torch.optim.Optimi
         f"{_size(weights)} of weights, {_size(gradients)} of gradients, {_size(state)} of "
         f"optimizer state{owners}"
     )
+
+
+def _gathered(numbers: Tensor, parallel: Parallel) -> Tensor:
+    """The `numbers` (n,), none below 0, of all processes, whose n may differ."""
+    longest = int(parallel.gather(torch.tensor([len(numbers)], device=parallel.device)).max())
+    filled = F.pad(numbers.to(parallel.device), (0, longest - len(numbers)), value=-1)
+    found = parallel.gather(filled)
+    return found[found >= 0]
 
 
 def _demand(condition: bool, otherwise: str) -> None:

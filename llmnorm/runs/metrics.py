@@ -238,7 +238,8 @@ class Metrics:
         )
         self.say(f"step {step}: validation {sentence(figures)}")
         for sample in samples:
-            self.say(f"  {_short(sample['prompt'])} → {_short(sample['continuation'])}")
+            right = f" ({_short(sample['reference'])})" if "reference" in sample else ""
+            self.say(f"  {_short(sample['prompt'])} → {_short(sample['continuation'])}{right}")
 
     def say(self, text: str) -> None:
         """Print a line above the bar, on the main process alone."""

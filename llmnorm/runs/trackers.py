@@ -62,6 +62,7 @@ def values(line: Mapping[str, Any]) -> dict[str, float | str]:
     if "samples" in line:
         return {
             f"samples/{number}": f"{sample['prompt']} → {sample['continuation']}"
+            + (f" ({sample['reference']})" if "reference" in sample else "")
             for number, sample in enumerate(line["samples"])
         }
     if "validation" in line:

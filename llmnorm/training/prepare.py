@@ -139,7 +139,7 @@ def prepare(
         trained_on=trained_on(run, config.training.branch_from),
     )
     data = objective.data
-    micro_batch = _micro_batch(config, parallel)
+    micro_batch = _micro_batch(config, objective, parallel)
     steps = config.training.total_steps(data.rows, data.context_length)
 
     # The run directory, and the checkpoint to start from.
@@ -163,7 +163,7 @@ def prepare(
     start = starting_point(checkpoints, config.training.branch_from, parallel)
 
     # Model, layout, optimizer, schedule.
-    ends = end_tokens(config, start, data.eos)
+    ends = end_tokens(config, start, objective.ends)
     model, fill, base = run_model(config, objective, parallel, start, ends)
     replica = parallel.prepare(model, fill)
     statistics = RunningStatistics(model, parallel.reduce)
@@ -215,21 +215,28 @@ def prepare(
     )
 
 
-def _micro_batch(config: RunConfig, parallel: Parallel) -> int:
+def _micro_batch(config: RunConfig, objective: Objective, parallel: Parallel) -> int:
     """How many rows one process runs at once.
 
     Raises:
         InputError: the global batch does not divide over the processes, or a process's share of it
-            not into micro-batches.
+            not into micro-batches; or there are fewer rows than processes.
     """
     total, world = config.training.rows, parallel.world
+    micro_batch = objective.rows_at_once(config.training, world)
+    if not config.objective.even_batches:
+        if total < world:
+            raise InputError(
+                f"training.global_batch: {total} rows are too few for {world} processes; "
+                f"give at least {world}, or start fewer processes"
+            )
+        return micro_batch
     if total % world:
         raise InputError(
             f"training.global_batch: {total} rows do not divide over {world} processes; "
             f"the nearest that does is {max(1, round(total / world)) * world}"
         )
     share = total // world
-    micro_batch = config.training.micro_batch or share
     if share % micro_batch:
         nearest = min(
             (d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - micro_batch)

@@ -24,6 +24,7 @@ from llmnorm.config.manifest import meta_of_run
 from llmnorm.config.pretrained import describe
 from llmnorm.config.stock import Tokens, all_tokens
 from llmnorm.config.tree import RunConfig
+from llmnorm.data.conversations import Conversations
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
 from llmnorm.data.settings import TrainedOn
@@ -190,7 +191,7 @@ def resume(
     checkpoints: Checkpoints,
     start: Checkpoint | None,
     state: State,
-    data: PackedData | Examples,
+    data: PackedData | Examples | Conversations,
     parallel: Parallel,
 ) -> tuple[Progress, str | None]:
     """Copy the starting point into `state`.

@@ -150,6 +150,10 @@ def checks() -> dict[str, str]:
     """What the loud check says of planted faults."""
     one = Run("fsdp2", "adamw")
     said = {"good": failure(one, one.rows(0)), "same rows": failure(one, torch.arange(12))}
+    counted = [torch.arange(3), torch.empty(0, dtype=torch.int64)][one.parallel.rank]
+    said["unequal counts"] = failure(one, counted)
+    shared = [torch.arange(3), torch.tensor([2])][one.parallel.rank]
+    said["a row of both"] = failure(one, shared)
     plain = Run("ddp", "adamw")
     one.parallel._model = plain.model
     said["plain model"] = failure(one, one.rows(0))
@@ -291,8 +295,9 @@ def test_the_check_stops_what_is_not_what_was_asked_for(launched) -> None:
     """Oracle: the planted faults."""
     for process in launched[2]:
         said = process["checks"]
-        assert said["good"] == "fine"
-        assert "several processes read the same rows" in said["same rows"]
+        assert said["good"] == said["unequal counts"] == "fine"
+        for fault in ("same rows", "a row of both"):
+            assert "several processes read the same rows" in said[fault]
         assert "is 'fsdp2', but the model is laid out as 'none'" in said["plain model"]
         assert "is 'ddp', but the model is laid out as 'none'" in said["no replica"]
         assert "replicas hold different weights" in said["other weights"]

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.modeling import build_model
+from llmnorm.nn import loss as loss_module
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.settings import Mixer
 from llmnorm.part import InputError, part_classes
@@ -57,6 +58,42 @@ def test_loss_and_gradients_with_and_without_logits(tied: bool) -> None:
     for name, p in model.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-9, atol=1e-14)
     assert ("lm_head.weight" in grads) != tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_head_runs_where_labels_are_known_to_be(
+    tied: bool, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: full logits and F.cross_entropy in float64, every gradient; the rows of the logits
+    that were made. Without labels the loss is 0, and every weight has a gradient of zeros."""
+    model = build(tie_word_embeddings=tied).double().train()
+    ids = tokens(3, 11)
+    chosen = torch.rand(3, 11, generator=torch.Generator().manual_seed(1)) < share
+    labels = tokens(3, 11).masked_fill(~chosen, -100)
+    positions = chosen.flatten().nonzero().squeeze(1)
+    items = float(max(len(positions), 1))
+    made, logits_of = [], loss_module._logits
+    monkeypatch.setattr(
+        loss_module, "_logits", lambda h, *more: made.append(len(h)) or logits_of(h, *more)
+    )
+    keys = {"shift_labels": labels, "label_positions": positions, "num_items_in_batch": items}
+    loss = model(ids, **keys, loss_only=True).loss
+    loss.backward()
+    assert sum(made) == len(positions)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    flat = model(ids).logits.flatten(0, 1)
+    expected = F.cross_entropy(flat, labels.flatten(), reduction="sum") / items
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-12, atol=1e-14)
+    with_logits = model(ids, **keys)
+    torch.testing.assert_close(with_logits.loss, loss, rtol=1e-12, atol=0)
+    assert torch.equal(with_logits.logits.flatten(0, 1), flat)
+    with pytest.raises(InputError, match="label_positions: are those of shift_labels"):
+        model(ids, label_positions=positions)
 
 
 def test_labels_shifted_or_not_and_items() -> None:

@@ -191,3 +191,5 @@ def test_what_a_tracker_is_told_of_a_line() -> None:
     assert trackers.values(line) == {"validation/loss": 1.0, "validation/prose/loss": 0.5}
     line = {"step": 3, "samples": [{"prompt": "The", "continuation": " end"}]}
     assert trackers.values(line) == {"samples/0": "The →  end"}
+    line["samples"][0]["reference"] = "end"
+    assert trackers.values(line) == {"samples/0": "The →  end (end)"}
