@@ -1,5 +1,6 @@
 """Prepared conversations: examples, counts, what is held out, resumed, damaged and refused."""
 
+import ast
 import gzip
 import json
 import random
@@ -13,12 +14,12 @@ import pytest
 
 from llmnorm.config.file import load
 from llmnorm.data import shards
-from llmnorm.data.conversations import Conversations, prepare_conversations
+from llmnorm.data.conversations import ConversationData, Conversations
 from llmnorm.data.example_blocks import Encoder
 from llmnorm.data.identity import hash_of, made_of
 from llmnorm.data.settings import DataSettings, TokenizerSettings, TrainedOn
 from llmnorm.part import InputError
-from tests.running import SMOKE
+from tests.running import SMOKE, llmnorm, metrics_of
 from tests.test_data import chats
 from tests.test_data.chats import TWO_TURNS, save_tokenizer
 
@@ -58,7 +59,7 @@ def prepared(
     if isinstance(tokenizer, Path):
         tokenizer = TokenizerSettings(path=tokenizer)
     options = {"alone": True, "command": "llmnorm data x.yaml"} | more
-    return prepare_conversations(data, tokenizer, too_long=too_long, **options)
+    return ConversationData(data, tokenizer, too_long).ready(**options)
 
 
 def texts(found: Conversations, stream: str = "train") -> list[tuple[str, str]]:
@@ -493,3 +494,85 @@ def test_a_record_is_trained_on_nowhere_if_it_is_held_out_anywhere(
     )
     assert [row["rows"] for row in found.sizes()] == [s.examples for s in found.sources]
     assert np.all(np.array([s.weight for s in found.sources]) > 0)
+
+
+@pytest.fixture
+def words(tmp_path: Path, tokenizer: Path) -> list[str]:
+    """Settings of a run on conversations, beside those of the smoke configuration."""
+    path = write(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}, *chatter(40)])
+    return [
+        "objective=sft",
+        f"data.sources=[{{name: chat, path: {path}}}]",
+        "data.context_length=64",
+        f"data.dir={tmp_path / 'data'}",
+        f"tokenizer={{path: {tokenizer}, vocab_size: 32768}}",
+        "schedule.warmup=0",
+        "training.global_batch=8",
+    ]
+
+
+def test_the_command_prepares_counts_and_shows(
+    tmp_path: Path, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the examples in the run's order; the table's numbers, counted."""
+    from llmnorm.data.order import Order
+
+    llmnorm("data", SMOKE, *words, "--show", "40", "--stats")
+    printed, said = capfd.readouterr()
+    config = load(SMOKE, words).config
+    preparation = config.objective.preparation(config)
+    assert preparation is not None
+    found = preparation.find()
+    (source,) = found.sources
+    shown = printed.split("example ")[1:]
+    assert len(shown) == 40
+    _, order = Order([source.weight], [source.examples], config.data_seed).locate(0, 40)
+    for number, index in enumerate(order.tolist()):
+        ids, trained = source.train.read(index)
+        head, *lines = shown[number].splitlines()
+        assert head == f"{number}: source chat, {len(ids)} tokens, {int(trained.sum())} trained"
+        lines = [line for line in lines if line.startswith("  ")]
+        parts = [line.split(None, 1) for line in lines]
+        assert "".join(ast.literal_eval(text) for _, text in parts) == found.template.spell(ids)
+        texts_of = [ast.literal_eval(text) for use, text in parts if use == "trained"]
+        assert "".join(texts_of) == found.template.spell(ids[trained])
+    header, line, *rest = printed.split("source  ")[-1].splitlines()
+    cells = dict(zip(header.replace("held out", "held_out").split(), line.split()[1:], strict=True))
+    assert line.split()[0] == "chat"
+    assert cells["examples"] == str(source.examples) == str(found.rows)
+    assert cells["trained"] == f"{source.trained_tokens / source.tokens:.1%}"
+    assert cells["dropped"] == str(sum(source.dropped.values()))
+    assert int(cells["held_out"]) == len(source.validation)
+    if sum(source.dropped.values()):
+        assert rest[0].startswith("dropped: ") and rest[0].endswith("(chat)")
+    assert "records became" in said
+
+
+def test_a_run_trains_on_prepared_conversations_and_goes_on_without_them(
+    tmp_path: Path, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: steps in metrics.jsonl; the template among the run's files; what doctor says."""
+    run = tmp_path / "run"
+    model = ["model.hidden_size=16", "model.num_hidden_layers=1", f"run_dir={run}"]
+    llmnorm("train", SMOKE, *words, *model, "training.steps=2")
+    assert (run / "tokenizer" / "chat_template.jinja").is_file()
+    (tmp_path / "a.jsonl").unlink()
+    llmnorm("train", run, "training.steps=3")
+    losses = [line["loss"] for line in metrics_of(run) if "loss" in line]
+    assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
+    assert "going on with the prepared data" in capfd.readouterr().err
+    llmnorm("doctor", run)
+    assert "tokens)" in capfd.readouterr().out
+
+
+def test_fields_of_conversations_are_refused_where_text_is_read(words: list[str]) -> None:
+    """Oracle: the key and the cure."""
+    source = "data.sources=[{name: s, path: a.jsonl, fields: sharegpt}]"
+    for objective in ("causal_lm", "masked_lm"):
+        more = [f"objective={objective}", "tokenizer.mask=true", source]
+        if objective == "masked_lm":
+            more += ["model.mixer=hydra"]
+        with pytest.raises(
+            InputError, match=r"data.sources.0.fields names .* choose objective sft"
+        ):
+            load(SMOKE, more)
