@@ -25,10 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmnorm.config.tree import TrainingSettings, differences
+from llmnorm.config.tree import RunConfig, TrainingSettings, differences
 from llmnorm.config.yaml_text import read_yaml
-from llmnorm.data.packing import find
-from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lines import Lines, damage, read_lines
@@ -176,11 +174,12 @@ def _total(tree: Mapping[str, Any]) -> str:
         training = TrainingSettings.model_validate(tree["training"])
         rows = 0
         if training.epochs is not None:
-            tokenizer = TokenizerSettings.model_validate(tree["tokenizer"])
-            packed = find(DataSettings.model_validate(tree["data"]), tokenizer)
-            if packed is None:
+            config = RunConfig.model_validate(tree)
+            preparation = config.objective.preparation(config)
+            prepared = None if preparation is None else preparation.find()
+            if prepared is None:
                 return "?"
-            rows = sum(source.rows for source in packed.sources)
+            rows = prepared.rows
         return str(training.total_steps(rows, tree["data"]["context_length"]))
     except (AssertionError, KeyError, TypeError, ValueError):  # InputError's kind, pydantic's too
         return "?"

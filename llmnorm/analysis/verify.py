@@ -13,8 +13,7 @@ from llmnorm.checkpoints.format import check_files, read_checkpoint
 from llmnorm.config.file import load
 from llmnorm.config.manifest import directory_of, meta_of_run, steps_in
 from llmnorm.config.tree import RunConfig
-from llmnorm.data.packed import open_packed
-from llmnorm.data.packing import find, sources_of
+from llmnorm.data.prepared import sources_of
 from llmnorm.exchange.loading import open_source
 from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.machine import reading
@@ -146,21 +145,21 @@ def _tokenizer(run: RunDirectory, meta: dict[str, Any]) -> str:
 
 
 def _data(config: RunConfig, meta: dict[str, Any]) -> str:
-    if not config.objective.packs:
+    preparation = config.objective.preparation(config)
+    if preparation is None:
         return "is read from its files when the run starts; not checked"
     known = config.data.dir / "packed" / str(meta.get("data"))
     if not (known / "MANIFEST.json").is_file():
-        packed = find(config.data, config.tokenizer)
-        if packed is None:
+        found = preparation.find()
+        if found is None:
             raise InputError(f"is not prepared in {config.data.dir}")
-        if meta and packed.identity != meta["data"]:
+        if meta and found.identity != meta["data"]:
             raise InputError(
-                f"{packed.directory}: is not {meta['data']}, which the checkpoint was trained on"
+                f"{found.directory}: is not {meta['data']}, which the checkpoint was trained on"
             )
-        known = packed.directory
-    sources = sources_of(config.data)
-    packed = open_packed(known, config.data.context_length, sources, contents=True)
-    tokens = sum(source.tokens for source in packed.sources)
+        known = found.directory
+    found = preparation.open(known, sources_of(config.data), contents=True)
+    tokens = sum(source.tokens for source in found.sources)
     return f"whole ({known}, {tokens:,} tokens)"
 
 

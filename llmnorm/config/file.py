@@ -33,6 +33,7 @@ from llmnorm.config.yaml_text import (
     plain,
     where_of,
 )
+from llmnorm.data.settings import OF_TEMPLATE
 from llmnorm.machine.reading import MAX_DEPTH, local_path, read_text
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import (
@@ -139,6 +140,9 @@ def _with_pretrained(tree: dict[str, Any], written: Node) -> tuple[dict[str, Any
             )
     tree = tree | {"model": found.model | model}
     tokenizer = tree.get("tokenizer")
+    kept: dict[str, Any] = {}  # what a section may hold beside the tokenizer that is brought
+    if isinstance(tokenizer, dict) and tokenizer.keys() <= {*OF_TEMPLATE}:
+        kept, tokenizer = tokenizer, None
     if tokenizer:
         path = tokenizer.get("path") if isinstance(tokenizer, dict) else None
         if found.tokenizer is None or path == str(found.tokenizer):
@@ -150,7 +154,7 @@ def _with_pretrained(tree: dict[str, Any], written: Node) -> tuple[dict[str, Any
             f"{key}: {named} has no tokenizer.json; give the tokenizer that its weights belong to "
             "as tokenizer.path"
         )
-    tree = tree | {"tokenizer": {"path": str(found.tokenizer)}}
+    tree = tree | {"tokenizer": {"path": str(found.tokenizer), **kept}}
     return tree, [f"tokenizer.path is {found.tokenizer}, which model.pretrained brings"]
 
 

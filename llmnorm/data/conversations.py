@@ -1,6 +1,6 @@
 """Conversations as examples on disk, with the tokens of each that are trained.
 
-    conversations = prepare_conversations(data, tokenizer, too_long="truncate", ...)
+    conversations = ConversationData(data, tokenizer, too_long="truncate").prepare()
     ids, trained = conversations.sources[0].train.read(17)
 
 A record of a source (messages.py) becomes one example, or one for each answer (chat.py). A plain
@@ -31,7 +31,7 @@ from llmnorm.data.manifest import (
 )
 from llmnorm.data.packed import check_tokenizer
 from llmnorm.data.prepared import Preparation
-from llmnorm.data.settings import DataSettings, SourceSettings, TokenizerSettings, TrainedOn
+from llmnorm.data.settings import DataSettings, SourceSettings, TokenizerSettings
 from llmnorm.data.shards import TokenStream
 
 # Version of the rules by which records become examples; raised when they would give others.
@@ -102,7 +102,6 @@ class ConversationSource:
         examples, tokens, trained_tokens: of the training examples.
         bytes: UTF-8 bytes of what the messages of their records say.
         dropped: how many training examples (or records) were left out, by the reason.
-        counts: what else was counted of the training records (making_conversations.py).
         train, validation: the examples.
     """
 
@@ -115,6 +114,11 @@ class ConversationSource:
     dropped: dict[str, int]
     train: ExampleStream = field(repr=False)
     validation: ExampleStream = field(repr=False)
+
+    @property
+    def validation_tokens(self) -> int:
+        """Tokens of the validation examples."""
+        return int(self.validation.sizes.sum())
 
 
 @dataclass(frozen=True)
@@ -222,27 +226,14 @@ class ConversationData(Preparation[Conversations]):
             **manifest.special.model_dump(),
         )
 
+    def table(self, opened: Conversations, rows: int) -> str:
+        """A line a source, and why examples were left out."""
+        from llmnorm.data.report import conversations_table
 
-def prepare_conversations(
-    data: DataSettings,
-    tokenizer: TokenizerSettings,
-    *,
-    too_long: str,
-    alone: bool,
-    command: str,
-    trained_on: TrainedOn | None = None,
-) -> Conversations:
-    """The prepared conversations of these settings, made if they are missing.
+        return conversations_table(opened, rows)
 
-    Args:
-        data, tokenizer: the settings.
-        too_long: what is done with conversations that are too long, `truncate` or `drop`.
-        alone: whether this is the only process; others find the data prepared.
-        command: the command that prepares the data, for the message.
-        trained_on: what a run that goes on was trained on.
+    def show(self, opened: Conversations, count: int, *, seed: int) -> None:
+        """Print the run's first examples, and what of them is trained."""
+        from llmnorm.data.report import show_conversations
 
-    Raises:
-        InputError: as `Preparation.ready`; or a source has nothing that can be trained.
-    """
-    kind = ConversationData(data, tokenizer, too_long)
-    return kind.ready(alone=alone, command=command, trained_on=trained_on)
+        show_conversations(opened, count, seed=seed)

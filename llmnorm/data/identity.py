@@ -18,6 +18,7 @@ from typing import Any
 
 from llmnorm.data import files, hub
 from llmnorm.data.settings import (
+    CHAT_TEMPLATE,
     FORMAT,
     TOKENIZER_FILES,
     DataSettings,
@@ -25,7 +26,8 @@ from llmnorm.data.settings import (
     TokenizerSettings,
     source_keys,
 )
-from llmnorm.data.templates import CHATML, template_file
+from llmnorm.data.templates import CONFIG, configured_template
+from llmnorm.data.tokenizer import special_tokens
 
 NO_RULES: Mapping[str, Any] = {}
 
@@ -90,7 +92,6 @@ def agrees(
     return (
         same_tokenizer
         and all(made.get(name) == rule for name, rule in rules.items())
-        and made.get("chat_template", {}).get("arguments", {}) == tokenizer.template_arguments
         and made["validation_bytes"] == data.validation_bytes
         and [settings_of(entry) for entry in made["sources"]]
         == [settings_of(source.model_dump()) for source in sources]
@@ -121,15 +122,17 @@ def _described(
         }
         entries.append(others | described)
     of_tokenizer: Any = _settings_of_tokenizer(tokenizer)
+    paths = _tokenizer_inputs(tokenizer) if tokenizer.path is not None else []
+    template = configured_template(tokenizer.directory, tokenizer)
+    if template is not None:  # and not the files that it changes, in a copy of the tokenizer too
+        paths = [path for path in paths if path.name not in (CONFIG, CHAT_TEMPLATE)]
     if tokenizer.path is not None:
-        paths = _tokenizer_inputs(tokenizer)
         of_tokenizer = [[path.name, describe(path, "tokenizer.path")] for path in paths]
-    template = _template(tokenizer, describe)
     return {
         "sources": entries,
         "tokenizer": of_tokenizer,
         "validation_bytes": data.validation_bytes,
-        **({"chat_template": template} if template else {}),
+        **({} if template is None else {"chat_template": _of_template(tokenizer, template)}),
     }
 
 
@@ -139,15 +142,11 @@ def _settings_of_tokenizer(tokenizer: TokenizerSettings) -> dict[str, Any]:
     return tokenizer.model_dump(mode="json", exclude=left_out)
 
 
-def _template(tokenizer: TokenizerSettings, describe: Callable[[Path, str], Any]) -> dict[str, Any]:
-    """The configured template and its arguments; nothing where the tokenizer's own is used."""
-    found: dict[str, Any] = {}
-    if tokenizer.chat_template is not None:
-        path = template_file(tokenizer)
-        found["text"] = CHATML if path is None else describe(path, "tokenizer.chat_template")
-    if tokenizer.template_arguments:
-        found["arguments"] = tokenizer.template_arguments
-    return found
+def _of_template(tokenizer: TokenizerSettings, template: str) -> dict[str, Any]:
+    """A configured template, and what it reads of the tokenizer's configuration."""
+    directory = tokenizer.directory
+    special = {} if directory is None else special_tokens(directory, "tokenizer.path")
+    return {"text": template, "special": special}
 
 
 def _inputs(source: SourceSettings, key: str) -> dict[str, list[Path]]:

@@ -27,27 +27,51 @@ from llmnorm.data.settings import (
     TrainedOn,
 )
 
-__all__ = ["PackedData", "PackedSource", "TrainedOn", "find", "prepare", "ready", "sources_of"]
+__all__ = [
+    "PackedData",
+    "PackedSource",
+    "PackedText",
+    "TrainedOn",
+    "find",
+    "prepare",
+    "ready",
+    "sources_of",
+]
 
 
-class _PackedText(Preparation[PackedData]):
-    """Rows of packed text."""
+class PackedText(Preparation[PackedData]):
+    """How rows of packed text are prepared and opened."""
 
     def make(self, directory: Path, sources: list[SourceSettings], made: dict[str, Any]) -> None:
+        """Fill the directory."""
         make(directory, self.data, self.tokenizer, sources, made)
 
     def manifest(self, directory: Path) -> TextManifest:
+        """The manifest of the directory."""
         return read_manifest(directory, TextManifest)
 
     def open(self, directory: Path, sources: list[SourceSettings], *, contents: bool) -> PackedData:
+        """The prepared text in a directory."""
         return open_packed(directory, self.data.context_length, sources, contents=contents)
+
+    def table(self, opened: PackedData, rows: int) -> str:
+        """A line a source."""
+        from llmnorm.data.report import sources_table
+
+        return sources_table(opened, rows)
+
+    def show(self, opened: PackedData, count: int, *, seed: int) -> None:
+        """Print the run's first rows as the model sees them."""
+        from llmnorm.data.report import show
+
+        show(opened, count, seed=seed)
 
 
 def find(
     data: DataSettings, tokenizer: TokenizerSettings, formats: Sequence[int] = FORMATS
 ) -> PackedData | None:
     """The prepared text of these settings, or None (`Preparation.find`)."""
-    return _PackedText(data, tokenizer).find(formats)
+    return PackedText(data, tokenizer).find(formats)
 
 
 def ready(
@@ -59,9 +83,9 @@ def ready(
     trained_on: TrainedOn | None = None,
 ) -> PackedData:
     """The prepared text of these settings, made if it is missing (`Preparation.ready`)."""
-    return _PackedText(data, tokenizer).ready(alone=alone, command=command, trained_on=trained_on)
+    return PackedText(data, tokenizer).ready(alone=alone, command=command, trained_on=trained_on)
 
 
 def prepare(data: DataSettings, tokenizer: TokenizerSettings, format: int = FORMAT) -> PackedData:
     """Prepare the text of these settings, or verify what is there (`Preparation.prepare`)."""
-    return _PackedText(data, tokenizer).prepare(format)
+    return PackedText(data, tokenizer).prepare(format)

@@ -75,6 +75,14 @@ class Preparation(ABC, Generic[Opened]):
     def open(self, directory: Path, sources: list[SourceSettings], *, contents: bool) -> Opened:
         """The prepared data in a directory; with `contents` all checksums are compared now."""
 
+    @abstractmethod
+    def table(self, opened: Opened, rows: int) -> str:
+        """A line a source: its size, and its part of a run of so many rows."""
+
+    @abstractmethod
+    def show(self, opened: Opened, count: int, *, seed: int) -> None:
+        """Print the first rows of a run with this seed as the model sees them."""
+
     def find(self, formats: Sequence[int] = FORMATS) -> Opened | None:
         """The prepared data, or None if there is none.
 

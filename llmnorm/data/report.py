@@ -10,6 +10,7 @@ import numpy as np
 from llmnorm.data.conversations import Conversations
 from llmnorm.data.examples import Examples
 from llmnorm.data.loader import IGNORED, Loader
+from llmnorm.data.order import Order
 from llmnorm.data.packed import PackedData
 from llmnorm.data.tokenizer import TextEncoder
 
@@ -31,6 +32,25 @@ def show(packed: PackedData, count: int, *, seed: int = 0) -> None:
         for start, stop in zip(starts, [*starts[1:], packed.context_length], strict=True):
             text = encoder.decode(batch["input_ids"][start:stop])
             print(f"  [{start}:{stop}] {text!r}")
+
+
+def show_conversations(conversations: Conversations, count: int, *, seed: int = 0) -> None:
+    """Print the run's first `count` examples.
+
+    What is trained stands on lines of its own, between what is context.
+    """
+    sources = conversations.sources
+    order = Order([s.weight for s in sources], [s.examples for s in sources], seed)
+    for number, (source, index) in enumerate(zip(*order.locate(0, count), strict=True)):
+        ids, trained = sources[source].train.read(int(index))
+        print(
+            f"example {number}: source {sources[source].name}, {len(ids)} tokens, "
+            f"{int(trained.sum())} trained"
+        )
+        borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
+        for start, stop in zip(borders, borders[1:], strict=False):
+            use = "trained" if trained[start] else "context"
+            print(f"  {use} {conversations.template.spell(ids[start:stop].tolist())!r}")
 
 
 def sources_table(packed: PackedData, rows: int) -> str:
@@ -87,7 +107,14 @@ def conversations_table(conversations: Conversations, rows: int) -> str:
         f"vocabulary {conversations.vocab_size}, context {conversations.context_length}, "
         f"identity {conversations.identity}, in {conversations.directory}"
     )
-    return f"{_aligned(lines)}\n{vocabulary}"
+    reasons = [
+        f"{count} {reason} ({source.name})"
+        for source in conversations.sources
+        for reason, count in source.dropped.items()
+        if count
+    ]
+    dropped = [f"dropped: {', '.join(reasons)}"] if reasons else []
+    return "\n".join([_aligned(lines), *dropped, vocabulary])
 
 
 def examples_table(examples: Examples, names: tuple[str, str], rows: int) -> str:

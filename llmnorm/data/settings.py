@@ -46,6 +46,8 @@ PRESETS = {
         "system": "system",
     },
 }
+# Keys of a tokenizer's section that say how it is used, beside one that a model brings.
+OF_TEMPLATE = ("chat_template", "template_arguments")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 

@@ -11,15 +11,15 @@ and can still be told another value.
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from llmnorm.config.shipped import locate
 from llmnorm.data.files import MissingInput, looked_in, write_file
-from llmnorm.data.settings import CHAT_TEMPLATE, TokenizerSettings
+from llmnorm.data.settings import CHAT_TEMPLATE, TOKENIZER_FILES, TokenizerSettings
 from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.machine.reading import read_object, read_text
 from llmnorm.part import InputError
 
+CONFIG = TOKENIZER_FILES[1]
 # ChatML as OpenAI described it, behind the token with which the base's documents begin.
 CHATML = (
     "{{- bos_token }}"
@@ -48,7 +48,7 @@ def read_template(directory: Path, key: str, *, tools: bool = False) -> tuple[st
     path = directory / CHAT_TEMPLATE
     if path.is_file():
         return read_text(path, key), path
-    path = directory / "tokenizer_config.json"
+    path = directory / CONFIG
     found = read_object(path, key).get("chat_template") if path.is_file() else None
     if isinstance(found, list):  # several, by name
         named = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}
@@ -79,34 +79,54 @@ def template_file(settings: TokenizerSettings) -> Path | None:
     return path
 
 
-def write_template(directory: Path, settings: TokenizerSettings) -> None:
-    """Give a copied or trained tokenizer the configured template and its arguments.
+def configured_template(directory: Path | None, settings: TokenizerSettings) -> str | None:
+    """The template that the settings give a tokenizer; None where it keeps its own.
 
     Args:
-        directory: of the tokenizer; its files are changed, unless no template is configured.
+        directory: the tokenizer's own files; None for one that is trained.
         settings: of the tokenizer.
 
     Raises:
-        InputError: the template cannot be read, there is none for the arguments, or it needs
-            special tokens that the vocabulary does not have.
+        InputError: the template cannot be read, or there is none for the arguments.
     """
     if settings.chat_template is None and not settings.template_arguments:
-        return
+        return None
     path = template_file(settings)
     if path is not None:
         text = read_text(path, "tokenizer.chat_template")
     elif settings.chat_template is not None:
         text = CHATML
-    else:
+    elif directory is not None:
         text = read_template(directory, "tokenizer.template_arguments")[0]
+    else:
+        raise InputError(
+            "tokenizer.template_arguments: the tokenizer that is trained has no chat template; set "
+            "tokenizer.chat_template"
+        )
+    default = "{{%- if {0} is not defined %}}{{%- set {0} = {1} %}}{{%- endif %}}\n"
+    given = settings.template_arguments.items()
+    defaults = "".join(default.format(name, json.dumps(value)) for name, value in given)
+    return text if text.startswith(defaults) else defaults + text  # a run's copy has them already
+
+
+def write_template(directory: Path, settings: TokenizerSettings) -> None:
+    """Give a copied or trained tokenizer the configured template, if there is one.
+
+    Args:
+        directory: of the tokenizer; its files are changed.
+        settings: of the tokenizer.
+
+    Raises:
+        InputError: as `configured_template`; or the template needs special tokens that the
+            vocabulary does not have.
+    """
+    text = configured_template(directory, settings)
+    if text is None:
+        return
     if settings.chat_template is not None:
         _check_vocabulary(directory, text, str(settings.chat_template))
-    defaults = "".join(
-        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}\n"
-        for name, value in settings.template_arguments.items()
-    )
-    write_file(directory / CHAT_TEMPLATE, (defaults + text).encode())
-    config = directory / "tokenizer_config.json"
+    write_file(directory / CHAT_TEMPLATE, text.encode())
+    config = directory / CONFIG
     tree = read_object(config) if config.is_file() else {}
     if tree.pop("chat_template", None) is not None:  # the file says it now
         write_file(config, json.dumps(tree, indent=1).encode())
@@ -121,8 +141,3 @@ def _check_vocabulary(directory: Path, text: str, name: str) -> None:
             f"tokenizer.chat_template: {name} needs the special tokens {', '.join(missing)}, which "
             "the tokenizer does not have; name a template that is written with the tokenizer's own"
         )
-
-
-def _literal(value: Any) -> str:
-    """A value as Jinja writes it: as JSON does, True, False and strings included."""
-    return json.dumps(value)

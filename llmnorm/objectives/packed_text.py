@@ -9,6 +9,11 @@ from llmnorm.data.report import sources_table
 from llmnorm.objectives.contract import MicroBatch, Objective
 
 
+def preparation(config: RunConfig) -> packing.PackedText:
+    """How the text of a run is prepared."""
+    return packing.PackedText(config.data, config.tokenizer)
+
+
 class PackedText(Objective):
     """Rows of packed text; a subclass makes the model's inputs of them.
 
@@ -26,8 +31,8 @@ class PackedText(Objective):
         trained_on: packing.TrainedOn | None = None,
     ) -> None:
         self.config = config
-        self.data = self.packed = packing.ready(
-            config.data, config.tokenizer, alone=alone, command=command, trained_on=trained_on
+        self.data = self.packed = preparation(config).ready(
+            alone=alone, command=command, trained_on=trained_on
         )
 
     def micro_batch(self, batch: Batch) -> MicroBatch:

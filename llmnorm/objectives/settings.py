@@ -16,6 +16,7 @@ from llmnorm.part import InputError, Part, Settings, part_name
 
 if TYPE_CHECKING:
     from llmnorm.config.tree import RunConfig
+    from llmnorm.data.prepared import Preparation
     from llmnorm.data.settings import TrainedOn
     from llmnorm.objectives.causal_lm import CausalLM
     from llmnorm.objectives.classification import Classification
@@ -34,7 +35,7 @@ class ObjectiveSettings(Settings):
     keeps_head: ClassVar[bool] = True
     """Whether it trains the head of a pretrained model of that class further; else a new one."""
     packs: ClassVar[bool] = True
-    """Whether its rows are packed text, which `llmnorm data` prepares."""
+    """Whether `llmnorm data` prepares its rows: of packed text, or of conversations."""
     even_batches: ClassVar[bool] = True
     """Whether a step's rows are cut into equal parts: `training.micro_batch` and the number of
     processes must divide `training.global_batch`."""
@@ -56,6 +57,14 @@ class ObjectiveSettings(Settings):
     def uses(self, run: str) -> str:
         """What to type next with a trained run at this path: a line."""
         return f"evaluate it:   llmnorm eval {run}"
+
+    def preparation(self, config: "RunConfig") -> "Preparation[Any] | None":
+        """How the run's data are prepared, which `llmnorm data` does; None: nothing is."""
+        if not self.packs:
+            return None
+        from llmnorm.objectives.packed_text import preparation
+
+        return preparation(config)
 
     @abstractmethod
     def build(
@@ -83,9 +92,9 @@ class CausalLMSettings(ObjectiveSettings):
     architecture = "LlmNormForCausalLM"
 
     def refusal(self, config: "RunConfig") -> str | None:
-        """Refuse mixers that look at later tokens."""
+        """Refuse mixers that look at later tokens, and names of a conversation's fields."""
         if config.model.causal:
-            return None
+            return _conversations(config, self.name)
         return (
             f"model.mixer '{_first_mixer(config.model)}' looks at later tokens and cannot serve a "
             "causal language model; `objective: masked_lm` can have it"
@@ -141,7 +150,7 @@ class MaskedLMSettings(ObjectiveSettings):
             return "objective 'masked_lm' needs a mask token; add tokenizer.mask=true"
         if config.evaluation.prompts:
             return "evaluation.prompts are continued, which 'masked_lm' cannot; leave them out"
-        return None
+        return _conversations(config, self.name)
 
     def uses(self, run: str) -> str:
         """What to type next with a trained run at this path: a line."""
@@ -254,6 +263,12 @@ class SFTSettings(ObjectiveSettings):
         """What to type next with a trained run at this path: a line."""
         return f"use elsewhere: llmnorm export {run} DIR"
 
+    def preparation(self, config: "RunConfig") -> "Preparation[Any]":
+        """How the run's conversations are prepared."""
+        from llmnorm.objectives.sft import preparation
+
+        return preparation(config, self)
+
     def build(
         self,
         config: "RunConfig",
@@ -273,6 +288,18 @@ Objective = Annotated[
     CausalLMSettings | MaskedLMSettings | ClassificationSettings | SFTSettings,
     Part(ObjectiveSettings, default="causal_lm"),
 ]
+
+
+def _conversations(config: "RunConfig", name: str) -> str | None:
+    """Why an objective that reads text cannot have the sources; None if it can."""
+    sources = config.data.sources if isinstance(config.data.sources, list) else []
+    for number, source in enumerate(sources):
+        if source.fields is not None:
+            return (
+                f"data.sources.{number}.fields names fields of conversations, which '{name}' does "
+                "not read; leave it out, or choose objective sft"
+            )
+    return None
 
 
 def _first_mixer(model: ModelSettings) -> str:

@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from llmnorm.config.tree import RunConfig, TrainingSettings
 from llmnorm.data.best_fit import Example, best_fit, lay_out
 from llmnorm.data.conversations import (
+    ConversationData,
     Conversations,
     ConversationSource,
     ExampleStream,
-    prepare_conversations,
 )
 from llmnorm.data.loader import AHEAD, document_bounds
 from llmnorm.data.order import Order
@@ -60,6 +60,11 @@ class Layout(NamedTuple):
 
     filled: float
     most: int
+
+
+def preparation(config: RunConfig, settings: SFTSettings) -> ConversationData:
+    """How the conversations of a run are prepared."""
+    return ConversationData(config.data, config.tokenizer, settings.too_long)
 
 
 class SFT(Objective):
@@ -99,15 +104,8 @@ class SFT(Objective):
         Raises:
             InputError: the records cannot be used, or are to be prepared first.
         """
-        conversations = prepare_conversations(
-            config.data,
-            config.tokenizer,
-            too_long=settings.too_long,
-            alone=alone,
-            command=command,
-            trained_on=trained_on,
-        )
-        return cls(config, conversations)
+        kind = preparation(config, settings)
+        return cls(config, kind.ready(alone=alone, command=command, trained_on=trained_on))
 
     @property
     def ends(self) -> list[int]:

@@ -97,6 +97,29 @@ def test_a_run_starts_from_a_stock_directory_and_outlives_it(
     llmnorm("generate", run, "--prompt", "The", "generation.max_new_tokens=3")
 
 
+def test_a_template_is_set_beside_the_tokenizer_that_is_brought(
+    bare: Path, mistral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: what transformers renders of the export; a resume without the base's directory."""
+    gone, run, file = tmp_path / "gone", tmp_path / "run", tmp_path / "mine.jinja"
+    shutil.copytree(mistral, gone)
+    file.write_text("{{ bos_token }}{{ greeting }}, {{ messages[0].content }}")
+    words = [f"tokenizer.chat_template={file}", "tokenizer.template_arguments.greeting=Hello"]
+    where = [f"run_dir={run}", f"data.dir={tmp_path / 'data'}"]
+    llmnorm("train", bare, f"model.pretrained={gone}", *STILL, *words, *where)
+    assert f"tokenizer.path is {gone}, which model.pretrained brings" in capsys.readouterr().err
+
+    shutil.rmtree(gone)
+    llmnorm("train", run, "training.steps=2")
+    assert [m["step"] for m in metrics_of(run) if "loss" in m] == [1, 2]
+    llmnorm("export", run, tmp_path / "out")
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "you"}]
+    for more, greeting in (({}, "Hello"), ({"greeting": "Bye"}, "Bye")):
+        text = other.apply_chat_template(messages, tokenize=False, **more)
+        assert text == f"{other.bos_token}{greeting}, you"
+
+
 def test_a_run_starts_from_a_run_an_export_and_a_checkpoint(
     run: Path, exported: Path, bare: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,6 @@ from pydantic import ValidationError
 from llmnorm.analysis.compare.plan import Arm, Horizons, Protocol, Run
 from llmnorm.config.file import load
 from llmnorm.config.tree import RunConfig, changeable, differences, to_tree
-from llmnorm.data.packing import find
 from llmnorm.machine.files import write_whole
 from llmnorm.machine.reading import read_settings
 from llmnorm.part import InputError, Settings, nearest
@@ -120,8 +119,9 @@ def read_protocol(
     for name, config in configs.items():
         if not config.objective.packs:
             raise InputError(
-                f"--arm {name}: objective: '{config.objective.name}' does not train on packed "
-                "text, whose losses a comparison compares; choose causal_lm or masked_lm"
+                f"--arm {name}: objective: '{config.objective.name}' does not train on "
+                "prepared data, whose losses a comparison compares; choose causal_lm, masked_lm or "
+                "sft"
             )
         if automatic := config.automatic():
             raise InputError(
@@ -254,13 +254,14 @@ def _check_rate(name: str, config: RunConfig) -> None:
 def _steps(name: str, config: RunConfig) -> int:
     rows = 0
     if config.training.epochs is not None:
-        packed = find(config.data, config.tokenizer)
-        if packed is None:
+        preparation = config.objective.preparation(config)
+        prepared = None if preparation is None else preparation.find()
+        if prepared is None:
             raise InputError(
                 f"--arm {name}: training.epochs: the length of an epoch is known once the data is "
                 "prepared; run `llmnorm data` once, or give training.tokens"
             )
-        rows = sum(source.rows for source in packed.sources)
+        rows = prepared.rows
     return config.training.total_steps(rows, config.data.context_length)
 
 

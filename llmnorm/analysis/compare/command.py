@@ -32,7 +32,6 @@ from llmnorm.analysis.compare.ledger import Ledger
 from llmnorm.analysis.compare.plan import Protocol
 from llmnorm.analysis.compare.results import results
 from llmnorm.analysis.compare.runs import execute
-from llmnorm.data import packing
 from llmnorm.machine.files import write_whole
 from llmnorm.machine.gpus import check_gpu
 from llmnorm.part import InputError
@@ -88,7 +87,9 @@ def compare(
     with RunLock(directory):
         save_arms(protocol, directory)
         config = protocol.configs[protocol.baselines[0]]
-        packed = packing.prepare(config.data, config.tokenizer)  # all arms read the same tokens
+        preparation = config.objective.preparation(config)
+        assert preparation is not None, "arms are checked before"
+        prepared = preparation.prepare()  # all arms read the same tokens
         code = execute(
             protocol,
             ledger,
@@ -100,7 +101,7 @@ def compare(
         )
         if code:
             return code
-        tokens = sum(source.validation_tokens for source in packed.sources)
+        tokens = sum(source.validation_tokens for source in prepared.sources)
         found = results(protocol, ledger.records, tokens)
         write(found, directory, command)
     for baseline in protocol.baselines:

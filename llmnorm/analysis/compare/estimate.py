@@ -9,7 +9,6 @@ from llmnorm.analysis.compare.launch import Slots
 from llmnorm.analysis.compare.ledger import Ledger
 from llmnorm.analysis.compare.plan import Protocol, Run
 from llmnorm.config.tree import RunConfig
-from llmnorm.data import packing
 
 START_SECONDS = 5.0  # of a run: imports, checks, evaluation
 
@@ -82,8 +81,9 @@ class Estimate:
 def _vocabulary(config: RunConfig) -> int:
     if config.model.vocab_size != "auto":
         return int(config.model.vocab_size)
-    packed = packing.find(config.data, config.tokenizer)
-    return packed.vocab_size if packed else config.tokenizer.vocab_size
+    preparation = config.objective.preparation(config)
+    prepared = None if preparation is None else preparation.find()
+    return prepared.vocab_size if prepared else config.tokenizer.vocab_size
 
 
 def _product_rate(rows: int, width: int, inner: int, places: Slots) -> float:
