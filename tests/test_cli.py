@@ -79,7 +79,7 @@ def test_an_unknown_option_is_answered_by_the_commands_own(
 ) -> None:
     """Oracle: the options of `generate`, written out; those that it requires come later."""
     code, _, err = answer(capsys, "generate", *words)
-    own = "--checkpoint, --ema, --help, --import, --prompt"
+    own = "--adapter, --checkpoint, --ema, --help, --import, --prompt, --user"
     assert code == 2
     assert f"there is no option --foo; valid: {own} (`llmnorm generate --help`" in err
     assert "valid: --completion, --help, --version (`llmnorm --h" in answer(capsys, "--foo")[2]

@@ -19,8 +19,8 @@ from llmnorm.config.pretrained import refuse_encoder
 from llmnorm.config.tree import ParallelSettings, RunConfig, TrainingSettings
 from llmnorm.evaluation import benchmark_tasks
 from llmnorm.exchange.loading import Source, empty_of, open_source, tokenizer_of
-from llmnorm.machine import reading
-from llmnorm.machine.doctor import missing_extra, version
+from llmnorm.exchange.peft_adapter import with_adapter
+from llmnorm.machine.doctor import version
 from llmnorm.machine.files import json_text, write_whole
 from llmnorm.models.convert import named_weights
 from llmnorm.models.modeling import class_of
@@ -97,7 +97,7 @@ def evaluate_directory(
         parallel.lay_out(model, lambda modules: source.read_into(named_weights(modules)))
         scored: PreTrainedModel = model
         if adapter is not None:
-            scored = _with_adapter(scored, adapter)
+            scored = with_adapter(scored, adapter)
         result: dict[str, Any] = {
             "llmnorm": version(),
             "weights": str(path),
@@ -137,23 +137,6 @@ def _config(
     run = source.run.path if source.run else None
     otherwise = ", or --tasks, or both"
     return configuration("eval", path, run, data, overrides, otherwise=otherwise)
-
-
-def _with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"--adapter: {adapter} has no adapter_config.json, so it is no adapter")
-    reading.read_object(adapter / "adapter_config.json", "--adapter")
-    weights = adapter / "adapter_model.safetensors"
-    reading.open_file(weights, "--adapter").close()  # a .bin file is a pickle
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise missing_extra("peft") from None
-    try:
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
-    except Exception as error:  # of any kind: another architecture, other shapes, a damaged file
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--adapter: {adapter} does not fit the model: {reason}") from None
 
 
 def _title(result: dict[str, Any]) -> str:

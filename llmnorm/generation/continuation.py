@@ -4,11 +4,12 @@ What would surprise: the noise is a function of `settings.seed` alone, and torch
 their states, so that a run can print samples while it trains.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from llmnorm.config.stock import all_tokens
 from llmnorm.config.tree import GenerationSettings
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def continuation(
     prompt: Sequence[int],
     settings: GenerationSettings,
     *,
+    stops: Collection[int] = (),
     together: bool = False,
 ) -> list[int]:
     """The tokens that follow `prompt`: at most `settings.max_new_tokens`, the end token included.
@@ -30,11 +32,13 @@ def continuation(
         tokenizer: its end token, where the model's configuration has none, and its padding token.
         prompt: token ids, at least one.
         settings: sampling; temperature 0 is greedy.
+        stops: tokens that end the text beside those.
         together: the model is sharded over processes, all of which make this call. Then every
             process runs the model until all have reached their end token, since a forward pass
             needs all of them.
     """
-    greedy, end = settings.temperature == 0, model.config.eos_token_id
+    greedy, own = settings.temperature == 0, model.config.eos_token_id
+    ends = all_tokens(tokenizer.eos_token_id if own is None else own, list(stops))
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
@@ -46,7 +50,7 @@ def continuation(
             temperature=None if greedy else settings.temperature,
             top_k=0 if settings.top_k is None or greedy else settings.top_k,
             top_p=None if greedy else settings.top_p,
-            eos_token_id=tokenizer.eos_token_id if end is None else end,
+            eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
             synced_gpus=together,
         )

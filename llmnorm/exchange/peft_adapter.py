@@ -1,0 +1,33 @@
+"""A directory that PEFT or `llmnorm export` wrote, on a loaded model: the option `--adapter`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmnorm.machine import reading
+from llmnorm.machine.doctor import missing_extra
+from llmnorm.part import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
+    """The model with PEFT's layers, in evaluation mode; `model` itself is changed.
+
+    Raises:
+        InputError: the directory is no adapter, or not one of this model; PEFT is not installed.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"--adapter: {adapter} has no adapter_config.json, so it is no adapter")
+    reading.read_object(adapter / "adapter_config.json", "--adapter")
+    weights = adapter / "adapter_model.safetensors"
+    reading.open_file(weights, "--adapter").close()  # a .bin file is a pickle
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise missing_extra("peft") from None
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except Exception as error:  # of any kind: another architecture, other shapes, a damaged file
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--adapter: {adapter} does not fit the model: {reason}") from None
