@@ -12,6 +12,8 @@ also where the products are bf16; the division by the number of tokens is applie
 not to the logits; gradients are made only for inputs that want them.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -170,8 +172,17 @@ def _by_parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return gradient.to(dtype), losses
 
 
-@torch.compile
-def _in_one_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+@cache
+def _in_one_kernel() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`_at_once` as one kernel.
+
+    Made where it is first wanted: torch.compile imports the compiler, which takes a command longer
+    than torch itself.
+    """
+    return torch.compile(_at_once)
+
+
+def _at_once(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What `_by_parts` computes, in a form that torch's compiler makes one kernel of."""
     wide = logits.to(wide_dtype(logits.dtype))
     label = labels.clamp(min=0).unsqueeze(-1)
@@ -204,7 +215,7 @@ class _Loss(torch.autograd.Function):
         weight_grad = sum_of_weight_gradients(weight, wide) if wants_weight else None
         bias_grad = weight.new_zeros(len(weight), dtype=wide) if wants_bias else None
         real = (labels != IGNORED).to(wide).mul_(scale).unsqueeze(1)
-        work = _in_one_kernel if compiled else _by_parts
+        work = _in_one_kernel() if compiled else _by_parts
         # New pages for 64 MiB of logits cost a fifth of their product (nn/linear.py, CHOICES).
         keeps = dtype == wide and fills_memory(hidden[:chunk].to(dtype), head)
         memory: Tensor | None = None
