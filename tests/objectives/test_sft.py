@@ -263,10 +263,10 @@ def test_what_asks_nothing_is_not_asked(tokenizer) -> None:
         data, sources=[dataclasses.replace(data.sources[0], validation=held)]
     )
     answers = objective(data)._answers
-    for count in (2, 9):  # asked again: the same
+    for asked in (2, 9):  # asked again: the same
         for _ in range(2):
-            found = answers._questions(data.sources[0], count)
-            assert [question.reference for question in found] == [*"cde"][:count]
+            found = answers._questions(data.sources[0], asked)
+            assert [question.reference for question in found] == [*"cde"][:asked]
     assert found[0].prompt == asking[0][:4].tolist()
 
 
