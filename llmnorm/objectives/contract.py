@@ -18,10 +18,13 @@ from llmnorm.config.tree import TrainingSettings
 from llmnorm.data.conversations import Conversations
 from llmnorm.data.examples import Examples
 from llmnorm.data.packed import PackedData
+from llmnorm.data.prepared import Preparation
 from llmnorm.parallel.processes import Parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+__all__ = ["MicroBatch", "Objective", "Preparation"]
 
 
 class MicroBatch(NamedTuple):

@@ -16,11 +16,11 @@ from llmnorm.part import InputError, Part, Settings, part_name
 
 if TYPE_CHECKING:
     from llmnorm.config.tree import RunConfig
-    from llmnorm.data.prepared import Preparation
     from llmnorm.data.settings import TrainedOn
     from llmnorm.objectives.causal_lm import CausalLM
     from llmnorm.objectives.classification import Classification
     from llmnorm.objectives.contract import Objective as Learned
+    from llmnorm.objectives.contract import Preparation
     from llmnorm.objectives.masked_lm import MaskedLM
     from llmnorm.objectives.sft import SFT
 
