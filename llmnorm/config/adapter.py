@@ -11,6 +11,7 @@ The classes hold data alone, since this file is on the ground floor; `models/ada
 layers into a model, by PEFT.
 """
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -61,8 +62,10 @@ class LowRankSettings(AdapterSettings):
     start: LocalPath | None = Field(default=None, alias="from")
     """Begin with the adapter in this directory, as PEFT or `llmnorm export` writes it."""
 
-    magnitude: ClassVar[bool] = False
-    """Whether the length of every row is trained apart from its direction."""
+    @property
+    @abstractmethod
+    def magnitude(self) -> bool:
+        """Whether the length of every row is trained apart from its direction."""
 
     @property
     def scale(self) -> float:
@@ -109,6 +112,7 @@ class LoraSettings(LowRankSettings):
     """
 
     name: Literal["lora"] = "lora"
+    magnitude: ClassVar[bool] = False
 
 
 class DoraSettings(LowRankSettings):
@@ -120,7 +124,7 @@ class DoraSettings(LowRankSettings):
     """
 
     name: Literal["dora"] = "dora"
-    magnitude = True
+    magnitude: ClassVar[bool] = True
 
 
 Adapter = Annotated[

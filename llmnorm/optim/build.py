@@ -1,8 +1,9 @@
 """From settings and groups to an optimizer, and the table that `--print-groups` prints."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from llmnorm.optim import nap
@@ -19,15 +20,11 @@ if TYPE_CHECKING:
 def adamw(settings: AdamWSettings, groups: Groups, exchange: "Exchange | None" = None) -> AdamW:
     """AdamW on everything."""
     kinds = {"matrices": groups.matrices, "auxiliary": groups.auxiliary}
-    param_groups = []
-    for kind, members in kinds.items():
-        lr, decay = _rates(settings, groups)[kind]
-        by_factor: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in members.items():
-            by_factor.setdefault(groups.factors.get(name, 1.0), []).append(parameter)
-        param_groups += [
-            _param_group(kind, alike, factor * lr, decay) for factor, alike in by_factor.items()
-        ]
+    param_groups = [
+        _param_group(kind, members.values(), *_rates(settings, groups)[kind])
+        for kind, members in kinds.items()
+        if members
+    ]
     optimizer = AdamW(param_groups, betas=settings.betas, eps=settings.eps)
     optimizer.register_step_pre_hook(lambda *_: check_gradients(groups.matrices))
     if settings.nap:
@@ -69,25 +66,57 @@ def with_rule(
     return optimizer
 
 
-def describe(settings: OptimizerSettings, groups: Groups) -> str:
-    """A line for every matrix and auxiliary parameter: name, shape, rule, lr, weight decay."""
+def raise_rates(
+    optimizer: torch.optim.Optimizer, groups: Groups, factors: Mapping[str, float]
+) -> None:
+    """Multiply the learning rates of some parameters, in param groups of their own.
+
+    Args:
+        optimizer: over `groups`; AdamW, since a matrix rule has one rate for all matrices.
+        factors: parameter's name -> factor on the rate of its group.
+    """
+    by_factor: dict[float, set[int]] = {}
+    for members in groups:
+        for name, parameter in members.items():
+            if name in factors:
+                by_factor.setdefault(factors[name], set()).add(id(parameter))
+    for factor, chosen in by_factor.items():
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in chosen]
+            if moved:
+                group["params"] = [p for p in group["params"] if id(p) not in chosen]
+                peak = factor * group["peak_lr"]
+                optimizer.param_groups.append(
+                    group | {"params": moved, "lr": peak, "peak_lr": peak}
+                )
+
+
+def describe(
+    settings: OptimizerSettings, groups: Groups, factors: Mapping[str, float] | None = None
+) -> str:
+    """A line for every matrix and auxiliary parameter: name, shape, rule, lr, weight decay.
+
+    Args:
+        factors: as in `raise_rates`.
+    """
+    factors = factors or {}
     rates = _rates(settings, groups)
     sizes = getattr(settings, "split_sizes", {})
     rows: list[tuple[str, ...]] = [("parameter", "shape", "rule", "lr", "weight decay")]
     for matrix in matrices(groups, sizes):
         lr, decay = rates["matrices"]
-        lr *= groups.factors.get(matrix.name, 1.0)
+        lr *= factors.get(matrix.name, 1.0)
         shape = f"{matrix.rows} x {matrix.columns}"
         name = matrix.name + matrix.suffix
         rows.append((name, shape, settings.label, _number(lr), _number(decay)))
     for name, parameter in groups.auxiliary.items():
         lr, decay = rates["auxiliary"]
-        lr *= groups.factors.get(name, 1.0)
+        lr *= factors.get(name, 1.0)
         shape = " x ".join(map(str, parameter.shape)) or "scalar"
         rows.append((name, shape, "adamw", _number(lr), _number(decay)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    counts = [sum(p.numel() for p in members.values()) for members in groups[:2]]
+    counts = [sum(p.numel() for p in members.values()) for members in groups]
     lines.append(
         f"{counts[0]} numbers in {len(groups.matrices)} hidden matrices, "
         f"{counts[1]} in {len(groups.auxiliary)} auxiliary parameters"

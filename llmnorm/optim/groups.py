@@ -23,15 +23,10 @@ from llmnorm.part import InputError, nearest
 
 
 class Groups(NamedTuple):
-    """Trainable parameters by name, each in exactly one group.
-
-    Attributes:
-        factors: name -> factor on the learning rate of its group, for AdamW; 1 if it is not there.
-    """
+    """Trainable parameters by name, each in exactly one group."""
 
     matrices: dict[str, nn.Parameter]
     auxiliary: dict[str, nn.Parameter]
-    factors: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ def check(groups: Groups, model: nn.Module) -> None:
     Raises:
         ValueError: a parameter is in no group or in several, or does not belong there; names it.
     """
-    claims = Counter(id(p) for members in groups[:2] for p in members.values())
+    claims = Counter(id(p) for members in groups for p in members.values())
     for name, parameter in model.named_parameters():
         count = claims.pop(id(master(parameter)), 0)
         if count != int(parameter.requires_grad):

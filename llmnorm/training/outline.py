@@ -52,5 +52,4 @@ def parameters_outside_the_embedding(config: RunConfig) -> int:
 def groups_table(config: RunConfig) -> str:
     """A table of the parameters and their optimizer rules: `train CONFIG --print-groups`."""
     model = outline(config)
-    groups = split(model)._replace(factors=rate_factors(model, config.adapter))
-    return describe(config.optimizer, groups)
+    return describe(config.optimizer, split(model), rate_factors(model, config.adapter))

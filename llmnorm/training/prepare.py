@@ -16,6 +16,7 @@ from llmnorm.models.adapters import rate_factors
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.norms.running import RunningStatistics
 from llmnorm.objectives.contract import MicroBatch, Objective
+from llmnorm.optim.build import raise_rates
 from llmnorm.optim.fragments import master, whole_shape
 from llmnorm.optim.groups import split
 from llmnorm.optim.schedule import HyperparameterSchedule
@@ -167,8 +168,9 @@ def prepare(
     model, fill, base = run_model(config, objective, parallel, start, ends)
     replica = parallel.prepare(model, fill)
     statistics = RunningStatistics(model, parallel.reduce)
-    groups = split(model)._replace(factors=rate_factors(model, config.adapter))
+    groups = split(model)
     optimizer = config.optimizer.build(groups, parallel.exchange())
+    raise_rates(optimizer, groups, rate_factors(model, config.adapter))
     hyperparameters = config.optimizer.hyperparameters(config.schedule.build(steps), steps)
     ema = None
     if config.training.ema:
