@@ -284,15 +284,15 @@ class PeftFiles:
                 raise InputError(f"{where}: {key} is given there, which llmnorm cannot go on with")
         if config.get("bias", "none") != "none":
             raise InputError(f"{where}: bias is '{config['bias']}' there; llmnorm trains none")
+        layers = ", ".join(sorted({_layer(n) for n in self._shapes if ".lora_" in n}))
         trained = {peft_name(n): p for n, p in model.named_parameters() if p.requires_grad}
         for name, parameter in trained.items():
-            if name not in self._shapes and not any(part in name for part in (".lora_",)):
-                continue  # a head that is new here
             if name not in self._shapes:
-                have = ", ".join(sorted({_layer(n) for n in self._shapes if ".lora_" in n}))
+                if ".lora_" not in name:
+                    continue  # a head that is new here
                 raise InputError(
                     f"{where} is for another base or other targets: it holds no '{name}'; its "
-                    f"layers are {have}"
+                    f"layers are {layers}"
                 )
             if self._shapes[name] != tuple(parameter.shape):
                 raise InputError(
@@ -302,8 +302,7 @@ class PeftFiles:
         if unasked := sorted(set(self._shapes) - set(trained)):
             raise InputError(
                 f"{where}: holds '{unasked[0]}', which this run does not train; its layers are "
-                f"{', '.join(sorted({_layer(n) for n in self._shapes if '.lora_' in n}))} "
-                "(adapter.targets)"
+                f"{layers} (adapter.targets)"
             )
 
     def read_into(self, into: Mapping[str, Tensor]) -> None:
