@@ -26,6 +26,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print which parameter gets which rule, then stop",
     )
+    help = "print the bytes that a step needs, then stop; a base directory needs no weights for it"
+    parser.add_argument("--print-memory", action="store_true", help=help)
     parser.add_argument(
         "--profile",
         nargs="?",
@@ -77,6 +79,11 @@ def _train(
         from llmnorm.training.outline import groups_table
 
         print(groups_table(config))
+        return 0
+    if parsed.print_memory:
+        from llmnorm.training.memory import memory_table
+
+        print(memory_table(config))
         return 0
     assert config.run_dir is not None
     is_own = parsed.config.is_dir() and parsed.config.resolve() == config.run_dir.resolve()

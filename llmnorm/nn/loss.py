@@ -126,14 +126,18 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 LOGITS = {"cpu": 2**21, "cuda": 2**26}
 
 
-def chunk_size(weight: Tensor) -> int:
+def chunk_size(weight: Tensor, device: str | None = None) -> int:
     """Tokens at a time, from device and vocabulary alone: LOGITS, but at least 512 tokens.
+
+    Args:
+        weight: (vocabulary, hidden).
+        device: its kind; the weight's own if None.
 
     Measured on a CPU, forward and backward (tools/bench/nn.py): re-reading the weight's gradient
     costs 6 % at 256 tokens and a vocabulary of 32k against 512; beyond 512, and for a vocabulary of
     4k from 128 on, nothing is gained.
     """
-    return max(512, LOGITS.get(weight.device.type, LOGITS["cuda"]) // len(weight))
+    return max(512, LOGITS.get(device or weight.device.type, LOGITS["cuda"]) // len(weight))
 
 
 def _logits(

@@ -25,6 +25,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, run: Path, smoke_data: Path
     tree["data"]["dir"] = str(smoke_data)
     tree["training"] = {"steps": 2, "global_batch": 4}
     tree["evaluation"] = {"samples": 0}
+    tree["objective"] = "causal_lm"  # the smoke text holds no conversations
     file = tmp_path_factory.mktemp("finetune") / "recipe.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
@@ -32,6 +33,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, run: Path, smoke_data: Path
 
 def settings_of(file: Path, *overrides: str) -> RunConfig:
     return load(file, overrides, below=finetune.BELOW).config
+
+
+def without_objective(recipe: Path) -> Path:
+    """The recipe, which then has the defaults' objective."""
+    tree = yaml.safe_load(recipe.read_text())
+    del tree["objective"]
+    file = recipe.with_name("plain.yaml")
+    file.write_text(yaml.safe_dump(tree))
+    return file
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
@@ -49,6 +59,11 @@ def test_the_defaults_are_those_that_are_promised(recipe: Path) -> None:
     assert optimizer["auxiliary"]["weight_decay"] == 0
     schedule: Any = config.schedule
     assert (schedule.name, schedule.warmup_steps(200)) == ("cosine", 6)
+    assert config.adapter.name == "lora"
+    config = settings_of(recipe, "objective=sft")
+    assert settings_of(without_objective(recipe)) == config.model_copy(
+        update={"run_dir": Path("runs/plain")}
+    )
 
 
 def test_the_file_its_base_and_overrides_are_put_over_them(recipe: Path) -> None:
