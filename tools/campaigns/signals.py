@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from llmnorm.checkpoints.format import read_checkpoint
 from llmnorm.runs.lines import read_lines
 from llmnorm.training.signals import EXIT_CODES
-from tools.campaigns.trials import SECONDS, Result, Trial, campaign
+from tools.campaigns.trials import SECONDS, Result, Trial, campaign, command, start
 
 STEPS = 12
 TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
@@ -48,7 +48,7 @@ class Whole(NamedTuple):
 
     Attributes:
         folder: where it lies, with its prepared data.
-        seconds: how long it took.
+        seconds: how long it took, without the start of Python.
     """
 
     folder: Path
@@ -56,47 +56,73 @@ class Whole(NamedTuple):
 
 
 @cache
-def whole(every: str) -> Whole:
-    """The uninterrupted run with this `checkpoint.every`."""
-    folder = Path(tempfile.mkdtemp(prefix="campaign-signals-whole-"))
+def prepared() -> Path:
+    """A folder with configuration, text and prepared data alone."""
+    folder = Path(tempfile.mkdtemp(prefix="campaign-signals-data-"))
     chance = random.Random(5)
     words = ["river", "stone", "light", "green", "under", "window", "paper", "walked", "and"]
     text = "\n\n".join(" ".join(chance.choices(words, k=60)) for _ in range(500))
     (folder / "text.txt").write_text(text)
     (folder / "run.yaml").write_text(CONFIG)
-    _real(["data", "run.yaml"], folder).wait()
-    started = time.monotonic()
-    code = _real([*WORDS, f"checkpoint.every={every}"], folder).wait()
-    assert code == 0, f"the run that is not stopped ended with {code}: {folder}"
-    return Whole(folder, time.monotonic() - started)
+    result = command(["data", "run.yaml"], folder, seconds=300)
+    assert result.code == 0, result.err
+    return folder
+
+
+@cache
+def whole(every: str) -> Whole:
+    """The uninterrupted run with this `checkpoint.every`."""
+    folder = Path(tempfile.mkdtemp(prefix="campaign-signals-whole-"))
+    shutil.copytree(prepared(), folder, dirs_exist_ok=True)
+    result = command([*WORDS, f"checkpoint.every={every}"], folder, seconds=300)
+    assert result.code == 0, f"the run that is not stopped ended with {result.code}: {folder}"
+    return Whole(folder, result.seconds)
+
+
+@cache
+def start_up() -> float:
+    """Seconds that Python and the imports of a real command take."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import llmnorm.training.loop"], check=True)
+    return time.monotonic() - began
 
 
 def make(number: int, chance: random.Random, folder: Path) -> Trial:
-    """Stop a run by one signal; the trial's own command goes on with it."""
+    """Stop a run by one signal; the trial's own command goes on with it.
+
+    What is stopped at a moment by the clock is a real command, since the moment may lie in its
+    imports; what is stopped at a sight is a fork, as most trials are.
+    """
     every = chance.choice(["null", "1", "3"])
     kind = chance.choice([*EXIT_CODES, signal.SIGKILL])
     moment = chance.choice(MOMENTS)
+    real = moment == "clock"
     reference = whole(every)
-    for name in ("text.txt", "run.yaml", "data"):
-        source = reference.folder / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-    process = _real([*WORDS, f"checkpoint.every={every}"], folder)
-    began = time.monotonic()
-    wait = chance.uniform(START, reference.seconds) if moment == "clock" else chance.uniform(0, 0.1)
-    while process.poll() is None and not _seen(folder / "run", moment, began):
+    shutil.copytree(prepared(), folder, dirs_exist_ok=True)
+    latest = reference.seconds + start_up() if real else 0.1
+    wait = chance.uniform(START if real else 0, latest)
+    words = [*WORDS, f"checkpoint.every={every}"]
+    with (folder / "out").open("ab") as out, (folder / "err").open("ab") as err:
+        process = start(words, folder, out, err, real=real)
+    code = None
+    while code is None and not _seen(folder / "run", moment):
+        code = _ended(process)
         time.sleep(0.001)
     time.sleep(wait)
-    alive = process.poll() is None
-    if alive:
-        process.send_signal(kind)
+    code = _ended(process) if code is None else code
+    alive = code is None
     sent = time.monotonic()
-    code = process.wait(timeout=4 * SECONDS)
+    if code is None:
+        os.kill(process, kind)
+        while (code := _ended(process)) is None:
+            assert time.monotonic() < sent + 4 * SECONDS, f"{kind.name} is not answered: {folder}"
+            time.sleep(0.001)
     wrong = _judged(kind, code, alive, folder, time.monotonic() - sent)
     step = _newest(folder / "run")
     what = f"{kind.name} at {moment} + {wait:.2f} s, checkpoint.every={every}: {code}, saved {step}"
     return Trial(
         what,
-        [*WORDS, f"checkpoint.every={every}"],
+        words,
         folder,
         names=[],
         codes=(0,),
@@ -104,28 +130,13 @@ def make(number: int, chance: random.Random, folder: Path) -> Trial:
     )
 
 
-def _real(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    with (folder / "out").open("ab") as out, (folder / "err").open("ab") as err:
-        return subprocess.Popen(
-            [sys.executable, "-m", "llmnorm", *words],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-            # A campaign under nohup would hand on that SIGHUP is ignored.
-            preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
-        )
+def _ended(process: int) -> int | None:
+    """The exit code of a process that has ended; minus a signal's number; else None."""
+    found, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
 
 
-def _seen(run: Path, moment: str, began: float) -> bool:
+def _seen(run: Path, moment: str) -> bool:
     """Whether the moment has come that a signal waits for."""
     record = run / "metrics.jsonl"
     text = record.read_text() if moment != "clock" and record.exists() else ""

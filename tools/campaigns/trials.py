@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -96,20 +96,7 @@ def command(
     baseline = 0 if real else _resident()
     started = time.monotonic()
     with (log / "out").open("wb") as out, (log / "err").open("wb") as err:
-        if real:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "llmnorm", *words],
-                cwd=folder,
-                env={**os.environ, **(environment or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            ).pid
-        else:
-            child = os.fork()
-            if child == 0:
-                _run_and_exit(words, folder, environment or {}, out.fileno(), err.fileno())
+        child = start(words, folder, out, err, real=real, environment=environment)
     status, usage, timed_out = _wait(child, started, seconds)
     taken = time.monotonic() - started
     printed, errors = (
@@ -120,12 +107,45 @@ def command(
     return Result(os.waitstatus_to_exitcode(status), printed, errors, taken, peak, timed_out)
 
 
+def start(
+    words: list[str],
+    folder: Path,
+    out: IO[bytes],
+    err: IO[bytes],
+    *,
+    real: bool,
+    environment: dict[str, str] | None = None,
+) -> int:
+    """Begin `llmnorm WORDS` in `folder`, in a session of its own; the process' number."""
+    if real:
+        return subprocess.Popen(
+            [sys.executable, "-m", "llmnorm", *words],
+            cwd=folder,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            preexec_fn=_hear_hangups,
+        ).pid
+    child = os.fork()
+    if child == 0:
+        _run_and_exit(words, folder, environment or {}, out.fileno(), err.fileno())
+    return child
+
+
+def _hear_hangups() -> None:
+    """A campaign under nohup would hand on that SIGHUP is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def _run_and_exit(
     words: list[str], folder: Path, environment: dict[str, str], out: int, err: int
 ) -> None:
     code = 1
     try:
         os.setsid()
+        _hear_hangups()
         os.chdir(folder)
         os.environ.update(environment)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -216,13 +236,13 @@ def campaign(
     parser.add_argument("--only", type=int, metavar="N", help="run this trial and print it")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of a trial")
     given = parser.parse_args()
-    _settle()
     done = _finished(given.out, given.seed)
     numbers = [given.only] if given.only is not None else range(given.trials)
     print(f"{name}: seed {given.seed}, {len(numbers)} trials, {len(done)} of them done before")
-    for number in tqdm(numbers, desc=name, unit="trial", disable=None):
-        if number in done and given.only is None:
-            continue
+    left = [number for number in numbers if number not in done or given.only is not None]
+    if left:
+        _settle()
+    for number in tqdm(left, desc=name, unit="trial", disable=None):
         record = _one(name, make, given.seed, number, given.seconds, show=given.only is not None)
         done[number] = record
         if record["wrong"]:
