@@ -7,9 +7,11 @@ killed or resumed run costs its steps, not its imports.
 import json
 import multiprocessing
 import os
+import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the children are bit-equal only at equal threads
 
@@ -40,9 +42,10 @@ TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
 PATIENCE = 1800
 
 
-def _command(arguments: list[str], log: Path) -> None:
+def _command(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     from llmnorm.cli import main
 
+    os.environ.update(environment)
     os.chdir(ROOT)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
@@ -51,11 +54,16 @@ def _command(arguments: list[str], log: Path) -> None:
 
 
 class Child:
-    """One `llmnorm` command in a process of its own; `log` holds what it has printed."""
+    """One `llmnorm` command in a process of its own; `log` holds what it has printed.
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    `environment` holds variables beside those of this process.
+    """
+
+    def __init__(
+        self, arguments: list[str], log: Path, environment: dict[str, str] | None = None
+    ) -> None:
         self.log = log
-        self.process = CHILDREN.Process(target=_command, args=(arguments, log))
+        self.process = CHILDREN.Process(target=_command, args=(arguments, log, environment or {}))
         self.process.start()
 
     def finish(self, seconds: float = PATIENCE) -> int:
@@ -63,6 +71,39 @@ class Child:
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"still running: {self.log.read_text()}"
         return self.process.exitcode
+
+
+class ForkedRun:
+    """A run of a comparison, forked from a process that has imported everything."""
+
+    def __init__(self, words: Sequence[str], log: IO[bytes], _: Mapping[str, str]) -> None:
+        from llmnorm.analysis.compare.launch import stop_with_parent
+        from llmnorm.cli import main
+
+        self._code: int | None = None
+        self._pid = os.fork()
+        if self._pid == 0:
+            code = 1
+            try:
+                stop_with_parent()
+                os.setsid()
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                # As after an exec: no handler, and no descriptor that holds the comparison's lock.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+                code = main(["train", *words])
+            finally:
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def terminate(self) -> None:
+        os.kill(self._pid, signal.SIGTERM)
 
 
 def llmnorm(*words: str | Path) -> None:

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 
 import jsonschema
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from llmnorm import cli
+from llmnorm.analysis.compare.command import compare
 from llmnorm.config.docs import json_schema, key_paths
 from llmnorm.config.file import load
 from llmnorm.config.tree import RunConfig
 from llmnorm.config.yaml_text import read_yaml
-from tests.running import CHILDREN, PATIENCE, ROOT
+from tests.running import CHILDREN, PATIENCE, ROOT, ForkedRun
 
 # Below docs/results are reports that programs wrote, of runs that took hours.
 WRITTEN = [p for p in (ROOT / "docs").rglob("*.md") if "results" not in p.parts]
@@ -72,7 +74,8 @@ def commands(block: Block) -> list[str]:
 def run(place: Path, command: str) -> tuple[int, str]:
     """A page's command: exit code and what it printed.
 
-    `llmnorm` is forked from a server that has imported torch, bash gets everything else.
+    `llmnorm` is forked from a server that has imported torch, and so are a comparison's runs; bash
+    gets everything else.
     """
     log = place.parent / "log.txt"
     process = CHILDREN.Process(target=_child, args=(place, command, log))
@@ -89,6 +92,8 @@ def _child(place: Path, command: str, log: Path) -> None:
     os.chdir(place)
     words = shlex.split(command)
     if words[0] == "llmnorm" and not re.search(r"[|<>;&$`*]", command):
+        torch.set_num_threads(1)  # so that a fork of this process is sound
+        compare.__kwdefaults__["start"] = ForkedRun
         sys.exit(cli.main(words[1:]))
     binaries = place.parent / "bin"  # `source .venv/bin/activate` puts these first
     binaries.mkdir(exist_ok=True)

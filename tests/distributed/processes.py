@@ -5,6 +5,7 @@ A scenario runs on every process and returns what JSON can say; the tests judge 
 
 import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -21,13 +23,21 @@ from tests.running import CHILDREN, PATIENCE, ROOT
 Scenario = Callable[[Path, int, int], Any]
 
 
-def run(scenario: Scenario, directory: Path, world: int = 2) -> list[Any]:
-    """What the scenario returns on each process; a killed one gives its exit code."""
+def run(
+    scenario: Scenario,
+    directory: Path,
+    world: int = 2,
+    environment: dict[str, str] | None = None,
+) -> list[Any]:
+    """What the scenario returns on each process; a killed one gives its exit code.
+
+    The processes have a group, unless they are given a launcher's environment to make it by.
+    """
     directory.mkdir(exist_ok=True)
     for file in directory.glob("rendezvous*"):
         file.unlink()
     started = [
-        CHILDREN.Process(target=_process, args=(scenario, directory, rank, world))
+        CHILDREN.Process(target=_process, args=(scenario, directory, rank, world, environment))
         for rank in range(world)
     ]
     for process in started:
@@ -54,21 +64,45 @@ def command(directory: Path, rank: int, world: int, *, words: list[str]) -> tupl
     return code, out, err
 
 
-def _process(scenario: Scenario, directory: Path, rank: int, world: int) -> None:
+def launch_environment(file: str, world: int = 2) -> dict[str, str]:
+    """What `accelerate launch` with this file sets for its processes, by accelerate itself.
+
+    Its last act, which starts Python, is left out: a fork costs a second's part of that.
+    """
+    from accelerate.commands import launch
+    from torch.distributed import run as torchrun
+
+    words = ["--config_file", file, "--num_processes", str(world), "-m", "llmnorm"]
+    parsed, found = launch.launch_command_parser().parse_args(words), {}
+    before = dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchrun, "run", lambda _: found.update(os.environ))
+        launch.launch_command(parsed)
+    assert dict(os.environ) == before
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        found["MASTER_PORT"] = str(free.getsockname()[1])
+    return {name: text for name, text in found.items() if before.get(name) != text}
+
+
+def _process(
+    scenario: Scenario, directory: Path, rank: int, world: int, environment: dict[str, str] | None
+) -> None:
     torch.set_num_threads(1)
     # No test here loses its power: hundreds of checkpoints need not wait for the disk.
     os.fsync = lambda _: None
     # As torchrun says it; accelerate then takes the group that there is.
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(number) for name, number in numbers.items()}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=PATIENCE),
-    )
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", **(environment or {})}
+    if environment is None:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{directory}/rendezvous",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=PATIENCE),
+        )
     try:
         answer = scenario(directory / "checkpoints", rank, world)
     except Exception:

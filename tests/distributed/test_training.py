@@ -1,4 +1,8 @@
-"""Real processes, two of them under `accelerate launch`, against one process on the same rows."""
+"""Real processes, two of them under `accelerate launch`, against one process on the same rows.
+
+One launch file is given to the launcher itself; of the others the processes are forked with the
+environment that the launcher would give them.
+"""
 
 import json
 import os
@@ -13,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llmnorm.checkpoints import checkpoints as module
-from tests.distributed.processes import command
+from tests.distributed.processes import command, launch_environment
 from tests.distributed.processes import run as run_processes
 from tests.running import (
     MASKED,
@@ -36,18 +40,30 @@ SHARDINGS = {
 }
 
 
-def launch(sharding: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` with the launch file of that name, two processes."""
+REAL = "fsdp2"
+
+
+def launch(sharding: str, directory: Path, words: list[str]) -> str:
+    """What two processes print that begin as the launch file of that name says."""
     file = f"launch/accelerate/{sharding}.yaml"
-    words = ["--config_file", file, "--num_processes", "2", "-m", "llmnorm", *map(str, arguments)]
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *words],
+    if sharding != REAL:
+        scenario, environment = partial(command, words=words), launch_environment(file)
+        answers = run_processes(scenario, directory, environment=environment)
+        assert [answer[0] for answer in answers] == [0, 0], answers
+        return "".join(err for _, _, err in answers)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", file),
+            *("--num_processes", "2", "-m", "llmnorm", *words),
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
     )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def codes(directory: Path, words: list[str], world: int = 2, scenario: Any = command) -> list[Any]:
@@ -85,13 +101,13 @@ def two(sharding, tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) ->
     """A run of 5 steps of 2 processes, each accumulating over 2 micro-batches."""
     if sharding == "zero3":
         pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
-    run = tmp_path_factory.mktemp(sharding) / "run"
-    words = [f"run_dir={run}", f"data.dir={smoke_data}", "training.steps=5", *COMMON]
-    done = launch(sharding, "train", SMOKE, *words, "training.micro_batch=4")
-    assert done.returncode == 0, done.stderr
-    assert f"2 process(es) on cpu (gloo), sharding {sharding}, precision" in done.stderr
+    directory = tmp_path_factory.mktemp(sharding)
+    run = directory / "run"
+    words = ["train", str(SMOKE), f"run_dir={run}", f"data.dir={smoke_data}", "training.steps=5"]
+    said = launch(sharding, directory / "launch", [*words, *COMMON, "training.micro_batch=4"])
+    assert said.count(f"2 process(es) on cpu (gloo), sharding {sharding}, precision") == 1
     weights, gradients, state = SHARDINGS[sharding]
-    assert f"holds {weights} MiB of weights, {gradients} MiB of gradients, {state}" in done.stderr
+    assert f"holds {weights} MiB of weights, {gradients} MiB of gradients, {state}" in said
     return run
 
 

@@ -1,4 +1,7 @@
-"""A run in three trackers at once, killed and resumed; each is read back by its own means."""
+"""A run in three trackers at once, killed and resumed; each is read back by its own means.
+
+What is killed is a fork that has torch imported; what resumes it is a real command.
+"""
 
 import importlib.util
 import json
@@ -17,7 +20,7 @@ import pytest
 from llmnorm.config.tree import RunConfig
 from llmnorm.runs import trackers
 from llmnorm.runs.directory import RunDirectory
-from tests.running import PATIENCE, ROOT, SMOKE
+from tests.running import ROOT, SMOKE, Child
 
 INSTALLED = [name for name in ("tensorboard", "wandb", "trackio") if importlib.util.find_spec(name)]
 pytestmark = pytest.mark.skipif(len(INSTALLED) < 3, reason="needs the extra track")
@@ -48,7 +51,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Killed
         f"logging.trackers=[{','.join(INSTALLED)}]",
     ]
     # Offline, and nothing outside this directory.
-    environment = os.environ | {
+    environment = {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
         "TRACKIO_DIR": str(place / "trackio"),
@@ -56,17 +59,18 @@ def killed(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Killed
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-m", "llmnorm", "train", str(SMOKE), *settings]
-    with (place / "log.txt").open("w") as log:
-        first = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        deadline = time.monotonic() + PATIENCE
-        while not run.metrics.exists() or '"step": 7,' not in run.metrics.read_text():
-            assert first.poll() is None and time.monotonic() < deadline, log.name
-            time.sleep(0.001)
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-        assert '"step": 12,' not in run.metrics.read_text(), "killed too late to show anything"
-        ids = json.loads(run.tracker.read_text())
-        code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+    first = Child(["train", str(SMOKE), *settings], place / "log.txt", environment)
+    while not run.metrics.exists() or '"step": 7,' not in run.metrics.read_text():
+        assert first.process.is_alive(), first.log.read_text()
+        time.sleep(0.001)
+    first.process.kill()
+    assert first.finish() == -signal.SIGKILL
+    assert '"step": 12,' not in run.metrics.read_text(), "killed too late to show anything"
+    ids = json.loads(run.tracker.read_text())
+    with first.log.open("a") as log:
+        code = subprocess.run(
+            command, env=os.environ | environment, stdout=log, stderr=log
+        ).returncode
     assert code == 0 and run.done.exists(), (place / "log.txt").read_text()
     assert json.loads(run.tracker.read_text()) == ids, "another chart than before"
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]

@@ -19,13 +19,13 @@ from llmnorm import cli
 from llmnorm.analysis.compare import launch as launch_file
 from llmnorm.analysis.compare.arms import check_same_arms, read_arms, read_protocol, save_arms
 from llmnorm.analysis.compare.command import compare
-from llmnorm.analysis.compare.launch import Slots, launch, slots, stop_with_parent
+from llmnorm.analysis.compare.launch import Slots, launch, slots
 from llmnorm.analysis.compare.ledger import Ledger, Record
 from llmnorm.analysis.compare.plan import Arm, Protocol, Run
 from llmnorm.analysis.compare.runs import execute
 from llmnorm.machine.gpus import GPU
 from llmnorm.part import InputError
-from tests.running import CHILDREN, PATIENCE, SMOKE, TIMES
+from tests.running import CHILDREN, PATIENCE, SMOKE, TIMES, ForkedRun
 
 
 def arms(*given: str, shared: Sequence[str] = ()) -> list[Arm]:
@@ -313,37 +313,9 @@ def test_a_run_uses_the_package_of_its_comparison(
 # Real runs.
 
 ARMS = ["rms", "same generation.top_k=7", "wild optimizer.lr=1e38", "layer model.norm=layer"]
-SHARED = ["training.steps=10", "schedule=constant"]
-
-
-class Fork:
-    """A run forked from a process that has imported everything."""
-
-    def __init__(self, words: Sequence[str], log: IO[bytes], _: Mapping[str, str]) -> None:
-        self._code: int | None = None
-        self._pid = os.fork()
-        if self._pid == 0:
-            code = 1
-            try:
-                stop_with_parent()
-                os.setsid()
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-                # As after an exec: no handler, and no descriptor that holds the comparison's lock.
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-                code = cli.main(["train", *words])
-            finally:
-                os._exit(code)
-
-    def poll(self) -> int | None:
-        if self._code is None:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
-            self._code = os.waitstatus_to_exitcode(status) if pid else None
-        return self._code
-
-    def terminate(self) -> None:
-        os.kill(self._pid, signal.SIGTERM)
+# Nothing here depends on the size of the model.
+SHARED = ["training.steps=10", "schedule=constant", "evaluation.samples=0"]
+SHARED += ["model.num_hidden_layers=1", "model.hidden_size=32", "model.intermediate_size=64"]
 
 
 def _comparison(directory: Path, data: Path, out: Path) -> None:
@@ -355,7 +327,7 @@ def _comparison(directory: Path, data: Path, out: Path) -> None:
     given = [words.split() for words in ARMS]
     shared = [*SHARED, f"data.dir={data}"]
     protocol = read_protocol(read_arms(SMOKE, shared, given), seeds=2, lr_points=1)
-    sys.exit(compare(protocol, directory, command="llmnorm compare", start=Fork))
+    sys.exit(compare(protocol, directory, command="llmnorm compare", start=ForkedRun))
 
 
 def start(directory: Path, data: Path) -> Any:
