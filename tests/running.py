@@ -30,8 +30,12 @@ MASKED = [
 
 CHILDREN = multiprocessing.get_context("forkserver")
 # There is one server for all files: setting this anywhere else would take the imports from it.
+# torch's compiler is imported by DeepSpeed, in every process that begins to shard by it.
 CHILDREN.set_forkserver_preload(
-    ["llmnorm.cli", "llmnorm.training.loop", "accelerate", "pytest", "tests.frozen"]
+    [
+        *("llmnorm.cli", "llmnorm.training.loop", "accelerate", "pytest"),
+        *("torch._inductor.compile_fx", "tests.frozen"),
+    ]
 )
 
 # Fields of metrics.jsonl that may differ between two runs of the same numbers.
