@@ -1,8 +1,6 @@
 """Stock directories as our class and back: settings, weights, memory, and what is refused."""
 
 import json
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from llmnorm.models.convert import Stored, Weights, named_weights, open_weights,
 from llmnorm.models.modeling import LlmNormForCausalLM, empty_model
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import InputError
+from tests.running import CHILDREN, PATIENCE
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -333,33 +332,26 @@ def test_a_tensor_above_the_limit_stands_alone() -> None:
     assert convert._plan(tensors, 16) == [["a", "b"], ["c"], ["d", "e"]]
 
 
-MEASURE = """
-import sys
-from pathlib import Path
-from safetensors.torch import load_file
-from llmnorm.models import LlmNormConfig
-from llmnorm.models.convert import named_weights, open_weights
-from llmnorm.models.modeling import empty_model
-
-def memory(key):
+def _memory(key: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
-directory, how = Path(sys.argv[1]), sys.argv[2]
-config = LlmNormConfig.from_pretrained(directory)
-before = memory("VmRSS")
-model = empty_model(config, device="cpu")
-for tensor in named_weights(model).values():
-    tensor.zero_()
-weights = open_weights(directory, config)
-full = memory("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-if how == "ours":
-    weights.read_into(named_weights(model))
-else:
-    state = {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
-    model.load_state_dict(state)
-print(full - before, memory("VmHWM") - full)
-"""
+
+def _load(directory: Path, how: str, out: Path) -> None:
+    """Load in a process of its own; write the model's bytes and those that loading held more."""
+    config = LlmNormConfig.from_pretrained(directory)
+    before = _memory("VmRSS")
+    model = empty_model(config, device="cpu")
+    for tensor in named_weights(model).values():
+        tensor.zero_()
+    weights = open_weights(directory, config)
+    full = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    if how == "ours":
+        weights.read_into(named_weights(model))
+    else:
+        files = directory.glob("*.safetensors")
+        model.load_state_dict({k: v for file in files for k, v in load_file(file).items()})
+    out.write_text(f"{full - before} {_memory('VmHWM') - full}")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory figures")
@@ -385,9 +377,11 @@ def test_loading_holds_one_shard_besides_the_model(tmp_path: Path) -> None:
     assert largest < size / 6
     extra = {}
     for how in ("ours", "all at once"):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path), how]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        model_bytes, extra[how] = map(int, done.stdout.split())
+        process = CHILDREN.Process(target=_load, args=(tmp_path, how, tmp_path / "memory"))
+        process.start()
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+        model_bytes, extra[how] = map(int, (tmp_path / "memory").read_text().split())
         assert model_bytes > 0.9 * size
     assert extra["ours"] < 1.5 * largest
     assert extra["all at once"] > 0.9 * size
