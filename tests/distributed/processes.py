@@ -73,7 +73,8 @@ def launch_environment(file: str, world: int = 2) -> dict[str, str]:
     from torch.distributed import run as torchrun
 
     words = ["--config_file", file, "--num_processes", str(world), "-m", "llmnorm"]
-    parsed, found = launch.launch_command_parser().parse_args(words), {}
+    found: dict[str, str] = {}
+    parsed = launch.launch_command_parser().parse_args(words)
     before = dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchrun, "run", lambda _: found.update(os.environ))
