@@ -91,7 +91,7 @@ def _process(
 ) -> None:
     torch.set_num_threads(1)
     # No test here loses its power: hundreds of checkpoints need not wait for the disk.
-    os.fsync = lambda _: None
+    os.fsync = lambda fd: None
     # As torchrun says it; accelerate then takes the group that there is.
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(number) for name, number in numbers.items()}
