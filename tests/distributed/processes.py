@@ -73,7 +73,8 @@ def launch_environment(file: str, world: int = 2) -> dict[str, str]:
     from torch.distributed import run as torchrun
 
     words = ["--config_file", file, "--num_processes", str(world), "-m", "llmnorm"]
-    parsed, found = launch.launch_command_parser().parse_args(words), {}
+    found: dict[str, str] = {}
+    parsed = launch.launch_command_parser().parse_args(words)
     before = dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchrun, "run", lambda _: found.update(os.environ))
@@ -90,7 +91,7 @@ def _process(
 ) -> None:
     torch.set_num_threads(1)
     # No test here loses its power: hundreds of checkpoints need not wait for the disk.
-    os.fsync = lambda _: None
+    os.fsync = lambda fd: None
     # As torchrun says it; accelerate then takes the group that there is.
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(number) for name, number in numbers.items()}
