@@ -32,7 +32,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from llmnorm.config.tree import RunConfig
-from llmnorm.models.adapters import rate_factors
 from llmnorm.models.frozen import narrow
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.loss import LanguageHead, chunk_size, linear_cross_entropy
@@ -88,7 +87,7 @@ def memory(config: RunConfig) -> Memory:
     with FakeTensorMode(), Storages() as storages, fused_attention():
         give_storages(model)
         before = storages.live
-        groups = split(model)._replace(factors=rate_factors(model, config.adapter))
+        groups = split(model)
         # Kept alive until the end, as in a run.
         optimizer = config.optimizer.build(groups)
         parameters = [*groups.matrices.values(), *groups.auxiliary.values()]

@@ -38,7 +38,12 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 OPTIMIZERS["soap"][1]["max_precond_dim"] = 16
 # A hyperparameter that moves over the steps, those after a resumption included.
 OPTIMIZERS["normuon"][1]["momentum"] = {"from": 0.5, "to": 0.95, "steps": 4}
-SHAPE: dict[str, dict[str, Any]] = {"soap": {"num_key_value_heads": 4}}
+# Conda scales up directions in which a gradient has next to nothing. From the usual first weights
+# the four heads attend alike, so o_proj's gradient has rank 4 and rounding errors beside it.
+SHAPE: dict[str, dict[str, Any]] = {
+    "soap": {"num_key_value_heads": 4},
+    "conda": {"initializer_range": 0.1},
+}
 CONFIG = {
     "vocab_size": 40,
     "hidden_size": 16,
