@@ -18,6 +18,8 @@ from tests.test_data.chats import save_tokenizer
 GREEDY = ["generation.temperature=0", "generation.max_new_tokens=8"]
 MESSAGE = "2+2? a<|im_end|>b"
 END = "<|im_end|>"
+QUESTION = [{"role": "user", "content": "2+2?"}]
+OTHER = [{"role": "user", "content": "3+3?"}, {"role": "assistant", "content": "6"}]
 
 
 class Chat(NamedTuple):
@@ -119,6 +121,41 @@ def test_a_run_answers_as_what_it_began_from(chat: Chat, tmp_path: Path, capsys:
     llmnorm("train", tmp_path / "c.yaml", *words)
     expected = answer(capsys, chat.directory, "--user", MESSAGE, *GREEDY)[1]
     assert answer(capsys, run, "--user", MESSAGE, *GREEDY)[1] == expected
+
+
+def test_a_run_of_finetune_answers_and_keeps_every_end(
+    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the base's answer, since a rate of 1e-30 changes nothing; the end tokens of template
+    and base in the export, which then ends the answer without any argument."""
+    base = shutil.copytree(chat.directory, tmp_path / "base")
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [1, 7]}))
+    record = {"messages": [*QUESTION, {"role": "assistant", "content": "It is 4."}]}
+    held = {"messages": [*OTHER, *record["messages"]]}
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps(record)}\n" * 8)
+    (tmp_path / "held.jsonl").write_text(f"{json.dumps(held)}\n")
+    paths = {"path": str(tmp_path / "chat.jsonl"), "validation": str(tmp_path / "held.jsonl")}
+    source = {"name": "chat", **paths}
+    tree = {
+        "data": {"sources": [source], "context_length": 64, "dir": str(tmp_path / "data")},
+        "training": {"steps": 1, "global_batch": 4},
+        "optimizer": {"lr": 1e-30},
+        "evaluation": {"samples": 0},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    run = tmp_path / "run"
+    llmnorm("finetune", tmp_path / "c.yaml", f"model.pretrained={base}", f"run_dir={run}")
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert (saved["objective"]["name"], saved["adapter"]["name"]) == ("sft", "lora")
+    assert saved["optimizer"]["lr"] == 1e-30 and saved["optimizer"]["betas"] == [0.9, 0.999]
+    expected = answer(capsys, chat.directory, "--user", MESSAGE, *GREEDY)[1]
+    assert answer(capsys, run, "--user", MESSAGE, *GREEDY)[1] == expected
+    llmnorm("export", run, tmp_path / "merged", "--merge", "--stock")
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert set(written["eos_token_id"]) == {1, 7, chat.answer[-1]}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert greedy(merged, chat.prompt) == chat.answer
 
 
 @pytest.fixture(scope="module")
