@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llmnorm.config.stock import Tokens, all_tokens
 from llmnorm.config.tree import RunConfig, TrainingSettings
 from llmnorm.data.best_fit import Example, best_fit, lay_out
 from llmnorm.data.conversations import (
@@ -108,9 +109,9 @@ class SFT(Objective):
         return cls(config, kind.ready(alone=alone, command=command, trained_on=trained_on))
 
     @property
-    def ends(self) -> list[int]:
+    def ends(self) -> Tokens:
         """The tokenizer's end token, and what ends a turn in its chat template."""
-        return list(dict.fromkeys([self.data.eos, *self._conversations.template.stops]))
+        return all_tokens(self.data.eos, self._conversations.template.stops)
 
     def rows_at_once(self, training: TrainingSettings, world: int) -> int:
         """How many rows one process runs at once: `training.micro_batch`, or its share of a step.

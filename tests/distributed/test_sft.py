@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from llmnorm import cli
 from llmnorm.objectives.sft import SFT
 from llmnorm.parallel.check import check
 from llmnorm.training.evaluation import evaluate
 from llmnorm.training.step import count, forward_backward
-from tests.distributed.processes import run
+from tests.distributed.processes import run as run_processes
 from tests.distributed.tiny import Run, tensor_of
-from tests.objectives.in_memory import Stream, Template, conversations, objective
+from tests.objectives.examples import Stream, Template, conversations, objective, on_disk
+from tests.running import llmnorm, metrics_of
 
 STEPS = 3
 # (context, trained) lengths, of which two steps are made; 248 tokens of each are trained.
@@ -73,8 +75,10 @@ def tuned(sharding: str, room: int, tokenizer: Path, dtype: torch.dtype = torch.
     return Tuned(sharding, objective(data, "evaluation.answers=4"), dtype)
 
 
-def everything(directory: Path, rank: int, world: int, *, tokenizer: Path) -> dict[str, Any]:
-    """All cells; the weights after the steps are saved."""
+def everything(
+    directory: Path, rank: int, world: int, *, tokenizer: Path, words: list[str]
+) -> dict[str, Any]:
+    """All cells, of which the weights after the steps are saved; and a whole run, by `words`."""
     said: dict[str, Any] = {}
     for sharding, case in CELLS:
         one = tuned(sharding, ROOMS[case], tokenizer, dtype_of(sharding))
@@ -87,6 +91,7 @@ def everything(directory: Path, rank: int, world: int, *, tokenizer: Path) -> di
             **{"before": before, "after": one.figures(), "texts": one.texts()},
         }
         one.save(directory.parents[1] / f"{sharding} {case}", STEPS)
+    said["whole run"] = cli.main([*words, "parallel.sharding=fsdp2"])  # it closes the group
     return said
 
 
@@ -101,9 +106,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launched(place: Path, tokenizer: Path) -> list[dict[str, Any]]:
+def words(place: Path, run: Path) -> list[str]:
+    """A run of steps with two examples each, for which one row is enough."""
+    place.mkdir(exist_ok=True)
+    steps = ["training.steps=4", "training.global_batch=2", "evaluation.every=2"]
+    return ["train", str(on_disk(place, run)), *steps, "logging.health_every=2"]
+
+
+@pytest.fixture(scope="module")
+def one_process(place: Path, words: list[str]) -> Path:
+    """The whole run of one process, which prepares the data."""
+    llmnorm(*words, f"run_dir={place}/one")
+    return place / "one"
+
+
+@pytest.fixture(scope="module")
+def launched(
+    place: Path, tokenizer: Path, words: list[str], one_process: Path
+) -> list[dict[str, Any]]:
     """What both processes say."""
-    said = run(partial(everything, tokenizer=tokenizer), place / "launch")
+    both = [*words, f"run_dir={place}/two"]
+    said = run_processes(partial(everything, tokenizer=tokenizer, words=both), place / "launch")
     assert all(isinstance(answer, dict) for answer in said), said
     return said
 
@@ -164,3 +187,17 @@ def test_both_processes_run_equally_many_rows(launched) -> None:
         process[f"{s} {c}"]["before"]["exact_match"] for process in launched for s, c in CELLS
     ]
     assert 0 < min(shares) < 1
+
+
+def test_a_whole_run_of_two_processes_is_that_of_one(launched, place, one_process) -> None:
+    """Oracle: the lines and samples of one process; the second of two runs rows of padding."""
+    assert [process["whole run"] for process in launched] == [0, 0]
+    for found, other in zip(metrics_of(place / "two"), metrics_of(one_process), strict=True):
+        assert found.keys() == other.keys() and found["tokens"] == other["tokens"]
+        for key in ("loss", "grad_norm") if "loss" in found else ():
+            assert found[key] == pytest.approx(other[key], rel=1e-5)
+        if "validation" in found:
+            assert found["validation"]["exact_match"] == other["validation"]["exact_match"]
+            assert found["validation"]["loss"] == pytest.approx(other["validation"]["loss"], 1e-5)
+    two, one = ((run / "samples.jsonl").read_text() for run in (place / "two", one_process))
+    assert two == one

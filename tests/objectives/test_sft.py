@@ -2,6 +2,11 @@
 
 import copy
 import dataclasses
+import json
+import re
+import shutil
+from collections import Counter
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +18,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmnorm import cli
 from llmnorm.config.file import load
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.data.best_fit import lay_out
 from llmnorm.data.order import Order
+from llmnorm.exchange.loading import load_model
 from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.models.modeling import build_model
@@ -26,11 +33,23 @@ from llmnorm.objectives.figures import table
 from llmnorm.objectives.sft import SFT
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
-from llmnorm.training.step import count, forward_backward
+from llmnorm.runs import directory as run_directory
+from llmnorm.training.prepare import prepare
+from llmnorm.training.signals import StopRequest
+from llmnorm.training.step import count, forward_backward, step
 from tests.models.test_generation import MIXERS, build
 from tests.models.test_generation import greedy as by_hand
-from tests.objectives.in_memory import PAD, Stream, Template, conversations, example, objective
-from tests.running import SMOKE
+from tests.objectives.examples import (
+    PAD,
+    Stream,
+    Template,
+    conversations,
+    example,
+    objective,
+    on_disk,
+)
+from tests.running import SMOKE, assert_same_run, llmnorm, metrics_of
+from tests.training.test_step import reads
 
 
 def steps(sft: SFT, count: int, **keys: Any) -> list[list[MicroBatch]]:
@@ -65,8 +84,8 @@ def test_every_process_sees_its_part_of_the_same_steps(lengths, batch, world, mi
     source, index = Order(weights, weights, sft.config.data_seed).locate(0, 3 * batch)
     keys = {"global_batch": batch, "micro_batch": micro_batch, "world": world}
     mine = [steps(sft, 3, rank=rank, **keys) for rank in range(world)]
-    for step in range(3):
-        parts = [process[step] for process in mine]
+    for turn in range(3):
+        parts = [process[turn] for process in mine]
         assert len({len(part) for part in parts}) == 1
         for together in zip(*parts, strict=True):
             assert len({b.inputs["input_ids"].shape for b in together}) == 1
@@ -93,7 +112,7 @@ def test_every_process_sees_its_part_of_the_same_steps(lengths, batch, world, mi
                     labels += int(trained[1:].sum())
             assert next(numbers, None) is None
             assert labels == batch_.labels == len(batch_.inputs["label_positions"])
-        assert sorted(found) == list(range(step * batch, (step + 1) * batch))
+        assert sorted(found) == list(range(turn * batch, (turn + 1) * batch))
         assert sum(b.labels for part in parts for b in part) >= batch
     again = steps(sft, 1, first_row=2 * batch, **keys)[0]
     for one, other in zip(again, mine[0][2], strict=True):
@@ -224,7 +243,7 @@ def test_an_answer_is_right_if_it_ends_as_the_reference(tokenizer, micro_batch) 
     said = []
     for ids, trained in data.sources[0].train.examples:
         prompt = torch.from_numpy(ids[~trained])
-        said.append([int(logits.argmax()) for logits in by_hand(model, prompt, 60)])
+        said.append([int(logits.argmax()) for logits in by_hand(model, prompt, 30)])
     stop = said[0][4]  # the first answer ends with its fifth token at the latest
     decode = open_tokenizer(tokenizer).decode
     answers = [ids[: ids.index(stop)] if stop in ids else None for ids in said]
@@ -263,10 +282,10 @@ def test_what_asks_nothing_is_not_asked(tokenizer) -> None:
         data, sources=[dataclasses.replace(data.sources[0], validation=held)]
     )
     answers = objective(data)._answers
-    for count in (2, 9):  # asked again: the same
+    for number in (2, 9):  # asked again: the same
         for _ in range(2):
-            found = answers._questions(data.sources[0], count)
-            assert [question.reference for question in found] == [*"cde"][:count]
+            found = answers._questions(data.sources[0], number)
+            assert [question.reference for question in found] == [*"cde"][:number]
     assert found[0].prompt == asking[0][:4].tolist()
 
 
@@ -319,3 +338,107 @@ def test_batches_need_not_divide() -> None:
     assert load(SMOKE, ["objective=sft", *words]).config.training.micro_batch == 3
     with pytest.raises(InputError, match="training.micro_batch 3 does not divide"):
         load(SMOKE, words)
+
+
+# A run on disk.
+
+
+@pytest.fixture(scope="module")
+def config(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration on top of the smoke run."""
+    return on_disk(tmp_path_factory.mktemp("tuned"), run)
+
+
+@pytest.fixture(scope="module")
+def tuned(config: Path) -> Path:
+    """A run of 12 steps, saved every four."""
+    directory = config.parent / "run"
+    llmnorm("train", config, f"run_dir={directory}")
+    return directory
+
+
+def test_the_losses_of_a_run_are_those_of_single_examples(tuned: Path, run: Path) -> None:
+    """Oracle: the first step and the held-out examples, one by one, in float64."""
+    settings = load(tuned).config
+    data = settings.objective.build(settings, alone=True, command="").data
+    lines = metrics_of(tuned)
+    assert all(0 < line["loss"] < 20 for line in lines if "loss" in line)
+    assert sum(data.sources[0].dropped.values()) == 1
+    source, index = Order(
+        [s.weight for s in data.sources], [s.examples for s in data.sources], 0
+    ).locate(0, 7)
+    first = [data.sources[s].train.read(int(i)) for s, i in zip(source, index, strict=True)]
+    with torch.no_grad():
+        model = load_model(run)[0].double()
+        losses = torch.cat([alone(model, *one) for one in first])
+        assert lines[0]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+        assert lines[0]["tokens"] == sum(len(ids) - 1 for ids, _ in first)
+        model = load_model(tuned)[0].double()
+        for source in data.sources:
+            held = [source.validation.read(n) for n in range(len(source.validation))]
+            losses = torch.cat([alone(model, *one) for one in held])
+            found = lines[-1]["validation"]["sources"][source.name]
+            assert found["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+            assert 0 <= found["exact_match"] <= 1
+    last = json.loads((tuned / "samples.jsonl").read_text().splitlines()[-1])["samples"]
+    asked = [source.validation.answer(0)[1] for source in data.sources]
+    assert [sample["reference"] for sample in last[:2]] == asked
+
+
+def test_a_run_goes_on_to_the_same_numbers(tuned: Path, config: Path, tmp_path: Path) -> None:
+    """Oracle: the run without a stop, to the bit, its answers too."""
+    again = tmp_path / "run"
+    shutil.copytree(tuned, again)
+    shutil.rmtree(again / "checkpoints" / "step_00000012")  # as if it had been killed before
+    (again / "DONE").unlink()
+    llmnorm("train", again)
+    assert_same_run(again, tuned, 12)
+    assert (again / "samples.jsonl").read_text() == (tuned / "samples.jsonl").read_text()
+
+
+def test_the_commands_work_or_say_why_not(tuned: Path, config: Path, tmp_path, capsys) -> None:
+    """Oracle: the run's own figures; one line a refusal."""
+    whole = metrics_of(tuned)[-1]["validation"]
+    llmnorm("eval", tuned)
+    found = json.loads((tuned / "eval" / "step_00000012.json").read_text())["validation"]
+    assert found == whole
+    assert "exact match" in capsys.readouterr().out
+    llmnorm("train", config, "--dry-run", f"run_dir={tmp_path}/run", "evaluation.prompts=[2+2?]")
+    shown = capsys.readouterr().err
+    assert re.search(r"7 examples a step in rows of 64 tokens, which are [89]\d\.\d% filled", shown)
+    assert cli.main(["inspect", str(tuned)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "trains on conversations, and packed text is needed here" in line
+
+
+def test_prompts_are_answered_as_turns_of_a_user(tuned: Path) -> None:
+    """Oracle: the template written out, and greedy text of the model by itself."""
+    settings = load(tuned, ["evaluation.prompts=[2+2?]", "evaluation.sample_tokens=5"]).config
+    model, tokenizer = load_model(tuned)
+    sft = settings.objective.build(settings, alone=True, command="")
+    (text,) = sft.texts(model, process())
+    assert text.keys() == {"prompt", "continuation"}
+    assert text["prompt"] == "<|bos|>user: 2+2?<|eos|>assistant: "
+    ids = torch.tensor(tokenizer.encode(text["prompt"], add_special_tokens=False))
+    said = [int(logits.argmax()) for logits in by_hand(model.eval(), ids, 5)]
+    said = said[: said.index(1)] if 1 in said else said
+    assert text["continuation"] == tokenizer.decode(said)
+
+
+def test_a_step_reads_its_device_once(config: Path, tmp_path: Path) -> None:
+    """Oracle: the one line that may read, as in pretraining (tests/training/test_step.py)."""
+    settings = load(config, [f"run_dir={tmp_path}/run", "parallel.sharding=none"]).config
+    directory = run_directory.agree(settings, going_on=False)
+    with ExitStack() as stack:
+        prepared = prepare(settings, directory, stack, data_command="", dry_run=True)
+        micro_batches = next(prepared.batches())
+        with reads() as found:
+            outcome = step(prepared, micro_batches, StopRequest())
+    assert outcome.finite and prepared.progress.row == 7
+    counted = Counter(found)
+    assert counted.pop(("tolist", "training/step.py: step")) == 1
+    on_the_host = ("models/context.py", "nn/visibility.py", "nn/norms/rms_cpu.py", "nn/loss.py: b")
+    assert all(
+        where.startswith(on_the_host) or (name, where) == ("tensor", "training/step.py: count")
+        for name, where in counted
+    )

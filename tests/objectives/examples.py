@@ -1,9 +1,11 @@
-"""Conversations in memory, of lengths that a test chooses."""
+"""Conversations in memory, of lengths that a test chooses, and on disk, for whole runs."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from llmnorm.config.file import load
 from llmnorm.data.conversations import Conversations, ConversationSource
@@ -89,3 +91,41 @@ def objective(data: Conversations, *words: str, batch: int = 4) -> SFT:
     settings = [f"data.context_length={data.context_length}", "schedule.warmup=0"]
     settings += ["model.max_position_embeddings=4096", f"training.global_batch={batch}"]
     return SFT(load(SMOKE, ["objective=sft", *settings, *words]).config, data)
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ bos_token if loop.first }}{{ m['role'] }}: {{ m['content'] }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def on_disk(place: Path, base: Path) -> Path:
+    """A configuration of 12 steps that goes on from the run `base`, and its records.
+
+    There are two sources of uneven size. A record of the first is too long, so that nothing of it
+    can be trained.
+    """
+    (place / "template.jinja").write_text(TEMPLATE)
+    sums = [(f"{a}+{b}?", str(a + b)) for a in range(12) for b in range(9)]
+    turns = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        for asked, answer in [*sums, ("long " * 80, "answer")]
+    ]
+    words = [{"prompt": f"Say {n}", "completion": "word " * (n % 7 + 1)} for n in range(30)]
+    for name, records in (("sums", [{"messages": t} for t in turns]), ("words", words)):
+        (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    sources = [{"name": name, "path": str(place / f"{name}.jsonl")} for name in ("sums", "words")]
+    template = {"chat_template": str(place / "template.jinja")}
+    tree = {
+        "data": {"sources": sources, "context_length": 64, "dir": str(place / "data")},
+        "model": {"pretrained": str(base)},
+        "tokenizer": {"path": str(base / "tokenizer"), **template},
+        "objective": "sft",
+        "optimizer": {"name": "adamw", "lr": 3e-3},
+        "schedule": {"name": "constant", "warmup": 0},
+        "training": {"steps": 12, "global_batch": 7, "micro_batch": 2},
+        "evaluation": {"every": 6, "answers": 3, "samples": 3},
+        "checkpoint": {"every": 4},
+    }
+    (place / "sft.yaml").write_text(yaml.safe_dump(tree))
+    return place / "sft.yaml"
