@@ -34,7 +34,7 @@ from llmnorm.objectives.sft import SFT
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
 from llmnorm.runs import directory as run_directory
-from llmnorm.training.prepare import prepare
+from llmnorm.training.prepare import _micro_batch, prepare
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.step import count, forward_backward, step
 from tests.models.test_generation import MIXERS, build
@@ -338,6 +338,16 @@ def test_batches_need_not_divide() -> None:
     assert load(SMOKE, ["objective=sft", *words]).config.training.micro_batch == 3
     with pytest.raises(InputError, match="training.micro_batch 3 does not divide"):
         load(SMOKE, words)
+
+
+def test_every_process_needs_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the message, and 7 examples over 7 processes."""
+    sft, parallel = objective(conversations([[(6, 5)] * 7], room=30), batch=7), process()
+    monkeypatch.setattr(parallel, "world", 7)
+    assert _micro_batch(sft.config, sft, parallel) == 1
+    monkeypatch.setattr(parallel, "world", 8)
+    with pytest.raises(InputError, match="7 rows are too few for 8 processes; give at least 8"):
+        _micro_batch(sft.config, sft, parallel)
 
 
 # A run on disk.
