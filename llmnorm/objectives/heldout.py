@@ -101,7 +101,8 @@ def validation_objective(
     if data is not None:
         if tokenizer is None:
             raise InputError(f"{path}: has no tokenizer (no tokenizer.json)")
-        own: dict[str, Settings] = {"tokenizer": TokenizerSettings(path=tokenizer)}
+        template = config.tokenizer.model_dump(include={"chat_template", "template_arguments"})
+        own: dict[str, Settings] = {"tokenizer": TokenizerSettings(path=tokenizer, **template)}
         if config.objective.architecture != architecture:
             own["objective"] = _default_objective(architecture, data)
         config = config.model_copy(update=own)

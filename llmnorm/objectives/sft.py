@@ -142,7 +142,7 @@ class SFT(Objective):
         for first, source, index in self._steps(first_row, global_batch):
             rows = best_fit(self._sizes(source, index), self._conversations.context_length)
             share = -(-len(rows) // world)
-            mine = [*rows[rank::world], []][:share]
+            mine = [*rows[rank::world], []][:share]  # a row of padding where one is missing
             yield [
                 self._micro_batch(
                     [[(streams[source[n]], int(index[n])) for n in row] for row in part],

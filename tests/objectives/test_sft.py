@@ -34,7 +34,7 @@ from llmnorm.objectives.sft import SFT
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
 from llmnorm.runs import directory as run_directory
-from llmnorm.training.prepare import prepare
+from llmnorm.training.prepare import _micro_batch, prepare
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.step import count, forward_backward, step
 from tests.models.test_generation import MIXERS, build
@@ -340,6 +340,16 @@ def test_batches_need_not_divide() -> None:
         load(SMOKE, words)
 
 
+def test_every_process_needs_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the message, and 7 examples over 7 processes."""
+    sft, parallel = objective(conversations([[(6, 5)] * 7], room=30), batch=7), process()
+    monkeypatch.setattr(parallel, "world", 7)
+    assert _micro_batch(sft.config, sft, parallel) == 1
+    monkeypatch.setattr(parallel, "world", 8)
+    with pytest.raises(InputError, match="7 rows are too few for 8 processes; give at least 8"):
+        _micro_batch(sft.config, sft, parallel)
+
+
 # A run on disk.
 
 
@@ -396,13 +406,28 @@ def test_a_run_goes_on_to_the_same_numbers(tuned: Path, config: Path, tmp_path: 
     assert (again / "samples.jsonl").read_text() == (tuned / "samples.jsonl").read_text()
 
 
-def test_the_commands_work_or_say_why_not(tuned: Path, config: Path, tmp_path, capsys) -> None:
+def test_the_commands_work_or_say_why_not(
+    tuned: Path, run: Path, config: Path, tmp_path: Path, capsys
+) -> None:
     """Oracle: the run's own figures; one line a refusal."""
     whole = metrics_of(tuned)[-1]["validation"]
     llmnorm("eval", tuned)
     found = json.loads((tuned / "eval" / "step_00000012.json").read_text())["validation"]
     assert found == whole
     assert "exact match" in capsys.readouterr().out
+    llmnorm("export", tuned, tmp_path / "exported")
+    llmnorm("eval", tmp_path / "exported", "--data", config)
+    again = json.loads((tmp_path / "exported" / "eval.json").read_text())["validation"]
+    assert again["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert again["exact_match"] == whole["exact_match"]
+    llmnorm("eval", run, "--data", config)  # what the base answers; it has no template of its own
+    before = json.loads((run / "eval" / "step_00000012.json").read_text())["validation"]
+    held = load(tuned).config.objective.preparation(load(tuned).config).find().sources[0].validation
+    with torch.no_grad():
+        model = load_model(run)[0].double()
+        losses = torch.cat([alone(model, *held.read(n)) for n in range(len(held))])
+    assert before["sources"]["sums"]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    capsys.readouterr()
     llmnorm("train", config, "--dry-run", f"run_dir={tmp_path}/run", "evaluation.prompts=[2+2?]")
     shown = capsys.readouterr().err
     assert re.search(r"7 examples a step in rows of 64 tokens, which are [89]\d\.\d% filled", shown)

@@ -72,5 +72,7 @@ def test_a_row_as_the_model_is_given_it() -> None:
     assert {tensor.dtype for tensor in found.values()} == {torch.int64}
     full = lay_out([[one]], 3, pad=3)
     assert full["position_ids"].tolist() == [[0, 1, 2]]
+    end = lay_out([[one]], 4, pad=10)  # padding as a text ends: still a label
+    assert end["shift_labels"].tolist() == [[-100, 9, 10, -100]]
     nothing = lay_out([[]], 2, pad=3)
     assert nothing["label_positions"].shape == (0,)
