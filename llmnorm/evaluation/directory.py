@@ -20,8 +20,9 @@ from llmnorm.config.tree import ParallelSettings, RunConfig, TrainingSettings
 from llmnorm.evaluation import benchmark_tasks
 from llmnorm.exchange.loading import Source, empty_of, open_source, tokenizer_of
 from llmnorm.machine import reading
-from llmnorm.machine.doctor import missing_extra, version
+from llmnorm.machine.doctor import version
 from llmnorm.machine.files import json_text, write_whole
+from llmnorm.models.adapters import peft_package
 from llmnorm.models.convert import named_weights
 from llmnorm.models.modeling import class_of
 from llmnorm.objectives.figures import table
@@ -145,12 +146,9 @@ def _with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     reading.read_object(adapter / "adapter_config.json", "--adapter")
     weights = adapter / "adapter_model.safetensors"
     reading.open_file(weights, "--adapter").close()  # a .bin file is a pickle
+    peft = peft_package()
     try:
-        from peft import PeftModel
-    except ImportError:
-        raise missing_extra("peft") from None
-    try:
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
     except Exception as error:  # of any kind: another architecture, other shapes, a damaged file
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--adapter: {adapter} does not fit the model: {reason}") from None
