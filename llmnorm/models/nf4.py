@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmnorm.machine.doctor import missing_extra
-from llmnorm.nn.linear import product
+from llmnorm.nn.linear import output, product
 from llmnorm.nn.precision import product_dtype
 
 BLOCK = 64  # numbers that have one scale; bitsandbytes' default and the paper's
@@ -169,10 +169,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*stored)
         ctx.shape = shape
-        y = product(x.reshape(-1, shape[1]), from_four_bits(FourBits(*stored), shape, x.dtype))
-        if bias is not None:
-            y += bias
-        return y.view(*x.shape[:-1], shape[0])
+        return output(x, from_four_bits(FourBits(*stored), shape, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
