@@ -142,6 +142,15 @@ def frozen_refusal(config: "RunConfig") -> str | None:
             "training.trainable: 'all' trains the weights that an adapter is there to leave alone; "
             "leave it out, or the adapter"
         )
+    if config.model.quantize is not None:
+        name = config.model.quantize
+        if not config.has_adapter:
+            return (
+                f"model.quantize: '{name}' stores weights that an adapter is trained beside; add "
+                "adapter=lora, or leave it out"
+            )
+        if config.parallel.sharding not in ("auto", "none"):
+            return quantized_refusal(name, config.parallel.sharding)
     if not config.freezes:
         return None
     key = "adapter.name" if config.has_adapter else "training.trainable"
@@ -153,3 +162,12 @@ def frozen_refusal(config: "RunConfig") -> str | None:
             f"{key}; give a number"
         )
     return None
+
+
+def quantized_refusal(name: str, sharding: str) -> str:
+    """Why a run whose weights are stored in few bits cannot have a sharding but `none`."""
+    return (
+        f"model.quantize: '{name}' is for one process, whose weights are all its own, and "
+        f"parallel.sharding is '{sharding}'; start one process with parallel.sharding=none, or "
+        "leave model.quantize out"
+    )

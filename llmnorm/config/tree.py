@@ -238,6 +238,10 @@ class RunModelSettings(ModelSettings):
     RUN/checkpoints/step_N, an exported model, or a Llama, Mistral, Qwen2 or Qwen3 with safetensors
     files. It brings the model's settings (beside it only dropout, max_position_embeddings and
     export_as may be given) and, where the file has no `tokenizer` section, its tokenizer."""
+    quantize: Literal["nf4"] | None = None
+    """`nf4`: store the linear layers of the blocks in 4 bits beside an adapter (QLoRA: Dettmers et
+    al. 2023, arXiv 2305.14314); one process, needs `llmnorm[quant]`. Left out, weights that are not
+    trained are stored in the dtype of the products."""
 
 
 class RunConfig(Settings):

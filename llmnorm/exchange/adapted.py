@@ -2,21 +2,23 @@
 
 A checkpoint of such a run holds what is trained alone. A tensor of the model is one of three: the
 base's own; one that was trained whole (a norm, a new head); or the base's with an adapter, merged
-in float32 when it is read. So memory is needed for one tensor at a time, and whoever reads weights
-need not know how they were trained.
+in float32 when it is read. Where the run stored linear layers of the base in NF4, these are rounded
+to NF4 first, since that is what was trained beside. So memory is needed for one tensor at a time,
+and whoever reads weights need not know how they were trained.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from llmnorm.config.adapter import Adapter, LowRankSettings, NoAdapterSettings
+from llmnorm.config.adapter import ALL_LINEAR, Adapter, LowRankSettings, NoAdapterSettings
 from llmnorm.machine import reading
-from llmnorm.models.adapters import Factors, factor_names, is_adapter, merged
+from llmnorm.models import nf4
+from llmnorm.models.adapters import Factors, factor_names, is_adapter, merged, target_modules
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import Stored, named_weights
 from llmnorm.models.modeling import class_of
@@ -34,6 +36,8 @@ class Trained(NamedTuple):
         read_into: fills the tensors that it is given.
         base: where the base lies.
         base_is_run: whether it is a run, which tools beside llmnorm do not read.
+        quantize: how the linear layers of the base's blocks were stored in training: `nf4`; None:
+            as they were.
     """
 
     adapter: LowRankSettings | None
@@ -41,11 +45,21 @@ class Trained(NamedTuple):
     read_into: Reader
     base: Path
     base_is_run: bool
+    quantize: str | None
 
     @property
     def whole(self) -> list[str]:
         """The names of what was trained whole."""
         return [name for name in self.tensors if not is_adapter(name)]
+
+
+class _Model(Settings):
+    """What is read of the model's settings."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    quantize: Literal["nf4"] | None = None
+    """As in a run's configuration."""
 
 
 class _OfRun(Settings):
@@ -55,6 +69,8 @@ class _OfRun(Settings):
 
     adapter: Adapter = NoAdapterSettings()
     """The adapter."""
+    model: _Model = _Model()
+    """How weights were stored."""
 
 
 def adapter_of(meta: Mapping[str, Any], where: str) -> LowRankSettings | None:
@@ -65,6 +81,15 @@ def adapter_of(meta: Mapping[str, Any], where: str) -> LowRankSettings | None:
     """
     found = reading.checked(meta["config"], _OfRun, where).adapter
     return found if isinstance(found, LowRankSettings) else None
+
+
+def quantize_of(meta: Mapping[str, Any], where: str) -> str | None:
+    """`model.quantize` of the run that has written a checkpoint's `meta`.
+
+    Raises:
+        InputError: its settings are not valid; the message begins with `where`.
+    """
+    return reading.checked(meta["config"], _OfRun, where).model.quantize
 
 
 def beside(
@@ -83,7 +108,11 @@ def beside(
         and a function that fills tensors of any dtype, rounding once what was computed in float32.
     """
     with torch.device("meta"):
-        names = named_weights(class_of(config)(config))
+        model = class_of(config)(config)
+    names = named_weights(model)
+    in_four_bits: set[str] = set()
+    if trained.quantize is not None:
+        in_four_bits = {f"{layer}.weight" for layer in target_modules(model, ALL_LINEAR)}
     own = set(trained.whole)
     new = base["model.embed_tokens.weight"].dtype
     stored = {}
@@ -101,14 +130,18 @@ def beside(
             factors = _factors(name, trained)
             if name in own:
                 trained.read_into({name: tensor})
-            elif factors is None:
+            elif factors is None and name not in in_four_bits:
                 rest[name] = tensor
             else:
-                assert trained.adapter is not None
                 weight = torch.empty(base[name].shape, dtype=torch.float32)
                 read_base({name: weight})
+                if name in in_four_bits:
+                    weight = nf4.rounded(weight)
                 with torch.no_grad():
-                    tensor.copy_(merged(weight, factors, trained.adapter.scale))
+                    if factors is not None:
+                        assert trained.adapter is not None
+                        weight = merged(weight, factors, trained.adapter.scale)
+                    tensor.copy_(weight)
         read_base(rest)
 
     return stored, read_into

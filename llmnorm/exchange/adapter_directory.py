@@ -5,6 +5,8 @@
     tokenizer.json, ...         the tokenizer, its chat template too
     README.md                   how to load it, data and losses of the run
 
+What was trained beside weights in NF4 belongs to the base in NF4: the card loads it so.
+
 PEFT reads what was trained whole beside an adapter (a new head, norms) as its `modules_to_save`.
 vLLM and llama.cpp do not, which is said when such a directory is written.
 """
@@ -66,6 +68,11 @@ def write_adapter(source: Source, directory: Path, *, ema: bool) -> None:
         print(
             "its base is a run, which other tools do not read; for them: "
             f"llmnorm export {trained.base} BASE"
+        )
+    if trained.quantize == "nf4":
+        print(
+            "it was trained beside weights in NF4: load its base in NF4 too, as README.md shows; "
+            "--merge writes a whole model of what was trained, for tools that do not"
         )
     if whole := trained.whole:
         more = f" and {len(whole) - 1} more" if len(whole) > 1 else ""

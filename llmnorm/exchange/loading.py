@@ -18,7 +18,7 @@ from llmnorm.checkpoints.format import checksum, copy_into
 from llmnorm.config.file import load
 from llmnorm.config.manifest import MANIFEST, meta_of_run
 from llmnorm.config.pretrained import Pretrained, describe
-from llmnorm.exchange.adapted import Trained, adapter_of, beside
+from llmnorm.exchange.adapted import Trained, adapter_of, beside, quantize_of
 from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import Stored, check_weights, named_weights, open_weights
@@ -217,8 +217,15 @@ def _of_run(
     trained = None
     if meta.get("base"):
         base = _base_of(run, path, meta, rank, world)
-        adapter = adapter_of(meta, f"{path / MANIFEST}: meta.config")
-        trained = Trained(adapter, stored, read_own, base.origin, base.run is not None)
+        where = f"{path / MANIFEST}: meta.config"
+        trained = Trained(
+            adapter_of(meta, where),
+            stored,
+            read_own,
+            base.origin,
+            base.run is not None,
+            quantize_of(meta, where),
+        )
         stored, read_into = beside(config, base.tensors, base.read_into, trained)
     tensors = {name: stored[name] for name in check_weights(config, stored, path)}
     return Source(

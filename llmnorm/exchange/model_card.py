@@ -29,6 +29,10 @@ _KINDS = {  # by the ending of the class's name
         "text classifier", "text-classification", "AutoModelForSequenceClassification"
     ),
 }
+_NF4 = (  # the layers that llmnorm stores so: all linear ones but the head
+    'config = BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+    "bnb_4bit_use_double_quant=True\n)\n"
+)
 _PACKAGES = ("llmnorm", "torch", "transformers", "tokenizers", "safetensors")
 
 
@@ -78,9 +82,12 @@ def adapter_card(name: str, source: Source, *, ema: bool) -> str:
     kind = next(kind for ending, kind in _KINDS.items() if architecture.endswith(ending))
     base = f"`llmnorm export {trained.base} BASE`" if trained.base_is_run else str(trained.base)
     given = ", num_labels=N" if architecture.endswith("ForSequenceClassification") else ""
+    needs, before = "", ""
+    if trained.quantize == "nf4":
+        needs, given, before = ", BitsAndBytesConfig", f"{given}, quantization_config=config", _NF4
     code = (
-        f"from peft import PeftModel\nfrom transformers import {kind.loader}, AutoTokenizer\n\n"
-        f"base = {kind.loader}.from_pretrained(BASE{given})\n"
+        f"from peft import PeftModel\nfrom transformers import {kind.loader}, AutoTokenizer{needs}"
+        f"\n\n{before}base = {kind.loader}.from_pretrained(BASE{given})\n"
         "model = PeftModel.from_pretrained(base, DIRECTORY)\n"
         "tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)"
     )
@@ -89,7 +96,7 @@ def adapter_card(name: str, source: Source, *, ema: bool) -> str:
         f"# {name}",
         f"An adapter of {total:,} parameters for a {kind.text}, trained by llmnorm.",
         f"## Loading\n\nIts base: {base}.\n\n" + _code("python", code),
-        *_of_the_run(source, [source.meta["step"]], ema),
+        *_of_the_run(source, [source.meta["step"]], ema, only_adapter=True),
         "## Configuration of the run\n\n" + _code("yaml", _yaml(source.meta["config"])),
         _versions((*_PACKAGES, "peft")),
     ]
@@ -123,7 +130,9 @@ def _how_to_load(own: bool, loader: str, modules: Sequence[str]) -> str:
     )
 
 
-def _of_the_run(source: Source, steps: Sequence[int], ema: bool) -> list[str]:
+def _of_the_run(
+    source: Source, steps: Sequence[int], ema: bool, *, only_adapter: bool = False
+) -> list[str]:
     meta = source.meta
     of = (
         f"step {steps[0]}" if len(steps) == 1 else f"the mean of steps {', '.join(map(str, steps))}"
@@ -131,6 +140,16 @@ def _of_the_run(source: Source, steps: Sequence[int], ema: bool) -> list[str]:
     weights = f"Weights of {of}{' (their moving average)' if ema else ''}."
     if source.trained is not None:
         weights += f" Those that were not trained are of {source.trained.base}."
+        if source.trained.quantize == "nf4":
+            weights += (
+                " In training the linear layers of its blocks were stored in NF4 (4 bits, double "
+                "quantisation), and what was trained fits these rounded weights. "
+            )
+            weights += (
+                "Beside the base's own weights it computes something else."
+                if only_adapter
+                else "They are what was merged here."
+            )
     facts = (
         f"Trained for {meta['step']:,} steps on {meta['tokens']:,} tokens in "
         f"{meta['seconds'] / 60:,.1f} minutes, by llmnorm {meta['llmnorm']}."

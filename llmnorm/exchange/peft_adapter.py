@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmnorm.machine import reading
-from llmnorm.machine.doctor import missing_extra
+from llmnorm.models.adapters import peft_package
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -22,12 +22,9 @@ def with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     reading.read_object(adapter / "adapter_config.json", "--adapter")
     weights = adapter / "adapter_model.safetensors"
     reading.open_file(weights, "--adapter").close()  # a .bin file is a pickle
+    peft = peft_package()
     try:
-        from peft import PeftModel
-    except ImportError:
-        raise missing_extra("peft") from None
-    try:
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
     except Exception as error:  # of any kind: another architecture, other shapes, a damaged file
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--adapter: {adapter} does not fit the model: {reason}") from None

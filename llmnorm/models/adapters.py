@@ -18,6 +18,7 @@ What would surprise:
 """
 
 import hashlib
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel
 from llmnorm.config.adapter import ALL_LINEAR, AdapterSettings, LowRankSettings
 from llmnorm.machine import reading
 from llmnorm.machine.doctor import missing_extra
+from llmnorm.models.nf4 import bitsandbytes
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.part import InputError, nearest
 
@@ -48,7 +50,7 @@ def inject(model: PreTrainedModel, settings: LowRankSettings) -> None:
     Raises:
         InputError: PEFT is not installed, or a target is no linear layer of the model.
     """
-    peft = _peft()
+    peft = peft_package()
     names = target_modules(model, settings.targets)
     config = peft.LoraConfig(target_modules=names, **settings.peft_keys())
     peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
@@ -60,7 +62,14 @@ def inject(model: PreTrainedModel, settings: LowRankSettings) -> None:
             module.weight.data = module.weight.data.to(wide_dtype(base.dtype))
 
 
-def _peft() -> Any:
+def peft_package() -> Any:
+    """The package peft.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        bitsandbytes()  # which PEFT would import in its own way
     try:
         import peft
     except ImportError:
@@ -219,7 +228,7 @@ def write_config(
     alike = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in last}
     class_name = type(model).__name__
     tasks = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
-    _peft().LoraConfig(
+    peft_package().LoraConfig(
         target_modules=sorted(last if alike == layers else layers),
         modules_to_save=[*whole] or None,
         base_model_name_or_path=base,

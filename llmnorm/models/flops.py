@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmnorm.models import nf4
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import class_of
 from llmnorm.nn.mixers.contract import Mixer
@@ -28,7 +29,8 @@ def flops_per_token(
             model = class_of(model)(model)
     modules = list(model.modules())
     base = set((model.base_model if isinstance(model, PreTrainedModel) else model).modules())
-    products = sum(
+    products = 4.0 * sum(layer.shape.numel() for layer in nf4.layers(model).values())
+    products += sum(
         (6.0 if m.weight.requires_grad else 4.0)
         * (m.in_features * m.out_features * (1.0 if m in base else head_share))
         for m in modules

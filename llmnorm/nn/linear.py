@@ -103,6 +103,11 @@ class Linear(nn.Linear):
         return _Linear.apply(x, self.weight, self.bias)
 
 
+def output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `Linear` gives for x (..., in) and its weight: (..., out); computes no gradients."""
+    return onednn_product(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
+
+
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (m, k) times the transpose of b (n, k): (m, n). Any strides; computes no gradients.
 

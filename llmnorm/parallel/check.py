@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmnorm.models import nf4
 from llmnorm.optim.fragments import Fragment, master, whole_shape
 from llmnorm.parallel.processes import Parallel, local
 
@@ -70,6 +71,7 @@ def check(parallel: Parallel, model: nn.Module, rows: Tensor) -> None:
 def describe(parallel: Parallel, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Processes, backend, sharding, precision, and the bytes that this process holds: a line."""
     weights = [local(p) for p in model.parameters()]
+    weights += [tensor for layer in nf4.layers(model).values() for tensor in layer.four_bits]
     gradients = [local(master(p)) for p in model.parameters() if p.requires_grad]
     if parallel.zero is not None:
         weights = parallel.zero.weights(model)

@@ -13,18 +13,20 @@ from typing import NamedTuple
 from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoint
-from llmnorm.config.adapter import LowRankSettings
+from llmnorm.config.adapter import ALL_LINEAR, LowRankSettings, quantized_refusal
 from llmnorm.config.pretrained import FREE
 from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import RunConfig
 from llmnorm.exchange.loading import Source, base_path, open_source, refuse_other_base
 from llmnorm.machine.memory import refuse_what_cannot_fit
+from llmnorm.models import nf4
 from llmnorm.models.adapters import (
     PeftFiles,
     inject,
     is_adapter,
     loaded_name,
     set_first_values,
+    target_modules,
 )
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
@@ -81,8 +83,11 @@ def run_model(
 
     Raises:
         InputError: the vocabulary is too small for the tokenizer; `model.pretrained` or
-            `adapter.from` cannot be read, does not fit, or is not what the checkpoint names.
+            `adapter.from` cannot be read, does not fit, or is not what the checkpoint names; or
+            `model.quantize` is asked of several processes.
     """
+    if config.model.quantize is not None and parallel.sharding != "none":
+        raise InputError(quantized_refusal(config.model.quantize, parallel.sharding))
     settings = _settings(config, objective, ends)
     model = empty_model(settings, device="meta").train()
     pretrained = config.model.pretrained
@@ -117,10 +122,17 @@ def run_model(
         named = named_weights(modules)
         loaded = {loaded_name(n): t for n, t in named.items() if not is_adapter(n)}
         if new_head:
-            plain = {n: m for n, m in modules.items() if not is_adapter(f"{n}.weight")}
+            plain = {
+                n: m
+                for n, m in modules.items()
+                if not (is_adapter(f"{n}.weight") or isinstance(m, nf4.NF4Linear))
+            }
             initialize(model, seed=config.seed, modules=plain)
             loaded = {n: t for n, t in loaded.items() if n.startswith(prefix)}
         source.read_into(loaded)
+        nf4.fill(
+            modules, lambda into: source.read_into({loaded_name(n): t for n, t in into.items()})
+        )
         set_first_values(modules, seed=config.seed)
         if first is not None:
             trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -134,11 +146,12 @@ def run_model(
 def choose_trained(config: RunConfig, model: LlmNormForCausalLM, *, new_head: bool) -> None:
     """Put the run's adapter into a model on the meta device, and freeze what the run freezes.
 
-    What is frozen is stored for the products that it makes (models/frozen.py).
+    What is frozen is stored for the products that it makes (models/frozen.py), or in few bits.
 
     Raises:
         InputError: a target of the adapter is not there; nothing is left to train.
     """
+    in_blocks = target_modules(model, ALL_LINEAR)
     if isinstance(config.adapter, LowRankSettings):
         inject(model, config.adapter)
     if config.freezes:
@@ -148,6 +161,8 @@ def choose_trained(config: RunConfig, model: LlmNormForCausalLM, *, new_head: bo
                 f"training.trainable: '{config.trainable}', but the model has none with weights; "
                 "nearest: adapter=lora"
             )
+        if config.model.quantize is not None:
+            nf4.quantize(model, in_blocks)
         if config.training.precision == "bf16":
             narrow(model)
 
@@ -184,6 +199,7 @@ def _settings(config: RunConfig, objective: Objective, ends: Tokens) -> LlmNormC
 def _refuse_what_cannot_fit(model: nn.Module, parallel: Parallel) -> None:
     if parallel.device.type == "cpu":  # a GPU refuses by itself
         weights = sum(parameter.nbytes for parameter in model.parameters())
+        weights += sum(t.nbytes for layer in nf4.layers(model).values() for t in layer.four_bits)
         refuse_what_cannot_fit(
             weights // (parallel.world if parallel.spread else 1), "model: the weights"
         )

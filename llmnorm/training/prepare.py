@@ -12,6 +12,7 @@ from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoints, State
 from llmnorm.config.tree import RunConfig
+from llmnorm.models import nf4
 from llmnorm.models.adapters import rate_factors
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.norms.running import RunningStatistics
@@ -99,6 +100,7 @@ class Prepared:
     def describe(self) -> str:
         """What the run reads, a line a source; its processes, its size and its length."""
         weights = sum(whole_shape(master(p)).numel() for p in self.model.parameters())
+        weights += sum(layer.shape.numel() for layer in nf4.layers(self.model).values())
         hidden = sum(
             whole_shape(p).numel()
             for group in self.optimizer.param_groups

@@ -19,6 +19,7 @@ pytest.importorskip("peft", reason="needs the extra finetune")
 RUNS = {
     "lora": ["adapter=lora", "training.steps=12"],
     "dora": ["adapter=dora", "adapter.dropout=0.1", "training.precision=bf16", "training.ema=0.9"],
+    "nf4": ["adapter=lora", "model.quantize=nf4", "training.precision=bf16"],
 }
 
 
@@ -68,6 +69,8 @@ def whole(
 ) -> tuple[Path, list[str]]:
     """A run of 12 steps beside the smoke run, and what it was started with."""
     words = RUNS[request.param]
+    if request.param == "nf4":
+        pytest.importorskip("bitsandbytes", reason="needs the extra quant")
     return tuned(run, smoke_data, tmp_path_factory.mktemp("a") / "run", *words), words
 
 
