@@ -31,7 +31,7 @@ LEGEND = (
 )
 _PACKAGE = Path(__file__).parents[1]
 _IN_TESTS = ("text", "labelled")  # the directories that a checkout keeps in tests/data
-_KINDS = (".yaml", ".json", ".txt", ".jsonl", ".tsv")  # tests/data/text has a script too
+_KINDS = (".yaml", ".json", ".jinja", ".txt", ".jsonl", ".tsv")  # tests/data/text has a script too
 
 
 def is_shipped(path: str | Path) -> bool:

@@ -261,7 +261,7 @@ class SFTSettings(ObjectiveSettings):
 
     def uses(self, run: str) -> str:
         """What to type next with a trained run at this path: a line."""
-        return f"use elsewhere: llmnorm export {run} DIR"
+        return f"ask it:        llmnorm generate {run} --user 'A question'"
 
     def preparation(self, config: "RunConfig") -> "Preparation[Any]":
         """How the run's conversations are prepared."""
