@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import CHILDREN, PATIENCE, ROOT
+from tools.campaigns import trials
 from tools.campaigns.trials import Result, Trial, judge
 
 CAMPAIGNS = sorted(p.stem for p in (ROOT / "tools/campaigns").glob("*.py") if p.stem != "trials")
@@ -56,7 +57,7 @@ FINE = Result(2, "", "llmnorm: error: a.yaml:1: x: no\n", 0.5, 10**6, False)
         ({}, None),
         ({"code": 1}, "exit code 1"),
         ({"code": -11}, "exit code -11"),
-        ({"timed_out": True}, "did not end"),
+        ({"hung": True}, "hung"),
         ({"err": "Traceback (most recent call last):\n" + FINE.err}, "a traceback"),
         ({"err": "llmnorm: error: no\n"}, "names no file or key"),
         ({"err": ""}, "0 lines of errors"),
@@ -76,3 +77,12 @@ def test_what_is_wrong_is_found(changed: dict, complaint: str | None) -> None:
     )
     wrong = judge(trial, FINE._replace(**changed))
     assert wrong == [] if complaint is None else complaint in "; ".join(wrong)
+
+
+def test_a_process_that_waits_or_works_for_too_long_is_killed(tmp_path: Path) -> None:
+    """Oracle: one that reads a pipe nobody writes to, and one that counts without end."""
+    for work in ("import os; os.read(os.pipe()[0], 1)", "while True: pass"):
+        child = subprocess.Popen([sys.executable, "-c", work], start_new_session=True).pid
+        status, usage, hung = trials._wait(child, 0.5)
+        assert hung and os.waitstatus_to_exitcode(status) == -9
+        assert (usage.ru_utime > 0.4) == work.startswith("while")

@@ -7,10 +7,10 @@ A campaign makes trial number n from (seed, n) alone, so that any trial can be r
 imported, with one thread; every tenth is a real command instead. Finished trials stand in `--out`,
 a line each, and are not run again by the same call: so a campaign that was killed goes on.
 
-A trial passes if the command ended with exit code 0 or 2 (or what the campaign allows), within 20 s
-of a machine whose load is at most two for each core (in proportion more beside a higher one),
-without a traceback; if a refusal is at most 21 lines which all name the file or key, and took less
-than 1 GB; and if the campaign's own check finds nothing lost.
+A trial passes if the command ended with exit code 0 or 2 (or what the campaign allows), without a
+traceback, and did not hang: it took less than 20 s of processor time, and never waited for 20 s
+without using any (so a busy machine changes no verdict); if a refusal is at most 21 lines which all
+name the file or key, and took less than 1 GB; and if the campaign's own check finds nothing lost.
 """
 
 import argparse
@@ -45,9 +45,9 @@ class Result(NamedTuple):
     Attributes:
         code: exit code; minus the signal's number where a signal has killed it.
         out, err: what it printed.
-        seconds: wall time.
+        seconds: of processor time.
         memory: peak bytes, without those that this process had at the fork.
-        timed_out: it was killed after its time.
+        hung: it was killed because it hung.
     """
 
     code: int
@@ -55,7 +55,7 @@ class Result(NamedTuple):
     err: str
     seconds: float
     memory: int
-    timed_out: bool
+    hung: bool
 
 
 @dataclass
@@ -94,17 +94,16 @@ def command(
     """Run `llmnorm WORDS` in `folder`, as a fork of this process or as a real command."""
     log = Path(tempfile.mkdtemp(prefix="trial-"))
     baseline = 0 if real else _resident()
-    started = time.monotonic()
     with (log / "out").open("wb") as out, (log / "err").open("wb") as err:
         child = start(words, folder, out, err, real=real, environment=environment)
-    status, usage, timed_out = _wait(child, started, seconds)
-    taken = time.monotonic() - started
+    status, usage, hung = _wait(child, seconds)
+    taken = usage.ru_utime + usage.ru_stime
     printed, errors = (
         (log / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err")
     )
     shutil.rmtree(log)
     peak = max(0, usage.ru_maxrss * 1024 - baseline)
-    return Result(os.waitstatus_to_exitcode(status), printed, errors, taken, peak, timed_out)
+    return Result(os.waitstatus_to_exitcode(status), printed, errors, taken, peak, hung)
 
 
 def start(
@@ -169,22 +168,27 @@ def _run_and_exit(
         os._exit(code)
 
 
-def _wait(child: int, started: float, seconds: float) -> tuple[int, resource.struct_rusage, bool]:
-    """Wait for a process, and kill its session when it has had its time."""
-    timed_out = False
+def _wait(child: int, seconds: float) -> tuple[int, resource.struct_rusage, bool]:
+    """Wait for a process, and kill its session if it hangs: see the top of the file."""
+    used, last, hung = 0.0, time.monotonic(), False
     while True:
-        found, status, usage = os.wait4(child, 0 if timed_out else os.WNOHANG)
+        found, status, usage = os.wait4(child, 0 if hung else os.WNOHANG)
         if found:
-            return status, usage, timed_out
-        if time.monotonic() - started > seconds * _overload():
-            timed_out = True
+            return status, usage, hung
+        now = _processor_time(child)
+        if now > used:
+            used, last = now, time.monotonic()
+        if used > seconds or time.monotonic() - last > seconds:
+            hung = True
             os.killpg(child, signal.SIGKILL)
         time.sleep(0.01)
 
 
-def _overload() -> float:
-    """How much longer than beside a load of two for each core everything takes; at least 1."""
-    return max(1.0, os.getloadavg()[0] / (2 * (os.cpu_count() or 1)))
+def _processor_time(child: int) -> float:
+    """Seconds of a process and of its children that have ended."""
+    with open(f"/proc/{child}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _resident() -> int:
@@ -196,8 +200,8 @@ def judge(trial: Trial, result: Result) -> list[str]:
     """What is wrong with a trial's result; empty if it passes."""
     wrong = []
     errors = [line for line in result.err.splitlines() if line.startswith("llmnorm: error: ")]
-    if result.timed_out:
-        wrong.append(f"did not end within {result.seconds:.0f} s")
+    if result.hung:
+        wrong.append(f"hung, after {result.seconds:.1f} s of processor time")
     elif result.code not in trial.codes:
         wrong.append(f"exit code {result.code}")
     if "Traceback (most recent call last)" in result.err + result.out:
@@ -212,7 +216,7 @@ def judge(trial: Trial, result: Result) -> list[str]:
         ]
         if result.memory > MEMORY:
             wrong.append(f"{result.memory / 1e9:.1f} GB for a refusal")
-    return wrong + ([] if result.timed_out else trial.check(result))
+    return wrong + ([] if result.hung else trial.check(result))
 
 
 def campaign(
@@ -319,7 +323,7 @@ def _summary(name: str, seed: int, records: list[dict]) -> int:
     print(
         f"{name}: seed {seed}: {len(records)} trials "
         f"({sum(record['real'] for record in records)} real commands): {listed}; "
-        f"slowest {max(r['seconds'] for r in records):.1f} s, "
+        f"slowest {max(r['seconds'] for r in records):.1f} s of processor time, "
         f"most memory {max(r['memory'] for r in records) / 1e6:.0f} MB; {len(failed)} failed"
     )
     return 1 if failed else 0
