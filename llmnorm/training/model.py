@@ -161,12 +161,16 @@ def run_model(
 
 
 def choose_trained(
-    config: RunConfig, model: LlmNormForCausalLM, *, new_head: bool, new_tokens: range
+    config: RunConfig, model: LlmNormForCausalLM, *, new_head: bool, new_tokens: range = range(0)
 ) -> None:
     """Put the run's adapter into a model on the meta device, and freeze what the run freezes.
 
     What is frozen is stored for the products that it makes (models/frozen.py), or in few bits; rows
     of new tokens are parameters of their own beside it (models/new_rows.py).
+
+    Args:
+        new_head: train what stands behind the base model, since it was not loaded.
+        new_tokens: the ids of tokens that the base's tokenizer lacks.
 
     Raises:
         InputError: a target of the adapter is not there, or is the head beside new tokens; these

@@ -177,6 +177,22 @@ def test_pefts_files_on_our_own_class(
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=1e-5)
 
 
+def test_new_rows_beside_weights_in_nf4(bases: Any, recipe: Path, tmp_path: Path) -> None:
+    """Oracle: the base's other rows, to the bit; the trained rows in the checkpoint."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra quant")
+    words = [f"model.pretrained={bases['padded']}", f"run_dir={tmp_path}/run", "training.steps=2"]
+    llmnorm("train", recipe, *words, "model.quantize=nf4")
+    llmnorm("export", tmp_path / "run", tmp_path / "out", "--merge")
+    before, after = (
+        load_file(d / "model.safetensors") for d in (bases["padded"], tmp_path / "out")
+    )
+    others = [n for n in range(519) if n not in NEW]
+    for weight in (EMBEDDING, HEAD):
+        assert after[weight][others].equal(before[weight][others])
+        rows = state_of(tmp_path / "run", 2)[f"model.{weight[:-6]}new_rows"]
+        assert after[weight][NEW].equal(rows)
+
+
 def test_a_run_that_trains_everything_has_a_larger_embedding(
     tuned: Any, bases: Any, tmp_path: Path
 ) -> None:
