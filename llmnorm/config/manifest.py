@@ -111,6 +111,8 @@ class BaseMeta(_Strict):
     """Where they lie; of a run the checkpoint."""
     hash: str
     """Of their files."""
+    new_tokens: list[Annotated[int, Field(ge=1)]] = Field(default=[], min_length=2, max_length=2)
+    """The first id of the tokens that were new to them, and the id behind the last."""
 
 
 class RunMeta(_Strict):

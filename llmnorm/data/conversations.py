@@ -123,7 +123,13 @@ class ConversationSource:
 
 @dataclass(frozen=True)
 class Conversations:
-    """Prepared conversations; `bos`, `eos` and `pad` are token ids."""
+    """Prepared conversations.
+
+    Attributes:
+        new_tokens: how many tokens, the last ones, its tokenizer has more than `tokenizer.path`:
+            those that the chat template needed.
+        bos, eos, pad: token ids.
+    """
 
     directory: Path
     identity: str
@@ -135,6 +141,7 @@ class Conversations:
     context_length: int
     sources: list[ConversationSource]
     template: ChatTemplate = field(repr=False)
+    new_tokens: int = 0
 
     @property
     def rows(self) -> int:
@@ -220,6 +227,7 @@ class ConversationData(Preparation[Conversations]):
             identity=directory.name,
             tokenizer_directory=directory / "tokenizer",
             vocab_size=manifest.vocab_size,
+            new_tokens=manifest.new_tokens,
             context_length=self.data.context_length,
             sources=opened,
             template=template,

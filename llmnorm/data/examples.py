@@ -78,6 +78,7 @@ class Examples:
     classes: list[str]
     train: Table
     validation: Table
+    new_tokens: int = 0  # no chat template is used
 
     @property
     def rows(self) -> int:

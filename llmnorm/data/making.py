@@ -35,7 +35,7 @@ from llmnorm.data.settings import (
     source_names,
 )
 from llmnorm.data.shards import ShardWriter
-from llmnorm.data.templates import write_template
+from llmnorm.data.templates import missing_tokens, template_tokens, write_template
 from llmnorm.machine.reading import read_bytes
 from llmnorm.part import InputError
 
@@ -112,7 +112,7 @@ def make(
                 }
             )
     say(f"{megabytes(total)} tokenised and packed in {time.perf_counter() - start:.1f} s")
-    write_manifest(directory, made, encoder, entries)
+    write_manifest(directory, made, encoder, entries, settings)
 
 
 def write_manifest(
@@ -120,6 +120,7 @@ def write_manifest(
     made: dict[str, Any],
     encoder: tokenizers.TextEncoder,
     entries: list[dict[str, Any]],
+    settings: TokenizerSettings,
 ) -> None:
     """Write the manifest of prepared data, and remove what was needed until then.
 
@@ -128,10 +129,15 @@ def write_manifest(
         made: what it is made of.
         encoder: its tokenizer.
         entries: of the sources, in their order.
+        settings: of the tokenizer.
     """
+    new = 0
+    if settings.directory is not None:
+        new = encoder.vocab_size - tokenizers.TextEncoder(settings.directory).vocab_size
     manifest = {
         "made_of": made,
         "vocab_size": encoder.vocab_size,
+        **({"new_tokens": new} if new else {}),
         "special": {"bos": encoder.bos, "eos": encoder.eos, "pad": encoder.pad},
         "sources": entries,
         "tokenizer": {  # not what a killed call left there half written
@@ -262,7 +268,7 @@ def written_whole(directory: Path) -> Iterator[Path]:
 
 
 def copy_tokenizer(directory: Path, settings: TokenizerSettings) -> None:
-    """Copy the configured tokenizer, with the configured template.
+    """Copy the configured tokenizer, with the configured template and the tokens that it needs.
 
     Raises:
         InputError: its files or its template cannot be used.
@@ -271,7 +277,13 @@ def copy_tokenizer(directory: Path, settings: TokenizerSettings) -> None:
     tokenizers.check_special_tokens(settings.directory, "tokenizer.path")
     with written_whole(directory) as part:
         tokenizers.copy(settings.directory, part)
+        new = missing_tokens(part, settings)
         write_template(part, settings)
+    if new:
+        say(
+            f"the tokenizer has no {', '.join(new)}, which the chat template writes: added, with "
+            "the ids behind its last token"
+        )
 
 
 def _train_tokenizer(
@@ -289,7 +301,12 @@ def _train_tokenizer(
     text = itertools.chain.from_iterable(chosen)
     with written_whole(directory) as part_written:
         trained = tokenizers.train(
-            text, settings.vocab_size, part_written, mask=settings.mask, format=format
+            text,
+            settings.vocab_size,
+            part_written,
+            mask=settings.mask,
+            special=template_tokens(settings),
+            format=format,
         )
         write_template(part_written, settings)
     size = megabytes(sum(int(part.sum()) for part in taken))

@@ -156,7 +156,7 @@ def make_conversations(
             "end to be trained"
         )
     say(f"{megabytes(total)} rendered and tokenised in {time.perf_counter() - start:.1f} s")
-    write_manifest(directory, made, encoder, entries)
+    write_manifest(directory, made, encoder, entries, settings)
 
 
 def _chosen(found: Iterable[Item], chosen: NDArray[np.bool_], name: str) -> Iterator[Item]:

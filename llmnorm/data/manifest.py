@@ -106,6 +106,8 @@ class Manifest(Settings):
     """What decides the tokens (identity.py)."""
     vocab_size: int = Field(ge=1)
     """Number of token ids."""
+    new_tokens: int = Field(default=0, ge=0)
+    """How many of these, the last, were added to a tokenizer for the chat template."""
     special: SpecialTokens
     """Ids of special tokens."""
     sources: Sequence[SourceRecord]

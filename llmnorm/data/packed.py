@@ -37,7 +37,13 @@ class PackedSource:
 
 @dataclass(frozen=True)
 class PackedData:
-    """Prepared data; `bos`, `eos` and `pad` are token ids."""
+    """Prepared data.
+
+    Attributes:
+        new_tokens: how many tokens, the last ones, its tokenizer has more than `tokenizer.path`:
+            those that the chat template needed.
+        bos, eos, pad: token ids.
+    """
 
     directory: Path
     identity: str
@@ -48,6 +54,7 @@ class PackedData:
     pad: int
     context_length: int
     sources: list[PackedSource]
+    new_tokens: int = 0
 
     @property
     def rows(self) -> int:
@@ -118,6 +125,7 @@ def open_packed(
         identity=directory.name,
         tokenizer_directory=directory / "tokenizer",
         vocab_size=manifest.vocab_size,
+        new_tokens=manifest.new_tokens,
         context_length=context,
         sources=sources,
         **manifest.special.model_dump(),

@@ -149,7 +149,8 @@ class TokenizerSettings(Settings):
     """A fourth special token, `<|mask|>`, which the objective `masked_lm` needs."""
     chat_template: LocalPath | None = None
     """How messages become one text: `chatml`, or a file with a Jinja template; left out, the
-    tokenizer's own template. It is kept with the run's tokenizer and exported."""
+    tokenizer's own template. It is kept with the run's tokenizer and exported. Special tokens that
+    it writes (`<|im_end|>`) and the tokenizer lacks are added."""
     template_arguments: dict[str, bool | int | float | str] = {}
     """Values that the template is given, e.g. `{enable_thinking: false}`; they become its defaults
     in the run's tokenizer and its exports."""

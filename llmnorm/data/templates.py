@@ -6,11 +6,18 @@ in `chat_template.jinja`, in older directories in tokenizer_config.json.
 What would surprise: `tokenizer.template_arguments` are written into the template as its defaults,
 in front of it. So every tool that opens the directory, or an export of it, renders as in training,
 and can still be told another value.
+
+A configured template may need special tokens that the tokenizer does not have. They get the ids
+behind its last token: a tokenizer that is copied gets them added, one that is trained is trained
+with them. The ids may be those of rows that the embedding of a base has beyond its tokenizer
+(Qwen's has); what becomes of these rows is said in models/new_rows.py.
 """
 
 import json
 import re
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from llmnorm.config.shipped import locate
 from llmnorm.data.files import MissingInput, looked_in, write_file
@@ -91,14 +98,10 @@ def configured_template(directory: Path | None, settings: TokenizerSettings) -> 
     """
     if settings.chat_template is None and not settings.template_arguments:
         return None
-    path = template_file(settings)
-    if path is not None:
-        text = read_text(path, "tokenizer.chat_template")
-    elif settings.chat_template is not None:
-        text = CHATML
-    elif directory is not None:
+    text = _named(settings)
+    if text is None and directory is not None:
         text = read_template(directory, "tokenizer.template_arguments")[0]
-    else:
+    elif text is None:
         raise InputError(
             "tokenizer.template_arguments: the tokenizer that is trained has no chat template; set "
             "tokenizer.chat_template"
@@ -117,14 +120,14 @@ def write_template(directory: Path, settings: TokenizerSettings) -> None:
         settings: of the tokenizer.
 
     Raises:
-        InputError: as `configured_template`; or the template needs special tokens that the
-            vocabulary does not have.
+        InputError: as `configured_template`; or the vocabulary cannot take the special tokens of
+            the template.
     """
     text = configured_template(directory, settings)
     if text is None:
         return
-    if settings.chat_template is not None:
-        _check_vocabulary(directory, text, str(settings.chat_template))
+    if missing := missing_tokens(directory, settings):
+        _add_special_tokens(directory, missing)
     write_file(directory / CHAT_TEMPLATE, text.encode())
     config = directory / CONFIG
     tree = read_object(config) if config.is_file() else {}
@@ -132,12 +135,65 @@ def write_template(directory: Path, settings: TokenizerSettings) -> None:
         write_file(config, json.dumps(tree, indent=1).encode())
 
 
-def _check_vocabulary(directory: Path, text: str, name: str) -> None:
-    """Refuse a template whose special tokens the tokenizer would spell out letter by letter."""
-    there = TextEncoder(directory).spellings
-    missing = [token for token in dict.fromkeys(_LOOKS_SPECIAL.findall(text)) if token not in there]
-    if missing:
+def template_tokens(settings: TokenizerSettings) -> list[str]:
+    """What the configured template spells as special tokens are spelled; none without one.
+
+    Raises:
+        InputError: the template cannot be read.
+    """
+    return list(dict.fromkeys(_LOOKS_SPECIAL.findall(_named(settings) or "")))
+
+
+def missing_tokens(directory: Path, settings: TokenizerSettings) -> list[str]:
+    """The special tokens of the configured template that a tokenizer directory does not have.
+
+    Raises:
+        InputError: template or tokenizer cannot be read.
+    """
+    wanted = template_tokens(settings)
+    there = TextEncoder(directory).spellings if wanted else set()
+    return [token for token in wanted if token not in there]
+
+
+def _add_special_tokens(directory: Path, tokens: list[str]) -> None:
+    """Give a copied tokenizer more special tokens, with the ids behind its last one.
+
+    Args:
+        directory: of the tokenizer; its files are changed.
+        tokens: their spellings, none of which the tokenizer has.
+
+    Raises:
+        InputError: a file cannot be read, or the ids of the tokenizer have gaps, so that the next
+            ids are not those behind the last.
+    """
+    first, path = TextEncoder(directory).vocab_size, directory / "tokenizer.json"
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {first + n: {"content": token, **plain} for n, token in enumerate(tokens)}
+    tree = read_object(path, "tokenizer.path")
+    tree["added_tokens"] = [
+        *(tree.get("added_tokens") or []),
+        *({"id": number, **token, "special": True} for number, token in added.items()),
+    ]
+    text = json.dumps(tree, ensure_ascii=False)
+    found = Tokenizer.from_str(text)
+    if [found.token_to_id(token) for token in tokens] != [*added]:
         raise InputError(
-            f"tokenizer.chat_template: {name} needs the special tokens {', '.join(missing)}, which "
-            "the tokenizer does not have; name a template that is written with the tokenizer's own"
+            f"tokenizer.chat_template: {path}: the ids of its tokens have gaps, so that "
+            f"{', '.join(tokens)} cannot be added; name a template that is written with the "
+            "tokenizer's own tokens"
         )
+    write_file(path, text.encode())
+    config = directory / CONFIG
+    settings = read_object(config) if config.is_file() else {}
+    if isinstance(settings.get("added_tokens_decoder"), dict):  # transformers 4 writes them here
+        for number, token in added.items():
+            settings["added_tokens_decoder"][str(number)] = {**token, "special": True}
+        write_file(config, json.dumps(settings, indent=1).encode())
+
+
+def _named(settings: TokenizerSettings) -> str | None:
+    """The text of `tokenizer.chat_template`; None where the key is left out."""
+    path = template_file(settings)
+    if path is not None:
+        return read_text(path, "tokenizer.chat_template")
+    return None if settings.chat_template is None else CHATML

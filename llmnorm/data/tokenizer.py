@@ -44,6 +44,7 @@ LONG_WORD = re.compile(
     rf"|\s{{{LONGEST_WORD + 1},}}"
 )
 LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1}}}|\s{{{LONGEST_WORD + 1}}}")  # found 3 times faster
+BYTES = 256  # tokens of a BPE that knows every byte
 LARGEST_ID = 1 << 24  # of a token; there is no vocabulary of 16 million tokens
 SPECIAL_KINDS = ("bos", "eos", "pad", "cls", "sep", "mask", "unk")
 
@@ -223,6 +224,7 @@ def train(
     directory: Path,
     *,
     mask: bool = False,
+    special: Iterable[str] = (),
     format: int = FORMAT,
 ) -> "Trained":
     """Train a byte-level BPE on `texts` and save it as a Hugging Face tokenizer directory.
@@ -232,15 +234,25 @@ def train(
         vocab_size: its tokens, special ones included; there are fewer where the text gives no more.
         directory: where it is saved; made if it is not there.
         mask: add a mask token.
+        special: more special tokens, e.g. those of a chat template.
         format: by whose rules (identity.py); in format 1 words of any length are trained on.
+
+    Raises:
+        InputError: the special tokens and the bytes are more than `vocab_size`.
     """
     bos, eos, pad = SPECIAL_TOKENS
+    every = list(dict.fromkeys([*SPECIAL_TOKENS, *([MASK_TOKEN] if mask else []), *special]))
+    if vocab_size < BYTES + len(every):
+        raise InputError(
+            f"tokenizer.vocab_size: {vocab_size} is too small for {BYTES} bytes and the special "
+            f"tokens {', '.join(every)}; give at least {BYTES + len(every)}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*SPECIAL_TOKENS, MASK_TOKEN] if mask else list(SPECIAL_TOKENS),
+        special_tokens=every,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

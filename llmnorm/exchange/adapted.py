@@ -1,10 +1,11 @@
 """Weights of a run that has left some as they were: the base's, and what was trained.
 
-A checkpoint of such a run holds what is trained alone. A tensor of the model is one of three: the
-base's own; one that was trained whole (a norm, a new head); or the base's with an adapter, merged
-in float32 when it is read. Where the run stored linear layers of the base in NF4, these are rounded
-to NF4 first, since that is what was trained beside. So memory is needed for one tensor at a time,
-and whoever reads weights need not know how they were trained.
+A checkpoint of such a run holds what is trained alone. A tensor of the model is one of four: the
+base's own; one that was trained whole (a norm, a new head); the base's with an adapter, merged in
+float32 when it is read; or the base's embedding or head with the rows of new tokens. Where the run
+stored linear layers of the base in NF4, these are rounded to NF4 first, since that is what was
+trained beside. So memory is needed for one tensor at a time, and whoever reads weights need not
+know how they were trained.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from llmnorm.models.adapters import Factors, factor_names, is_adapter, merged, t
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import Stored, named_weights
 from llmnorm.models.modeling import class_of
+from llmnorm.models.new_rows import rows_name
 from llmnorm.part import InputError, Settings
 
 Reader = Callable[[Mapping[str, Tensor]], None]
@@ -38,6 +40,8 @@ class Trained(NamedTuple):
         base_is_run: whether it is a run, which tools beside llmnorm do not read.
         quantize: how the linear layers of the base's blocks were stored in training: `nf4`; None:
             as they were.
+        new_tokens: the ids of new tokens, whose rows of embedding and head were trained.
+        base_rows: how many rows the base's embedding has; it may lack those of new tokens.
     """
 
     adapter: LowRankSettings | None
@@ -46,6 +50,8 @@ class Trained(NamedTuple):
     base: Path
     base_is_run: bool
     quantize: str | None
+    new_tokens: range
+    base_rows: int
 
     @property
     def whole(self) -> list[str]:
@@ -117,7 +123,15 @@ def beside(
     new = base["model.embed_tokens.weight"].dtype
     stored = {}
     for name in names:
-        if name in base and name not in own:
+        if rows_name(name) in trained.tensors:
+            have, ids = trained.tensors[rows_name(name)].shape[0], trained.new_tokens
+            if have != len(ids) or ids.stop > config.vocab_size:
+                raise InputError(
+                    f"the checkpoint's '{rows_name(name)}' has {have} rows, and its meta.base "
+                    f"names the new tokens {ids.start} to {ids.stop - 1} of {config.vocab_size}"
+                )
+            stored[name] = Stored(base[name].dtype, (config.vocab_size, config.hidden_size))
+        elif name in base and name not in own:
             stored[name] = base[name]
         elif name in own:
             shape, dtype = trained.tensors[name].shape, trained.tensors[name].dtype
@@ -130,6 +144,10 @@ def beside(
             factors = _factors(name, trained)
             if name in own:
                 trained.read_into({name: tensor})
+            elif (rows := rows_name(name)) in trained.tensors:
+                ids = trained.new_tokens
+                read_base({name: tensor[: trained.base_rows]})
+                trained.read_into({rows: tensor[ids.start : ids.stop]})
             elif factors is None and name not in in_four_bits:
                 rest[name] = tensor
             else:

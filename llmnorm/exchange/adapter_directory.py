@@ -7,8 +7,13 @@
 
 What was trained beside weights in NF4 belongs to the base in NF4: the card loads it so.
 
-PEFT reads what was trained whole beside an adapter (a new head, norms) as its `modules_to_save`.
-vLLM and llama.cpp do not, which is said when such a directory is written.
+PEFT reads what was trained whole beside an adapter (a new head, norms) as its `modules_to_save`,
+and rows of new tokens as its `trainable_token_indices`. vLLM and llama.cpp read neither, which is
+said when such a directory is written.
+
+What would surprise: PEFT does not give a base the rows that its embedding lacks. So where the new
+tokens are more than the base's rows, the base is resized before the adapter is loaded; the card has
+the line.
 """
 
 from pathlib import Path
@@ -47,6 +52,7 @@ def write_adapter(source: Source, directory: Path, *, ema: bool) -> None:
             model=empty_model(source.config, device="meta"),
             trained=trained.tensors,
             base=str(trained.base),
+            new_tokens=trained.new_tokens,
         )
         tensors = {
             name: torch.empty(stored.shape, dtype=stored.dtype)
@@ -78,5 +84,13 @@ def write_adapter(source: Source, directory: Path, *, ema: bool) -> None:
         more = f" and {len(whole) - 1} more" if len(whole) > 1 else ""
         print(
             f"'{whole[0]}'{more} was trained whole: PEFT reads it here (modules_to_save), vLLM and "
+            "llama.cpp do not; --merge writes a whole model"
+        )
+    if new := trained.new_tokens:
+        resized = ""
+        if new.stop > trained.base_rows:
+            resized = f", after base.resize_token_embeddings({new.stop})"
+        print(
+            f"it has the rows of {len(new)} new tokens: PEFT reads them here{resized}, vLLM and "
             "llama.cpp do not; --merge writes a whole model"
         )

@@ -225,6 +225,8 @@ def _of_run(
             base.origin,
             base.run is not None,
             quantize_of(meta, where),
+            new_tokens=range(*meta["base"].get("new_tokens", (0, 0))),
+            base_rows=base.config.vocab_size,
         )
         stored, read_into = beside(config, base.tensors, base.read_into, trained)
     tensors = {name: stored[name] for name in check_weights(config, stored, path)}

@@ -1,5 +1,6 @@
 """A directory that PEFT or `llmnorm export` wrote, on a loaded model: the option `--adapter`."""
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,23 @@ if TYPE_CHECKING:
 def with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     """The model with PEFT's layers, in evaluation mode; `model` itself is changed.
 
+    A model gets rows for tokens that an adapter brings with rows of their own.
+
     Raises:
         InputError: the directory is no adapter, or not one of this model; PEFT is not installed.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(f"--adapter: {adapter} has no adapter_config.json, so it is no adapter")
-    reading.read_object(adapter / "adapter_config.json", "--adapter")
+    config = reading.read_object(adapter / "adapter_config.json", "--adapter")
     weights = adapter / "adapter_model.safetensors"
     reading.open_file(weights, "--adapter").close()  # a .bin file is a pickle
     peft = peft_package()
     try:
+        rows = config.get("trainable_token_indices") or []
+        ids = itertools.chain(*rows.values()) if isinstance(rows, dict) else rows
+        needed = max(map(int, ids), default=-1) + 1
+        if needed > model.config.vocab_size:
+            model.resize_token_embeddings(needed, mean_resizing=False)
         return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
     except Exception as error:  # of any kind: another architecture, other shapes, a damaged file
         reason = " ".join(str(error).split())[:300]

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from llmnorm.config.adapter import ALL_LINEAR, AdapterSettings, LowRankSettings
 from llmnorm.machine import reading
 from llmnorm.machine.doctor import missing_extra
+from llmnorm.models.new_rows import NEW_ROWS, is_new_rows
 from llmnorm.models.nf4 import bitsandbytes
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.part import InputError, nearest
@@ -112,8 +113,8 @@ def target_modules(model: PreTrainedModel, targets: list[str] | str) -> list[str
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of an injected model belongs to the adapter."""
-    return _MODULE.fullmatch(name.rpartition(".")[0]) is not None
+    """Whether a parameter of an injected model belongs to the adapter, or is new tokens' rows."""
+    return is_new_rows(name) or _MODULE.fullmatch(name.rpartition(".")[0]) is not None
 
 
 def loaded_name(name: str) -> str:
@@ -193,6 +194,8 @@ def factor_names(name: str) -> tuple[str, str, str]:
 def peft_name(name: str) -> str:
     """What PEFT's files call a parameter of an injected model."""
     name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+    if is_new_rows(name):
+        name = name.removesuffix(NEW_ROWS) + "token_adapter.trainable_tokens_delta"
     return _PEFT + name.replace(".default.", ".")
 
 
@@ -203,6 +206,7 @@ def write_config(
     model: PreTrainedModel,
     trained: Iterable[str],
     base: str,
+    new_tokens: range = range(0),
 ) -> None:
     """Write adapter_config.json, by which PEFT puts the same layers into the base.
 
@@ -210,6 +214,7 @@ def write_config(
         model: of the run's class, without an adapter, on the meta device.
         trained: the names of all trained parameters in the injected model.
         base: where PEFT finds the base.
+        new_tokens: the ids of new tokens whose rows are trained.
 
     Raises:
         InputError: PEFT is not installed; a layer is trained in part, which PEFT cannot express.
@@ -231,11 +236,22 @@ def write_config(
     peft_package().LoraConfig(
         target_modules=sorted(last if alike == layers else layers),
         modules_to_save=[*whole] or None,
+        trainable_token_indices=token_indices(names, new_tokens) or None,
         base_model_name_or_path=base,
         task_type=next((task for end, task in tasks.items() if class_name.endswith(end)), None),
         inference_mode=True,
         **settings.peft_keys(),
     ).save_pretrained(str(directory))
+
+
+def token_indices(trained: Iterable[str], new_tokens: range) -> dict[str, list[int]]:
+    """PEFT's `trainable_token_indices`: the ids whose rows are trained, by the modules' last names.
+
+    Args:
+        trained: the names of all trained parameters.
+        new_tokens: the ids of new tokens.
+    """
+    return {n.split(".")[-2]: [*new_tokens] for n in trained if is_new_rows(n)}
 
 
 class PeftFiles:
@@ -263,8 +279,13 @@ class PeftFiles:
         except (OSError, SafetensorError) as error:
             raise InputError(f"adapter.from: {self._file}: cannot be read ({error})") from None
 
-    def check(self, model: nn.Module, settings: LowRankSettings) -> None:
+    def check(
+        self, model: nn.Module, settings: LowRankSettings, new_tokens: range = range(0)
+    ) -> None:
         """Compare with the run's settings and with its model, an adapter injected.
+
+        Args:
+            new_tokens: the ids of new tokens whose rows the run trains.
 
         Raises:
             InputError: they differ; the message says in what.
@@ -288,9 +309,17 @@ class PeftFiles:
                 changed.append(f"adapter.{ours}={value}")
         if changed:
             raise InputError(f"{where} was trained with other settings; add {' '.join(changed)}")
-        for key in ("rank_pattern", "alpha_pattern", "trainable_token_indices", "lora_bias"):
+        for key in ("rank_pattern", "alpha_pattern", "lora_bias"):
             if config.get(key):
                 raise InputError(f"{where}: {key} is given there, which llmnorm cannot go on with")
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        rows = config.get("trainable_token_indices")
+        if rows and rows != token_indices(names, new_tokens):
+            ours = f"{new_tokens.start} to {new_tokens.stop - 1}" if new_tokens else "none"
+            raise InputError(
+                f"{where}: trained the rows of other tokens (trainable_token_indices {rows}) than "
+                f"those that tokenizer.chat_template adds here ({ours})"
+            )
         if config.get("bias", "none") != "none":
             raise InputError(f"{where}: bias is '{config['bias']}' there; llmnorm trains none")
         layers = ", ".join(sorted({_layer(n) for n in self._shapes if ".lora_" in n}))

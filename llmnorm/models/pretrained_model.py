@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.initialization import initialize_module
+from llmnorm.models.new_rows import tie_new_rows
 from llmnorm.nn import block as blocks
 from llmnorm.nn.loss import LanguageHead, cross_entropy
 from llmnorm.part import InputError, nearest
@@ -131,6 +132,11 @@ class WithLanguageHead(LlmNormPreTrainedModel):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     lm_head: nn.Module
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As Hugging Face's; rows of new tokens are tied where the weights are."""
+        super().tie_weights(*args, **kwargs)
+        tie_new_rows(self)
 
     def _loss(
         self,

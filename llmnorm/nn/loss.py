@@ -10,15 +10,19 @@ are computed once, and what is kept for the backward pass has the size of `hidde
 Surprises: the weight's gradient is accumulated in float32 (float64 for float64) over the chunks
 also where the products are bf16; the division by the number of tokens is applied to narrow tensors,
 not to the logits; gradients are made only for inputs that want them.
+
+Some rows of the head may be parameters of their own beside a frozen weight (models/new_rows.py).
+Their logits take the place of the weight's; their gradient is that of these columns alone, so that
+nothing of the weight's size is made for them.
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmnorm.nn.linear import (
@@ -33,6 +37,23 @@ from llmnorm.nn.precision import product_dtype, wide_dtype
 IGNORED = -100
 
 
+class NewRows(NamedTuple):
+    """Rows in the place of some rows of a weight (vocabulary, hidden).
+
+    Attributes:
+        first: the row of the weight whose place the first of them takes.
+        values: (n, hidden), float32 (or float64).
+    """
+
+    first: int
+    values: Tensor
+
+    @property
+    def place(self) -> slice:
+        """The rows of the weight, which are columns of the logits."""
+        return slice(self.first, self.first + len(self.values))
+
+
 class LanguageHead(Linear):
     """The output head: logits, or the loss itself when labels are given.
 
@@ -40,27 +61,38 @@ class LanguageHead(Linear):
     weight whole. Where somebody compiles or exports the whole model, it is computed from all logits
     at once. `compiled` (set by who compiles the blocks): on a GPU one kernel makes the logits'
     gradient and the losses.
+
+    `new_rows` (n, hidden), set by models/new_rows.py, are used in the place of the rows of the
+    weight from `first_new` on; None: there are none.
     """
 
     compiled = False
+    first_new = 0
+    new_rows: nn.Parameter | None
 
     def __init__(self, hidden_size: int, vocab_size: int, *, bias: bool = False) -> None:
         super().__init__(hidden_size, vocab_size, bias=bias)
+        self.register_parameter("new_rows", None)
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, labels: Tensor | None = None, items: Tensor | float | None = None
     ) -> Tensor:
         """Logits (..., vocabulary) of hidden (..., hidden), or the loss against labels (...)."""
-        if labels is None:
-            return super().forward(hidden)
-        if torch.compiler.is_compiling():  # of the whole model, by somebody else
-            return cross_entropy(super().forward(hidden), labels, items)
+        new = None if self.new_rows is None else NewRows(self.first_new, self.new_rows)
+        if labels is None or torch.compiler.is_compiling():  # of the whole model, by somebody else
+            logits = super().forward(hidden)
+            if new is not None:
+                offset = None if self.bias is None else self.bias[new.place]
+                own = F.linear(hidden, new.values, offset).to(logits.dtype)
+                logits = logits.slice_scatter(own, -1, new.place.start, new.place.stop)
+            return logits if labels is None else cross_entropy(logits, labels, items)
         return linear_cross_entropy(
             hidden.flatten(0, -2),
             self.weight,
             labels.flatten(),
             items,
             bias=self.bias,
+            new_rows=new,
             compiled=self.compiled and hidden.is_cuda,
         )
 
@@ -72,6 +104,7 @@ def linear_cross_entropy(
     items: Tensor | float | None = None,
     *,
     bias: Tensor | None = None,
+    new_rows: NewRows | None = None,
     chunk: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
@@ -84,6 +117,7 @@ def linear_cross_entropy(
         items: what to divide by, e.g. the real labels of all micro batches and processes; the real
             labels of this call if None (1 if there are none).
         bias: (vocabulary,), added to the logits.
+        new_rows: rows that are used in the place of some of the weight's, which get no gradient.
         chunk: tokens at a time; `chunk_size` if None.
         compiled: let torch's compiler fuse what is done to the logits.
     """
@@ -96,10 +130,13 @@ def linear_cross_entropy(
     # Decided here: inside the Function, needs_input_grad is true also under torch.no_grad().
     wanted = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (hidden, weight, bias)
+        for t in (hidden, weight, bias, new_rows.values if new_rows else None)
     ]
+    first, rows = new_rows or (0, None)
     with torch.autocast(device, enabled=False):
-        return _Loss.apply(hidden, weight, bias, labels, scale, chunk, dtype, wanted, compiled)
+        return _Loss.apply(
+            hidden, weight, bias, rows, first, labels, scale, chunk, dtype, wanted, compiled
+        )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, items: Tensor | float | None = None) -> Tensor:
@@ -199,6 +236,8 @@ class _Loss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        rows: Tensor | None,
+        first_new: int,
         labels: Tensor,
         scale: Tensor,
         chunk: int,
@@ -209,11 +248,14 @@ class _Loss(torch.autograd.Function):
         wide = wide_dtype(dtype)
         head = weight.to(dtype)
         offset = None if bias is None else bias.to(dtype)
-        wants_hidden, wants_weight, wants_bias = wanted
+        own = None if rows is None else rows.to(dtype)
+        place = slice(first_new, first_new + (0 if rows is None else len(rows)))
+        wants_hidden, wants_weight, wants_bias, wants_rows = wanted
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = sum_of_weight_gradients(weight, wide) if wants_weight else None
         bias_grad = weight.new_zeros(len(weight), dtype=wide) if wants_bias else None
+        rows_grad = torch.zeros_like(rows) if rows is not None and wants_rows else None
         real = (labels != IGNORED).to(wide).mul_(scale).unsqueeze(1)
         work = _one_kernel() if compiled else _by_parts
         # New pages for 64 MiB of logits cost a fifth of their product (nn/linear.py, CHOICES).
@@ -222,38 +264,52 @@ class _Loss(torch.autograd.Function):
         for first in range(0, len(labels), chunk):
             part = slice(first, first + chunk)
             logits = _logits(hidden[part], head, offset, memory)
+            if own is not None:
+                own_offset = None if offset is None else offset[place]
+                logits[:, place] = _logits(hidden[part], own, own_offset)
             if not any(wanted):
                 total += _softmax(logits, labels[part])[1].sum()
                 continue
             gradient, losses = work(logits, labels[part])
             del logits
             total += losses.sum()
+            if bias_grad is not None:
+                bias_grad += (real[part].t() @ gradient.to(wide)).squeeze(0)
+            own_gradient = None
+            if own is not None:
+                own_gradient = gradient[:, place].clone()
+                gradient[:, place] = 0  # the weight's rows there have no part in these logits
+            if rows_grad is not None and own_gradient is not None:
+                rows_grad += own_gradient.to(wide).t() @ hidden[part].to(wide).mul(real[part])
             if hidden_grad is not None:
-                hidden_grad[part] = product(gradient, head.t()).to(wide).mul_(real[part])
+                part_grad = product(gradient, head.t()).to(wide)
+                if own is not None and own_gradient is not None:
+                    part_grad += product(own_gradient, own.t())
+                hidden_grad[part] = part_grad.mul_(real[part])
             if weight_grad is not None:
                 scaled = hidden[part].to(wide).mul(real[part]).to(dtype)
                 add_weight_gradient(weight_grad, gradient, scaled)
-            if bias_grad is not None:
-                bias_grad += (real[part].t() @ gradient.to(wide)).squeeze(0)
             memory = gradient if keeps else None
             del gradient  # unless kept, it goes before the next chunk's logits are made
         if weight_grad is not None:
             weight_grad = weight_grad.contiguous()
-        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad, rows_grad)
         ctx.weight_dtype = weight.dtype
         return total * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+        hidden_grad, weight_grad, bias_grad, rows_grad = ctx.saved_tensors
         # loss.backward() gives 1: nothing to scale. On a GPU, asking would wait for it.
         if grads[0].device.type == "cpu" and grads[0] == 1 and ctx.weight_dtype == grads[0].dtype:
-            return hidden_grad, weight_grad, bias_grad, *(None,) * 6
+            return hidden_grad, weight_grad, bias_grad, rows_grad, *(None,) * 7
         if hidden_grad is not None:
             hidden_grad = (hidden_grad * grads[0]).to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = (weight_grad * grads[0]).to(ctx.weight_dtype)
         if bias_grad is not None:
             bias_grad = (bias_grad * grads[0]).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, bias_grad, *(None,) * 6
+        if rows_grad is not None:
+            rows_grad = rows_grad * grads[0]
+        return hidden_grad, weight_grad, bias_grad, rows_grad, *(None,) * 7

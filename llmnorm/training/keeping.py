@@ -187,6 +187,8 @@ def save(run: Prepared, metrics: Metrics) -> None:
     }
     if run.base is not None:
         meta["base"] = {"path": str(run.base.path), "hash": run.base.hash}
+        if new := run.base.new_tokens:
+            meta["base"]["new_tokens"] = [new.start, new.stop]
     with metrics.pause():
         run.checkpoints.save(progress.step, run.state, meta)
     run.saved = progress.step

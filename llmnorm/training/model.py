@@ -33,6 +33,8 @@ from llmnorm.models.convert import named_weights
 from llmnorm.models.frozen import freeze, narrow
 from llmnorm.models.initialization import initialize
 from llmnorm.models.modeling import LlmNormForCausalLM, class_of, empty_model
+from llmnorm.models.new_rows import EMBEDDING, HEAD, add_new_rows, set_new_rows
+from llmnorm.nn.loss import LanguageHead
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.objectives.contract import Objective
 from llmnorm.parallel.processes import Fill, Parallel
@@ -45,10 +47,12 @@ class Base(NamedTuple):
     Attributes:
         path: where they lie; of a run the checkpoint.
         hash: of their files.
+        new_tokens: the ids of tokens that its tokenizer lacks, whose rows are trained.
     """
 
     path: Path
     hash: str
+    new_tokens: range
 
 
 class RunModel(NamedTuple):
@@ -82,12 +86,14 @@ def run_model(
         ends: the tokens that end a text.
 
     Raises:
-        InputError: the vocabulary is too small for the tokenizer; `model.pretrained` or
-            `adapter.from` cannot be read, does not fit, or is not what the checkpoint names; or
-            `model.quantize` is asked of several processes.
+        InputError: the vocabulary is too small for the tokenizer; new tokens cannot have rows;
+            `model.pretrained` or `adapter.from` cannot be read, does not fit, or is not what the
+            checkpoint names; or `model.quantize` is asked of several processes.
     """
     if config.model.quantize is not None and parallel.sharding != "none":
         raise InputError(quantized_refusal(config.model.quantize, parallel.sharding))
+    data = objective.data
+    new = range(data.vocab_size - data.new_tokens, data.vocab_size)
     settings = _settings(config, objective, ends)
     model = empty_model(settings, device="meta").train()
     pretrained = config.model.pretrained
@@ -106,15 +112,17 @@ def run_model(
             )
     source = open_source(path, key="model.pretrained", rank=parallel.rank, world=parallel.world)
     new_head = not (config.objective.keeps_head and class_of(source.config) is class_of(settings))
+    if new:
+        _check_new_tokens(model, new_head)
     if config.freezes:
-        base = Base(source.origin.absolute(), source.contents())
+        base = Base(source.origin.absolute(), source.contents(), new)
         _check_base(config, source, base, start)
-        choose_trained(config, model, new_head=new_head)
+        choose_trained(config, model, new_head=new_head, new_tokens=new)
     first: PeftFiles | None = None
     adapter = config.adapter
     if isinstance(adapter, LowRankSettings) and adapter.start is not None and start is None:
         first = PeftFiles(adapter.start)
-        first.check(model, adapter)
+        first.check(model, adapter, new)
     _refuse_what_cannot_fit(model, parallel)
     prefix = f"{model.base_model_prefix}."
 
@@ -129,7 +137,11 @@ def run_model(
             }
             initialize(model, seed=config.seed, modules=plain)
             loaded = {n: t for n, t in loaded.items() if n.startswith(prefix)}
-        source.read_into(loaded)
+        # Of embedding and head the base may lack the last rows.
+        rows = source.config.vocab_size
+        source.read_into({n: t[:rows] if n in (EMBEDDING, HEAD) else t for n, t in loaded.items()})
+        if new:
+            set_new_rows(named, new)
         nf4.fill(
             modules, lambda into: source.read_into({loaded_name(n): t for n, t in into.items()})
         )
@@ -140,21 +152,43 @@ def run_model(
 
     note = ", but a new head: it had another objective" if new_head else ""
     parallel.say(f"weights from {path}{note}")
+    if new and start is None:
+        parallel.say(
+            f"the rows of {len(new)} new tokens ({new.start} to {new.stop - 1}) begin at the mean "
+            "of the others"
+        )
     return RunModel(model, fill, base)
 
 
-def choose_trained(config: RunConfig, model: LlmNormForCausalLM, *, new_head: bool) -> None:
+def choose_trained(
+    config: RunConfig, model: LlmNormForCausalLM, *, new_head: bool, new_tokens: range = range(0)
+) -> None:
     """Put the run's adapter into a model on the meta device, and freeze what the run freezes.
 
-    What is frozen is stored for the products that it makes (models/frozen.py), or in few bits.
+    What is frozen is stored for the products that it makes (models/frozen.py), or in few bits; rows
+    of new tokens are parameters of their own beside it (models/new_rows.py).
+
+    Args:
+        new_head: train what stands behind the base model, since it was not loaded.
+        new_tokens: the ids of tokens that the base's tokenizer lacks.
 
     Raises:
-        InputError: a target of the adapter is not there; nothing is left to train.
+        InputError: a target of the adapter is not there, or is the head beside new tokens; these
+            cannot have rows; nothing is left to train.
     """
+    if new_tokens:
+        _check_new_tokens(model, new_head)
     in_blocks = target_modules(model, ALL_LINEAR)
     if isinstance(config.adapter, LowRankSettings):
         inject(model, config.adapter)
     if config.freezes:
+        if new_tokens:
+            if not isinstance(model.get_output_embeddings(), LanguageHead):
+                raise InputError(
+                    "adapter.targets: 'lm_head' cannot have an adapter beside rows of new tokens, "
+                    "which tokenizer.chat_template needs here; leave it out"
+                )
+            add_new_rows(model, new_tokens)
         freeze(model, norms=config.trainable == "norms", new_head=new_head)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise InputError(
@@ -167,6 +201,14 @@ def choose_trained(config: RunConfig, model: LlmNormForCausalLM, *, new_head: bo
             narrow(model)
 
 
+def _check_new_tokens(model: LlmNormForCausalLM, new_head: bool) -> None:
+    if new_head or not isinstance(model, LlmNormForCausalLM):
+        raise InputError(
+            "tokenizer.chat_template: needs special tokens that the tokenizer does not have, which "
+            "only a causal language model beside its own head gets rows for; leave the key out"
+        )
+
+
 def _settings(config: RunConfig, objective: Objective, ends: Tokens) -> LlmNormConfig:
     """The model's configuration, sized by the data.
 
@@ -174,6 +216,8 @@ def _settings(config: RunConfig, objective: Objective, ends: Tokens) -> LlmNormC
         InputError: the vocabulary is too small for the tokenizer.
     """
     rows, pretrained, data = config.model.vocab_size, config.model.pretrained, objective.data
+    if rows != "auto" and pretrained is not None and rows >= data.vocab_size - data.new_tokens:
+        rows = max(rows, data.vocab_size)  # the run's model has more than its base
     if rows != "auto" and rows < data.vocab_size:
         if pretrained is not None:
             raise InputError(

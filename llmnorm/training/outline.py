@@ -9,6 +9,7 @@ import torch
 
 from llmnorm.config.pretrained import describe as describe_weights
 from llmnorm.config.tree import RunConfig
+from llmnorm.data.templates import missing_tokens
 from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.models.adapters import rate_factors
 from llmnorm.models.configuration import LlmNormConfig
@@ -20,10 +21,14 @@ from llmnorm.training.model import choose_trained
 
 def outline(config: RunConfig) -> LlmNormForCausalLM:
     """The run's model on the meta device: shapes without numbers."""
-    rows = config.model.vocab_size
-    if rows == "auto":
-        path = config.tokenizer.directory
-        rows = config.tokenizer.vocab_size if path is None else TextEncoder(path).vocab_size
+    rows, path = config.model.vocab_size, config.tokenizer.directory
+    tokens, new = config.tokenizer.vocab_size, range(0)
+    if path is not None:
+        tokens = TextEncoder(path).vocab_size
+        if config.objective.packs:  # others do not use the chat template
+            new = range(tokens, tokens + len(missing_tokens(path, config.tokenizer)))
+            tokens = new.stop
+    rows = tokens if rows == "auto" else max(rows, new.stop)
     classes = [config.objective.architecture]
     with torch.device("meta"):
         settings = LlmNormConfig.from_settings(config.model, vocab_size=rows, architectures=classes)
@@ -33,7 +38,8 @@ def outline(config: RunConfig) -> LlmNormForCausalLM:
         loaded = describe_weights(config.model.pretrained, "model.pretrained", ()).architectures
         same = (loaded or ["LlmNormForCausalLM"])[0] == classes[0]
         model.tie_weights()  # making it on the meta device has parted them
-        choose_trained(config, model, new_head=not (config.objective.keeps_head and same))
+        new_head = not (config.objective.keeps_head and same)
+        choose_trained(config, model, new_head=new_head, new_tokens=new)
     return model
 
 

@@ -26,25 +26,42 @@ pytest.importorskip("peft", reason="needs the extra finetune")
 
 STEPS = 4
 KINDS = ("lora", "dora")
+# Beside LoRA the rows of new tokens, of embedding and head; of one token where the two are tied,
+# so that one process holds none.
+NEW_TOKENS: dict[str, tuple[range, dict[str, Any]]] = {
+    "rows": (range(37, 40), {}),
+    "row": (range(39, 40), {"tie_word_embeddings": True}),
+}
 SHARDINGS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-CELLS = [
-    (sharding, optimizer, kind, "fp32")
-    for sharding in SHARDINGS
-    for optimizer in ("adamw", "muon")
-    for kind in KINDS
-] + [
-    (sharding, "adamw" if kind == "lora" else "muon", kind, "bf16")
-    for sharding in ("ddp", "fsdp2", "zero2", "zero3")
-    for kind in KINDS
-]
+CELLS = (
+    [
+        (sharding, optimizer, kind, "fp32")
+        for sharding in SHARDINGS
+        for optimizer in ("adamw", "muon")
+        for kind in KINDS
+    ]
+    + [
+        (sharding, "adamw" if kind == "lora" else "muon", kind, "bf16")
+        for sharding in ("ddp", "fsdp2", "zero2", "zero3")
+        for kind in KINDS
+    ]
+    + [
+        (sharding, "muon", kind, "bf16" if kind == "rows" else "fp32")
+        for sharding in ("ddp", "fsdp2", "zero2", "zero3")
+        for kind in NEW_TOKENS
+    ]
+)
 IDS = ["-".join(cell) for cell in CELLS]
 
 
 def started(sharding: str, optimizer: str, kind: str, precision: str, cut: int = 1) -> Run:
+    new, model = NEW_TOKENS.get(kind, (range(0), {}))
     return Run(
         sharding,
         optimizer,
-        adapter=ADAPTERS[kind],
+        model=model,
+        adapter=ADAPTERS["lora" if new else kind],
+        new_tokens=new,
         precision=precision,
         micro_batches=cut,
         dtype=torch.float32,

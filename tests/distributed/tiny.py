@@ -15,9 +15,11 @@ from llmnorm.config.adapter import LowRankSettings
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.models.adapters import inject, is_adapter, set_first_values
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.convert import named_weights
 from llmnorm.models.frozen import freeze, narrow
 from llmnorm.models.initialization import initialize
 from llmnorm.models.modeling import empty_model
+from llmnorm.models.new_rows import add_new_rows, set_new_rows
 from llmnorm.nn.norms.running import RunningStatistics
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.optim.groups import split
@@ -80,6 +82,7 @@ class Run:
         model: other settings of the model.
         frozen: how the names end of parameters that are not trained.
         adapter: what is trained beside frozen weights, which are then stored for their products.
+        new_tokens: whose rows are trained beside the adapter.
         micro_batches: how many a process cuts its rows of a step into.
         dtype: of the weights.
         lr: the matrices' learning rate.
@@ -97,6 +100,7 @@ class Run:
         model: dict[str, Any] | None = None,
         frozen: tuple[str, ...] = (),
         adapter: LowRankSettings | None = None,
+        new_tokens: range = range(0),
         micro_batches: int = 2,
         dtype: torch.dtype = torch.float64,
         lr: float = 1e-2,
@@ -116,9 +120,12 @@ class Run:
             parameter.requires_grad_(not name.endswith(frozen))
         if adapter is not None:
             inject(self.model, adapter)
+            if new_tokens:
+                add_new_rows(self.model, new_tokens)
             freeze(self.model, norms=False, new_head=False)
             if precision == "bf16":
                 narrow(self.model)
+        self._new_tokens = new_tokens
         self.replica = self.parallel.prepare(self.model, self._fill)
         self.micro_batches = micro_batches
         self.statistics = RunningStatistics(self.model, self.parallel.reduce)
@@ -133,6 +140,8 @@ class Run:
         plain = {n: m for n, m in modules.items() if not is_adapter(f"{n}.weight")}
         initialize(self.model, seed=3, modules=plain)
         set_first_values(modules, seed=3)
+        if self._new_tokens:
+            set_new_rows(named_weights(modules), self._new_tokens)
 
     def rows(self, step: int) -> Tensor:
         """The numbers of the rows that this process reads."""

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from llmnorm.nn import linear
 from llmnorm.nn import loss as loss_module
-from llmnorm.nn.loss import LanguageHead, chunk_size, linear_cross_entropy, token_losses
+from llmnorm.nn.loss import (
+    LanguageHead,
+    NewRows,
+    chunk_size,
+    linear_cross_entropy,
+    token_losses,
+)
 
 
 def data(tokens: int, width: int, vocabulary: int, ignored: float = 0.3) -> tuple[Tensor, ...]:
@@ -80,6 +86,44 @@ def test_gradcheck_with_frozen_inputs(wanted: tuple[bool, bool]) -> None:
     )
     linear_cross_entropy(hidden, weight, labels).backward()
     assert (hidden.grad is not None, weight.grad is not None) == wanted
+
+
+@given(
+    tokens=st.integers(1, 40),
+    vocabulary=st.integers(2, 37),
+    chunk=st.integers(1, 41),
+    scale=st.sampled_from([1.0, 0.37]),
+    compiled=st.booleans(),
+    drawn=st.data(),
+)
+def test_rows_in_the_place_of_others(
+    eager: None,
+    tokens: int,
+    vocabulary: int,
+    chunk: int,
+    scale: float,
+    compiled: bool,
+    drawn: st.DataObject,
+) -> None:
+    """Oracle: full logits in float64 of a weight that is put together; the weight's own rows there
+    are large, and count for nothing."""
+    first = drawn.draw(st.integers(0, vocabulary - 1))
+    count = drawn.draw(st.integers(1, vocabulary - first))
+    hidden, weight, labels = data(tokens, 5, vocabulary)
+    divisor = max(int((labels != -100).sum()), 1)
+    (full(hidden, weight, labels, divisor) * scale).backward()
+    expected = full(hidden, weight, labels, divisor).detach()
+    assert weight.grad is not None and hidden.grad is not None
+    rows = weight.detach()[first : first + count].clone().requires_grad_()
+    frozen, again = weight.detach().clone(), hidden.detach().clone().requires_grad_()
+    frozen[first : first + count] = 1e3
+    got = linear_cross_entropy(
+        again, frozen, labels, new_rows=NewRows(first, rows), chunk=chunk, compiled=compiled
+    )
+    (got * scale).backward()
+    torch.testing.assert_close(got.detach(), expected)
+    torch.testing.assert_close(rows.grad, weight.grad[first : first + count])
+    torch.testing.assert_close(again.grad, hidden.grad)
 
 
 def test_labels_all_ignored() -> None:

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from llmnorm.data.chat import ChatTemplate, Refused
 from llmnorm.data.settings import TokenizerSettings
 from llmnorm.data.spelling import BEGIN, OPEN
-from llmnorm.data.templates import write_template
+from llmnorm.data.templates import missing_tokens, write_template
+from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.part import InputError
 from tests.test_data import chats
 from tests.test_data.chats import TWO_TURNS, save_tokenizer
@@ -343,13 +344,50 @@ def test_arguments_go_into_the_tokenizers_own_template(tmp_path: Path) -> None:
     assert chat.spell(chat.render(TWO_TURNS[:1], generation_prompt=True)).endswith("</think>\n\n")
 
 
-def test_special_tokens_that_the_vocabulary_lacks_are_named(tmp_path: Path) -> None:
-    """Oracle: the two tokens in the message."""
-    directory = save_tokenizer(tmp_path / "tokenizer", None)
+@pytest.mark.parametrize(
+    "make", [chats.byte_level, chats.metaspace, chats.word_pieces, chats.unigram]
+)
+def test_special_tokens_that_the_vocabulary_lacks_are_added(tmp_path: Path, make: Any) -> None:
+    """Oracle: transformers' reading of the files; the ids behind the tokenizer's last."""
+    directory = save_tokenizer(tmp_path / "tokenizer", None, make)
+    before = TextEncoder(directory)
+    names = json.loads((directory / "tokenizer_config.json").read_text())
+    names["added_tokens_decoder"] = {}  # as transformers 4 writes it
+    (directory / "tokenizer_config.json").write_text(json.dumps(names))
     file = tmp_path / "mine.jinja"
-    file.write_text("{{ '<|turn|>' + messages[0].content + '<|stop|><|im_end|>' }}")
-    with pytest.raises(InputError, match=r"needs the special tokens <\|turn\|>, <\|stop\|>, which"):
+    file.write_text("{{ '<|turn|>' + messages[0].content + '<|stop|><|im_end|><|turn|>' }}")
+    settings = TokenizerSettings(path=directory, chat_template=file)
+    assert missing_tokens(directory, settings) == ["<|turn|>", "<|stop|>"]
+    write_template(directory, settings)
+    assert missing_tokens(directory, settings) == []
+    new = [before.vocab_size, before.vocab_size + 1]
+    after, other = TextEncoder(directory), AutoTokenizer.from_pretrained(directory)
+    assert after.vocab_size == before.vocab_size + 2 and after.special == before.special | {*new}
+    assert other.convert_tokens_to_ids(["<|turn|>", "<|stop|>"]) == new
+    assert other.decode(new).replace(" ", "") == "<|turn|><|stop|>"
+    assert other.decode(new, skip_special_tokens=True) == ""
+    ids = other("a <|turn|>b", add_special_tokens=False).input_ids
+    assert ids.count(new[0]) == 1
+    for text in ("It is 4.", "thoughts\n"):
+        assert list(after.encode_document(text)) == list(before.encode_document(text))
+
+
+def test_a_tokenizer_whose_ids_have_gaps_is_refused(tmp_path: Path) -> None:
+    """Oracle: the file and the tokens in the message; the id of the last token is raised by 5."""
+    directory = save_tokenizer(tmp_path / "tokenizer", None)
+    tree = json.loads((directory / "tokenizer.json").read_text())
+    last = max(tree["model"]["vocab"], key=tree["model"]["vocab"].get)
+    tree["model"]["vocab"][last] += 5
+    (directory / "tokenizer.json").write_text(json.dumps(tree))
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ '<|turn|>' }}")
+    with pytest.raises(InputError, match=r"^tokenizer.chat_template: .*json: the ids .*<\|turn\|>"):
         write_template(directory, TokenizerSettings(path=directory, chat_template=file))
+
+
+def test_a_template_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Oracle: the file in the message."""
+    directory = save_tokenizer(tmp_path / "tokenizer", None)
     with pytest.raises(InputError, match="tokenizer.chat_template: there is no file .*other.jinja"):
         write_template(
             directory, TokenizerSettings(path=directory, chat_template=tmp_path / "other.jinja")

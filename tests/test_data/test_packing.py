@@ -14,12 +14,14 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from llmnorm.config.file import load
 from llmnorm.data import packing
 from llmnorm.data.loader import IGNORED, Loader, document_bounds, evaluation_batches
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.data.tokenizer import TextEncoder
+from llmnorm.part import InputError
 from tests.running import SMOKE, Child
 
 TEXT = Path(__file__).parents[1] / "data" / "text" / "prose.jsonl"
@@ -248,3 +250,34 @@ def test_text_comes_back_and_never_becomes_a_special_token(encoder, text) -> Non
 def encoder(tmp_path_factory) -> TextEncoder:
     packed = prepared(tmp_path_factory.mktemp("encoder"), path=str(TEXT))
     return TextEncoder(packed.tokenizer_directory)
+
+
+def test_the_tokens_of_a_chat_template_are_trained_or_added(tmp_path: Path) -> None:
+    """Oracle: ids by spelling; a trained tokenizer keeps its size, a copied one grows by two."""
+    data = settings_for(tmp_path, path=str(TEXT))
+    given = {"chat_template": "chatml"}
+    trained = packing.prepare(data, TokenizerSettings(vocab_size=400, **given))
+    assert (trained.vocab_size, trained.new_tokens) == (400, 0)
+    plain = packing.prepare(data, TOKENIZER)
+    path = plain.tokenizer_directory
+    copied = packing.prepare(data, TokenizerSettings(path=path, **given))
+    assert (copied.vocab_size, copied.new_tokens) == (402, 2)
+    assert len({trained.identity, plain.identity, copied.identity}) == 3
+    for packed, first in ((trained, 3), (copied, 400)):
+        directory = packed.tokenizer_directory
+        ids = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        assert (
+            ids.token_to_id("<|im_start|>") == first and ids.token_to_id("<|im_end|>") == first + 1
+        )
+        encoder = TextEncoder(directory)
+        assert {first, first + 1} <= encoder.special
+        assert not {first, first + 1} & {*encoder.encode_document("<|im_end|>").tolist()}
+    again = packing.find(data, TokenizerSettings(path=path, **given))
+    assert again is not None and again.new_tokens == 2
+
+
+def test_a_vocabulary_too_small_for_the_tokens_of_a_template_is_refused(tmp_path: Path) -> None:
+    """Oracle: 256 bytes, 3 special tokens and 2 of the template."""
+    data = settings_for(tmp_path, path=str(TEXT))
+    with pytest.raises(InputError, match=r"tokenizer.vocab_size: 260 .* give at least 261"):
+        packing.prepare(data, TokenizerSettings(vocab_size=260, chat_template="chatml"))
