@@ -193,6 +193,21 @@ def test_new_rows_beside_weights_in_nf4(bases: Any, recipe: Path, tmp_path: Path
         assert after[weight][NEW].equal(rows)
 
 
+@pytest.mark.parametrize("name", ["tied", "padded"])
+def test_a_gguf_file_has_them(tuned: Any, bases: Any, tmp_path: Path, name: str) -> None:
+    """Oracle: the run's weights; the spellings of the tokens, a name for every row."""
+    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
+    llmnorm("export", tuned[name], tmp_path / "model.gguf", "--type", "f32")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[512:514] == TOKENS and len(tokens) == (514 if name == "tied" else 519)
+    kinds = reader.fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[512:514] == [gguf.TokenType.CONTROL] * 2
+    weights = load_model(tuned[name])[0].state_dict()
+    (found,) = (t for t in reader.tensors if t.name == "token_embd.weight")
+    assert torch.tensor(found.data).view(len(tokens), -1).equal(weights[EMBEDDING])
+
+
 def test_a_run_that_trains_everything_has_a_larger_embedding(
     tuned: Any, bases: Any, tmp_path: Path
 ) -> None:
