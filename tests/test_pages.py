@@ -44,6 +44,16 @@ NOT_RUN = {
     "pip wheel": "tests/test_wheel.py builds it, without a network",
     "PIP_NO_INDEX=1": "needs the files that were downloaded",
     "source .venv/bin/activate": "the tests run in an environment already",
+    **dict.fromkeys(
+        (
+            "python tools/make_skills.py",
+            "llmnorm finetune configs/finetune/skills.yaml",
+            "llmnorm eval runs/skills",
+            "llmnorm generate runs/skills",
+            "llmnorm export runs/skills",
+        ),
+        "trains for minutes on the quickstart; tests/commands/test_generate.py goes this way",
+    ),
     "rm -rf .venv": "removes the environment that the tests run in",
 }
 

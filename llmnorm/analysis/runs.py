@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmnorm.config.tree import RunConfig, TrainingSettings, differences
+from llmnorm.config.saved import differences
+from llmnorm.config.tree import RunConfig, TrainingSettings
 from llmnorm.config.yaml_text import read_yaml
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory

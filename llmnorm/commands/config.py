@@ -33,6 +33,6 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
         return
     if parsed.config is None:
         raise InputError("config: give a configuration file or a run directory, or --schema")
-    from llmnorm.config.tree import to_yaml
+    from llmnorm.config.saved import to_yaml
 
     print(to_yaml(load_config(parsed.config, overrides)), end="")

@@ -19,14 +19,8 @@ from typing import NamedTuple
 
 from llmnorm.config.file import load
 from llmnorm.config.manifest import steps_in
-from llmnorm.config.tree import (
-    CheckpointSettings,
-    RunConfig,
-    changeable,
-    differences,
-    to_tree,
-    to_yaml,
-)
+from llmnorm.config.saved import changeable, differences, to_tree, to_yaml
+from llmnorm.config.tree import CheckpointSettings, RunConfig
 from llmnorm.machine.doctor import version
 from llmnorm.machine.reading import open_file, read_text
 from llmnorm.part import InputError

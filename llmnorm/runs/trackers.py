@@ -29,7 +29,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from llmnorm.config.tree import LoggingSettings, RunConfig, to_tree, to_yaml
+from llmnorm.config.saved import to_tree, to_yaml
+from llmnorm.config.tree import LoggingSettings, RunConfig
 from llmnorm.machine.doctor import EXTRAS, missing_extra
 from llmnorm.machine.files import write_whole
 from llmnorm.machine.reading import read_object

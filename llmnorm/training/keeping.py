@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llmnorm.config.tree import to_tree
+from llmnorm.config.saved import to_tree
 from llmnorm.machine.failures import DIVERGED
 from llmnorm.models.flops import flops_per_token
 from llmnorm.objectives.contract import MicroBatch

@@ -9,7 +9,8 @@ import yaml
 from llmnorm import cli
 from llmnorm.commands import finetune
 from llmnorm.config.file import load
-from llmnorm.config.tree import RunConfig, to_tree
+from llmnorm.config.saved import to_tree
+from llmnorm.config.tree import RunConfig
 from tests.running import ROOT, SMOKE, assert_same_run, llmnorm, metrics_of
 
 DEFAULTS = ROOT / "configs" / "finetune" / "defaults.yaml"

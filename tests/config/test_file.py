@@ -11,7 +11,8 @@ import yaml
 
 from llmnorm.config.docs import describe_parts, json_schema, key_paths
 from llmnorm.config.file import load
-from llmnorm.config.tree import RunConfig, differences, to_tree, to_yaml
+from llmnorm.config.saved import differences, to_tree, to_yaml
+from llmnorm.config.tree import RunConfig
 from llmnorm.config.yaml_text import read_yaml
 from llmnorm.part import InputError
 

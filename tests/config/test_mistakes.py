@@ -6,7 +6,8 @@ import pytest
 
 from llmnorm.config.docs import parts
 from llmnorm.config.file import load, section
-from llmnorm.config.tree import RunConfig, to_yaml
+from llmnorm.config.saved import to_yaml
+from llmnorm.config.tree import RunConfig
 from llmnorm.part import InputError, Settings, settings_in
 
 SMOKE = Path("configs/smoke.yaml")

@@ -10,7 +10,8 @@ import pytest
 from llmnorm import cli
 from llmnorm.config import shipped
 from llmnorm.config.file import load
-from llmnorm.config.tree import RunConfig, to_yaml
+from llmnorm.config.saved import to_yaml
+from llmnorm.config.tree import RunConfig
 from llmnorm.config.yaml_text import read_yaml
 from llmnorm.data import corpus, identity
 from llmnorm.data.settings import SourceSettings, TokenizerSettings

@@ -10,7 +10,7 @@ import yaml
 
 from llmnorm import cli
 from llmnorm.config.file import load
-from llmnorm.config.tree import to_tree
+from llmnorm.config.saved import to_tree
 from tests.running import ROOT, SMOKE, llmnorm
 
 SOURCE = """

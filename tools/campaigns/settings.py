@@ -142,7 +142,7 @@ def original(file: Path) -> dict[str, Any]:
 def tiny(file: Path) -> dict[str, Any] | None:
     """The same configuration, small enough to train in a second; None where that is not found."""
     from llmnorm.config.file import load
-    from llmnorm.config.tree import to_tree
+    from llmnorm.config.saved import to_tree
     from llmnorm.part import InputError
 
     for own in OF_MIXERS:
@@ -434,7 +434,7 @@ def reads_back(result: Result) -> list[str]:
     file = Path("printed.yaml").absolute()
     try:
         file.write_text(result.out, encoding="utf-8")
-        from llmnorm.config.tree import to_yaml
+        from llmnorm.config.saved import to_yaml
 
         again = to_yaml(load(file).config)
     except Exception as error:

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from llmnorm.analysis.compare.plan import Arm, Horizons, Protocol, Run
 from llmnorm.config.file import load
-from llmnorm.config.tree import RunConfig, changeable, differences, to_tree
+from llmnorm.config.saved import changeable, differences, to_tree
+from llmnorm.config.tree import RunConfig
 from llmnorm.machine.files import write_whole
 from llmnorm.machine.reading import read_settings
 from llmnorm.part import InputError, Settings, nearest

@@ -27,7 +27,7 @@ from llmnorm.analysis.compare.statistics import (
     speed_up_interval,
     standard_error,
 )
-from llmnorm.config.tree import differences, to_tree
+from llmnorm.config.saved import differences, to_tree
 
 ENOUGH_TOKENS = 500_000  # of validation text
 

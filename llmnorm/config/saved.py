@@ -1,0 +1,88 @@
+"""How a run's configuration is saved, how two of them differ, and what a run may change.
+
+The saved tree holds all settings, so that reading it back gives the same configuration. Nothing
+here imports torch, so that a mistake is answered at once.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from llmnorm.config.tree import RunConfig
+from llmnorm.part import Settings
+
+# What `train RUN_DIR key=value` may change; any other key makes another run.
+CHANGEABLE = (
+    "training.steps",
+    "training.tokens",
+    "training.epochs",
+    "training.micro_batch",
+    "training.device",
+    "evaluation",
+    "checkpoint",
+    "parallel",
+    "logging",
+    "generation",
+    "run_dir",
+)
+
+
+def to_tree(config: Settings) -> dict[str, Any]:
+    """The resolved settings as plain JSON values.
+
+    Two kinds of keys are left out: one that is derived from other fields and was not written
+    (`head_dim`), so that it follows when those are overridden later; and one that has no value
+    (most of `rope_parameters`).
+    """
+    tree = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        derived = field.default_factory is not None and name not in config.model_fields_set
+        if derived or (value is None and field.default is None):
+            del tree[name if name in tree else str(field.alias)]
+        elif isinstance(value, Settings):
+            tree[name] = _named(tree[name], value)
+        elif isinstance(value, list):
+            pairs = zip(tree[name], value, strict=True)
+            tree[name] = [_named(t, v) if isinstance(v, Settings) else v for t, v in pairs]
+    return tree
+
+
+def _named(dumped: dict[str, Any], part: Settings) -> dict[str, Any]:
+    """A part's tree under the name by which it is found: of one from outside, its import path."""
+    name = {"name": dumped["name"]} if "name" in dumped else {}
+    return name | to_tree(part) | name  # name stands first
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved settings as YAML; reading it back gives the same settings."""
+    tree = to_tree(config)
+    return yaml.safe_dump(tree, sort_keys=False, width=100, allow_unicode=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key path -> (old value, new value) for every leaf that differs."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = dict.fromkeys([*before, *after])
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def changeable(key: str, config: RunConfig | None = None) -> bool:
+    """Whether `train RUN_DIR key=value` may change this key of an existing run.
+
+    Args:
+        config: the run's; one that freezes weights may be told where its base was moved to, and
+            compares it with the one that it had.
+    """
+    if key == "model.pretrained" and config is not None and config.freezes:
+        return True
+    return any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)
