@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from llmnorm.config.tree import RunConfig
+from llmnorm.models import nf4
 from llmnorm.models.frozen import narrow
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.loss import LanguageHead, chunk_size, linear_cross_entropy
@@ -45,7 +46,7 @@ class Memory(NamedTuple):
     """Bytes that one process with the whole model needs for a training step.
 
     Attributes:
-        frozen: weights that are not trained, in the dtype that they are stored in.
+        frozen: weights that are not trained, in the dtype or the bits that they are stored in.
         trained: weights that are trained: float32 masters.
         gradients: of those.
         state: of the optimizer, and the weights' moving average where there is one.
@@ -101,6 +102,7 @@ def memory(config: RunConfig) -> Memory:
         del optimizer, averages
     trained = _bytes(p for p in model.parameters() if p.requires_grad)
     everything = _bytes(model.parameters())
+    everything += sum(_bytes(layer.four_bits) for layer in nf4.layers(model).values())
     gradients = _bytes(p.grad for p in model.parameters() if p.grad is not None)
     return Memory(
         frozen=everything - trained,
