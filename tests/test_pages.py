@@ -46,6 +46,17 @@ NOT_RUN = {
     "source .venv/bin/activate": "the tests run in an environment already",
     **dict.fromkeys(
         (
+            "llmnorm finetune configs/finetune/qwen3-8b-24gb.yaml",
+            "llmnorm data configs/finetune/qwen3-8b-24gb.yaml",
+            "llmnorm generate runs/chat",
+            "llmnorm export runs/chat",
+            "vllm serve",
+            "llama-cli",
+        ),
+        "needs the weights of an 8B model, a GPU, and other programs",
+    ),
+    **dict.fromkeys(
+        (
             "python tools/make_skills.py",
             "llmnorm finetune configs/finetune/skills.yaml",
             "llmnorm eval runs/skills",
