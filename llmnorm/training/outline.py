@@ -23,11 +23,12 @@ def outline(config: RunConfig) -> LlmNormForCausalLM:
     """The run's model on the meta device: shapes without numbers."""
     rows, path = config.model.vocab_size, config.tokenizer.directory
     tokens, new = config.tokenizer.vocab_size, range(0)
-    if path is not None:
-        tokens = TextEncoder(path).vocab_size
-        if config.objective.packs:  # others do not use the chat template
-            new = range(tokens, tokens + len(missing_tokens(path, config.tokenizer)))
-            tokens = new.stop
+    packs = config.objective.packs  # other objectives do not use the chat template
+    added = missing_tokens(path, config.tokenizer) if path is not None and packs else []
+    if path is not None and (rows == "auto" or added):
+        first = TextEncoder(path).vocab_size
+        new = range(first, first + len(added))
+        tokens = new.stop
     rows = tokens if rows == "auto" else max(rows, new.stop)
     classes = [config.objective.architecture]
     with torch.device("meta"):
