@@ -10,12 +10,11 @@ import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from llmnorm.data.loader import IGNORED, Batch, document_bounds, evaluation_batches
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.objectives.packed_text import PackedText
 from llmnorm.objectives.samples import Samples
+from llmnorm.objectives.summed_loss import summed_loss
 from llmnorm.parallel.processes import Parallel
 
 if TYPE_CHECKING:
@@ -38,21 +37,10 @@ class CausalLM(PackedText):
         """Loss in nats a token, perplexity and bits per byte."""
         sources: dict[str, dict[str, float]] = {}
         for index, source in enumerate(self.packed.sources):
-            # Summed in float64, so that the total hardly depends on how rows are spread.
-            total = torch.zeros(2, dtype=torch.float64)
             mine = evaluation_batches(
                 self.packed, index, parallel.rank, parallel.world, micro_batch
             )
-            for batch in map(self.micro_batch, mine):
-                parallel.poll()
-                # A forward pass over shards needs all processes, those without rows too.
-                if batch.labels == 0 and not parallel.spread:
-                    continue
-                with parallel.autocast():
-                    inputs = batch.inputs_on(parallel.device)
-                    loss = model(**inputs, num_items_in_batch=1.0).loss
-                total += torch.tensor([float(loss), batch.labels], dtype=torch.float64)
-            summed, tokens = parallel.reduce(total).tolist()
+            summed, tokens = summed_loss(model, map(self.micro_batch, mine), parallel)
             sources[source.name] = _figures(summed / tokens, summed / source.validation_bytes)
         loss = self.packed.mean({name: found["loss"] for name, found in sources.items()})
         bits = self.packed.mean({name: found["bits_per_byte"] for name, found in sources.items()})

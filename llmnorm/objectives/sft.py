@@ -43,6 +43,7 @@ from llmnorm.data.settings import TrainedOn
 from llmnorm.objectives.answers import Answers
 from llmnorm.objectives.contract import MicroBatch, Objective
 from llmnorm.objectives.settings import SFTSettings
+from llmnorm.objectives.summed_loss import summed_loss
 from llmnorm.parallel.processes import Parallel
 
 if TYPE_CHECKING:
@@ -159,17 +160,8 @@ class SFT(Objective):
         """Loss in nats a trained token, perplexity, and the share of answers that are right."""
         sources: dict[str, dict[str, float]] = {}
         for source in self._conversations.sources:
-            total = torch.zeros(2, dtype=torch.float64)
-            for batch in self._evaluation_batches(source, micro_batch, parallel):
-                parallel.poll()
-                # A forward pass over shards needs all processes, those without rows too.
-                if batch.labels == 0 and not parallel.spread:
-                    continue
-                with parallel.autocast():
-                    inputs = batch.inputs_on(parallel.device)
-                    loss = model(**inputs, num_items_in_batch=1.0).loss
-                total += torch.tensor([float(loss), batch.labels], dtype=torch.float64)
-            summed, labels = parallel.reduce(total).tolist()
+            batches = self._evaluation_batches(source, micro_batch, parallel)
+            summed, labels = summed_loss(model, batches, parallel)
             sources[source.name] = _figures(summed / labels)
             right = self._answers.exact_match(model, source, micro_batch, parallel)
             if right is not None:
