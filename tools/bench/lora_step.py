@@ -9,8 +9,8 @@ on the same rows, of which a quarter of the tokens is labelled, with the same Ad
 norm 1, in float32 on the CPU; their losses must agree.
   ours     the functions of llmnorm/training/step.py, with the head at labelled positions
   trainer  transformers.Trainer.train() with PEFT around LlamaForCausalLM
-  sft      TRL's SFTTrainer, whose loss skips labels that are ignored; left out where trl is not
-           installed
+  sft      TRL's SFTTrainer, whose loss skips labels that are ignored, as it does on GPUs; left out
+           where trl is not installed
 They take turns (turns.py). Speed is the median over the rounds of (candidate's time / ours in that
 round). Memory is the process's highest resident size less what it held before the model was made.
 Peers run with sdpa attention, without cache and without recomputation, which is their best.
@@ -181,6 +181,11 @@ def peer(name: str, count: int, steps: int, done: Done) -> None:
     else:
         from transformers import PreTrainedTokenizerFast
         from trl import SFTConfig, SFTTrainer
+        from trl.trainer import utils
+
+        # On a CPU trl 1.16 scores ignored positions too; its way for GPUs is its fastest here.
+        assert hasattr(utils, "_use_triton")
+        utils._use_triton = lambda device: True
 
         cls = type("Recorder", (Recorded, SFTTrainer), {})
         trainer = cls(
