@@ -158,11 +158,13 @@ class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
         """(batch, heads, length, head_dim) -> (batch, length, heads, head_dim)."""
         if causal and halves_are_faster(q, k):
             return causal_attention(q, k, v).transpose(1, 2)
-        if mask is not None and q.is_cuda and self.heads != self.kv_heads:
+        grouped = self.heads != self.kv_heads
+        if mask is not None and q.is_cuda and grouped:
             # The kernel for masks has no grouped heads; torch's fallback keeps all scores.
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+            grouped = False
         mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
         return mixed.transpose(1, 2)
 
