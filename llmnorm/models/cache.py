@@ -1,12 +1,15 @@
 """The ragged slot cache (llmnorm/nn/cache.py) as a Hugging Face Cache.
 
 `generate` and beam search use the Hugging Face side; the verbs for single rows (rollback, admit,
-release, select) are on `slots`. Shapes on this side: keys and values (batch, kv_heads, new,
-head_dim).
+release, select) and `reserve` are on `slots`. Shapes on this side: keys and values (batch,
+kv_heads, new, head_dim).
 
 Surprises: `get_seq_length` is the longest row's. Hugging Face's own masks and positions assume rows
 of one length and would be silently wrong for others, so asking for the sizes of such a mask is
 refused; our models build both from the rows' lengths.
+
+A pass with fewer rows than the cache has takes the first ones; the others keep what they hold.
+Hugging Face's caches would refuse it.
 """
 
 from collections.abc import Sequence
@@ -15,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from llmnorm.nn.cache import KeyValues, LayerCache, RaggedCache, find_places
+from llmnorm.nn.cache import KeyValues, LayerCache, RaggedCache
+from llmnorm.nn.places import find_places
 from llmnorm.part import InputError
 
 
@@ -58,7 +62,7 @@ class SlotLayer(CacheLayerMixin):
         batch, _, new, _ = key_states.shape
         while len(self.slots.lengths) < batch:
             self.slots.admit(len(self.slots.lengths), None, 0)
-        places = find_places(self.slots.lengths, new, key_states.device)
+        places = find_places(self.slots.lengths[:batch], new, key_states.device)
         return self.slots.append(key_states.transpose(1, 2), value_states.transpose(1, 2), places)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -82,25 +86,6 @@ class SlotLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.slots.clear()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens of every row."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number of tokens, got {tokens_to_remove}")
-        self.slots.rollback([-tokens_to_remove] * len(self.slots.lengths))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in the order of the surviving beams."""
-        self.slots.select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
-        self.slots.select([r for r in range(len(self.slots.lengths)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        rows = torch.arange(len(self.slots.lengths))[indices.cpu()]
-        self.slots.select(rows.tolist())
 
 
 def check_cache_class(cache: object) -> None:
@@ -134,6 +119,27 @@ class LlmNormCache(Cache):
         return -1
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.slots.free.clear()
-        super().reset()
+        """Forget everything, and give up the buffers."""
+        self.slots.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens of every row, in all layers or in none.
+
+        Raises:
+            ValueError: a positive number; more than a row has, or can take back.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens, got {tokens_to_remove}")
+        self.slots.rollback([-tokens_to_remove] * len(self.slots.lengths))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of the surviving beams."""
+        self.slots.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self.slots.select([r for r in range(len(self.slots.lengths)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.slots.select(torch.arange(len(self.slots.lengths))[indices.cpu()].tolist())

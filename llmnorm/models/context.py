@@ -5,6 +5,7 @@
     cu_seq_lens_q, ...      where documents start, from a caller who knows it (transformers'
                             FlashAttentionKwargs); nothing is then read back from a GPU
     past_key_values         the rows' earlier tokens
+    counts                  beside them: how many of a row's new tokens are real, the first ones
 
 This is the one place where these arguments are combined and checked; what comes out is one value of
 four kinds (nn/visibility.py). What would be silently wrong is refused.
@@ -16,6 +17,7 @@ Shapes: attention_mask and position_ids (batch, length); with a cache the mask m
 last `length` columns count.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -320,19 +322,37 @@ def with_cache(
     position_ids: Tensor | None,
     cache: LlmNormCache,
     hidden: Tensor,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Cached, Tensor, Tensor | None]:
     """Places in the cache, position_ids (batch, length), and the order to take the tokens in.
 
     The order (batch, length) brings each row's real tokens to the front, and both others are for
     the tokens in this order; None: the tokens of hidden (batch, length, hidden) as they stand. The
     rows' own lengths give the places, and the positions if there are none. An empty cache takes in
-    the rows.
+    the rows; of a filled one the first rows take part.
+
+    `counts` says how many of each row's tokens are real, the first ones. Nothing is then reordered,
+    nor read back from a GPU, as a mask is and position_ids of several tokens are.
 
     Raises:
-        InputError: a mask with fewer columns than there are tokens; several new tokens whose
-            positions restart at 0, inside a row or behind tokens that the cache holds.
+        InputError: a mask with fewer columns than there are tokens, or beside counts; counts of
+            other rows; several new tokens whose positions restart at 0, inside a row or behind
+            tokens that the cache holds.
     """
     (batch, length, _), device, real, order = hidden.shape, hidden.device, None, None
+    if counts is not None:
+        if attention_mask is not None:
+            raise InputError("counts: say which tokens are real, as attention_mask does; give one")
+        if isinstance(counts, Tensor):
+            raise InputError("counts: must be a list of numbers, on the host; got a tensor")
+        if len(counts) != batch or not all(0 <= count <= length for count in counts):
+            raise InputError(
+                f"counts: must be {batch} numbers from 0 to {length}, how many of each row's new "
+                f"tokens are real; got {list(counts)}"
+            )
+        if position_ids is not None and length > 1:
+            counted = torch.tensor(counts, device=device)
+            real = torch.arange(length, device=device) < counted[:, None]
     if attention_mask is not None:
         if attention_mask.shape[1] < length:
             raise InputError(
@@ -342,17 +362,18 @@ def with_cache(
         real = attention_mask[:, -length:].bool()
         if bool(real.all()):
             real = None
-    if real is not None:
+    if real is not None and counts is None:
         order = (~real).long().argsort(dim=1, stable=True)
         real = real.take_along_dim(order, 1)
+        counts = real.sum(1).tolist()
         if position_ids is not None:
             position_ids = position_ids.take_along_dim(order, 1)
     if position_ids is not None and length > 1:
         _check_goes_on(position_ids, real, cache.slots.lengths)
-    places = cache.slots.places(batch, length, device, real)
+    places = cache.slots.places(batch, length, device, counts)
     if position_ids is None:
         position_ids = places.index
-    return Cached(places, places.mask()), position_ids, order
+    return Cached(places), position_ids, order
 
 
 def _check_goes_on(position_ids: Tensor, real: Tensor | None, lengths: list[int]) -> None:

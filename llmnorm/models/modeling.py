@@ -166,6 +166,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
                 is not (batch, keys), packed documents with a cache, a cache for an encoder, token
                 types that the model does not know, documents that are not as above, matrices with
                 a cache, keywords that are unknown or say what is not so.
+            ValueError: more rows, or tokens, than the cache takes (nn/cache.py).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
@@ -193,7 +194,12 @@ class LlmNormModel(LlmNormPreTrainedModel):
         )
         visibility: Visibility
         order = None
+        counts = more.get("counts")
         if cache is None:
+            if counts is not None:
+                raise InputError(
+                    "counts: are of a pass with a cache; give past_key_values, or an attention_mask"
+                )
             kernel = varlen.serves(hidden) and varlen.has_kernel(self.head_dim)
             rules = Rules(self.causal, kernel, self.fixed_shapes)
             visibility, position_ids = without_cache(
@@ -208,7 +214,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
                 )
             self._check_cache(cache, documents)
             visibility, position_ids, order = with_cache(
-                attention_mask, position_ids, cache, hidden
+                attention_mask, position_ids, cache, hidden, counts
             )
         matrices: list[Tensor] | None = [] if output_attentions else None
         tables = self.rotary(position_ids, wide_dtype(hidden.dtype))

@@ -9,6 +9,7 @@ Surprises:
 - A mixer chooses its kernel by itself, so `attn_implementation` can ask for nothing else.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -42,6 +43,9 @@ class Keywords(TypedDict, total=False):
     """(batch, length), the number of each token's document, beside position_ids or cu_seq_lens."""
     cache_position: Tensor | None
     """(length,), the columns of the new tokens: behind those in the cache, and nowhere else."""
+    counts: Sequence[int] | None
+    """How many of each row's new tokens are real, the first ones, in a pass with a cache: in place
+    of an attention_mask, and without its reordering or a question to a GPU (context.py)."""
     is_causal: bool | None
     """Whether no token sees later ones: what the mixers do, and nothing else."""
 

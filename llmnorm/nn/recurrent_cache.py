@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llmnorm.nn.cache import KEPT, LayerCache, Places, check_places
+from llmnorm.nn.layer_cache import KEPT, LayerCache, check_places, lengths_after_rollback
+from llmnorm.nn.places import Places
 
 State = tuple[Tensor, ...]
 Inputs = tuple[Tensor, ...]
@@ -47,6 +48,20 @@ class RecurrentCache:
         """Forget every row."""
         self.lengths, self.state, self._stages = [], None, [_Stage(None)]
 
+    def reserve(
+        self, rows: int, tokens: int, padding: int, dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """Refused: a recurrent layer's buffers grow as they are needed.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("reserve: layers with a recurrent state do not know its shape beforehand")
+
+    def before(self, places: Places) -> State | None:
+        """The state of a pass's rows before it."""
+        return None if self.state is None else tuple(t[: len(places.lengths)] for t in self.state)
+
     def append(self, inputs: Inputs, state: State, places: Places) -> None:
         """Take in a pass: its inputs, and the state after them, which the mixer has computed.
 
@@ -54,8 +69,12 @@ class RecurrentCache:
             ValueError: the places are for rows of other lengths (`check_places`).
         """
         check_places(self, places)
-        inputs = tuple(t.detach() for t in inputs)
-        new, counts = inputs[0].shape[1], _counts(places.counts, inputs[0])
+        inputs, rest = tuple(t.detach() for t in inputs), len(self.lengths) - len(places.lengths)
+        if rest:  # rows behind those of the pass, which get no token
+            inputs = tuple(torch.cat((t, t.new_zeros(rest, *t.shape[1:]))) for t in inputs)
+            after = self.state or tuple(t.new_zeros(len(t) + rest, *t.shape[1:]) for t in state)
+            state = tuple(torch.cat((t, a[len(t) :])) for t, a in zip(state, after, strict=True))
+        new, counts = inputs[0].shape[1], _counts([*places.counts, *[0] * rest], inputs[0])
         if new > 2 * KEPT:
             passed = (counts - KEPT).clamp(min=0)
             start = self.advance(self.state, _take(inputs, 0 * passed, passed, new), passed)
@@ -65,7 +84,24 @@ class RecurrentCache:
             self._stages = [self._stages[-1], _Stage(self.state)]
         self._stages[-1].blocks.append((inputs, counts))
         self.state = tuple(t.detach() for t in state)
-        self.lengths = [a + b for a, b in zip(self.lengths, places.counts, strict=True)]
+        counted = [*places.counts, *[0] * rest]
+        self.lengths = [a + b for a, b in zip(self.lengths, counted, strict=True)]
+
+    def check_rollback(self, counts: Sequence[int]) -> None:
+        """Refuse more tokens than a row has, or than are kept.
+
+        Raises:
+            ValueError: says which.
+        """
+        lengths_after_rollback(self.lengths, counts)
+        kept = [0] * len(self.lengths)
+        for _, real in (block for stage in self._stages for block in stage.blocks):
+            kept = [a + b for a, b in zip(kept, real.tolist(), strict=True)]
+        if any(count > have for count, have in zip(counts, kept, strict=False)):
+            raise ValueError(
+                f"rollback of {list(counts)} tokens: of recurrent layers the last {kept} "
+                "tokens of the rows are kept"
+            )
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Drop each row's last tokens: the accepted inputs are replayed from the kept state.
@@ -73,9 +109,9 @@ class RecurrentCache:
         Raises:
             ValueError: more tokens than a row has, or than are kept.
         """
-        lengths = [a - b for a, b in zip(self.lengths, counts, strict=True)]
-        if min(counts, default=0) < 0 or min(lengths, default=0) < 0:
-            raise ValueError(f"rollback of {list(counts)} tokens from rows of {self.lengths}")
+        self.check_rollback(counts)
+        lengths = lengths_after_rollback(self.lengths, counts)
+        counts = [a - b for a, b in zip(self.lengths, lengths, strict=True)]
         if not any(counts):
             return
         blocks = [block for stage in self._stages for block in stage.blocks]
@@ -83,11 +119,6 @@ class RecurrentCache:
         kept = _counts([0] * len(counts), self.state[0])
         for _, real in blocks:
             kept = kept + real
-        if any(count > have for count, have in zip(counts, kept.tolist(), strict=True)):
-            raise ValueError(
-                f"rollback of {list(counts)} tokens: of recurrent layers the last {kept.tolist()} "
-                "tokens of the rows are kept"
-            )
         inputs = tuple(torch.cat(parts, 1) for parts in zip(*(b for b, _ in blocks), strict=True))
         real = torch.cat([_mask(n, b[0].shape[1]) for b, n in blocks], 1)
         order = (~real).long().argsort(dim=1, stable=True)

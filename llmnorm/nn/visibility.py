@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmnorm.nn.cache import Places
 from llmnorm.nn.masks import document_boundaries, document_mask, document_segments
+from llmnorm.nn.places import Places
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ class Cached:
     """New tokens of rows with a cache; each sees its row up to itself."""
 
     places: Places
-    """Where the new tokens go, and which of them are padding."""
-    mask: Tensor | None
-    """(rows or 1, 1, new, width), `places.mask()`, made once for all layers."""
+    """Where the new tokens go, which of them are padding, whether the rows are empty before them,
+    and the masks, which are made once for all layers."""
 
 
 Visibility = Plain | Masked | Packed | Cached

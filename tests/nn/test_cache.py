@@ -27,8 +27,8 @@ def check(cache: RaggedCache, rows: list[list[float]]) -> None:
             assert torch.equal(layer.values[row, :, : len(tokens)], -expected)
 
 
-def append(cache: RaggedCache, tokens: Tensor, real: Tensor | None = None) -> Any:
-    places = cache.places(len(tokens), tokens.shape[1], CPU, real)
+def append(cache: RaggedCache, tokens: Tensor, counts: list[int] | None = None) -> Any:
+    places = cache.places(len(tokens), tokens.shape[1], CPU, counts)
     values = tokens[:, :, None, None].expand(-1, -1, HEADS, DIM)
     for number, layer in enumerate(cache.layers):
         keys_seen, values_seen = layer.append(values + 1000 * number, -values, places)
@@ -51,14 +51,13 @@ def test_any_sequence_of_verbs_equals_plain_lists(data: st.DataObject) -> None:
         if verb == "append":
             new = data.draw(st.sampled_from([1, 1, 2, 5, 40]))
             tokens = torch.tensor([[float(next(fresh)) for _ in range(new)] for _ in rows])
-            real = torch.ones(len(rows), new, dtype=torch.bool)
+            counts = [new] * len(rows)
             if data.draw(st.booleans()):
-                flags = st.lists(st.booleans(), min_size=new, max_size=new)
-                real = torch.tensor([data.draw(flags) for _ in rows])
-            append(cache, tokens, real)
+                counts = [data.draw(st.integers(0, new)) for _ in rows]
+            append(cache, tokens, counts)
             for row, kept in enumerate(rows):
                 if row not in free:
-                    kept += tokens[row][real[row]].tolist()
+                    kept += tokens[row][: counts[row]].tolist()
         elif verb == "rollback":
             counts = [data.draw(st.integers(0, len(row))) for row in rows]
             cache.rollback(counts)
@@ -84,17 +83,20 @@ def test_any_sequence_of_verbs_equals_plain_lists(data: st.DataObject) -> None:
         check(cache, rows)
 
 
-def test_places_of_left_padding() -> None:
-    """Oracle: the example of cache.py, by hand: padding goes behind the real tokens."""
+def test_places_of_padding() -> None:
+    """Oracle: the example of places.py, by hand: padding goes behind the real tokens."""
     cache = RaggedCache(LAYERS)
     append(cache, torch.ones(2, 5))
     cache.rollback([0, 3])
-    places = cache.places(2, 3, CPU, torch.tensor([[1, 1, 1], [0, 1, 1]]).bool())
-    assert places.index.tolist() == [[5, 6, 7], [4, 2, 3]]
+    places = cache.places(2, 3, CPU, [3, 2])
+    assert places.index.tolist() == [[5, 6, 7], [2, 3, 4]]
     assert (places.counts, places.start, places.width) == ([3, 2], None, 8)
-    mask = places.mask()
-    assert mask is not None and mask.shape == (2, 1, 3, 8)
-    assert mask[1, 0].sum(-1).tolist() == [5, 3, 4]
+    assert places.counted.tolist() == [3, 2]
+    assert places.real is not None and places.real.tolist() == [[True] * 3, [True, True, False]]
+    mask = places.mask(torch.float64)
+    assert mask is not None and mask.shape == (2, 1, 3, 8) and mask.dtype == torch.float64
+    assert set(mask.unique().tolist()) == {-torch.inf, 0.0}
+    assert (mask[1, 0] == 0).sum(-1).tolist() == [3, 4, 5]
 
 
 @pytest.mark.parametrize(("before", "new", "masked"), [(0, 4, False), (4, 1, False), (4, 2, True)])
@@ -104,7 +106,7 @@ def test_a_mask_is_made_only_where_it_is_needed(before: int, new: int, masked: b
     if before:
         append(cache, torch.ones(2, before))
     places = cache.places(2, new, CPU)
-    assert (places.mask() is not None) == masked
+    assert (places.mask(torch.float32) is not None) == masked
     assert places.fills_empty_rows == (before == 0)
 
 

@@ -282,9 +282,9 @@ def test_padding_changes_nothing(mixer: dict[str, Any]) -> None:
     )
 
 
-def through_the_cache(built: Mixer, cache: RaggedCache, x: Tensor, real: Any = None) -> Tensor:
-    places = cache.places(len(x), x.shape[1], x.device, real)
-    context = Context(*tables(places.index, x.dtype), Cached(places, places.mask()))
+def through_the_cache(built: Mixer, cache: RaggedCache, x: Tensor, counts: Any = None) -> Tensor:
+    places = cache.places(len(x), x.shape[1], x.device, counts)
+    context = Context(*tables(places.index, x.dtype), Cached(places))
     with torch.no_grad():
         return built(x, context, cache.layers[0])
 
@@ -322,7 +322,7 @@ def test_places_of_an_empty_cache_are_refused_by_a_filled_one(mixer: dict[str, A
     cache, empty = RaggedCache([built.new_cache()]), RaggedCache([built.new_cache()])
     through_the_cache(built, cache, x[:, :4])
     places = empty.places(BATCH, 3, x.device)
-    context = Context(*tables(places.index), Cached(places, places.mask()))
+    context = Context(*tables(places.index), Cached(places))
     with torch.no_grad(), pytest.raises(ValueError, match=r"rows of \[4, 4, 4\] tokens"):
         built(x[:, 4:], context, cache.layers[0])
     whole = built(x, plain(7))[:, 4:]
@@ -349,8 +349,7 @@ def test_the_cache_goes_back_and_takes_in(mixer: dict[str, Any]) -> None:
     def append(counts: list[int]) -> None:
         width = max(counts)
         new = torch.stack([x[:, next(fresh)] for _ in range(width)], 1)
-        real = torch.arange(width) < torch.tensor(counts)[:, None]
-        out = through_the_cache(built, cache, new, real)
+        out = through_the_cache(built, cache, new, counts)
         for row, count in enumerate(counts):
             rows[row] = torch.cat((rows[row], new[row, :count]))
             if count:

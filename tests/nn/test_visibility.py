@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmnorm.nn.cache import find_places
+from llmnorm.nn.places import find_places
 from llmnorm.nn.visibility import Cached, Masked, Plain, packed, visible_pairs, visible_tokens
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ def test_visible_tokens() -> None:
     assert visible_tokens(like, two, causal=False).tolist() == [[2, 2, 3, 3, 3], [5] * 5]
     assert visible_tokens(like, Plain(), causal=True).tolist() == [[1, 2, 3, 4, 5]]
     assert visible_tokens(like, Plain(), causal=False).tolist() == [[5] * 5]
-    cached = Cached(find_places([3, 1], 2, CPU), None)
+    cached = Cached(find_places([3, 1], 2, CPU))
     assert visible_tokens(like[:, :2], cached, causal=True).tolist() == [[4, 5], [2, 3]]
 
 
@@ -40,4 +40,4 @@ def test_the_pairs_are_as_many_as_are_counted(causal: bool) -> None:
 def test_the_matrix_is_that_of_rows_without_a_cache() -> None:
     """Oracle: an assertion, since only a mistake of ours asks for it."""
     with pytest.raises(AssertionError, match="without a cache"):
-        visible_pairs(torch.empty(1, 2), Cached(find_places([3], 2, CPU), None), causal=True)
+        visible_pairs(torch.empty(1, 2), Cached(find_places([3], 2, CPU)), causal=True)

@@ -128,7 +128,7 @@ def decoding(mixer: Mixer, lengths: tuple[int, int]) -> list[dict[str, float]]:
             times = []
             for _ in range(count):
                 places = cache.places(1, new, torch.device("cpu"))
-                context = Context(*tables(places.index), Cached(places, places.mask()))
+                context = Context(*tables(places.index), Cached(places))
                 begin = time.process_time()
                 mixer(torch.randn(1, new, WIDTH), context, cache.layers[0])
                 times.append(time.process_time() - begin)

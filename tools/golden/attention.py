@@ -111,7 +111,7 @@ def _stepwise(
         places = cache.places(len(x), 1, x.device)
         positions = places.index + vectors.hyperparameters.get("position_offset", 0)
         cos, sin = rotary(positions, dtype)
-        context = Context(cos, sin, Cached(places, places.mask()))
+        context = Context(cos, sin, Cached(places))
         outs.append(mixer(x[:, step : step + 1], context, cache.layers[0]).squeeze(1))
     layer = cache.layers[0]
     assert isinstance(layer, KeyValues)

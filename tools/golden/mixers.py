@@ -365,7 +365,7 @@ def _module(
             for step in range(len(steps)):
                 token = x[:, step : step + 1]
                 places = cache.places(len(x), 1, x.device)
-                here = Context(nothing, nothing, Cached(places, places.mask()))
+                here = Context(nothing, nothing, Cached(places))
                 pairs.append((mixer(token, here, cache.layers[0]).squeeze(1), steps[step]))
                 for key, state in states(mixer, cache.layers[0].state).items():  # type: ignore
                     if key in vectors.tensors:

@@ -83,7 +83,7 @@ class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
         """Keys and values; refused where it looks at later tokens."""
         if not self.causal:
             return super().new_cache()
-        return KeyValues(self.sliding_window)
+        return KeyValues(self.sliding_window, heads=self.kv_heads, head_dim=self.head_dim)
 
     def prepare(
         self, x: Tensor, context: Context, cache: KeyValues | None = None
@@ -135,12 +135,7 @@ class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
         q, k, v = _heads_first(parameters)
         if places.fills_empty_rows:
             return self._attend_freely(q, k, v)
-        if self.sliding_window is None:
-            return self._attend(q, keys, values, cached.mask)
-        positions = torch.arange(keys.shape[2], device=q.device)
-        positions = positions + torch.tensor(cache.dropped, device=q.device)[:, None]
-        behind = places.index[:, None, :, None] - positions[:, None, None, :]
-        return self._attend(q, keys, values, (behind >= 0) & (behind < self.sliding_window))
+        return self._attend(q, keys, values, cache.mask(places, q.dtype))
 
     def _attend_freely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention without a mask: direction and window alone say what a query sees."""
@@ -163,11 +158,13 @@ class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
         """(batch, heads, length, head_dim) -> (batch, length, heads, head_dim)."""
         if causal and halves_are_faster(q, k):
             return causal_attention(q, k, v).transpose(1, 2)
-        if mask is not None and q.is_cuda and self.heads != self.kv_heads:
+        grouped = self.heads != self.kv_heads
+        if mask is not None and q.is_cuda and grouped:
             # The kernel for masks has no grouped heads; torch's fallback keeps all scores.
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+            grouped = False
         mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
         return mixed.transpose(1, 2)
 
