@@ -24,7 +24,12 @@ from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.heads import whole_heads
 from llmnorm.nn.mixers.health import mean_over_tokens
-from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
+from llmnorm.nn.mixers.linear_recurrence import (
+    flops_per_token,
+    linear_recurrence,
+    recurrence_step,
+)
+from llmnorm.nn.mixers.steps import is_few, takes_step
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
@@ -32,7 +37,8 @@ from llmnorm.nn.visibility import Cached, visible_pairs
 
 
 class SSDParameters(NamedTuple):
-    """C, B, values v = x, dt and log_decay = A dt in float32, gate z, and what was convolved."""
+    """C, B, values v = x, dt and log_decay = A dt in float32, gate z, what was convolved, and the
+    convolution's next window if the rows have a cache."""
 
     C: Tensor
     B: Tensor
@@ -41,6 +47,7 @@ class SSDParameters(NamedTuple):
     log_decay: Tensor
     z: Tensor
     convolved: Tensor
+    window: Tensor | None
 
 
 class StateSpaceBlock(TypedDict):
@@ -117,14 +124,15 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
         dt = time_steps(dt, self.dt_bias, self.dt_limit, context.real)
         if context.real is not None:
             convolved = convolved.masked_fill(~context.real[..., None], 0)
-        window = None if cache is None else part(cache.state, 1)
-        mixed = F.silu(self.conv1d(convolved, context.segments, window))
+        before = None if cache is None else part(cache.state, 1)
+        mixed, window = self.conv1d.in_pass(convolved, context, before)
+        mixed = F.silu(mixed)
         both = self.groups * self.state_size
         v, B, C = mixed.split([self.heads * self.head_dim, both, both], -1)
         groups = (*x.shape[:-1], self.groups, self.state_size)
         v = v.unflatten(-1, (self.heads, self.head_dim))
         log_decay = -self.A_log.to(dt.dtype).exp() * dt
-        return SSDParameters(C.view(groups), B.view(groups), v, dt, log_decay, z, convolved)
+        return SSDParameters(C.view(groups), B.view(groups), v, dt, log_decay, z, convolved, window)
 
     def mix(
         self, parameters: SSDParameters, context: Context, cache: RecurrentCache | None = None
@@ -133,25 +141,28 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
         p = parameters
         kept = None if cache is None else cache.state
         written = p.v * p.dt[..., None]
-        y, state = linear_recurrence(
-            *(p.C, p.B, written, p.log_decay),
-            segments=context.segments,
-            boundaries=context.boundaries,
-            state=part(kept, 0),
-        )
+        if takes_step(p.v, context):
+            y, state = recurrence_step(p.C, p.B, written, p.log_decay, part(kept, 0))
+        else:
+            y, state = linear_recurrence(
+                *(p.C, p.B, written, p.log_decay),
+                segments=context.segments,
+                boundaries=context.boundaries,
+                state=part(kept, 0),
+            )
         if isinstance(context.visibility, Cached):
-            assert cache is not None
-            places = context.visibility.places
-            counts = torch.as_tensor(places.counts, device=y.device)
-            window = self.conv1d.carried(part(kept, 1), p.convolved, counts)
+            assert cache is not None and p.window is not None
             inputs = (p.convolved, p.B, written, p.log_decay)
-            cache.append(inputs, (state, window), places)
+            cache.append(inputs, (state, p.window), context.visibility.places)
         return torch.addcmul(y, self.D.to(y.dtype)[:, None], p.v.to(y.dtype)).to(p.v.dtype)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         convolved, B, written, log_decay = inputs
-        after = linear_recurrence(B, B, written, log_decay, state=part(state, 0))[1]
+        if is_few(B):
+            after = recurrence_step(B, B, written, log_decay, part(state, 0))[1]
+        else:
+            after = linear_recurrence(B, B, written, log_decay, state=part(state, 0))[1]
         return after, self.conv1d.carried(part(state, 1), convolved, counts)
 
     def materialize(self, parameters: SSDParameters, context: Context) -> Tensor:
