@@ -26,9 +26,11 @@ from llmnorm.data.files import MissingInput
 from llmnorm.data.identity import agrees, hash_of, made_of, quick_key
 from llmnorm.data.making import say
 from llmnorm.data.manifest import NAME, Manifest
+from llmnorm.data.packed import file_record
 from llmnorm.data.settings import (
     FORMAT,
     FORMATS,
+    TOKENIZER_FILES,
     DataSettings,
     SourceSettings,
     TokenizerSettings,
@@ -218,7 +220,7 @@ class Preparation(ABC, Generic[Opened]):
         for format, key in quick.items():
             if self._known(key) == trained_on.identity:
                 return format
-        made = self._made_of(sources, FORMAT)
+        made = self._made_of(sources, FORMAT) | self._tokenizer_copied_from(trained_on.identity)
         for format, key in quick.items():
             if hash_of(made | {"format": format}) == trained_on.identity:
                 if self._finished(trained_on.identity):
@@ -230,6 +232,25 @@ class Preparation(ABC, Generic[Opened]):
             f"is now {hash_of(made)} ({self.data.dir}); restore the corpus or "
             f"{trained_on.otherwise}"
         )
+
+    def _tokenizer_copied_from(self, identity: str) -> dict[str, Any]:
+        """How the identity of prepared data describes the tokenizer that it has a copy of.
+
+        A run whose base is gone names its own copy of the tokenizer. Where the chat template needed
+        more tokens, the copy is another file than the base's, whose content is in the identity.
+
+        Returns:
+            Nothing where the settings do not name this copy.
+        """
+        named, directory = self.tokenizer.directory, self._finished(identity)
+        if named is None or directory is None:
+            return {}
+        manifest = self.manifest(directory)
+        files = {name: file_record(named / name) for name in TOKENIZER_FILES}
+        there = {name: record for name, record in files.items() if record[0] >= 0}
+        if not manifest.new_tokens or there != manifest.tokenizer:
+            return {}
+        return {"tokenizer": manifest.made_of["tokenizer"]}
 
     def _kept(self, trained_on: TrainedOn) -> Opened | None:
         """The prepared data of a run, whose corpus is gone; None where it is gone or of others."""

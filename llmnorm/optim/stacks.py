@@ -89,16 +89,22 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices of one shape, dtype and device, and their state: fields (n, ...)."""
+    """Matrices of one shape, dtype and device.
+
+    Attributes:
+        matrices: its members.
+        state: their state, fields (n, ...).
+        chunk_bytes: bytes of matrices that the rule gets at once, unless one has more.
+    """
 
     matrices: list[Matrix]
     state: State
+    chunk_bytes: int
 
     def chunks(self) -> Iterator[slice]:
-        """The members, cut into chunks of at most `CHUNK_BYTES`."""
+        """The members, cut into chunks of at most `chunk_bytes`."""
         first = self.matrices[0]
-        size = 4 * first.rows * first.columns
-        count = max(1, CHUNK_BYTES.get(first.parameter.device.type, CHUNK_BYTES["cuda"]) // size)
+        count = max(1, self.chunk_bytes // (4 * first.rows * first.columns))
         for start in range(0, len(self.matrices), count):
             yield slice(start, start + count)
 
@@ -236,7 +242,8 @@ def allocate(matrices: Mapping[int, Matrix], count: int, rule: Rule) -> list[Sta
         if "phase" in rule.scalars:
             indices = torch.tensor(numbers, dtype=torch.float32, device="cpu")
             state["phase"] = indices / count
-        stacks.append(Stack([matrices[number] for number in numbers], state))
+        chunk = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+        stacks.append(Stack([matrices[number] for number in numbers], state, chunk))
     return stacks
 
 

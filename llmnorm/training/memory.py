@@ -13,13 +13,17 @@ What would surprise:
   pass of fake CUDA tensors. Attention is counted as its fused kernels keep it: queries, keys,
   values, output and a normaliser for each query. The logits' chunk is that of the run's device.
 - Every token counts as a label, and a row as one document.
-- Not counted: what CUDA's context and the allocator's gaps take, and what an optimizer's step needs
-  for a moment.
+- A rule that multiplies in bf16 where the hardware does (Muon) is counted in the dtype that it
+  takes on this machine's CPU.
+- Not counted: what CUDA's context, the allocator's gaps and the work space inside of a library's
+  call take.
 """
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,6 +42,7 @@ from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.loss import LanguageHead, chunk_size, linear_cross_entropy
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.optim.groups import split
+from llmnorm.optim.stacks import CHUNK_BYTES, RuleOptimizer
 from llmnorm.part import InputError
 from llmnorm.training.outline import outline
 
@@ -52,6 +57,8 @@ class Memory(NamedTuple):
         state: of the optimizer, and the weights' moving average where there is one.
         activations: what the forward pass keeps for the backward pass, before the head.
         logits: what the head and the loss take beside that.
+        scratch: what the optimizer needs for a moment, when activations are gone.
+        checkpoint: of a checkpoint: what is trained, and the state.
         peak: at the step's worst moment. That is less than the sum of the others where gradients
             come as activations go, and more where a block needs room while it is recomputed.
     """
@@ -62,6 +69,8 @@ class Memory(NamedTuple):
     state: int
     activations: int
     logits: int
+    scratch: int
+    checkpoint: int
     peak: int
 
 
@@ -98,6 +107,7 @@ def memory(config: RunConfig) -> Memory:
         # A later micro-batch of a step finds the gradients of the first in memory.
         for _ in range(2 if config.training.rows > micro_batch else 1):
             activations, logits = _forward_backward(model, config, micro_batch, storages)
+        scratch = scratch_of(optimizer, storages, _device(config))
         peak = storages.peak
         del optimizer, averages
     trained = _bytes(p for p in model.parameters() if p.requires_grad)
@@ -111,6 +121,8 @@ def memory(config: RunConfig) -> Memory:
         state=state,
         activations=activations,
         logits=logits,
+        scratch=scratch,
+        checkpoint=trained + state,
         peak=peak,
     )
 
@@ -125,7 +137,9 @@ def memory_table(config: RunConfig) -> str:
         ("optimizer state", needed.state),
         ("activations", needed.activations),
         ("logits", needed.logits),
+        ("optimizer's step", needed.scratch),
         ("peak of a step", needed.peak),
+        ("a checkpoint", needed.checkpoint),
     ]
     training = config.training
     how = [f"precision {training.precision}"]
@@ -149,17 +163,22 @@ class Storages(TorchDispatchMode):
     Attributes:
         live: bytes now.
         peak: the most that were live.
+        number: what a program is told that reads a number of a tensor; it fails if None, since the
+            tensors have no numbers. One that reads a condition is told that it holds.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.number: int | None = None
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """The operation, its results counted."""
+        if func is torch.ops.aten._local_scalar_dense.default and self.number is not None:
+            return args[0].dtype == torch.bool or self.number
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -177,6 +196,31 @@ class Storages(TorchDispatchMode):
 
     def _remove(self, key: int) -> None:
         self.live -= self._known.pop(key)
+
+
+def scratch_of(optimizer: torch.optim.Optimizer, storages: Storages, device: str) -> int:
+    """Take the optimizer's greatest steps; returns the bytes that they need beside what is live.
+
+    A rule reads the number of its step. The first step makes bases, which others renew every so
+    many steps: all of that is done at a common multiple of the rule's whole numbers.
+
+    Args:
+        optimizer: its parameters have gradients.
+        storages: counts.
+        device: where the step is planned for; a GPU's rules get more matrices at once.
+    """
+    numbers = [0]
+    if isinstance(optimizer, RuleOptimizer):
+        chunk = CHUNK_BYTES[device]
+        optimizer.stacks = [replace(stack, chunk_bytes=chunk) for stack in optimizer.stacks]
+        numbers.append(math.lcm(*(n for n in vars(optimizer.rule).values() if type(n) is int)))
+    live, before = storages.live, storages.peak
+    storages.peak = live
+    for storages.number in numbers:
+        optimizer.step()
+    scratch = storages.peak - live
+    storages.number, storages.peak = None, max(before, storages.peak)
+    return scratch
 
 
 @contextmanager

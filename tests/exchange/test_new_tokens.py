@@ -244,6 +244,36 @@ def test_a_run_goes_on_to_the_same_numbers(
     assert named["new_tokens"] == [512, 514]
 
 
+@pytest.mark.parametrize("words", [[], ["adapter=none", "optimizer.lr=1e-3"]], ids=" ".join)
+def test_a_run_goes_on_after_its_base_was_moved(
+    bases: Any, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """Oracle: the identity of its data, and the losses of a run whose base stays where it was.
+
+    A damaged copy of the tokenizer is another tokenizer."""
+    base, moved = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(bases["tied"], base)
+    words = [*words, f"model.pretrained={base}", "evaluation.every=null"]
+    for path, steps in ((tmp_path / "whole", 4), (tmp_path / "run", 2)):
+        llmnorm("train", recipe, *words, f"run_dir={path}", f"training.steps={steps}")
+    base.rename(moved)
+    again = ["train", str(tmp_path / "run"), "training.steps=4"]
+    again += [] if "adapter=none" in words else [f"model.pretrained={moved}"]
+    file = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    content = file.read_text()
+    file.write_text(content.replace("<|im_end|>", "<|im_bye|>"))
+    capfd.readouterr()
+    assert cli.main(again) == 2
+    assert "was trained on the data" in capfd.readouterr().err
+    file.write_text(content)
+    llmnorm(*again)
+    assert f"tokenizer.path: {base} is gone; the run's own copy is used" in capfd.readouterr().err
+    losses = [
+        [x["loss"] for x in metrics_of(tmp_path / p) if "loss" in x] for p in ("whole", "run")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
 def test_an_adapter_goes_on_with_its_rows(
     tuned: Any, bases: Any, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

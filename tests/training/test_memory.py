@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
@@ -14,12 +16,14 @@ from llmnorm import cli
 from llmnorm.config.file import load
 from llmnorm.config.tree import RunConfig
 from llmnorm.data import packing
+from llmnorm.optim.groups import split
 from llmnorm.part import InputError
 from llmnorm.runs import directory
-from llmnorm.training.memory import memory
+from llmnorm.training.memory import Storages, memory, scratch_of
 from llmnorm.training.prepare import prepare
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.step import step
+from tests.optim.rules import RULES
 from tests.running import SMOKE
 
 COMMON = ["training.device=cpu", "evaluation.every=null", "checkpoint.every=null"]
@@ -65,12 +69,17 @@ def allocated(config: RunConfig) -> int:
         following = next(batches)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             step(run, following, stop)
+    return sum(storages.values()) + most(found)
+
+
+def most(found: profile) -> int:
+    """The most bytes that were live of those that were allocated under the profiler."""
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return sum(storages.values()) + peak
+    return peak
 
 
 @pytest.mark.parametrize(
@@ -79,8 +88,8 @@ def allocated(config: RunConfig) -> int:
         [*OWN],
         [*OWN, "training.precision=bf16", "model.tie_word_embeddings=false"],
         [*OWN, RECOMPUTED, "training.ema=0.9"],
-        # Without recomputation, since a plan leaves out what a matrix rule needs for a moment.
-        [*OWN, "optimizer=muon", "training.ema=0.9"],
+        # Here the optimizer's step is the peak.
+        [*OWN, RECOMPUTED, "optimizer=muon", "optimizer.precision=fp32", "training.ema=0.9"],
         [*OWN, "training.micro_batch=1", "model.mixer=gated_delta", "model.norm=layer"],
         [*LORA],
         [*LORA, "training.precision=bf16", RECOMPUTED, "training.global_batch=1"],
@@ -107,6 +116,35 @@ def test_planned_bytes_are_those_of_a_step(
     assert planned == pytest.approx(counted, rel=0.05)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_scratch_of_every_rule(name: str) -> None:
+    """Oracle: torch's record of allocations in the first four real steps; 5 %, or 4 kB.
+
+    15 % of Conda's, which are not planned, are the work space of LAPACK's call."""
+    more = {"max_precond_dim": 300} if name == "soap" else {}
+    with FakeTensorMode(), Storages() as storages:
+        planned = scratch_of(with_gradients(RULES[name](**more)), storages, "cpu")
+    optimizer, counted = with_gradients(RULES[name](**more)), 0
+    for _ in range(4):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            optimizer.step()
+        counted = max(counted, most(found))
+    within = 0.15 if "conda" in name else 0.05
+    assert planned == pytest.approx(counted, rel=within, abs=4096)
+    assert counted > 2**18 or name == "adamw"
+
+
+def with_gradients(settings: Any) -> torch.optim.Optimizer:
+    """An optimizer over matrices of three shapes and a norm."""
+    shapes = {"wide": (192, 320), "wide too": (192, 320), "tall": (320, 192), "square": (224, 224)}
+    modules = {name: torch.nn.Linear(*shape, bias=False) for name, shape in shapes.items()}
+    model = torch.nn.ModuleDict({**modules, "norm": torch.nn.LayerNorm(320)})
+    optimizer: torch.optim.Optimizer = settings.build(split(model))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    return optimizer
+
+
 def test_the_table_needs_no_weights(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +167,8 @@ def test_the_table_needs_no_weights(
     file = sum(f.stat().st_size for f in base.glob("*.safetensors"))
     norms = 2 * (4 * (2 * hidden + 2 * 128) + hidden)  # stored in 4 bytes, not in 2
     assert sizes["weights, frozen"] == pytest.approx(file + norms, rel=2e-3)  # less its header
+    assert sizes["a checkpoint"] == trained + sizes["optimizer state"]
+    assert sizes["optimizer's step"] == 0  # AdamW's fused kernel
     assert sizes["peak of a step"] > sizes["weights, frozen"] + 4 * trained
     assert not (tmp_path / "runs").exists()
 
