@@ -82,15 +82,18 @@ def adapter_card(name: str, source: Source, *, ema: bool) -> str:
     kind = next(kind for ending, kind in _KINDS.items() if architecture.endswith(ending))
     base = f"`llmnorm export {trained.base} BASE`" if trained.base_is_run else str(trained.base)
     given = ", num_labels=N" if architecture.endswith("ForSequenceClassification") else ""
-    needs, before, resized = "", "", ""
+    needs, before, resized, ends = "", "", "", ""
     if trained.quantize == "nf4":
         needs, given, before = ", BitsAndBytesConfig", f"{given}, quantization_config=config", _NF4
     if trained.new_tokens.stop > trained.base_rows:
         rows = trained.new_tokens.stop
         resized = f"base.resize_token_embeddings({rows})  # rows of new tokens\n"
+    tokens = source.config.eos_token_id
+    if kind.pipeline == "text-generation" and tokens is not None:  # no file of PEFT's names them
+        ends = f"base.generation_config.eos_token_id = {tokens}  # what ends a text\n"
     code = (
         f"from peft import PeftModel\nfrom transformers import {kind.loader}, AutoTokenizer{needs}"
-        f"\n\n{before}base = {kind.loader}.from_pretrained(BASE{given})\n{resized}"
+        f"\n\n{before}base = {kind.loader}.from_pretrained(BASE{given})\n{resized}{ends}"
         "model = PeftModel.from_pretrained(base, DIRECTORY)\n"
         "tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)"
     )

@@ -48,7 +48,8 @@ def continuation(
             max_new_tokens=settings.max_new_tokens,
             do_sample=not greedy,
             temperature=None if greedy else settings.temperature,
-            top_k=0 if settings.top_k is None or greedy else settings.top_k,
+            # 0 asks for no limit; left out, or None, it would be transformers' own of 50.
+            top_k=None if greedy else settings.top_k or 0,
             top_p=None if greedy else settings.top_p,
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,

@@ -97,6 +97,21 @@ def test_a_message_is_answered_up_to_the_end_of_the_turn(
     assert first.startswith("a") and second.startswith("x=2")
 
 
+@pytest.mark.parametrize("words", [[], GREEDY, ["generation.top_k=5"]])
+def test_the_sampling_is_said_without_a_warning(
+    chat: Chat, capsys: Any, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """Oracle: transformers' own check of what it is given; it warns of a limit beside greedy."""
+    warned: list[str] = []
+    log = transformers.generation.configuration_utils.logger
+    monkeypatch.setattr(log, "warning_once", lambda message, *_: warned.append(message))
+    transformers.GenerationConfig(do_sample=False, top_k=7)
+    assert warned and "top_k" in warned[0]
+    warned.clear()
+    assert answer(capsys, chat.directory, "--prompt", "a", *words)[0] == 0
+    assert warned == []
+
+
 def test_messages_are_answered_one_by_one(chat: Chat, capsys: Any) -> None:
     """Oracle: each message alone."""
     alone = [

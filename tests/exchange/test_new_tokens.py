@@ -141,10 +141,10 @@ def test_the_adapter_carries_them_into_plain_peft(
     card = (tmp_path / "peft" / "README.md").read_text()
     resize = "base.resize_token_embeddings(514)"
     assert (resize in card) == (name == "tied")
-    base = AutoModelForCausalLM.from_pretrained(bases[name])
-    if name == "tied":
-        base.resize_token_embeddings(514)
-    expected = logits(peft.PeftModel.from_pretrained(base, tmp_path / "peft"))
+    (code,) = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
+    loaded: dict[str, Any] = {"BASE": bases[name], "DIRECTORY": tmp_path / "peft"}
+    exec(code, loaded)
+    expected = logits(loaded["model"])
     llmnorm("export", tuned[name], tmp_path / "merged", "--merge")
     llmnorm("export", tuned[name], tmp_path / "stock", "--merge", "--stock")
     merged, stock = (
@@ -153,7 +153,9 @@ def test_the_adapter_carries_them_into_plain_peft(
     assert type(stock).__name__ in ("Qwen3ForCausalLM", "LlamaForCausalLM")
     for model in (load_model(tuned[name])[0], merged, stock):
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "peft")
+    ends = loaded["model"].generation_config.eos_token_id
+    assert ends == merged.generation_config.eos_token_id and NEW[1] in ends
+    tokenizer = loaded["tokenizer"]
     assert tokenizer.convert_tokens_to_ids(TOKENS) == NEW
     found = tokenizer.apply_chat_template(
         [{"role": "user", "content": "2+2?"}], add_generation_prompt=True
