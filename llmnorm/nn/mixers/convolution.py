@@ -66,9 +66,26 @@ class ShortConvolution(nn.Module):
             y = torch.addcmul(y, inputs, weight[:, 0, tap])
         return y
 
-    def carried(self, window: Tensor | None, x: Tensor, counts: Tensor) -> Tensor:
-        """The next `window`, after the first `counts` (batch,) of the inputs x."""
+    def step(self, x: Tensor, window: Tensor | None) -> Tensor:
+        """As a causal `forward` behind `window`, for few tokens and without gradients (steps.py)."""
+        assert self.causal
+        around = self._around(window, x)
+        if x.dtype != wide_dtype(x.dtype):
+            return self(x, None, window)  # torch's kernel sums in float32
+        taps = around.unfold(1, self.kernel, 1) * self.weight.to(x.dtype).squeeze(1)
+        y = taps.sum(-1)
+        return y if self.bias is None else y.add_(self.bias.to(x.dtype))
+
+    def carried(self, window: Tensor | None, x: Tensor, counts: Tensor | None) -> Tensor:
+        """The next `window`, after the first `counts` (batch,) of the inputs x; None: after all."""
+        if counts is None:
+            return self._around(window, x)[:, x.shape[1] :]
         return last_inputs(window, x, counts, self.kernel - 1)
+
+    def _around(self, window: Tensor | None, x: Tensor) -> Tensor:
+        if window is None:
+            return F.pad(x, (0, 0, self.kernel - 1, 0))
+        return torch.cat((window.to(x.dtype), x), 1)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

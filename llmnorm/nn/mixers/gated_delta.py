@@ -38,6 +38,15 @@ from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.heads import value_heads_per_key_head
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.ssd import initial_dt_bias
+from llmnorm.nn.mixers.steps import (
+    counts_of,
+    heads_in_front,
+    is_few,
+    step_decays,
+    takes_step,
+    tokens_in_front,
+    without_autocast,
+)
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
@@ -124,7 +133,10 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
             b, log_decay = b.masked_fill(padding, 0), log_decay.masked_fill(padding, 0)
             convolved = convolved.masked_fill(padding, 0)
         window = None if cache is None else part(cache.state, 1)
-        mixed = F.silu(self.conv1d(convolved, context.segments, window))
+        if takes_step(x, context):
+            mixed = F.silu(self.conv1d.step(convolved, window))
+        else:
+            mixed = F.silu(self.conv1d(convolved, context.segments, window))
         q, k, v = mixed.split(self.widths, -1)
         q, k = (_unit(t.unflatten(-1, (self.key_heads, -1)).to(wide)) for t in (q, k))
         v = v.unflatten(-1, (self.value_heads, -1))
@@ -137,24 +149,29 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
         """The recurrence."""
         p = parameters
         kept = None if cache is None else cache.state
-        y, state = delta_recurrence(
-            *(p.q, p.k, p.v, p.b, p.log_decay),
-            segments=context.segments,
-            boundaries=context.boundaries,
-            state=part(kept, 0),
-        )
+        if takes_step(p.v, context):
+            y, state = delta_step(p.q, p.k, p.v, p.b, p.log_decay, part(kept, 0))
+        else:
+            y, state = delta_recurrence(
+                *(p.q, p.k, p.v, p.b, p.log_decay),
+                segments=context.segments,
+                boundaries=context.boundaries,
+                state=part(kept, 0),
+            )
         if isinstance(context.visibility, Cached):
             assert cache is not None
             places = context.visibility.places
-            counts = torch.as_tensor(places.counts, device=y.device)
-            window = self.conv1d.carried(part(kept, 1), p.convolved, counts)
+            window = self.conv1d.carried(part(kept, 1), p.convolved, counts_of(places, y))
             cache.append((p.convolved, p.k, p.v, p.b, p.log_decay), (state, window), places)
         return y.to(p.v.dtype)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         convolved, k, v, b, log_decay = inputs
-        after = delta_recurrence(k, k, v, b, log_decay, state=part(state, 0))[1]
+        if is_few(v):
+            after = delta_step(k, k, v, b, log_decay, part(state, 0))[1]
+        else:
+            after = delta_recurrence(k, k, v, b, log_decay, state=part(state, 0))[1]
         return after, self.conv1d.carried(part(state, 1), convolved, counts)
 
     def materialize(self, parameters: DeltaParameters, context: Context) -> Tensor:
@@ -211,6 +228,37 @@ def delta_recurrence(
     with torch.autocast(q.device.type, enabled=False):
         inputs = [t.to(wide) for t in (q, k, v, b, log_decay)]
         return in_blocks(_block, inputs, segments, state.to(wide), chunk, chunk * BLOCK)
+
+
+def delta_step(
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, log_decay: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `delta_recurrence`, for the few new tokens of a pass with a cache (steps.py).
+
+    Several tokens are one chunk; one token's y is q times the new state.
+    """
+    wide, (batch, new), heads = wide_dtype(v.dtype), v.shape[:2], v.shape[2]
+    if state is None:
+        state = v.new_zeros(batch, heads, k.shape[3], v.shape[3], dtype=wide)
+    if k.shape[2] < heads:
+        q, k = (t.repeat_interleave(heads // k.shape[2], 2) for t in (q, k))
+    b, log_decay = b[..., None], log_decay[..., None]
+    q, k, v, b, g = (heads_in_front(t.to(wide)) for t in (q, k, v, b, log_decay))
+    before = state.to(wide).flatten(0, 1)
+    with without_autocast(v.device):
+        if new == 1:
+            after = before * g.exp()
+            after.addcmul_(k.mT, (v - torch.bmm(k, after)).mul_(b))
+            y = torch.bmm(q, after)
+        else:
+            left = step_decays(g.squeeze(2))
+            inside, since, until = left[..., 1:], left[..., :1], left[:, -1, 1:, None]
+            read = torch.bmm(torch.cat((k, q), 1), before).unflatten(1, (2, new)) * since[:, None]
+            scores = torch.bmm(torch.cat((k, q), 1), k.mT).unflatten(1, (2, new)) * inside[:, None]
+            u = _solve((scores[:, 0] * b).tril(-1), (v - read[:, 0]).mul_(b))
+            y = torch.baddbmm(read[:, 1], scores[:, 1].tril(), u)
+            after = (before * left[:, -1:, :1]).baddbmm_((k * until).mT, u)
+    return tokens_in_front(y, batch), after.view_as(state)
 
 
 def _block(

@@ -23,6 +23,14 @@ from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.chunks import Documents, in_blocks, whole_chunks
 from llmnorm.nn.mixers.contract import Context, ProjectedMixer
 from llmnorm.nn.mixers.health import mean_over_tokens
+from llmnorm.nn.mixers.steps import (
+    heads_in_front,
+    is_few,
+    step_decays,
+    takes_step,
+    tokens_in_front,
+    without_autocast,
+)
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
@@ -96,12 +104,15 @@ class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
         """The recurrence."""
         q, k, v, log_gate, _ = parameters
         kept = None if cache is None else cache.state
-        y, state = channel_recurrence(
-            *(q, k, v, log_gate),
-            segments=context.segments,
-            boundaries=context.boundaries,
-            state=part(kept, 0),
-        )
+        if takes_step(v, context):
+            y, state = channel_step(q, k, v, log_gate, part(kept, 0))
+        else:
+            y, state = channel_recurrence(
+                *(q, k, v, log_gate),
+                segments=context.segments,
+                boundaries=context.boundaries,
+                state=part(kept, 0),
+            )
         if isinstance(context.visibility, Cached):
             assert cache is not None
             cache.append((k, v, log_gate), (state,), context.visibility.places)
@@ -110,6 +121,8 @@ class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         k, v, log_gate = inputs
+        if is_few(v):
+            return (channel_step(k, k, v, log_gate, part(state, 0))[1],)
         return (channel_recurrence(k, k, v, log_gate, state=part(state, 0))[1],)
 
     def materialize(self, parameters: GLAParameters, context: Context) -> Tensor:
@@ -157,6 +170,31 @@ def channel_recurrence(
     with torch.autocast(q.device.type, enabled=False):
         inputs = [t.to(wide) for t in (q, k, v, log_gate)]
         return in_blocks(_block, inputs, segments, state.to(wide), chunk, chunk * BLOCK)
+
+
+def channel_step(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `channel_recurrence`, for the few new tokens of a pass with a cache (steps.py).
+
+    Several tokens are one chunk; one token's y is q times the new state.
+    """
+    wide, (batch, new) = wide_dtype(v.dtype), v.shape[:2]
+    if state is None:
+        state = v.new_zeros(batch, v.shape[2], k.shape[3], v.shape[3], dtype=wide)
+    q, k, v, g = (heads_in_front(t.to(wide)) for t in (q, k, v, log_gate))
+    before = state.to(wide).flatten(0, 1)
+    with without_autocast(v.device):
+        if new == 1:
+            after = (before * g.mT.exp()).addcmul_(k.mT, v)
+            y = torch.bmm(q, after)
+        else:
+            left = step_decays(g.mT)  # (heads, K, i, 1 + j)
+            since, until = left[..., 0], left[..., -1, 1:]  # (heads, K, new)
+            pairs = left[..., 1:] * k.mT[..., None, :] * q.mT[..., None]
+            y = torch.baddbmm(torch.bmm(q * since.mT, before), pairs.sum(1).tril_(), v)
+            after = (before * since[..., -1:]).baddbmm_(k.mT * until, v)
+    return tokens_in_front(y, batch), after.view_as(state)
 
 
 def _block(

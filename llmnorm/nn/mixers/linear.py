@@ -28,8 +28,9 @@ from llmnorm.nn.mixers.contract import Context, ProjectedMixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.linear_recurrence import CHUNK, flops_per_token, linear_recurrence
-from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_at_once
+from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_at_once, sums_step
 from llmnorm.nn.mixers.rotary import rotate
+from llmnorm.nn.mixers.steps import counts_of, is_few, takes_step, without_autocast
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
@@ -130,7 +131,10 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         local = None
         if self.conv1d is not None:
             window = None if cache is None else part(cache.state, 2)
-            local = self.conv1d(v, context.segments, window).view(shape)
+            if takes_step(v, context):
+                local = self.conv1d.step(v, window).view(shape)
+            else:
+                local = self.conv1d(v, context.segments, window).view(shape)
         return LinearParameters(q.view(shape), k.view(shape), v.view(shape), local, gate)
 
     def both_features(
@@ -156,6 +160,9 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
     ) -> Tensor:
         """The weighted sums over the tokens before (causal) or all of them, normalised."""
         p = parameters
+        if takes_step(p.v, context):
+            assert cache is not None
+            return self._mix_step(p, context, cache)
         kept = None if cache is None else cache.state
         wide = wide_dtype(p.v.dtype)
         shape = len(p.v), self.kv_heads, self.feature_dim
@@ -169,9 +176,37 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
             _, keys, _, turned_keys = self.both_features(
                 q, k, context.cos, context.sin, context.real
             )
-            state = (*after, *self._window(kept, p.v, places.counts))
+            counts = torch.as_tensor(places.counts, device=v.device)
+            state = (*after, *self._window(kept, p.v, counts))
             cache.append((turned_keys, keys, p.v), state, places)
         return (y / self._denominator(total, p, context)).to(p.v.dtype)
+
+    def _mix_step(self, p: LinearParameters, context: Context, cache: RecurrentCache) -> Tensor:
+        """`mix` for few tokens behind the cache (steps.py)."""
+        assert isinstance(context.visibility, Cached)
+        places, wide, heads = context.visibility.places, wide_dtype(p.v.dtype), self.heads
+        kept, v = cache.state, p.v.to(wide)
+        with without_autocast(v.device):
+            made = self.step_features(p.q.to(wide), p.k.to(wide))
+            if context.real is not None:
+                made[:, :, heads:].masked_fill_(~context.real[..., None, None], 0)
+            turned = self._turned(made, context.cos, context.sin) if self.rotary else made
+        y, total, *after = sums_step(
+            *(made[:, :, :heads], made[:, :, heads:]),
+            *(turned[:, :, :heads], turned[:, :, heads:]),
+            *(v, kept),
+        )
+        cache.append(
+            (turned[:, :, heads:], made[:, :, heads:], p.v),
+            (*after, *self._window(kept, p.v, counts_of(places, v))),
+            places,
+        )
+        return (y / self._denominator(total, p, context)).to(p.v.dtype)
+
+    def step_features(self, q: Tensor, k: Tensor) -> Tensor:
+        """`features` of the queries' and then the keys' heads, (batch, new, heads + kv_heads,
+        features), without gradients; a subclass may make them in fewer operations."""
+        return torch.cat(self.features(q, k), 2)
 
     def _sums(
         self, q: Tensor, k: Tensor, v: Tensor, states: State, context: Context, by_kernel: bool
@@ -214,19 +249,22 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         count = visible_tokens(p.v, context.visibility, causal=self.causal)[..., None, None]
         return total + self.eps * count.to(total.dtype)
 
-    def _window(self, kept: State | None, v: Tensor, counts: Tensor | list[int]) -> State:
+    def _window(self, kept: State | None, v: Tensor, counts: Tensor | None) -> State:
         if self.conv1d is None:
             return ()
-        counts = torch.as_tensor(counts, device=v.device)
         return (self.conv1d.carried(part(kept, 2), v.flatten(2), counts),)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         turned_k, k, v = inputs
+        window = self._window(state, v, counts)
+        if is_few(v):
+            before = None if state is None else state[:2]
+            return (*sums_step(k, k, turned_k, turned_k, v, before)[2:], *window)
         one = v.new_ones(()).expand(*v.shape[:3], 1)
         sums = linear_recurrence(turned_k, turned_k, v, state=part(state, 0))[1]
         keys = linear_recurrence(k, k, one, state=part(state, 1))[1]
-        return (sums, keys, *self._window(state, v, counts))
+        return (sums, keys, *window)
 
     def materialize(self, parameters: LinearParameters, context: Context) -> Tensor:
         """(batch, heads, length, length): rotated weights over the sum of the unrotated ones."""

@@ -69,6 +69,19 @@ class NaLa(LinearAttention):
             self._angles(k.abs().pow(self.lam), k / key_length),
         )
 
+    def step_features(self, q: Tensor, k: Tensor) -> Tensor:
+        """Both side by side; by sign, powers of the parts of |q| / length and |k|."""
+        if self.direction != "sign":
+            return super().step_features(q, k)
+        both, heads = torch.cat((q, k), 2), q.shape[2]
+        parts = torch.cat((both, -both), -1).relu_()
+        length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+        length = length.square_().add_(self.query_eps**2).sqrt_()
+        power = (length / self.norm_scale).tanh_().add_(self.tau).mul_(self.lam)
+        parts[:, :, :heads].div_(length).pow_(power)
+        parts[:, :, heads:].pow_(self.lam)
+        return parts
+
     def _angles(self, size: Tensor, direction: Tensor) -> Tensor:
         # Between 0 and pi/2 no feature is negative and no product of two tokens' features cancels;
         # and sin of the other angle keeps the digits that cos near pi/2 would lose.

@@ -33,8 +33,10 @@ from llmnorm.nn.mixers.linear_recurrence import (
     linear_recurrence,
     merged_state,
     parts,
+    recurrence_step,
     state_by_head,
 )
+from llmnorm.nn.recurrent_cache import part
 
 # (q, k, cos, sin, real) -> phi(q), phi(k), phi'(q), phi'(k); `real` is False for padding.
 Features = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -73,6 +75,33 @@ def normalised_sums(
     chunk = min(chunk, q.shape[1])
     segments = whole_chunks((v,), segments, chunk)[1]
     return _Sums.apply(features, chunk, q, k, v, cos, sin, real, segments, *states)
+
+
+def sums_step(
+    q: Tensor,
+    k: Tensor,
+    turned_q: Tensor,
+    turned_k: Tensor,
+    v: Tensor,
+    states: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `normalised_sums`, of features, for the few new tokens of a pass with a cache (steps.py).
+
+    Args:
+        q: phi(q) (batch, new, heads, F).
+        k: phi(k) (batch, new, groups, F).
+        turned_q: phi'(q).
+        turned_k: phi'(k).
+        v: values (batch, new, groups, V).
+        states: both states before the first token; None: zeros.
+    """
+    numerator, state = recurrence_step(turned_q, turned_k, v, None, part(states, 0))
+    sums = k if k.shape[1] == 1 else k.cumsum(1)
+    if states is not None:
+        sums = sums + states[1].squeeze(3).unsqueeze(1)
+    apart = q.unflatten(2, (k.shape[2], -1))
+    normaliser = (apart * sums.unsqueeze(3)).sum(-1, keepdim=True).flatten(2, 3)
+    return numerator, normaliser, state, sums[:, -1, :, :, None]
 
 
 def sums_at_once(

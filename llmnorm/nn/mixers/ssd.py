@@ -24,7 +24,12 @@ from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.heads import whole_heads
 from llmnorm.nn.mixers.health import mean_over_tokens
-from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
+from llmnorm.nn.mixers.linear_recurrence import (
+    flops_per_token,
+    linear_recurrence,
+    recurrence_step,
+)
+from llmnorm.nn.mixers.steps import counts_of, is_few, takes_step
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
@@ -118,7 +123,10 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
         if context.real is not None:
             convolved = convolved.masked_fill(~context.real[..., None], 0)
         window = None if cache is None else part(cache.state, 1)
-        mixed = F.silu(self.conv1d(convolved, context.segments, window))
+        if takes_step(x, context):
+            mixed = F.silu(self.conv1d.step(convolved, window))
+        else:
+            mixed = F.silu(self.conv1d(convolved, context.segments, window))
         both = self.groups * self.state_size
         v, B, C = mixed.split([self.heads * self.head_dim, both, both], -1)
         groups = (*x.shape[:-1], self.groups, self.state_size)
@@ -133,17 +141,19 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
         p = parameters
         kept = None if cache is None else cache.state
         written = p.v * p.dt[..., None]
-        y, state = linear_recurrence(
-            *(p.C, p.B, written, p.log_decay),
-            segments=context.segments,
-            boundaries=context.boundaries,
-            state=part(kept, 0),
-        )
+        if takes_step(p.v, context):
+            y, state = recurrence_step(p.C, p.B, written, p.log_decay, part(kept, 0))
+        else:
+            y, state = linear_recurrence(
+                *(p.C, p.B, written, p.log_decay),
+                segments=context.segments,
+                boundaries=context.boundaries,
+                state=part(kept, 0),
+            )
         if isinstance(context.visibility, Cached):
             assert cache is not None
             places = context.visibility.places
-            counts = torch.as_tensor(places.counts, device=y.device)
-            window = self.conv1d.carried(part(kept, 1), p.convolved, counts)
+            window = self.conv1d.carried(part(kept, 1), p.convolved, counts_of(places, y))
             inputs = (p.convolved, p.B, written, p.log_decay)
             cache.append(inputs, (state, window), places)
         return torch.addcmul(y, self.D.to(y.dtype)[:, None], p.v.to(y.dtype)).to(p.v.dtype)
@@ -151,7 +161,10 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         convolved, B, written, log_decay = inputs
-        after = linear_recurrence(B, B, written, log_decay, state=part(state, 0))[1]
+        if is_few(B):
+            after = recurrence_step(B, B, written, log_decay, part(state, 0))[1]
+        else:
+            after = linear_recurrence(B, B, written, log_decay, state=part(state, 0))[1]
         return after, self.conv1d.carried(part(state, 1), convolved, counts)
 
     def materialize(self, parameters: SSDParameters, context: Context) -> Tensor:

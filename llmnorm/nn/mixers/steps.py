@@ -1,0 +1,70 @@
+"""Passes of few tokens, as in decoding: when a recurrent mixer takes them in one step, and decays.
+
+A chunk's machinery (autograd's wrappers, blocks, documents) costs more than the arithmetic of one
+token. So beside its chunked form each recurrence has a step form: plain operators, no gradients, no
+documents, one masked (new, new) block and one update of the state. They are `recurrence_step`
+(linear_recurrence.py), `sums_step` (normalised_sums.py), `channel_step` (gla.py), `delta_step`
+(gated_delta.py) and `ShortConvolution.step`. The two forms differ by rounding only: to 1e-12 in
+float64 (tests/nn/test_steps.py).
+
+Only passes with a cache take it. Training, and evaluation of short rows, keep the chunked form and
+so keep their bits. Nothing in a step depends on a value, so torch.jit.trace can follow it.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from llmnorm.nn.cache import Places
+from llmnorm.nn.mixers.contract import Context
+from llmnorm.nn.visibility import Cached
+
+MOST = 17  # tokens: 16 drafted ones and the one before them, the widest verification
+
+
+def is_few(inputs: Tensor) -> bool:
+    """Whether inputs (batch, new, ...), of which no gradient is wanted, are taken in one step."""
+    return inputs.shape[1] <= MOST
+
+
+def takes_step(x: Tensor, context: Context) -> bool:
+    """Whether a mixer takes the new tokens x (batch, new, ...) of this pass in one step."""
+    cached = isinstance(context.visibility, Cached)
+    return cached and is_few(x) and not torch.is_grad_enabled()
+
+
+def counts_of(places: Places, like: Tensor) -> Tensor | None:
+    """Real new tokens of each row on the device of `like`; None: all are real."""
+    if places.real is None:
+        return None
+    return torch.as_tensor(places.counts, device=like.device)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """What stands around arithmetic that keeps its dtype; free where there is no autocast."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def heads_in_front(x: Tensor) -> Tensor:
+    """(batch, new, heads, dim) -> (batch heads, new, dim), the batches of torch.bmm."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def tokens_in_front(x: Tensor, batch: int) -> Tensor:
+    """(batch heads, new, dim) -> (batch, new, heads, dim)."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def step_decays(g: Tensor) -> Tensor:
+    """What is left at token i, (..., new) -> (..., new, 1 + new), for log decays g.
+
+    [..., i, 0] of the state before, [..., i, 1 + j] of token j; 1 for j > i, which a mask removes.
+    So the last i has what is left behind the pass. Sums are of their own terms (chunks.py):
+    g = [a, b] -> exp of [[a, 0, 0], [a + b, b, 0]].
+    """
+    new = g.shape[-1]
+    terms = g[..., None].expand(*g.shape, new + 1).tril()  # [l, j]: g_l where l >= j
+    return terms.cumsum(-2).exp_()
