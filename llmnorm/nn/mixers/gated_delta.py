@@ -39,16 +39,14 @@ from llmnorm.nn.mixers.heads import value_heads_per_key_head
 from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.mixers.steps import (
-    counts_of,
     heads_in_front,
     is_few,
     step_decays,
     takes_step,
     tokens_in_front,
-    without_autocast,
 )
 from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.precision import wide_dtype, without_autocast
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
 from llmnorm.nn.visibility import Cached, visible_pairs
 
@@ -57,7 +55,8 @@ BLOCK = 32  # chunks
 
 
 class DeltaParameters(NamedTuple):
-    """q (scaled), k, v, the share b, log_decay, the output's gate z, and what was convolved."""
+    """q (scaled), k, v, the share b, log_decay, the output's gate z, what was convolved, and with a
+    cache the convolution's next window."""
 
     q: Tensor
     k: Tensor
@@ -66,6 +65,7 @@ class DeltaParameters(NamedTuple):
     log_decay: Tensor
     z: Tensor
     convolved: Tensor
+    window: Tensor | None
 
 
 class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
@@ -122,7 +122,10 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
         by_head = self.in_proj_qkvz(x).unflatten(-1, (self.key_heads, -1))
         values = group * self.value_dim
         *qkv, z = by_head.split([self.key_dim, self.key_dim, values, values], -1)
-        convolved = torch.cat([t.flatten(2) for t in qkv], -1)
+        if group == 1 and self.key_dim == self.value_dim:
+            convolved = torch.cat(qkv, 2).flatten(2)
+        else:
+            convolved = torch.cat([t.flatten(2) for t in qkv], -1)
         b, a = self.in_proj_ba(x).unflatten(-1, (self.key_heads, -1)).split(group, -1)
         wide = wide_dtype(x.dtype)
         b = b.flatten(2).to(wide).sigmoid()
@@ -132,16 +135,18 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
             padding = ~context.real[..., None]
             b, log_decay = b.masked_fill(padding, 0), log_decay.masked_fill(padding, 0)
             convolved = convolved.masked_fill(padding, 0)
-        window = None if cache is None else part(cache.state, 1)
-        if takes_step(x, context):
-            mixed = F.silu(self.conv1d.step(convolved, window))
+        before = None if cache is None else part(cache.state, 1)
+        mixed, window = self.conv1d.in_pass(convolved, context, before)
+        mixed = F.silu(mixed)
+        if takes_step(x, context):  # of q and k at once
+            both, v = mixed.split([sum(self.widths[:2]), self.widths[2]], -1)
+            q, k = _unit(both.unflatten(-1, (2, self.key_heads, -1)).to(wide)).unbind(2)
         else:
-            mixed = F.silu(self.conv1d(convolved, context.segments, window))
-        q, k, v = mixed.split(self.widths, -1)
-        q, k = (_unit(t.unflatten(-1, (self.key_heads, -1)).to(wide)) for t in (q, k))
+            q, k, v = mixed.split(self.widths, -1)
+            q, k = (_unit(t.unflatten(-1, (self.key_heads, -1)).to(wide)) for t in (q, k))
         v = v.unflatten(-1, (self.value_heads, -1))
         z = z.unflatten(-1, (group, -1)).flatten(2, 3)
-        return DeltaParameters(q * self.key_dim**-0.5, k, v, b, log_decay, z, convolved)
+        return DeltaParameters(q * self.key_dim**-0.5, k, v, b, log_decay, z, convolved, window)
 
     def mix(
         self, parameters: DeltaParameters, context: Context, cache: RecurrentCache | None = None
@@ -159,10 +164,9 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
                 state=part(kept, 0),
             )
         if isinstance(context.visibility, Cached):
-            assert cache is not None
-            places = context.visibility.places
-            window = self.conv1d.carried(part(kept, 1), p.convolved, counts_of(places, y))
-            cache.append((p.convolved, p.k, p.v, p.b, p.log_decay), (state, window), places)
+            assert cache is not None and p.window is not None
+            inputs = (p.convolved, p.k, p.v, p.b, p.log_decay)
+            cache.append(inputs, (state, p.window), context.visibility.places)
         return y.to(p.v.dtype)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
@@ -245,7 +249,7 @@ def delta_step(
     b, log_decay = b[..., None], log_decay[..., None]
     q, k, v, b, g = (heads_in_front(t.to(wide)) for t in (q, k, v, b, log_decay))
     before = state.to(wide).flatten(0, 1)
-    with without_autocast(v.device):
+    with without_autocast(v.device.type):
         if new == 1:
             after = before * g.exp()
             after.addcmul_(k.mT, (v - torch.bmm(k, after)).mul_(b))

@@ -29,10 +29,9 @@ from llmnorm.nn.mixers.steps import (
     step_decays,
     takes_step,
     tokens_in_front,
-    without_autocast,
 )
 from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.precision import wide_dtype, without_autocast
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
 from llmnorm.nn.visibility import Cached, visible_pairs
 
@@ -184,7 +183,7 @@ def channel_step(
         state = v.new_zeros(batch, v.shape[2], k.shape[3], v.shape[3], dtype=wide)
     q, k, v, g = (heads_in_front(t.to(wide)) for t in (q, k, v, log_gate))
     before = state.to(wide).flatten(0, 1)
-    with without_autocast(v.device):
+    with without_autocast(v.device.type):
         if new == 1:
             after = (before * g.mT.exp()).addcmul_(k.mT, v)
             y = torch.bmm(q, after)

@@ -30,10 +30,10 @@ from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.linear_recurrence import CHUNK, flops_per_token, linear_recurrence
 from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_at_once, sums_step
 from llmnorm.nn.mixers.rotary import rotate
-from llmnorm.nn.mixers.steps import counts_of, is_few, takes_step, without_autocast
+from llmnorm.nn.mixers.steps import is_few, takes_step
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.precision import wide_dtype, without_autocast
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
 from llmnorm.nn.visibility import Cached, visible_pairs, visible_tokens
 
@@ -46,6 +46,12 @@ class LinearParameters(NamedTuple):
     v: Tensor
     local: Tensor | None
     gate: Tensor | None
+    window: Tensor | None
+
+    @property
+    def windows(self) -> tuple[Tensor, ...]:
+        """With a cache: the convolution's next window, if there is a convolution."""
+        return () if self.window is None else (self.window,)
 
 
 class LinearBlock(TypedDict, total=False):
@@ -128,14 +134,12 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         gate = None if self.g_proj is None else self.g_proj(x)
         if context.real is not None:
             v = v.masked_fill(~context.real[..., None], 0)
-        local = None
+        local, window = None, None
         if self.conv1d is not None:
-            window = None if cache is None else part(cache.state, 2)
-            if takes_step(v, context):
-                local = self.conv1d.step(v, window).view(shape)
-            else:
-                local = self.conv1d(v, context.segments, window).view(shape)
-        return LinearParameters(q.view(shape), k.view(shape), v.view(shape), local, gate)
+            before = None if cache is None else part(cache.state, 2)
+            local, window = self.conv1d.in_pass(v, context, before)
+            local = local.view(shape)
+        return LinearParameters(q.view(shape), k.view(shape), v.view(shape), local, gate, window)
 
     def both_features(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, real: Tensor | None
@@ -176,9 +180,7 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
             _, keys, _, turned_keys = self.both_features(
                 q, k, context.cos, context.sin, context.real
             )
-            counts = torch.as_tensor(places.counts, device=v.device)
-            state = (*after, *self._window(kept, p.v, counts))
-            cache.append((turned_keys, keys, p.v), state, places)
+            cache.append((turned_keys, keys, p.v), (*after, *p.windows), places)
         return (y / self._denominator(total, p, context)).to(p.v.dtype)
 
     def _mix_step(self, p: LinearParameters, context: Context, cache: RecurrentCache) -> Tensor:
@@ -186,22 +188,17 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         assert isinstance(context.visibility, Cached)
         places, wide, heads = context.visibility.places, wide_dtype(p.v.dtype), self.heads
         kept, v = cache.state, p.v.to(wide)
-        with without_autocast(v.device):
+        with without_autocast(v.device.type):
             made = self.step_features(p.q.to(wide), p.k.to(wide))
             if context.real is not None:
                 made[:, :, heads:].masked_fill_(~context.real[..., None, None], 0)
             turned = self._turned(made, context.cos, context.sin) if self.rotary else made
-        y, total, *after = sums_step(
-            *(made[:, :, :heads], made[:, :, heads:]),
-            *(turned[:, :, :heads], turned[:, :, heads:]),
-            *(v, kept),
-        )
-        cache.append(
-            (turned[:, :, heads:], made[:, :, heads:], p.v),
-            (*after, *self._window(kept, p.v, counts_of(places, v))),
-            places,
-        )
-        return (y / self._denominator(total, p, context)).to(p.v.dtype)
+        by_use = [heads, self.kv_heads]
+        (q, k), (turned_q, turned_k) = made.split(by_use, 2), turned.split(by_use, 2)
+        y, total, *after = sums_step(q, k, turned_q, turned_k, v, kept)
+        cache.append((turned_k, k, p.v), (*after, *p.windows), places)
+        count = visible_tokens(v, context.visibility, causal=True)[..., None, None]
+        return (y / total.add_(count, alpha=self.eps)).to(p.v.dtype)
 
     def step_features(self, q: Tensor, k: Tensor) -> Tensor:
         """`features` of the queries' and then the keys' heads, (batch, new, heads + kv_heads,
@@ -249,15 +246,12 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         count = visible_tokens(p.v, context.visibility, causal=self.causal)[..., None, None]
         return total + self.eps * count.to(total.dtype)
 
-    def _window(self, kept: State | None, v: Tensor, counts: Tensor | None) -> State:
-        if self.conv1d is None:
-            return ()
-        return (self.conv1d.carried(part(kept, 2), v.flatten(2), counts),)
-
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:
         """The state after more inputs (RecurrentCache)."""
         turned_k, k, v = inputs
-        window = self._window(state, v, counts)
+        window: State = ()
+        if self.conv1d is not None:
+            window = (self.conv1d.carried(part(state, 2), v.flatten(2), counts),)
         if is_few(v):
             before = None if state is None else state[:2]
             return (*sums_step(k, k, turned_k, turned_k, v, before)[2:], *window)
@@ -284,7 +278,8 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
     def finish(self, y: Tensor, x: Tensor, parameters: LinearParameters) -> Tensor:
         """Add the local term, norm, gate, project."""
         if parameters.local is not None:
-            y = y + parameters.local.repeat_interleave(self.heads // self.kv_heads, 2)
+            local, repeats = parameters.local, self.heads // self.kv_heads
+            y = y + (local if repeats == 1 else local.repeat_interleave(repeats, 2))
         if self.norm is not None and self.norm_kind == "rms":
             y = self.norm(y)
         y = y.flatten(2)

@@ -36,9 +36,8 @@ from llmnorm.nn.mixers.steps import (
     heads_in_front,
     step_decays,
     tokens_in_front,
-    without_autocast,
 )
-from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.precision import wide_dtype, without_autocast
 
 CHUNK = 64
 BLOCK = 8  # chunks, of all rows together
@@ -93,14 +92,39 @@ def recurrence_step(
     wide, (batch, new), heads = wide_dtype(v.dtype), v.shape[:2], v.shape[2]
     if state is None:
         state = v.new_zeros(batch, heads, k.shape[3], v.shape[3], dtype=wide)
+    if new == 1:
+        with without_autocast(v.device.type):
+            y, after = _one_token(q, k, v, log_decay, state.to(wide))
+        return y.unsqueeze(1), after
     if k.shape[2] < heads:  # every head of values gets its group's keys and queries
         q, k = (t.repeat_interleave(heads // k.shape[2], 2) for t in (q, k))
     q, k, v = (heads_in_front(t.to(wide)) for t in (q, k, v))
     q = q.reshape(batch * heads, -1, q.shape[2])  # (batch heads, readers new, K)
     decay = None if log_decay is None else heads_in_front(log_decay.to(wide)[..., None])
-    with without_autocast(v.device):
+    with without_autocast(v.device.type):
         y, after = _few_tokens(q, k, v, decay, state.to(wide).flatten(0, 1))
     return tokens_in_front(y.reshape(-1, new, y.shape[2]), batch), after.view_as(state)
+
+
+def _one_token(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y (batch, heads, V) and the state, which keeps its shape and dtype."""
+    batch, groups, width = len(v), k.shape[2], v.shape[3]
+    by_group = state.unflatten(1, (groups, -1))  # (b, g, r, K, V)
+    key = k.to(state.dtype).view(batch, groups, 1, -1, 1)
+    value = v.to(state.dtype).view(batch, groups, -1, 1, width)
+    if log_decay is None:
+        after = torch.addcmul(by_group, key, value)
+    else:
+        left = log_decay.to(state.dtype).exp().view(batch, groups, -1, 1, 1)
+        after = (by_group * left).addcmul_(key, value)
+    q = q.to(state.dtype).view(batch, groups, -1, q.shape[3])
+    if after.shape[2] > 1:  # every head of values is read by its group's query
+        q = q.expand(-1, -1, after.shape[2], -1).unsqueeze(3)
+    else:
+        after = after.squeeze(2)
+    return (q @ after).view(batch, -1, width), after.view_as(state)
 
 
 def _few_tokens(

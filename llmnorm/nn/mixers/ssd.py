@@ -29,7 +29,7 @@ from llmnorm.nn.mixers.linear_recurrence import (
     linear_recurrence,
     recurrence_step,
 )
-from llmnorm.nn.mixers.steps import counts_of, is_few, takes_step
+from llmnorm.nn.mixers.steps import is_few, takes_step
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
@@ -37,7 +37,8 @@ from llmnorm.nn.visibility import Cached, visible_pairs
 
 
 class SSDParameters(NamedTuple):
-    """C, B, values v = x, dt and log_decay = A dt in float32, gate z, and what was convolved."""
+    """C, B, values v = x, dt and log_decay = A dt in float32, gate z, what was convolved, and the
+    convolution's next window if the rows have a cache."""
 
     C: Tensor
     B: Tensor
@@ -46,6 +47,7 @@ class SSDParameters(NamedTuple):
     log_decay: Tensor
     z: Tensor
     convolved: Tensor
+    window: Tensor | None
 
 
 class StateSpaceBlock(TypedDict):
@@ -122,17 +124,15 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
         dt = time_steps(dt, self.dt_bias, self.dt_limit, context.real)
         if context.real is not None:
             convolved = convolved.masked_fill(~context.real[..., None], 0)
-        window = None if cache is None else part(cache.state, 1)
-        if takes_step(x, context):
-            mixed = F.silu(self.conv1d.step(convolved, window))
-        else:
-            mixed = F.silu(self.conv1d(convolved, context.segments, window))
+        before = None if cache is None else part(cache.state, 1)
+        mixed, window = self.conv1d.in_pass(convolved, context, before)
+        mixed = F.silu(mixed)
         both = self.groups * self.state_size
         v, B, C = mixed.split([self.heads * self.head_dim, both, both], -1)
         groups = (*x.shape[:-1], self.groups, self.state_size)
         v = v.unflatten(-1, (self.heads, self.head_dim))
         log_decay = -self.A_log.to(dt.dtype).exp() * dt
-        return SSDParameters(C.view(groups), B.view(groups), v, dt, log_decay, z, convolved)
+        return SSDParameters(C.view(groups), B.view(groups), v, dt, log_decay, z, convolved, window)
 
     def mix(
         self, parameters: SSDParameters, context: Context, cache: RecurrentCache | None = None
@@ -151,11 +151,9 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
                 state=part(kept, 0),
             )
         if isinstance(context.visibility, Cached):
-            assert cache is not None
-            places = context.visibility.places
-            window = self.conv1d.carried(part(kept, 1), p.convolved, counts_of(places, y))
+            assert cache is not None and p.window is not None
             inputs = (p.convolved, p.B, written, p.log_decay)
-            cache.append(inputs, (state, window), places)
+            cache.append(inputs, (state, p.window), context.visibility.places)
         return torch.addcmul(y, self.D.to(y.dtype)[:, None], p.v.to(y.dtype)).to(p.v.dtype)
 
     def advance(self, state: State | None, inputs: Inputs, counts: Tensor) -> State:

@@ -11,8 +11,6 @@ Only passes with a cache take it. Training, and evaluation of short rows, keep t
 so keep their bits. Nothing in a step depends on a value, so torch.jit.trace can follow it.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -39,13 +37,6 @@ def counts_of(places: Places, like: Tensor) -> Tensor | None:
     if places.real is None:
         return None
     return torch.as_tensor(places.counts, device=like.device)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """What stands around arithmetic that keeps its dtype; free where there is no autocast."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def heads_in_front(x: Tensor) -> Tensor:
