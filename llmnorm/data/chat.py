@@ -62,6 +62,8 @@ class ChatTemplate:
         directory: of the tokenizer; holds tokenizer.json and a template.
         arguments: values for the template, in the place of its defaults.
         key: the configuration key for messages.
+        called: what the user calls the directory or the template's file, for messages; left out,
+            the directory's own path.
 
     Attributes:
         stops: ids of tokens that end a turn: what the template writes after an answer, and the
@@ -78,8 +80,9 @@ class ChatTemplate:
         directory: Path,
         arguments: Mapping[str, Any] | None = None,
         key: str = "tokenizer.chat_template",
+        called: str | None = None,
     ) -> None:
-        self._source, path = read_template(directory, key)
+        self._source, path = read_template(directory, key, called=called)
         self._with_tools = read_template(directory, key, tools=True)[0]
         self.marked = bool(_MARKS.search(self._source))
         self.dated = "strftime_now" in self._source
@@ -92,7 +95,7 @@ class ChatTemplate:
         try:
             self.stops = self._ends_of_turns()
         except Refused as error:
-            raise InputError(f"{key}: {path}: {error}") from None
+            raise InputError(f"{key}: {called or path}: {error}") from None
         if eos not in self.stops:
             self.stops.append(eos)
 

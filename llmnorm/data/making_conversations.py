@@ -106,7 +106,10 @@ def make_conversations(
         )
     if not (directory / "tokenizer" / "tokenizer.json").is_file():
         copy_tokenizer(directory / "tokenizer", settings)
-    template = ChatTemplate(directory / "tokenizer")
+    # The copy's template is the user's file, to the line, unless arguments stand in front of it.
+    own = settings.chat_template or settings.path
+    called = None if settings.template_arguments else str(own)
+    template = ChatTemplate(directory / "tokenizer", called=called)
     if template.dated:
         say("the chat template writes the current date into every example")
     encoder = TextEncoder(directory / "tokenizer", "tokenizer.path")

@@ -41,13 +41,16 @@ CHATML = (
 _LOOKS_SPECIAL = re.compile(r"<[|｜][^\s|｜<>'\"{}]{1,40}[|｜]>")
 
 
-def read_template(directory: Path, key: str, *, tools: bool = False) -> tuple[str, Path]:
+def read_template(
+    directory: Path, key: str, *, tools: bool = False, called: str | None = None
+) -> tuple[str, Path]:
     """A tokenizer directory's chat template, and the file that it stands in.
 
     Args:
         directory: of the tokenizer.
         key: the configuration key for messages.
         tools: prefer the template for tools where a directory has several.
+        called: what the user calls the directory; left out, its path.
 
     Raises:
         InputError: there is none, or a file cannot be read.
@@ -63,8 +66,8 @@ def read_template(directory: Path, key: str, *, tools: bool = False) -> tuple[st
     if isinstance(found, str):
         return found, path
     raise InputError(
-        f"{key}: {directory} has no chat template; set tokenizer.chat_template to chatml, or to a "
-        "file that holds one"
+        f"{key}: {called or directory} has no chat template; set tokenizer.chat_template to chatml, "
+        "or to a file that holds one"
     )
 
 

@@ -324,6 +324,8 @@ def test_mistakes_of_the_configuration_are_one_line(tmp_path: Path, tokenizer: P
     """Oracle: key and cure."""
     path = write(tmp_path / "a.jsonl", chatter(30))
     data = settings(tmp_path, path)
+    broken, bare = tmp_path / "broken.jinja", save_tokenizer(tmp_path / "bare", None)
+    broken.write_text("{{ bos_token }}\n{% for message in messages %}")
     cases: dict[str, tuple[TokenizerSettings, dict[str, Any]]] = {
         "^tokenizer.path: conversations are prepared for a model that exists": (
             TokenizerSettings(),
@@ -333,8 +335,12 @@ def test_mistakes_of_the_configuration_are_one_line(tmp_path: Path, tokenizer: P
             TokenizerSettings(path=tokenizer, chat_template=tmp_path / "none.jinja"),
             {},
         ),
-        "^tokenizer.chat_template: .* has no chat template; set tokenizer.chat_template": (
-            TokenizerSettings(path=save_tokenizer(tmp_path / "bare", None)),
+        f"^tokenizer.chat_template: {bare} has no chat template; set tokenizer.chat_template": (
+            TokenizerSettings(path=bare),
+            {},
+        ),
+        f"^tokenizer.chat_template: {broken}: the chat template fails in line 2": (
+            TokenizerSettings(path=bare, chat_template=broken),
             {},
         ),
         "^data: not prepared yet; run once, by itself: llmnorm data x.yaml": (
