@@ -62,7 +62,9 @@ class RaggedCache:
     ) -> int:
         """Make all buffers before the first token; return their bytes.
 
-        From then on nothing grows or moves, and what does not fit is refused.
+        From then on nothing grows or moves, and what does not fit is refused. Layers with a window
+        of w take about 2 (w + KEPT) slots a row: a longer prompt is run in parts, or in a cache of
+        its own, from which the row is admitted.
 
         Args:
             rows: how many may be held at a time.

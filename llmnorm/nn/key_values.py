@@ -151,7 +151,8 @@ class KeyValues:
         if self.window is None or self.keys is None or not self.reserved:
             return
         used = [a - b for a, b in zip(self.lengths[:rows], self.dropped, strict=False)]
-        most = max(self._needed if n + new > 2 * self._needed else n for n in [0, *used])
+        left = [min(n, self._needed) if n + new > 2 * self._needed else n for n in used]
+        most = max(left, default=0)
         if most + new > self.keys.shape[2]:
             raise ValueError(
                 f"a pass of {new} tokens: layers with a window of {self.window} have reserved room "
