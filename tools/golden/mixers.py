@@ -155,7 +155,7 @@ def nala(vectors: Vectors) -> Iterator[Result]:
         q, k, v = (leaf(vectors[f"in/{name}"].transpose(1, 2), dtype) for name in "qkv")
         cos, sin = (vectors[f"in/{t}"][None, :, None, ::2].to(dtype) for t in ("cos", "sin"))
         context = Context(cos, sin)
-        parameters = LinearParameters(q[..., halves], k[..., halves], v, None, None)
+        parameters = LinearParameters(q[..., halves], k[..., halves], v, None, None, None)
         out = mixer.mix(parameters, context)
         out.backward(vectors["grad_out"].transpose(1, 2).to(dtype))
         pairs = [(out.transpose(1, 2), vectors["out"])]
