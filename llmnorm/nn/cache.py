@@ -6,9 +6,9 @@ recurrent layer keeps a state (recurrent_cache.py). The verbs are the same for e
 `append`, `rollback`, `admit`, `release`, `select`, and `reserve` before the first token.
 
 What the verbs promise: the last KEPT real tokens of a row can be taken back, whatever other rows
-do; a pass may take the first rows only, and the others keep what they hold; after `reserve` nothing
-grows or moves; a released row holds nothing that can reach the next one; a verb changes all layers
-or none.
+do (what a verification brought, and a rollback took away, does not use them up); a pass may take
+the first rows only, and the others keep what they hold; after `reserve` nothing grows or moves; a
+released row holds nothing that can reach the next one; a verb changes all layers or none.
 
 Invariants: the slot of a token is its position in the row (in a window: less what was dropped of
 the row's beginning); a query at position i sees the slots up to its own and nothing else. What lies

@@ -17,7 +17,7 @@ from llmnorm.nn.layer_cache import (
     lengths_after_rollback,
     rounded,
 )
-from llmnorm.nn.places import Places
+from llmnorm.nn.places import Places, on_device
 
 
 class KeyValues:
@@ -237,7 +237,7 @@ class KeyValues:
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows in this order; a row may come more than once (beam search)."""
         if self.keys is not None and self.values is not None:
-            index = torch.tensor(list(rows), device=self.keys.device, dtype=torch.long)
+            index = on_device(list(rows), self.keys.device)
             if self.reserved:
                 width = max(self._written, default=0)
                 for kept in (self.keys, self.values):

@@ -131,8 +131,7 @@ def find_places(
             f"width: must be at least {needed}, the longest row and {new} new tokens, got {width}"
         )
     dropped = {} if dropped is None else dropped
-    # One copy to the device for all numbers of the pass.
-    numbers = torch.tensor([lengths, counts, *dropped.values()], dtype=torch.long, device=device)
+    numbers = on_device([lengths, counts, *dropped.values()], device)  # one copy for all of them
     beginnings = {
         window: numbers[2 + number] if fixed or any(some) else None
         for number, (window, some) in enumerate(dropped.items())
@@ -144,3 +143,8 @@ def find_places(
     elif len(set(lengths)) == 1:
         start = lengths[0]
     return Places(lengths, counts, index, counted, start, width, real, beginnings, fixed)
+
+
+def on_device(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Numbers of the host as int64, without waiting for what the device still has to do."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)

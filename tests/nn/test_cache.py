@@ -118,9 +118,10 @@ def test_any_sequence_of_verbs_equals_plain_lists(data: st.DataObject) -> None:
                 rows[row] = rows[row][: len(rows[row]) - count]
         elif verb == "admit":
             source = RaggedCache(layers(window))
-            prompt = [float(next(fresh)) for _ in range(data.draw(st.integers(1, 70)))]
-            append(source, torch.tensor([[0.0] * len(prompt), prompt]))
-            number = cache.admit(source, 1)
+            prompt = [float(next(fresh)) for _ in range(data.draw(st.integers(0, 70)))]
+            if prompt:
+                append(source, torch.tensor([[0.0] * len(prompt), prompt]))
+            number = cache.admit(source, 1) if prompt else cache.admit()
             assert number == (min(free) if free else len(rows))
             free.discard(number)
             rows[number : number + 1], peaks[number : number + 1] = [prompt], [len(prompt)]
