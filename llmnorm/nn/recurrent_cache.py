@@ -101,6 +101,11 @@ class RecurrentCache:
         of_states = sum(2 * rows * t.nbytes for t in state)
         return of_states + sum(t.nbytes for t in (*self._kept, *self._ring))
 
+    @property
+    def state(self) -> State | None:
+        """The states of all rows, to be read only; None if there is none yet."""
+        return self._states_of(len(self.lengths))
+
     def before(self, places: Places) -> State | None:
         """The states of the pass's rows, to be read only; None if there is none yet.
 
