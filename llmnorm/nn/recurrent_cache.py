@@ -84,6 +84,7 @@ class RecurrentCache:
         self._kept: State = ()
         # (rows, RING + 1, ...): inputs; the last slot takes in padding and is not read.
         self._ring: Inputs = ()
+        self._slots: Inputs = ()  # the same memory, the rows' rings end to end
 
     def reserve(
         self, rows: int, tokens: int, padding: int, dtype: torch.dtype, device: torch.device
@@ -138,8 +139,8 @@ class RecurrentCache:
         self._take_snapshots(due, before)
         for row in self._rows[rows:]:
             row.began = None
-        for ring, fresh in zip(self._ring, inputs, strict=True):
-            ring.flatten(0, 1).index_copy_(0, slots, fresh.flatten(0, 1).to(ring.dtype))
+        for kept, fresh in zip(self._slots, inputs, strict=True):
+            kept.index_copy_(0, slots, fresh.flatten(0, 1).to(kept.dtype))
         self._before, self._states = before, state
         counts = [*places.counts, *[0] * (len(self.lengths) - rows)]
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
@@ -354,14 +355,15 @@ class RecurrentCache:
         else:
             self._states = tuple(t[PARKED, :0] for t in kept)
         self._kept, self._ring = kept, ring
+        self._slots = tuple(t.flatten(0, 1) for t in ring)
 
     def _read(self, rows: list[int], starts: list[int], counts: list[int]) -> Inputs:
         """`counts` inputs of each of the rows from token `starts` on, zeros behind them."""
         device, width = self._ring[0].device, max(counts)
         slots = as_index(starts, device)[:, None] + torch.arange(width, device=device)
         slots = (slots % RING + as_index(rows, device)[:, None] * (RING + 1)).flatten()
-        inputs = (t.flatten(0, 1).index_select(0, slots) for t in self._ring)
-        return first_inputs(tuple(t.unflatten(0, (-1, width)) for t in inputs), counts)
+        inputs = (t.index_select(0, slots).unflatten(0, (-1, width)) for t in self._slots)
+        return first_inputs(tuple(inputs), counts)
 
 
 def part(state: State | None, index: int) -> Tensor | None:
