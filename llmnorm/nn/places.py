@@ -61,6 +61,20 @@ class Places:
             return self.index
         return self._once(("slots", window), lambda: self.index - dropped[:, None])
 
+    def ring(self, size: int) -> Tensor:
+        """(rows new,), the slots of all new tokens in rings of `size` slots, one a row, end to end.
+
+        A ring is followed by a slot for padding, which is not read (recurrent_cache.py).
+        """
+
+        def make() -> Tensor:
+            slots = self.index % size
+            if self.real is not None:
+                slots = slots.masked_fill(~self.real, size)
+            return (slots + self.rows * (size + 1)).flatten()
+
+        return self._once(("ring", size), make)
+
     def mask(
         self, dtype: torch.dtype, window: int | None = None, width: int | None = None
     ) -> Tensor | None:

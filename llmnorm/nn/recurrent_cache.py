@@ -5,177 +5,365 @@ tuple of tensors (rows, new, ...). The mixer gives `advance(state, inputs, count
 that returns the state after each row's first `counts` inputs. An input of zeros leaves a state as
 it is, so the inputs behind those are set to zero.
 
-A state cannot be cut back, so a rollback is a replay: an earlier state is kept together with the
-inputs since, and those that stay are run again from it. At least the last KEPT tokens of every row
-can be rolled back, and at most about twice as many are kept, so that memory does not grow with the
-row. After `admit`, `release` and `select` nothing before them can be rolled back.
+A state cannot be cut back, so a rollback is a replay: the inputs that stay are run again from an
+earlier state. Three of those are at hand for every row:
+  - the state before the last pass, kept by reference: a rollback within that pass replays no more
+    than what stays of it;
+  - two snapshots, copied at least KEPT tokens apart; deeper rollbacks start from one of them.
+The inputs since the older snapshot stand in a ring: that of a row's token t in slot t % RING.
+Example, with passes of one token: snapshots are taken after 64, 128 and 192 tokens, so a row of
+200 tokens has those of 128 and 192, and can go back to 128. Rows are strangers: each has snapshots
+and a place in the ring of its own, and a copy of a row can go back as far as the row could.
+
+What can be rolled back: the last KEPT tokens of every row. What a pass of at most VERIFIED tokens
+brought, and a rollback has taken away again, does not use them up.
+
+Sizes: a snapshot is due KEPT tokens after the last one and is taken at the start of the next pass,
+so two are at most KEPT - 1 + VERIFIED tokens apart, and so is the end of a row from its newer one.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmnorm.nn.layer_cache import KEPT, LayerCache, check_places, lengths_after_rollback
+from llmnorm.nn.layer_cache import KEPT, PADDING, LayerCache, check_places, lengths_after_rollback
 from llmnorm.nn.places import Places
+from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.states import Inputs, State, as_index, copy_rows, first_inputs, owned, rows_of
 
-State = tuple[Tensor, ...]
-Inputs = tuple[Tensor, ...]
+VERIFIED = PADDING  # tokens of a row in the widest verification
+RING = 2 * (KEPT + VERIFIED)
+PARKED = 2  # the plane of `_kept` behind those of the two snapshots
+
 Advance = Callable[[State | None, Inputs, Tensor], State]
 
 
-class _Stage:
-    """A state, and the blocks of inputs (and how many of each row's are real) that came after."""
+class InputShape(NamedTuple):
+    """One tensor of a pass's inputs, (rows, new, *shape)."""
 
-    def __init__(self, state: State | None) -> None:
-        self.state = state
-        self.blocks: list[tuple[Inputs, Tensor]] = []
+    shape: tuple[int, ...]
+    wide: bool
+    """Whether it is float32 or wider in a model of any dtype; else it has the model's dtype."""
 
-    def width(self) -> int:
-        return sum(inputs[0].shape[1] for inputs, _ in self.blocks)
+
+@dataclass
+class _Row:
+    """Where a row can be replayed from; all in tokens of the row."""
+
+    newer: int = 0
+    """At the newer snapshot."""
+    older: int = 0
+    """At the older one; the same as `newer` if there is one snapshot only."""
+    plane: int = 0
+    """Which plane of `_kept` holds the newer snapshot; the older is in 1 - plane."""
+    began: int | None = None
+    """Where the last pass began, if the state before it is kept by reference."""
 
 
 class RecurrentCache:
-    """One recurrent layer's states."""
+    """One recurrent layer's states.
 
-    def __init__(self, advance: Advance) -> None:
-        self.advance = advance
-        self.lengths: list[int] = []
-        self.state: State | None = None
-        self._stages = [_Stage(None)]
+    `inputs`: the shapes of what the mixer appends, which `reserve` has to know beforehand.
+    """
+
+    def __init__(self, advance: Advance, inputs: Sequence[InputShape]) -> None:
+        self.advance, self.inputs = advance, tuple(inputs)
+        self.clear()
 
     def clear(self) -> None:
-        """Forget every row."""
-        self.lengths, self.state, self._stages = [], None, [_Stage(None)]
+        """Forget every row, memory included."""
+        self.lengths: list[int] = []
+        self._rows: list[_Row] = []
+        # Of the rows of the last pass: their states, and those before it.
+        self._states: State = ()
+        self._before: State = ()
+        # (3, rows, ...): two snapshots, and the states of rows that the last pass left out.
+        self._kept: State = ()
+        # (rows, RING + 1, ...): inputs; the last slot takes in padding and is not read.
+        self._ring: Inputs = ()
+        self._slots: Inputs = ()  # the same memory, the rows' rings end to end
 
     def reserve(
         self, rows: int, tokens: int, padding: int, dtype: torch.dtype, device: torch.device
     ) -> int:
-        """Refused: a recurrent layer's buffers grow as they are needed.
+        """Make every buffer for so many rows; returns their bytes and the states' of two passes.
 
-        Raises:
-            ValueError: always.
+        Nothing that is made here grows with `tokens` or `padding`. `dtype`: the model's.
         """
-        raise ValueError("reserve: layers with a recurrent state do not know its shape beforehand")
+        inputs = tuple(
+            torch.zeros(1, 1, *shape, dtype=wide_dtype(dtype) if wide else dtype, device=device)
+            for shape, wide in self.inputs
+        )
+        state = self.advance(None, inputs, as_index([0], device))
+        self._make_room(rows, inputs, state)
+        of_states = sum(2 * rows * t.nbytes for t in state)
+        return of_states + sum(t.nbytes for t in (*self._kept, *self._ring))
+
+    @property
+    def state(self) -> State | None:
+        """The states of all rows, to be read only; None if there is none yet."""
+        return self._states_of(len(self.lengths))
 
     def before(self, places: Places) -> State | None:
-        """The state of a pass's rows before it."""
-        return None if self.state is None else tuple(t[: len(places.lengths)] for t in self.state)
+        """The states of the pass's rows, to be read only; None if there is none yet.
+
+        A rollback may start from these very tensors.
+        """
+        return self._states_of(len(places.lengths))
 
     def append(self, inputs: Inputs, state: State, places: Places) -> None:
-        """Take in a pass: its inputs, and the state after them, which the mixer has computed.
+        """Take in a pass of the first rows: its inputs, and the state that the mixer has computed.
+
+        The state is kept by reference (the inputs are not), so nobody may write to it later.
 
         Raises:
             ValueError: the places are for rows of other lengths (`check_places`).
         """
         check_places(self, places)
-        inputs, rest = tuple(t.detach() for t in inputs), len(self.lengths) - len(places.lengths)
-        if rest:  # rows behind those of the pass, which get no token
-            inputs = tuple(torch.cat((t, t.new_zeros(rest, *t.shape[1:]))) for t in inputs)
-            after = self.state or tuple(t.new_zeros(len(t) + rest, *t.shape[1:]) for t in state)
-            state = tuple(torch.cat((t, a[len(t) :])) for t, a in zip(state, after, strict=True))
-        new, counts = inputs[0].shape[1], _counts([*places.counts, *[0] * rest], inputs[0])
-        if new > 2 * KEPT:
-            passed = (counts - KEPT).clamp(min=0)
-            start = self.advance(self.state, _take(inputs, 0 * passed, passed, new), passed)
-            self._stages = [_Stage(start)]
-            inputs, counts = _take(inputs, passed, counts - passed, KEPT), counts - passed
-        elif self._stages[-1].width() >= KEPT:
-            self._stages = [self._stages[-1], _Stage(self.state)]
-        self._stages[-1].blocks.append((inputs, counts))
-        self.state = tuple(t.detach() for t in state)
-        counted = [*places.counts, *[0] * rest]
-        self.lengths = [a + b for a, b in zip(self.lengths, counted, strict=True)]
+        inputs, state, rows = tuple(t.detach() for t in inputs), owned(state), len(places.lengths)
+        self._make_room(len(self.lengths), inputs, state)
+        before = self._states_of(rows)
+        assert before is not None, "there is room for it"
+        if inputs[0].shape[1] <= KEPT:
+            slots = places.ring(RING)
+        else:
+            inputs, before, slots = self._end_of_pass(inputs, before, places)
+        due = [
+            row
+            for row, (start, count) in enumerate(zip(places.lengths, places.counts, strict=True))
+            if self._due(row, start, count)
+        ]
+        self._take_snapshots(due, before)
+        for row in self._rows[rows:]:
+            row.began = None
+        for kept, fresh in zip(self._slots, inputs, strict=True):
+            kept.index_copy_(0, slots, fresh.flatten(0, 1).to(kept.dtype))
+        self._before, self._states = before, state
+        counts = [*places.counts, *[0] * (len(self.lengths) - rows)]
+        self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
+
+    def _end_of_pass(
+        self, inputs: Inputs, before: State, places: Places
+    ) -> tuple[Inputs, State, Tensor]:
+        """Of a pass of many tokens: each row's last KEPT inputs, the state before those, and slots.
+
+        The inputs before them can no longer be rolled back, and are not kept.
+        """
+        device, new = before[0].device, inputs[0].shape[1]
+        passed = [max(0, count - KEPT) for count in places.counts]
+        if any(passed):
+            with torch.no_grad():
+                first = first_inputs(inputs, passed)
+                before = self.advance(before, first, as_index(passed, device))
+        rings = places.rows * (RING + 1)
+        if places.start is not None:
+            inputs = tuple(t[:, -KEPT:] for t in inputs)
+            return inputs, before, (rings + places.index[:, -KEPT:] % RING).flatten()
+        columns = as_index(passed, device)[:, None] + torch.arange(KEPT, device=device)
+        padding = columns >= places.counted[:, None]
+        columns = columns.clamp(max=new - 1)
+        slots = (places.index.gather(1, columns) % RING).masked_fill(padding, RING)
+        inputs = tuple(t[places.rows, columns] for t in inputs)
+        return inputs, before, (rings + slots).flatten()
+
+    def _due(self, number: int, start: int, count: int) -> bool:
+        """Whether a row's state at the start of a pass becomes its newer snapshot; notes it.
+
+        Of a pass of more than KEPT tokens the start is that of the last KEPT. A pass of more than
+        VERIFIED is no verification, and may need its snapshot earlier for the ring's sake: only its
+        end has to be KEPT tokens behind the older one.
+        """
+        row = self._rows[number]
+        if count > KEPT:
+            row.newer = row.older = row.began = start + count - KEPT
+            return True
+        row.began = start
+        since = start - row.newer + (count if count > VERIFIED else 0)
+        if since < KEPT or row.newer == start:
+            return False
+        row.older, row.newer, row.plane = row.newer, start, 1 - row.plane
+        return True
+
+    def _take_snapshots(self, rows: list[int], state: State) -> None:
+        if not rows:
+            return
+        index = as_index(rows, state[0].device)
+        planes = as_index([self._rows[row].plane for row in rows], state[0].device)
+        for kept, now in zip(self._kept, state, strict=True):
+            kept[planes, index] = now.index_select(0, index)
 
     def check_rollback(self, counts: Sequence[int]) -> None:
-        """Refuse more tokens than a row has, or than are kept.
-
-        Raises:
-            ValueError: says which.
-        """
-        lengths_after_rollback(self.lengths, counts)
-        kept = [0] * len(self.lengths)
-        for _, real in (block for stage in self._stages for block in stage.blocks):
-            kept = [a + b for a, b in zip(kept, real.tolist(), strict=True)]
-        if any(count > have for count, have in zip(counts, kept, strict=False)):
-            raise ValueError(
-                f"rollback of {list(counts)} tokens: of recurrent layers the last {kept} "
-                "tokens of the rows are kept"
-            )
-
-    def rollback(self, counts: Sequence[int]) -> None:
-        """Drop each row's last tokens: the accepted inputs are replayed from the kept state.
+        """Refuse a rollback that cannot be done; changes nothing.
 
         Raises:
             ValueError: more tokens than a row has, or than are kept.
         """
-        self.check_rollback(counts)
         lengths = lengths_after_rollback(self.lengths, counts)
-        counts = [a - b for a, b in zip(self.lengths, lengths, strict=True)]
-        if not any(counts):
-            return
-        blocks = [block for stage in self._stages for block in stage.blocks]
-        assert self.state is not None, "rows without a token were refused above"
-        kept = _counts([0] * len(counts), self.state[0])
-        for _, real in blocks:
-            kept = kept + real
-        inputs = tuple(torch.cat(parts, 1) for parts in zip(*(b for b, _ in blocks), strict=True))
-        real = torch.cat([_mask(n, b[0].shape[1]) for b, n in blocks], 1)
-        order = (~real).long().argsort(dim=1, stable=True)
-        rows = torch.arange(len(order), device=order.device)[:, None]
-        inputs = tuple(t[rows, order] for t in inputs)
-        accepted = kept - _counts(counts, kept)
-        inputs = _take(inputs, 0 * accepted, accepted, max(1, int(accepted.max())))
-        start = self._stages[0].state
-        state, now = self.advance(start, inputs, accepted), self.state
-        changed = _counts(counts, now[0]) > 0
-        self.state = tuple(
-            torch.where(changed.view(-1, *[1] * (new.ndim - 1)), new, old)
-            for new, old in zip(state, now, strict=True)
-        )
-        self._stages = [_Stage(start)]
-        self._stages[0].blocks.append((inputs, accepted))
-        self.lengths = lengths
+        if any(length < row.older for length, row in zip(lengths, self._rows, strict=True)):
+            kept = [a - row.older for a, row in zip(self.lengths, self._rows, strict=True)]
+            raise ValueError(
+                f"rollback of {list(counts)} tokens: of recurrent layers the last {kept} tokens of "
+                "the rows are kept"
+            )
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Drop the last tokens of the first rows: those that stay are replayed.
+
+        Raises:
+            ValueError: more tokens than a row has, or than are kept; nothing is changed.
+        """
+        self.check_rollback(counts)
+        self.lengths = lengths_after_rollback(self.lengths, counts)
+        near, far = [], []
+        for number, count in enumerate(counts):
+            if not count:
+                continue
+            row, length = self._rows[number], self.lengths[number]
+            if row.began is not None and length >= row.began:
+                near.append(number)
+                continue
+            row.began = None
+            if length < row.newer:
+                row.newer, row.plane = row.older, 1 - row.plane
+            far.append(number)
+        if near:
+            last = len(self._before[0])
+            # If most rows change, it is cheaper to run all of them than to pick those out.
+            rows = list(range(last)) if 2 * len(near) > last else near
+            began = {n: self._rows[n].began or 0 for n in near}
+            starts = [began.get(n, self.lengths[n]) for n in rows]
+            self._replay(near, rows, starts, rows_of(self._before, rows))
+        if far:
+            device = self._kept[0].device
+            planes = as_index([self._rows[n].plane for n in far], device)
+            start = tuple(t[planes, as_index(far, device)] for t in self._kept)
+            self._replay(far, far, [self._rows[n].newer for n in far], start)
+
+    def _replay(self, changed: list[int], rows: list[int], starts: list[int], state: State) -> None:
+        """Run the rows' tokens from `starts` on again; `state` is that before them.
+
+        Those rows that have changed get the state after them.
+        """
+        counts = [self.lengths[row] - start for row, start in zip(rows, starts, strict=True)]
+        if max(counts):
+            with torch.no_grad():
+                inputs = self._read(rows, starts, counts)
+                state = self.advance(state, inputs, as_index(counts, state[0].device))
+        self._put(changed, rows, state)
 
     def admit(self, row: int, source: LayerCache | None, source_row: int) -> None:
-        """Start `row`, a released or the next new one: empty, or as a copy of a source's row."""
+        """Start `row`, a released or the next new one: empty, or as a copy of a source's row.
+
+        The copy can be rolled back as far as the source's row can.
+        """
         if row == len(self.lengths):
             self.lengths.append(0)
+            self._rows.append(_Row())
         assert self.lengths[row] == 0, "a row is admitted to a free slot"
-        length, state = 0, None
-        if source is not None:
-            assert isinstance(source, RecurrentCache)
-            length, state = source.lengths[source_row], source.state
-        like = self.state if self.state is not None else state
-        if like is None:
+        if source is None or not source.lengths[source_row]:
+            self._empty(row)
             return
-        rows = tuple(t.new_zeros(len(self.lengths), *t.shape[1:]) for t in like)
-        for kept, old in zip(rows, self.state or (), strict=False):
-            kept[: len(old)] = old
-        if length and state is not None:
-            for kept, fresh in zip(rows, state, strict=True):
-                kept[row] = fresh[source_row]
-        self.lengths[row] = length
-        self._begin(rows)
+        assert isinstance(source, RecurrentCache)
+        self._make_room(len(self.lengths), source._ring, source._states)
+        state = rows_of(source._states_of(len(source.lengths)) or (), [source_row])
+        for kept, theirs in zip(self._kept, source._kept, strict=True):
+            kept[:PARKED, row] = theirs[:PARKED, source_row]
+        for ring, inputs in zip(self._ring, source._ring, strict=True):
+            ring[row] = inputs[source_row]
+        self._put([row], [row], state)
+        self._rows[row] = replace(source._rows[source_row], began=None)
+        self.lengths[row] = source.lengths[source_row]
 
     def release(self, row: int) -> None:
-        """Empty a row."""
+        """Empty a row: what it held cannot reach the next sequence."""
         self.lengths[row] = 0
-        if self.state is not None:
-            state = tuple(t.clone() for t in self.state)
-            for kept in state:
-                kept[row] = 0
-            self._begin(state)
+        self._empty(row)
+
+    def _empty(self, row: int) -> None:
+        self._rows[row] = _Row()
+        if self._kept:
+            self._make_room(len(self.lengths), self._ring, self._states)
+            for kept in self._kept:
+                kept[:PARKED, row] = 0
+            self._put([row], [row], tuple(t.new_zeros(1, *t.shape[1:]) for t in self._states))
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows in this order; a row may come more than once (beam search)."""
+        rows, states = list(rows), self._states_of(len(self.lengths))
         self.lengths = [self.lengths[row] for row in rows]
-        if self.state is not None:
-            index = torch.tensor(list(rows), device=self.state[0].device, dtype=torch.long)
-            self._begin(tuple(t.index_select(0, index) for t in self.state))
+        self._rows = [replace(self._rows[row]) for row in rows]
+        # Rows behind those of the last pass have no state before it, and begin nowhere in it.
+        last = len(self._before[0]) - 1 if self._before else 0
+        self._before = rows_of(self._before, [min(row, last) for row in rows])
+        if states is None or rows == list(range(len(rows))):
+            self._states_of(len(rows))
+            return
+        self._make_room(len(rows), self._ring, states)
+        self._states = rows_of(states, rows)
+        moved = [row for row, old in enumerate(rows) if row != old]
+        index = as_index(moved, states[0].device)
+        old = as_index([rows[row] for row in moved], states[0].device)
+        for kept in self._kept:
+            kept[:PARKED, index] = kept[:PARKED, old]
+        for ring in self._ring:
+            ring[index] = ring[old]
 
-    def _begin(self, state: State) -> None:
-        self.state, self._stages = state, [_Stage(state)]
+    def _states_of(self, rows: int) -> State | None:
+        """The first rows' states as one tensor each, which they become if they are not yet."""
+        if not self._kept:
+            return None
+        have = len(self._states[0])
+        if rows < have:
+            for kept, state in zip(self._kept, self._states, strict=True):
+                kept[PARKED, rows:have] = state[rows:]
+            self._states = tuple(t[:rows].clone() for t in self._states)
+        elif rows > have:
+            self._states = tuple(
+                torch.cat((state, kept[PARKED, have:rows]))
+                for state, kept in zip(self._states, self._kept, strict=True)
+            )
+        return self._states
+
+    def _put(self, changed: list[int], rows: list[int], fresh: State) -> None:
+        """Change the states of some rows to what `fresh` (rows, ...) has for them."""
+        states = self._states_of(max(len(self._states[0]), rows[-1] + 1)) or ()
+        others = [row for row in rows if row not in changed]
+        if rows == list(range(len(states[0]))):
+            # A copy where nothing was run: the state before the pass must stay as it is.
+            same = self._before and fresh[0].data_ptr() == self._before[0].data_ptr()
+            self._states = tuple(t.clone() for t in fresh) if same else owned(fresh)
+            copy_rows(states, others, self._states, others)
+        else:
+            copy_rows(fresh, [rows.index(row) for row in changed], states, changed)
+
+    def _make_room(self, rows: int, inputs: Inputs, state: State) -> None:
+        """Buffers for so many rows, shaped as inputs (.., .., ...) and state (.., ...)."""
+        have = self._ring[0].shape[0] if self._ring else 0
+        if rows <= have:
+            return
+        with torch.inference_mode(False):
+            kept = tuple(t.new_zeros(3, rows, *t.shape[1:]) for t in state)
+            ring = tuple(t.new_zeros(rows, RING + 1, *t.shape[2:]) for t in inputs)
+        if have:
+            for larger, smaller in zip(kept, self._kept, strict=True):
+                larger[:, :have] = smaller
+            for larger, smaller in zip(ring, self._ring, strict=True):
+                larger[:have] = smaller
+        else:
+            self._states = tuple(t[PARKED, :0] for t in kept)
+        self._kept, self._ring = kept, ring
+        self._slots = tuple(t.flatten(0, 1) for t in ring)
+
+    def _read(self, rows: list[int], starts: list[int], counts: list[int]) -> Inputs:
+        """`counts` inputs of each of the rows from token `starts` on, zeros behind them."""
+        device, width = self._ring[0].device, max(counts)
+        slots = as_index(starts, device)[:, None] + torch.arange(width, device=device)
+        slots = (slots % RING + as_index(rows, device)[:, None] * (RING + 1)).flatten()
+        inputs = (t.index_select(0, slots).unflatten(0, (-1, width)) for t in self._slots)
+        return first_inputs(tuple(inputs), counts)
 
 
 def part(state: State | None, index: int) -> Tensor | None:
@@ -191,24 +379,6 @@ def last_inputs(window: Tensor | None, inputs: Tensor, counts: Tensor, width: in
     """
     if window is None:
         window = inputs.new_zeros(len(inputs), width, *inputs.shape[2:])
-    return _take((torch.cat((window, inputs), 1),), counts, 0 * counts + width, width)[0]
-
-
-def _take(inputs: Inputs, start: Tensor, counts: Tensor, width: int) -> Inputs:
-    """`counts` inputs of every row from `start` on, as (rows, width, ...), zeros behind them."""
-    device = inputs[0].device
-    index = start.to(device)[:, None] + torch.arange(width, device=device)
-    index = index.clamp(max=inputs[0].shape[1] - 1)
-    rows = torch.arange(len(index), device=device)[:, None]
-    empty = ~_mask(counts.to(device), width)
-    return tuple(
-        t[rows, index].masked_fill(empty.view(*empty.shape, *[1] * (t.ndim - 2)), 0) for t in inputs
-    )
-
-
-def _mask(counts: Tensor, width: int) -> Tensor:
-    return torch.arange(width, device=counts.device) < counts[:, None]
-
-
-def _counts(counts: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(list(counts), dtype=torch.long, device=like.device)
+    both = torch.cat((window, inputs), 1)
+    index = counts.to(both.device)[:, None] + torch.arange(width, device=both.device)
+    return both[torch.arange(len(both), device=both.device)[:, None], index]

@@ -18,6 +18,7 @@ from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
 from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.mixers.settings import HydraSettings
 from llmnorm.nn.mixers.settings import Mixer as MixerPart
+from llmnorm.nn.recurrent_cache import RecurrentCache
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.nn.visibility import Cached, Masked, Packed
 from llmnorm.nn.visibility import packed as packed_rows
@@ -402,15 +403,26 @@ def test_the_state_is_of_constant_size_and_goes_back_at_least_64_tokens(
         cache.rollback([400, 0, 0])
 
 
-def held(layer: Any) -> int:
-    """Bytes of a layer's tensors, each counted once."""
-    if isinstance(layer, KeyValues):
-        tensors = [layer.keys, layer.values]
-    else:
-        tensors = list(layer.state)
-        for stage in layer._stages:
-            tensors += [*(stage.state or ()), *(t for inputs, _ in stage.blocks for t in inputs)]
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+def held(value: Any) -> int:
+    """Bytes of all tensors that an object holds, each storage counted once and whole."""
+    return sum(
+        {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(value)
+        }.values()
+    )
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Those in a layer's attributes, in whatever tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, (KeyValues, RecurrentCache, RaggedCache)):
+        yield from tensors(list(vars(value).values()))
 
 
 @every(MIXERS)

@@ -1,4 +1,4 @@
-"""Many small attempts to break a command, and the judgement of each.
+"""Many small attempts to break a command (or a script of ours), and the judgement of each.
 
     python tools/campaigns/settings.py --trials 300 --seed 7 [--out FILE]
 
@@ -64,13 +64,14 @@ class Trial:
 
     Attributes:
         what: the mutation, for people.
-        words: after `llmnorm`.
+        words: after `llmnorm`, or after the script.
         folder: where the command runs; removed after the trial.
         names: texts of which every line of a refusal holds one: files, keys, option names.
         codes: allowed exit codes.
         check: what was lost or is wrong, given the result; empty for nothing.
         environment: variables beside those of this process.
         times: how many times the usual limit it may take.
+        script: a module with a `main(words)` that returns the exit code, run in place of `llmnorm`.
     """
 
     what: str
@@ -81,6 +82,7 @@ class Trial:
     check: Callable[[Result], list[str]] = lambda _: []
     environment: dict[str, str] = field(default_factory=dict)
     times: float = 1.0
+    script: str | None = None
 
 
 def command(
@@ -90,12 +92,16 @@ def command(
     real: bool = False,
     environment: dict[str, str] | None = None,
     seconds: float = SECONDS,
+    script: str | None = None,
 ) -> Result:
-    """Run `llmnorm WORDS` in `folder`, as a fork of this process or as a real command."""
+    """Run `llmnorm WORDS` in `folder`, as a fork of this process or as a real command.
+
+    With a `script`, that is run instead (Trial).
+    """
     log = Path(tempfile.mkdtemp(prefix="trial-"))
     baseline = 0 if real else _resident()
     with (log / "out").open("wb") as out, (log / "err").open("wb") as err:
-        child = start(words, folder, out, err, real=real, environment=environment)
+        child = start(words, folder, out, err, real=real, environment=environment, script=script)
     status, usage, hung = _wait(child, seconds)
     taken = usage.ru_utime + usage.ru_stime
     printed, errors = (
@@ -114,11 +120,12 @@ def start(
     *,
     real: bool,
     environment: dict[str, str] | None = None,
+    script: str | None = None,
 ) -> int:
     """Begin `llmnorm WORDS` in `folder`, in a session of its own; the process' number."""
     if real:
         return subprocess.Popen(
-            [sys.executable, "-m", "llmnorm", *words],
+            [sys.executable, "-m", script or "llmnorm", *words],
             cwd=folder,
             env={**os.environ, **(environment or {})},
             stdin=subprocess.DEVNULL,
@@ -129,7 +136,8 @@ def start(
         ).pid
     child = os.fork()
     if child == 0:
-        _run_and_exit(words, folder, environment or {}, out.fileno(), err.fileno())
+        module = script or "llmnorm.cli"
+        _run_and_exit(module, words, folder, environment or {}, out.fileno(), err.fileno())
     return child
 
 
@@ -139,7 +147,7 @@ def _hear_hangups() -> None:
 
 
 def _run_and_exit(
-    words: list[str], folder: Path, environment: dict[str, str], out: int, err: int
+    module: str, words: list[str], folder: Path, environment: dict[str, str], out: int, err: int
 ) -> None:
     code = 1
     try:
@@ -153,9 +161,7 @@ def _run_and_exit(
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
         sys.path[:] = ["", *sys.path]
-        from llmnorm.cli import main
-
-        code = main(words)
+        code = importlib.import_module(module).main(words)
         sys.stdout.flush()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -276,9 +282,11 @@ def _one(
             real=real,
             environment=trial.environment,
             seconds=seconds * trial.times,
+            script=trial.script,
         )
         if show:
-            print(f"{trial.what}\n$ llmnorm {' '.join(trial.words)}\n{result.out}{result.err}")
+            name = f"python -m {trial.script}" if trial.script else "llmnorm"
+            print(f"{trial.what}\n$ {name} {' '.join(trial.words)}\n{result.out}{result.err}")
         return {
             "seed": seed,
             "number": number,

@@ -15,8 +15,9 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llmnorm.nn.cache import LayerCache
+from llmnorm.nn.layer_cache import LayerCache
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.places import Places
 from llmnorm.nn.visibility import Cached, Masked, Packed, Plain, Visibility
 from llmnorm.part import InputError
 
@@ -34,7 +35,7 @@ class Context:
     sin: Tensor
     """The same for the sine."""
     visibility: Visibility = Plain()
-    """Who may look at whom. The three properties below are read from it, for the mixers that treat
+    """Who may look at whom. The properties below are read from it, for the mixers that treat
     several kinds alike."""
     matrices: list[Tensor] | None = None
     """Where every mixer's forward pass appends its matrix, by which it then mixes, if that is asked
@@ -49,6 +50,12 @@ class Context:
             case Cached(places=places):
                 return places.real
         return None
+
+    @property
+    def places(self) -> Places:
+        """Where the new tokens go; there is a cache if this is asked."""
+        assert isinstance(self.visibility, Cached)
+        return self.visibility.places
 
     @property
     def segments(self) -> Tensor | None:

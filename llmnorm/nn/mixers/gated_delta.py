@@ -47,7 +47,7 @@ from llmnorm.nn.mixers.steps import (
 )
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
+from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
 from llmnorm.nn.visibility import Cached, visible_pairs
 
 CHUNK = 64
@@ -112,7 +112,16 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
 
     def new_cache(self) -> RecurrentCache:
         """The state and the convolution's last inputs."""
-        return RecurrentCache(self.advance)
+        keys, values = (self.key_heads, self.key_dim), (self.value_heads, self.value_dim)
+        each = InputShape((self.value_heads,), wide=True)
+        inputs = (
+            InputShape((sum(self.widths),), wide=False),
+            InputShape(keys, wide=True),
+            InputShape(values, wide=False),
+            each,
+            each,
+        )
+        return RecurrentCache(self.advance, inputs)
 
     def prepare(
         self, x: Tensor, context: Context, cache: RecurrentCache | None = None
@@ -135,7 +144,7 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
             padding = ~context.real[..., None]
             b, log_decay = b.masked_fill(padding, 0), log_decay.masked_fill(padding, 0)
             convolved = convolved.masked_fill(padding, 0)
-        before = None if cache is None else part(cache.state, 1)
+        before = None if cache is None else part(cache.before(context.places), 1)
         mixed, window = self.conv1d.in_pass(convolved, context, before)
         mixed = F.silu(mixed)
         if takes_step(x, context):  # of q and k at once
@@ -153,7 +162,7 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
     ) -> Tensor:
         """The recurrence."""
         p = parameters
-        kept = None if cache is None else cache.state
+        kept = None if cache is None else cache.before(context.places)
         if takes_step(p.v, context):
             y, state = delta_step(p.q, p.k, p.v, p.b, p.log_decay, part(kept, 0))
         else:

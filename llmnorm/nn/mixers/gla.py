@@ -32,7 +32,7 @@ from llmnorm.nn.mixers.steps import (
 )
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
+from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
 from llmnorm.nn.visibility import Cached, visible_pairs
 
 CHUNK = 16
@@ -81,7 +81,9 @@ class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
 
     def new_cache(self) -> RecurrentCache:
         """The state."""
-        return RecurrentCache(self.advance)
+        keys, values = (self.heads, self.key_dim), (self.heads, self.value_dim)
+        inputs = InputShape(keys, wide=False), InputShape(values, wide=False)
+        return RecurrentCache(self.advance, (*inputs, InputShape(keys, wide=True)))
 
     def prepare(
         self, x: Tensor, context: Context, cache: RecurrentCache | None = None
@@ -102,7 +104,7 @@ class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
     ) -> Tensor:
         """The recurrence."""
         q, k, v, log_gate, _ = parameters
-        kept = None if cache is None else cache.state
+        kept = None if cache is None else cache.before(context.places)
         if takes_step(v, context):
             y, state = channel_step(q, k, v, log_gate, part(kept, 0))
         else:

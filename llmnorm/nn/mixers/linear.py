@@ -34,7 +34,7 @@ from llmnorm.nn.mixers.steps import is_few, takes_step
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
+from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
 from llmnorm.nn.visibility import Cached, visible_pairs, visible_tokens
 
 
@@ -123,7 +123,9 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         """S, Z and the convolution's last inputs; refused where it looks at later tokens."""
         if not self.causal:
             return super().new_cache()
-        return RecurrentCache(self.advance)
+        keys = InputShape((self.kv_heads, self.feature_dim), wide=True)
+        values = InputShape((self.kv_heads, self.head_dim), wide=False)
+        return RecurrentCache(self.advance, (keys, keys, values))
 
     def prepare(
         self, x: Tensor, context: Context, cache: RecurrentCache | None = None
@@ -136,7 +138,7 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
             v = v.masked_fill(~context.real[..., None], 0)
         local, window = None, None
         if self.conv1d is not None:
-            before = None if cache is None else part(cache.state, 2)
+            before = None if cache is None else part(cache.before(context.places), 2)
             local, window = self.conv1d.in_pass(v, context, before)
             local = local.view(shape)
         return LinearParameters(q.view(shape), k.view(shape), v.view(shape), local, gate, window)
@@ -167,7 +169,7 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         if takes_step(p.v, context):
             assert cache is not None
             return self._mix_step(p, context, cache)
-        kept = None if cache is None else cache.state
+        kept = None if cache is None else cache.before(context.places)
         wide = wide_dtype(p.v.dtype)
         shape = len(p.v), self.kv_heads, self.feature_dim
         states = kept or tuple(p.v.new_zeros(*shape, n, dtype=wide) for n in (self.head_dim, 1))
@@ -187,7 +189,7 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         """`mix` for few tokens behind the cache (steps.py)."""
         assert isinstance(context.visibility, Cached)
         places, wide, heads = context.visibility.places, wide_dtype(p.v.dtype), self.heads
-        kept, v = cache.state, p.v.to(wide)
+        kept, v = cache.before(context.places), p.v.to(wide)
         with without_autocast(v.device.type):
             made = self.step_features(p.q.to(wide), p.k.to(wide))
             if context.real is not None:

@@ -32,7 +32,7 @@ from llmnorm.nn.mixers.linear_recurrence import (
 from llmnorm.nn.mixers.steps import is_few, takes_step
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
+from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
 from llmnorm.nn.visibility import Cached, visible_pairs
 
 
@@ -114,7 +114,14 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
 
     def new_cache(self) -> RecurrentCache:
         """The state and the convolution's last inputs."""
-        return RecurrentCache(self.advance)
+        keys, values = (self.groups, self.state_size), (self.heads, self.head_dim)
+        inputs = (
+            InputShape((len(self.conv1d.weight),), wide=False),
+            InputShape(keys, wide=False),
+            InputShape(values, wide=True),
+            InputShape((self.heads,), wide=True),
+        )
+        return RecurrentCache(self.advance, inputs)
 
     def prepare(
         self, x: Tensor, context: Context, cache: RecurrentCache | None = None
@@ -124,7 +131,7 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
         dt = time_steps(dt, self.dt_bias, self.dt_limit, context.real)
         if context.real is not None:
             convolved = convolved.masked_fill(~context.real[..., None], 0)
-        before = None if cache is None else part(cache.state, 1)
+        before = None if cache is None else part(cache.before(context.places), 1)
         mixed, window = self.conv1d.in_pass(convolved, context, before)
         mixed = F.silu(mixed)
         both = self.groups * self.state_size
@@ -139,7 +146,7 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
     ) -> Tensor:
         """The recurrence, and D x."""
         p = parameters
-        kept = None if cache is None else cache.state
+        kept = None if cache is None else cache.before(context.places)
         written = p.v * p.dt[..., None]
         if takes_step(p.v, context):
             y, state = recurrence_step(p.C, p.B, written, p.log_decay, part(kept, 0))

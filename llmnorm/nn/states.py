@@ -1,0 +1,52 @@
+"""Rows of what a recurrent layer carries: states (rows, ...) and inputs (rows, new, ...)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+Inputs = tuple[Tensor, ...]
+
+
+def first_inputs(inputs: Inputs, counts: list[int]) -> Inputs:
+    """The first `counts` inputs of every row, (rows, largest count, ...), zeros behind them."""
+    width = max(counts)
+    inputs = tuple(t[:, :width] for t in inputs)
+    if min(counts) == width:
+        return inputs
+    device = inputs[0].device
+    empty = torch.arange(width, device=device) >= as_index(counts, device)[:, None]
+    return tuple(t.masked_fill(empty.view(*empty.shape, *[1] * (t.ndim - 2)), 0) for t in inputs)
+
+
+def rows_of(state: State, rows: list[int]) -> State:
+    """These rows of a state: the state itself if they are all of its rows."""
+    if not state or rows == list(range(len(state[0]))):
+        return state
+    index = as_index(rows, state[0].device)
+    return tuple(t.index_select(0, index) for t in state)
+
+
+def copy_rows(source: State, rows: list[int], target: State, places: list[int]) -> None:
+    """Write rows of the source to those places of the target."""
+    if not rows:
+        return
+    index = as_index(places, target[0].device)
+    # torch refuses writes outside of inference mode to what was made inside.
+    with torch.inference_mode(target[0].is_inference()):
+        for old, new in zip(rows_of(source, rows), target, strict=True):
+            new.index_copy_(0, index, old.to(new))
+
+
+def owned(state: State) -> State:
+    """Without gradient, and not as a view, which would keep alive all that it is a view of."""
+    return tuple(
+        t.detach() if t.untyped_storage().nbytes() <= t.nbytes else t.detach().clone()
+        for t in state
+    )
+
+
+def as_index(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers from the host as a tensor that can index one."""
+    return torch.tensor(list(numbers), dtype=torch.long, device=device)
