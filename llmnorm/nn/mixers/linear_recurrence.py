@@ -119,12 +119,13 @@ def _one_token(
     else:
         left = log_decay.to(state.dtype).exp().view(batch, groups, -1, 1, 1)
         after = (by_group * left).addcmul_(key, value)
+    after = after.view(-1, *after.shape[3:])
     q = q.to(state.dtype).view(batch, groups, -1, q.shape[3])
-    if after.shape[2] > 1:  # every head of values is read by its group's query
-        q = q.expand(-1, -1, after.shape[2], -1).unsqueeze(3)
-    else:
-        after = after.squeeze(2)
-    return (q @ after).view(batch, -1, width), after.view_as(state)
+    writers = v.shape[2] // groups
+    if writers > 1:  # every head of values is read by its group's query
+        q = q.expand(-1, -1, writers, -1)
+    y = torch.bmm(q.reshape(len(after), -1, q.shape[3]), after)
+    return y.view(batch, -1, width), after.view_as(state)
 
 
 def _few_tokens(

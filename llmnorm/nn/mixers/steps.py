@@ -14,8 +14,8 @@ so keep their bits. Nothing in a step depends on a value, so torch.jit.trace can
 import torch
 from torch import Tensor
 
-from llmnorm.nn.cache import Places
 from llmnorm.nn.mixers.contract import Context
+from llmnorm.nn.places import Places
 from llmnorm.nn.visibility import Cached
 
 MOST = 17  # tokens: 16 drafted ones and the one before them, the widest verification
@@ -32,11 +32,9 @@ def takes_step(x: Tensor, context: Context) -> bool:
     return cached and is_few(x) and not torch.is_grad_enabled()
 
 
-def counts_of(places: Places, like: Tensor) -> Tensor | None:
-    """Real new tokens of each row on the device of `like`; None: all are real."""
-    if places.real is None:
-        return None
-    return torch.as_tensor(places.counts, device=like.device)
+def counts_of(places: Places) -> Tensor | None:
+    """(rows,) real new tokens of each row, on the device; None: all are real."""
+    return None if places.real is None else places.counted
 
 
 def heads_in_front(x: Tensor) -> Tensor:
