@@ -75,7 +75,7 @@ class ShortConvolution(nn.Module):
         """`forward` behind `window`, and the next window if the rows have a cache, else None."""
         if not isinstance(context.visibility, Cached):
             return self(x, context.segments, window), None
-        counts = counts_of(context.visibility.places, x)
+        counts = counts_of(context.visibility.places)
         if takes_step(x, context):
             y, around = self.step(x, window)
             if counts is None:

@@ -33,9 +33,9 @@ from llmnorm.nn.mixers.linear_recurrence import (
     linear_recurrence,
     merged_state,
     parts,
-    recurrence_step,
     state_by_head,
 )
+from llmnorm.nn.mixers.linear_step import recurrence_step, state_step
 from llmnorm.nn.recurrent_cache import part
 
 # (q, k, cos, sin, real) -> phi(q), phi(k), phi'(q), phi'(k); `real` is False for padding.
@@ -96,12 +96,27 @@ def sums_step(
         states: both states before the first token; None: zeros.
     """
     numerator, state = recurrence_step(turned_q, turned_k, v, None, part(states, 0))
-    sums = k if k.shape[1] == 1 else k.cumsum(1)
+    if k.shape[1] == 1:
+        keys = k.view(k.shape[0], k.shape[2], -1, 1)
+        keys = keys if states is None else keys + states[1]
+        readers = q.reshape(-1, q.shape[2] // k.shape[2], q.shape[3])
+        total = torch.bmm(readers, keys.flatten(0, 1))
+        return numerator, total.view(*q.shape[:3], 1), state, keys
+    sums = k.cumsum(1)
     if states is not None:
         sums = sums + states[1].squeeze(3).unsqueeze(1)
     apart = q.unflatten(2, (k.shape[2], -1))
     normaliser = (apart * sums.unsqueeze(3)).sum(-1, keepdim=True).flatten(2, 3)
     return numerator, normaliser, state, sums[:, -1, :, :, None]
+
+
+def states_step(
+    k: Tensor, turned_k: Tensor, v: Tensor, states: tuple[Tensor, ...] | None
+) -> tuple[Tensor, Tensor]:
+    """The states of `sums_step` alone, as a replay wants them (recurrent_cache.py)."""
+    keys = k.sum(1).unsqueeze(3)
+    keys = keys if states is None else keys + states[1]
+    return state_step(turned_k, v, None, part(states, 0)), keys
 
 
 def sums_at_once(

@@ -2,10 +2,10 @@
 
 A chunk's machinery (autograd's wrappers, blocks, documents) costs more than the arithmetic of one
 token. So beside its chunked form each recurrence has a step form: plain operators, no gradients, no
-documents, one masked (new, new) block and one update of the state. They are `recurrence_step`
-(linear_recurrence.py), `sums_step` (normalised_sums.py), `channel_step` (gla.py), `delta_step`
-(gated_delta.py) and `ShortConvolution.step`. The two forms differ by rounding only: to 1e-12 in
-float64 (tests/nn/test_steps.py).
+documents, one masked (new, new) block and one update of the state: `recurrence_step`
+(linear_step.py), `sums_step` (normalised_sums.py), `channel_step` (gla.py), `delta_step`
+(gated_delta.py) and `ShortConvolution.step`. A replay wants the state alone, and has a function of
+its own beside each. Both forms differ by rounding only: 1e-12 in float64 (tests/nn/test_steps.py).
 
 Only passes with a cache take it. Training, and evaluation of short rows, keep the chunked form and
 so keep their bits. Nothing in a step depends on a value, so torch.jit.trace can follow it.
@@ -14,8 +14,8 @@ so keep their bits. Nothing in a step depends on a value, so torch.jit.trace can
 import torch
 from torch import Tensor
 
-from llmnorm.nn.cache import Places
 from llmnorm.nn.mixers.contract import Context
+from llmnorm.nn.places import Places
 from llmnorm.nn.visibility import Cached
 
 MOST = 17  # tokens: 16 drafted ones and the one before them, the widest verification
@@ -32,20 +32,22 @@ def takes_step(x: Tensor, context: Context) -> bool:
     return cached and is_few(x) and not torch.is_grad_enabled()
 
 
-def counts_of(places: Places, like: Tensor) -> Tensor | None:
-    """Real new tokens of each row on the device of `like`; None: all are real."""
-    if places.real is None:
-        return None
-    return torch.as_tensor(places.counts, device=like.device)
+def counts_of(places: Places) -> Tensor | None:
+    """(rows,) real new tokens of each row, on the device; None: all are real."""
+    return None if places.real is None else places.counted
 
 
 def heads_in_front(x: Tensor) -> Tensor:
     """(batch, new, heads, dim) -> (batch heads, new, dim), the batches of torch.bmm."""
+    if x.shape[1] == 1:
+        return x.reshape(-1, 1, x.shape[3])
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def tokens_in_front(x: Tensor, batch: int) -> Tensor:
     """(batch heads, new, dim) -> (batch, new, heads, dim)."""
+    if x.shape[1] == 1:
+        return x.view(batch, 1, -1, x.shape[2])
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
