@@ -27,6 +27,7 @@ What would surprise:
 import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from llmnorm.part import InputError
 __all__ = ["ChatTemplate", "Messages", "Refused", "Rendering", "Tokens"]
 
 Messages = Sequence[Mapping[str, Any]]
+_PLAIN = {"role", "content"}
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for them
 
 
@@ -142,18 +144,17 @@ class ChatTemplate:
         given, tools = self._given(messages[: numbers[-1] + 1]), self._speller.mark(tools)
         if self.marked:
             return [self._by_marks(given, numbers, tools)]
-        alone = [self._as_last(given[: number + 1], tools) for number in numbers]
-        whole = alone[-1].text
-        spans, unended = [], 0
-        for answer in alone:
-            ((start, end),) = answer.spans
-            if not whole.startswith(answer.text):
-                return alone
-            if answer.unended:
-                following = SPECIAL.match(whole, end)
-                end, unended = (following.end(), unended) if following else (end, unended + 1)
-            spans.append((start, end))
-        return [Rendering(whole, spans, unended)]
+        raw = [
+            (
+                self._raw(given[:number], tools, generation_prompt=True)[0],
+                self._raw(given[: number + 1], tools)[0],
+            )
+            for number in numbers
+        ]
+        whole = self._together(raw)
+        if whole is not None:
+            return [whole]
+        return [self._as_last(*both, number) for both, number in zip(raw, numbers, strict=True)]
 
     def encode(self, renderings: Iterable[Rendering]) -> list[Tokens]:
         """The tokens of renderings, and which of them are trained.
@@ -188,14 +189,44 @@ class ChatTemplate:
         following = SPECIAL.match(longer, len(text)) if longer.startswith(text) else None
         return [int(following[1])] if following else []
 
-    def _as_last(self, messages: Messages, tools: Sequence[Any] | None) -> Rendering:
-        """A conversation that ends with the answer that is trained, up to the end of its turn."""
-        prompt = self._text(messages[:-1], tools, generation_prompt=True)[0]
-        text = self._text(messages, tools)[0]
+    def _together(self, raw: Sequence[tuple[str, str]]) -> Rendering | None:
+        """One example of all answers; None where it does not begin as each of them does alone.
+
+        Each text is read once: an answer is looked for in what its text has beyond its prompt.
+
+        Args:
+            raw: of every answer, the prompt and the text that ends with it, as `_raw` returns them.
+        """
+        last = raw[-1][1]
+        if not all(text.startswith(p) and last.startswith(p) for p, text in raw):
+            return None
+        places = [len(prompt) for prompt, _ in raw]
+        whole, starts = self._speller.respell(last, [(place, place) for place in places])
+        spans, unended = [], 0
+        for (_, text), place, (start, _) in zip(raw, places, starts, strict=True):
+            answer = self._speller.respell(text[place:])[0]
+            end, ended = self._end(answer, 0)
+            if not whole.startswith(answer[:end], start):
+                return None
+            stop = start + end
+            if not ended:
+                following = SPECIAL.match(whole, stop)
+                stop, unended = (following.end(), unended) if following else (stop, unended + 1)
+            spans.append((start, stop))
+        return Rendering(whole[: spans[-1][1]], spans, unended)
+
+    def _as_last(self, raw_prompt: str, raw_text: str, number: int) -> Rendering:
+        """A conversation that ends with the answer that is trained, up to the end of its turn.
+
+        Args:
+            raw_prompt, raw_text: the prompt, and the text that ends with the answer.
+            number: of the answer's message.
+        """
+        prompt, text = (self._speller.respell(raw)[0] for raw in (raw_prompt, raw_text))
         if not text.startswith(prompt):
             begins = self._speller.plain(prompt)[-40:]
             raise Refused(
-                f"message {len(messages)} does not begin as the chat template lets answers begin "
+                f"message {number + 1} does not begin as the chat template lets answers begin "
                 f"({begins!r}), so the model would not be asked to write what is trained; see "
                 "tokenizer.template_arguments, or give the answer its thoughts"
             )
@@ -248,9 +279,21 @@ class ChatTemplate:
         Args:
             messages, tools: what `_given` and `Speller.mark` made of them.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
+        raw, marks = self._raw(messages, tools, generation_prompt)
+        return self._speller.respell(raw, marks)
 
+    def _raw(
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        generation_prompt: bool = False,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """As `_text`, as the template writes it, special tokens in the tokenizer's own spelling."""
         try:
+            if tools is None and not self.marked and all(m.keys() <= _PLAIN for m in messages):
+                return self._plain(messages, generation_prompt), []
+            from transformers.utils.chat_template_utils import render_jinja_template
+
             (raw,), marks = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
@@ -264,7 +307,27 @@ class ChatTemplate:
             where = "" if line is None else f" in line {line}"
             reason = " ".join(str(error).split())[:200]
             raise Refused(f"the chat template fails{where} ({reason})") from None
-        return self._speller.respell(raw, marks[0] if self.marked else [])
+        return raw, marks[0] if self.marked else []
+
+    def _plain(self, messages: Messages, generation_prompt: bool) -> str:
+        """What `render_jinja_template` makes of messages that are nothing but role and content.
+
+        It copies every message and joins the template's variables anew for each text, which takes
+        longer than encoding a short one (tools/bench/conversations.py).
+        """
+        template, variables = self._compiled
+        variables = {**variables, "messages": messages, "add_generation_prompt": generation_prompt}
+        context = template.new_context(variables, shared=True)
+        return template.environment.concat(template.root_render_func(context))
+
+    @cached_property
+    def _compiled(self) -> tuple[Any, dict[str, Any]]:
+        """The template in transformers' sandbox, and the variables that no message changes."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        template = _compile_jinja_template(self._source)
+        without = {"tools": None, "documents": None}
+        return template, {**template.globals, **self._arguments, **without}
 
     def _given(self, messages: Messages) -> list[dict[str, Any]]:
         """Messages without the keys that have no value, as transformers passes them on."""
