@@ -31,6 +31,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2.runtime import new_context
+
 from llmnorm.data.spelling import BEGIN, END, SPECIAL, Refused, Span, Speller, Tokens
 from llmnorm.data.templates import read_template
 from llmnorm.data.tokenizer import TextEncoder, special_tokens
@@ -144,10 +146,11 @@ class ChatTemplate:
         given, tools = self._given(messages[: numbers[-1] + 1]), self._speller.mark(tools)
         if self.marked:
             return [self._by_marks(given, numbers, tools)]
+        plain = self._is_plain(given, tools)
         raw = [
             (
-                self._raw(given[:number], tools, generation_prompt=True)[0],
-                self._raw(given[: number + 1], tools)[0],
+                self._raw(given[:number], tools, generation_prompt=True, plain=plain)[0],
+                self._raw(given[: number + 1], tools, plain=plain)[0],
             )
             for number in numbers
         ]
@@ -279,7 +282,8 @@ class ChatTemplate:
         Args:
             messages, tools: what `_given` and `Speller.mark` made of them.
         """
-        raw, marks = self._raw(messages, tools, generation_prompt)
+        plain = self._is_plain(messages, tools)
+        raw, marks = self._raw(messages, tools, generation_prompt, plain=plain)
         return self._speller.respell(raw, marks)
 
     def _raw(
@@ -287,10 +291,16 @@ class ChatTemplate:
         messages: Messages,
         tools: Sequence[Any] | None = None,
         generation_prompt: bool = False,
+        *,
+        plain: bool = False,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """As `_text`, as the template writes it, special tokens in the tokenizer's own spelling."""
+        """As `_text`, as the template writes it, special tokens in the tokenizer's own spelling.
+
+        Args:
+            plain: what `_is_plain` says of messages that these are part of.
+        """
         try:
-            if tools is None and not self.marked and all(m.keys() <= _PLAIN for m in messages):
+            if plain:
                 return self._plain(messages, generation_prompt), []
             from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -309,15 +319,19 @@ class ChatTemplate:
             raise Refused(f"the chat template fails{where} ({reason})") from None
         return raw, marks[0] if self.marked else []
 
+    def _is_plain(self, messages: Messages, tools: Sequence[Any] | None) -> bool:
+        """Whether there is nothing but role and content, and the template has no marks."""
+        return tools is None and not self.marked and all(m.keys() <= _PLAIN for m in messages)
+
     def _plain(self, messages: Messages, generation_prompt: bool) -> str:
-        """What `render_jinja_template` makes of messages that are nothing but role and content.
+        """What `render_jinja_template` makes of plain messages (tests/test_data/test_chat.py).
 
         It copies every message and joins the template's variables anew for each text, which takes
         longer than encoding a short one (tools/bench/conversations.py).
         """
         template, variables = self._compiled
         variables = {**variables, "messages": messages, "add_generation_prompt": generation_prompt}
-        context = template.new_context(variables, shared=True)
+        context = new_context(template.environment, None, template.blocks, variables, shared=True)
         return template.environment.concat(template.root_render_func(context))
 
     @cached_property
