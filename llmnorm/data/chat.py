@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 from jinja2.runtime import new_context
 
+from llmnorm.data.messages import PLAIN
 from llmnorm.data.spelling import BEGIN, END, SPECIAL, Refused, Span, Speller, Tokens
 from llmnorm.data.templates import read_template
 from llmnorm.data.tokenizer import TextEncoder, special_tokens
@@ -41,7 +42,6 @@ from llmnorm.part import InputError
 __all__ = ["ChatTemplate", "Messages", "Refused", "Rendering", "Tokens"]
 
 Messages = Sequence[Mapping[str, Any]]
-_PLAIN = {"role", "content"}
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for them
 
 
@@ -321,7 +321,7 @@ class ChatTemplate:
 
     def _is_plain(self, messages: Messages, tools: Sequence[Any] | None) -> bool:
         """Whether there is nothing but role and content, and the template has no marks."""
-        return tools is None and not self.marked and all(m.keys() <= _PLAIN for m in messages)
+        return tools is None and not self.marked and all(m.keys() <= PLAIN for m in messages)
 
     def _plain(self, messages: Messages, generation_prompt: bool) -> str:
         """What `render_jinja_template` makes of plain messages (tests/test_data/test_chat.py).

@@ -82,6 +82,8 @@ class Speller:
         if isinstance(value, str):
             if found := _RESERVED.search(value):
                 raise Refused(f"the text holds U+{ord(found[0]):X}, which is no character")
+            if self._special.search(value) is None:
+                return value
             return self._special.sub(lambda token: f"{OPEN}{token[0]}{CLOSE}", value)
         if isinstance(value, Mapping):
             return {self.mark(key): self.mark(inner) for key, inner in value.items()}
@@ -149,7 +151,8 @@ class Speller:
             spans = [spans for _, spans in texts]
             return [_by_places(*both) for both in zip(encodings, spans, strict=True)]
         lists = [e.ids for e in self._encode([_with_borders(*t) for t in texts], places=False)]
-        ids = np.fromiter(itertools.chain.from_iterable(lists), np.int64)
+        count = sum(map(len, lists))
+        ids = np.fromiter(itertools.chain.from_iterable(lists), np.int64, count)
         border = ids == self._border
         trained = np.cumsum(border) % 2 == 1  # a text has two borders a span
         ids, trained = ids[~border], trained[~border]
