@@ -36,6 +36,7 @@ from transformers import AutoTokenizer
 from llmnorm.config.file import load
 from llmnorm.data import corpus, packing
 from llmnorm.data.chat import ChatTemplate
+from llmnorm.data.conversations import Conversations
 from llmnorm.data.example_blocks import Encoder
 from llmnorm.data.making_conversations import StreamWriter, items
 from llmnorm.data.settings import SourceSettings, TokenizerSettings
@@ -137,6 +138,7 @@ def loader_cost(records: Path, tokenizer: Path, step: float, rounds: int) -> dic
     config = load(file).config
     objective = config.objective.build(config, alone=True, command="")
     assert isinstance(objective, SFT)
+    assert isinstance(objective.data, Conversations)
     (source,) = objective.data.sources
     examples = max(1, round(ROWS * LENGTH / (source.tokens / source.examples - 1)))
     batches = objective.batches(0, global_batch=examples, rank=0, world=1, micro_batch=ROWS)
