@@ -27,9 +27,13 @@ What would surprise:
 import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2.runtime import new_context
+
+from llmnorm.data.messages import PLAIN
 from llmnorm.data.spelling import BEGIN, END, SPECIAL, Refused, Span, Speller, Tokens
 from llmnorm.data.templates import read_template
 from llmnorm.data.tokenizer import TextEncoder, special_tokens
@@ -142,18 +146,18 @@ class ChatTemplate:
         given, tools = self._given(messages[: numbers[-1] + 1]), self._speller.mark(tools)
         if self.marked:
             return [self._by_marks(given, numbers, tools)]
-        alone = [self._as_last(given[: number + 1], tools) for number in numbers]
-        whole = alone[-1].text
-        spans, unended = [], 0
-        for answer in alone:
-            ((start, end),) = answer.spans
-            if not whole.startswith(answer.text):
-                return alone
-            if answer.unended:
-                following = SPECIAL.match(whole, end)
-                end, unended = (following.end(), unended) if following else (end, unended + 1)
-            spans.append((start, end))
-        return [Rendering(whole, spans, unended)]
+        plain = self._is_plain(given, tools)
+        raw = [
+            (
+                self._raw(given[:number], tools, generation_prompt=True, plain=plain)[0],
+                self._raw(given[: number + 1], tools, plain=plain)[0],
+            )
+            for number in numbers
+        ]
+        whole = self._together(raw)
+        if whole is not None:
+            return [whole]
+        return [self._as_last(*both, number) for both, number in zip(raw, numbers, strict=True)]
 
     def encode(self, renderings: Iterable[Rendering]) -> list[Tokens]:
         """The tokens of renderings, and which of them are trained.
@@ -188,14 +192,44 @@ class ChatTemplate:
         following = SPECIAL.match(longer, len(text)) if longer.startswith(text) else None
         return [int(following[1])] if following else []
 
-    def _as_last(self, messages: Messages, tools: Sequence[Any] | None) -> Rendering:
-        """A conversation that ends with the answer that is trained, up to the end of its turn."""
-        prompt = self._text(messages[:-1], tools, generation_prompt=True)[0]
-        text = self._text(messages, tools)[0]
+    def _together(self, raw: Sequence[tuple[str, str]]) -> Rendering | None:
+        """One example of all answers; None where it does not begin as each of them does alone.
+
+        Each text is read once: an answer is looked for in what its text has beyond its prompt.
+
+        Args:
+            raw: of every answer, the prompt and the text that ends with it, as `_raw` returns them.
+        """
+        last = raw[-1][1]
+        if not all(text.startswith(p) and last.startswith(p) for p, text in raw):
+            return None
+        places = [len(prompt) for prompt, _ in raw]
+        whole, starts = self._speller.respell(last, [(place, place) for place in places])
+        spans, unended = [], 0
+        for (_, text), place, (start, _) in zip(raw, places, starts, strict=True):
+            answer = self._speller.respell(text[place:])[0]
+            end, ended = self._end(answer, 0)
+            if not whole.startswith(answer[:end], start):
+                return None
+            stop = start + end
+            if not ended:
+                following = SPECIAL.match(whole, stop)
+                stop, unended = (following.end(), unended) if following else (stop, unended + 1)
+            spans.append((start, stop))
+        return Rendering(whole[: spans[-1][1]], spans, unended)
+
+    def _as_last(self, raw_prompt: str, raw_text: str, number: int) -> Rendering:
+        """A conversation that ends with the answer that is trained, up to the end of its turn.
+
+        Args:
+            raw_prompt, raw_text: the prompt, and the text that ends with the answer.
+            number: of the answer's message.
+        """
+        prompt, text = (self._speller.respell(raw)[0] for raw in (raw_prompt, raw_text))
         if not text.startswith(prompt):
             begins = self._speller.plain(prompt)[-40:]
             raise Refused(
-                f"message {len(messages)} does not begin as the chat template lets answers begin "
+                f"message {number + 1} does not begin as the chat template lets answers begin "
                 f"({begins!r}), so the model would not be asked to write what is trained; see "
                 "tokenizer.template_arguments, or give the answer its thoughts"
             )
@@ -248,9 +282,28 @@ class ChatTemplate:
         Args:
             messages, tools: what `_given` and `Speller.mark` made of them.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
+        plain = self._is_plain(messages, tools)
+        raw, marks = self._raw(messages, tools, generation_prompt, plain=plain)
+        return self._speller.respell(raw, marks)
 
+    def _raw(
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        generation_prompt: bool = False,
+        *,
+        plain: bool = False,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """As `_text`, as the template writes it, special tokens in the tokenizer's own spelling.
+
+        Args:
+            plain: what `_is_plain` says of messages that these are part of.
+        """
         try:
+            if plain:
+                return self._plain(messages, generation_prompt), []
+            from transformers.utils.chat_template_utils import render_jinja_template
+
             (raw,), marks = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
@@ -264,7 +317,31 @@ class ChatTemplate:
             where = "" if line is None else f" in line {line}"
             reason = " ".join(str(error).split())[:200]
             raise Refused(f"the chat template fails{where} ({reason})") from None
-        return self._speller.respell(raw, marks[0] if self.marked else [])
+        return raw, marks[0] if self.marked else []
+
+    def _is_plain(self, messages: Messages, tools: Sequence[Any] | None) -> bool:
+        """Whether there is nothing but role and content, and the template has no marks."""
+        return tools is None and not self.marked and all(m.keys() <= PLAIN for m in messages)
+
+    def _plain(self, messages: Messages, generation_prompt: bool) -> str:
+        """What `render_jinja_template` makes of plain messages (tests/test_data/test_chat.py).
+
+        It copies every message and joins the template's variables anew for each text, which takes
+        longer than encoding a short one (tools/bench/conversations.py).
+        """
+        template, variables = self._compiled
+        variables = {**variables, "messages": messages, "add_generation_prompt": generation_prompt}
+        context = new_context(template.environment, None, template.blocks, variables, shared=True)
+        return template.environment.concat(template.root_render_func(context))
+
+    @cached_property
+    def _compiled(self) -> tuple[Any, dict[str, Any]]:
+        """The template in transformers' sandbox, and the variables that no message changes."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        template = _compile_jinja_template(self._source)
+        without = {"tools": None, "documents": None}
+        return template, {**template.globals, **self._arguments, **without}
 
     def _given(self, messages: Messages) -> list[dict[str, Any]]:
         """Messages without the keys that have no value, as transformers passes them on."""

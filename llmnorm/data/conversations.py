@@ -12,7 +12,6 @@ What would surprise: context length and `too_long` are part of the identity, oth
 text. The records that are held out are chosen as documents are (split.py), never a part of one.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from llmnorm.data.manifest import (
 )
 from llmnorm.data.packed import check_tokenizer
 from llmnorm.data.prepared import Preparation
+from llmnorm.data.run_data import RunData
 from llmnorm.data.settings import DataSettings, SourceSettings, TokenizerSettings
 from llmnorm.data.shards import TokenStream
 
@@ -99,7 +99,7 @@ class ConversationSource:
 
     Attributes:
         name, weight: as in the settings; the weight is the number of examples where none is given.
-        examples, tokens, trained_tokens: of the training examples.
+        examples, tokens, trained_tokens: of the training examples, which are the run's rows.
         bytes: UTF-8 bytes of what the messages of their records say.
         dropped: how many training examples (or records) were left out, by the reason.
         train, validation: the examples.
@@ -116,57 +116,31 @@ class ConversationSource:
     validation: ExampleStream = field(repr=False)
 
     @property
+    def rows(self) -> int:
+        """The examples: what a run draws from."""
+        return self.examples
+
+    @property
+    def documents(self) -> int:
+        """The examples, which the shards keep as documents."""
+        return self.examples
+
+    @property
     def validation_tokens(self) -> int:
         """Tokens of the validation examples."""
         return int(self.validation.sizes.sum())
 
 
-@dataclass(frozen=True)
-class Conversations:
+@dataclass(frozen=True, kw_only=True)
+class Conversations(RunData):
     """Prepared conversations.
 
     Attributes:
-        new_tokens: how many tokens, the last ones, its tokenizer has more than `tokenizer.path`:
-            those that the chat template needed.
-        bos, eos, pad: token ids.
+        template: renders them.
     """
 
-    directory: Path
-    identity: str
-    tokenizer_directory: Path
-    vocab_size: int
-    bos: int
-    eos: int
-    pad: int
-    context_length: int
     sources: list[ConversationSource]
     template: ChatTemplate = field(repr=False)
-    new_tokens: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Training examples of all sources."""
-        return sum(source.examples for source in self.sources)
-
-    def mean(self, figures: Mapping[str, float]) -> float:
-        """The mean of figures by source name, weighted by the sources' training bytes."""
-        weights = {source.name: source.bytes for source in self.sources}
-        total = sum(weights.values())
-        return sum(weights[name] / total * figure for name, figure in figures.items())
-
-    def sizes(self) -> list[dict[str, str | int]]:
-        """The sources' sizes as plain values, as checkpoints keep them."""
-        return [
-            {
-                "name": source.name,
-                "weight": source.weight,
-                "rows": source.examples,
-                "documents": source.examples,
-                "tokens": source.tokens,
-                "bytes": source.bytes,
-            }
-            for source in self.sources
-        ]
 
 
 class ConversationData(Preparation[Conversations]):

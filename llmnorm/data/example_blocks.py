@@ -140,13 +140,14 @@ class Encoder:
 
     def _joined(self, tokens: list[Tokens], ends: list[int], tallies: list[list[int]]) -> Block:
         sizes = np.array([len(example.ids) for example in tokens], np.int64)
-        trained = [np.append(False, example.trained[1:]) for example in tokens]  # 0 is no label
+        starts = np.cumsum(sizes) - sizes
+        ids = np.concatenate([np.empty(0, np.int64), *(example.ids for example in tokens)])
+        trained = np.concatenate([np.empty(0, bool), *(example.trained for example in tokens)])
+        trained[starts] = False  # an example's first token is no label
         return Block(
-            np.concatenate([np.empty(0, np.int64), *(t.ids for t in tokens)]).astype(
-                self.texts.dtype
-            ),
-            np.cumsum(sizes) - sizes,
+            ids.astype(self.texts.dtype),
+            starts,
             np.array(ends, np.int64),
-            np.concatenate([np.empty(0, bool), *trained]),
+            trained,
             np.array(tallies, np.int64).reshape(-1, len(COUNTS)),
         )

@@ -31,6 +31,7 @@ from llmnorm.config.shipped import locate
 from llmnorm.data.files import digest, looked_in
 from llmnorm.data.identity import hash_of
 from llmnorm.data.records import half_a_pair
+from llmnorm.data.run_data import RunData
 from llmnorm.data.settings import TOKENIZER_FILES
 from llmnorm.data.tokenizer import TextEncoder, check_special_tokens
 from llmnorm.machine.reading import json_lines, parse_json, read_text
@@ -64,32 +65,25 @@ class Table(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Training and validation examples, with the attributes of `PackedData` that a run needs."""
+class TrainingFile:
+    """The training examples as a source; there is one."""
 
-    directory: Path
-    identity: str
-    tokenizer_directory: Path
-    vocab_size: int
-    bos: int
-    eos: int
-    pad: int
-    context_length: int
+    rows: int
+    documents: int
+    tokens: int
+    bytes: int
+    name: str = "train"
+    weight: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples(RunData):
+    """Training and validation examples; no chat template is used, so there are no new tokens."""
+
+    sources: list[TrainingFile]
     classes: list[str]
     train: Table
     validation: Table
-    new_tokens: int = 0  # no chat template is used
-
-    @property
-    def rows(self) -> int:
-        """Training examples."""
-        return len(self.train.ids)
-
-    def sizes(self) -> list[dict[str, Any]]:
-        """The training file's sizes as plain values, as checkpoints keep them."""
-        tokens = sum(map(len, self.train.ids))
-        counts = {"rows": self.rows, "documents": self.rows, "tokens": tokens}
-        return [{"name": "train", "weight": 1, **counts, "bytes": self.train.bytes}]
 
 
 def open_examples(
@@ -140,7 +134,10 @@ def open_examples(
         *(p for name in TOKENIZER_FILES if (p := tokenizer / name).is_file()),
     ]
     made = [[path.name, digest(path, "objective.train")] for path in files]
+    trained = tables["objective.train"]
+    count, tokens = len(trained.ids), sum(map(len, trained.ids))
     return Examples(
+        sources=[TrainingFile(count, count, tokens, trained.bytes)],
         directory=train.parent,
         identity=hash_of([made, list(fields), classes]),
         tokenizer_directory=tokenizer,
@@ -150,7 +147,7 @@ def open_examples(
         pad=encoder.pad,
         context_length=context_length,
         classes=classes,
-        train=tables["objective.train"],
+        train=trained,
         validation=tables["objective.validation"],
     )
 

@@ -142,7 +142,7 @@ def make_conversations(
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
         for index, (source, key, name) in enumerate(zip(sources, keys, names, strict=True)):
             refuse = corpus.bad_records(source, key)
-            write = _Writer(directory / source.name, encode, threads, refuse, bar, name)
+            write = StreamWriter(directory / source.name, encode, threads, refuse, bar, name)
             # Read twice more; bad records were counted above.
             again, once_more = (
                 items(source, key, corpus.bad_records(source, key), spools[index]) for _ in "12"
@@ -199,7 +199,7 @@ def _own(source: SourceSettings, key: str, bad: Bad) -> list[Item] | None:
 
 
 @dataclass
-class _Writer:
+class StreamWriter:
     """Writes the shards of a source's streams.
 
     Attributes:

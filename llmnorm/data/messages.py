@@ -21,6 +21,7 @@ from llmnorm.data.settings import PRESETS, SourceSettings
 from llmnorm.machine.reading import parse_json
 from llmnorm.part import InputError, nearest
 
+PLAIN = {"role", "content"}  # the keys of most messages
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ALIASES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 # After which messages one of this role may stand; "" is the beginning.
@@ -80,6 +81,7 @@ class Reader:
         names = {name: given.get(name, name) for name in ("messages", "prompt", "completion")}
         self._text, self._tools = source.text_field, given.get("tools", "tools")
         self._role, self._content = given.get("role", "role"), given.get("content", "content")
+        self._names_are_usual = (self._role, self._content) == ("role", "content")
         self._names = names
         self._input, self._system = given.get("input"), given.get("system")
         more = [name for name in (self._input, self._system) if name is not None]
@@ -131,6 +133,8 @@ class Reader:
     def _renamed(self, message: Any) -> Any:
         """A message with the keys that templates read."""
         if not isinstance(message, Mapping):
+            return message
+        if self._names_are_usual:
             return message
         names = {self._role: "role", self._content: "content"}
         return {names.get(key, key): value for key, value in message.items()}
@@ -190,9 +194,9 @@ def _unwritable(messages: list[dict[str, Any]], tools: list[Any] | None) -> str 
     for message in messages:
         if problem := half_a_pair(message.get("content", "")):
             return problem
-    more = [{k: v for k, v in m.items() if k not in ("role", "content")} for m in messages]
-    if tools is None and not any(more):
+    if tools is None and all(message.keys() <= PLAIN for message in messages):
         return None
+    more = [{k: v for k, v in m.items() if k not in PLAIN} for m in messages]
     try:
         return half_a_pair(json.dumps([more, tools], ensure_ascii=False))
     except TypeError as error:  # a table may hold times, or bytes

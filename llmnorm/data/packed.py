@@ -1,10 +1,10 @@
 """Prepared data as a run reads it: its sources, their rows and their sizes."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmnorm.data.manifest import Manifest, TextManifest, cure, read_manifest
+from llmnorm.data.run_data import RunData
 from llmnorm.data.settings import TOKENIZER_FILES, SourceSettings, source_names
 from llmnorm.data.shards import TokenStream, checksum
 from llmnorm.machine.reading import read_bytes
@@ -35,42 +35,11 @@ class PackedSource:
     validation: TokenStream = field(repr=False)
 
 
-@dataclass(frozen=True)
-class PackedData:
-    """Prepared data.
+@dataclass(frozen=True, kw_only=True)
+class PackedData(RunData):
+    """Prepared text."""
 
-    Attributes:
-        new_tokens: how many tokens, the last ones, its tokenizer has more than `tokenizer.path`:
-            those that the chat template needed.
-        bos, eos, pad: token ids.
-    """
-
-    directory: Path
-    identity: str
-    tokenizer_directory: Path
-    vocab_size: int
-    bos: int
-    eos: int
-    pad: int
-    context_length: int
     sources: list[PackedSource]
-    new_tokens: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Training rows of all sources."""
-        return sum(source.rows for source in self.sources)
-
-    def mean(self, figures: Mapping[str, float]) -> float:
-        """The mean of figures by source name, weighted by the sources' training bytes."""
-        weights = {source.name: source.bytes for source in self.sources}
-        total = sum(weights.values())
-        return sum(weights[name] / total * figure for name, figure in figures.items())
-
-    def sizes(self) -> list[dict[str, str | int]]:
-        """The sources' sizes as plain values, as checkpoints keep them."""
-        keys = "name", "weight", "rows", "documents", "tokens", "bytes"
-        return [{key: getattr(source, key) for key in keys} for source in self.sources]
 
 
 def open_packed(

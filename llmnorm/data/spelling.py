@@ -15,6 +15,8 @@ What would surprise:
 - It adds no token of its own accord, neither bos nor eos.
 """
 
+import bisect
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,13 +60,14 @@ class Speller:
 
     def __init__(self, path: Path, key: str) -> None:
         self._tokenizer, self._ids = _copy(path, key)
+        self._names = {text: f"{BEGIN}{number}{END}" for text, number in self._ids.items()}
         self._spelled = {number: text for text, number in self._ids.items()}
         self._border = self._tokenizer.token_to_id(BORDER)
         self._can_cut = self._keeps_apart()
         longest_first = sorted(self._ids, key=len, reverse=True)
         token = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._special = re.compile(token)
-        self._alone = re.compile(f"()({token})")  # the same groups as below, found 20 times faster
+        self._alone = re.compile(f"({token})")  # found 20 times faster than what is below
         # What a message spells out; a token that the template writes; a mark that stands alone,
         # since the template took the text apart. One that writes JSON may escape the marks.
         opened, closed = (f"(?:{mark}|\\\\u{ord(mark):x})" for mark in (OPEN, CLOSE))
@@ -79,6 +82,8 @@ class Speller:
         if isinstance(value, str):
             if found := _RESERVED.search(value):
                 raise Refused(f"the text holds U+{ord(found[0]):X}, which is no character")
+            if self._special.search(value) is None:
+                return value
             return self._special.sub(lambda token: f"{OPEN}{token[0]}{CLOSE}", value)
         if isinstance(value, Mapping):
             return {self.mark(key): self.mark(inner) for key, inner in value.items()}
@@ -88,17 +93,18 @@ class Speller:
 
     def respell(self, raw: str, spans: Sequence[Span] = ()) -> tuple[str, list[Span]]:
         """A template's text in the copy's spelling, and where spans of it lie then."""
+        if not (OPEN in raw or CLOSE in raw or "\\u" in raw):
+            return self._respell_unmarked(raw, spans)
         places = sorted({place for span in spans for place in span})
         moved: dict[int, int] = {}
         parts, size, last = [], 0, 0
-        marked = OPEN in raw or CLOSE in raw or "\\u" in raw
-        for found in (self._found if marked else self._alone).finditer(raw):
+        for found in self._found.finditer(raw):
             while places and places[0] <= found.start():
                 place = places.pop(0)
                 moved[place] = size + place - last
             spelled, token = found.groups()
             part = raw[last : found.start()]
-            part += f"{BEGIN}{self._ids[token]}{END}" if token else spelled or ""
+            part += self._names[token] if token else spelled or ""
             parts.append(part)
             size, last = size + len(part), found.end()
             while places and places[0] <= last:  # inside of the token, or at its end
@@ -106,6 +112,21 @@ class Speller:
         moved |= {place: size + place - last for place in places}
         text = "".join([*parts, raw[last:]])
         return text, [(moved[start], moved[end]) for start, end in spans]
+
+    def _respell_unmarked(self, raw: str, spans: Sequence[Span]) -> tuple[str, list[Span]]:
+        """`respell` of a text without marks, in a third of the time."""
+        parts = self._alone.split(raw)  # text, token, text, ...
+        before = list(itertools.accumulate(map(len, parts))) if spans else []
+        parts[1::2] = [self._names[token] for token in parts[1::2]]
+        after = list(itertools.accumulate(map(len, parts))) if spans else []
+
+        def moved(place: int) -> int:
+            part = bisect.bisect_left(before, place)  # the first that ends at the place or later
+            if part % 2 or before[part] == place:  # inside of a token: behind it
+                return after[part]
+            return after[part] - before[part] + place
+
+        return "".join(parts), [(moved(start), moved(end)) for start, end in spans]
 
     def plain(self, text: str) -> str:
         """A text in the copy's spelling, as the model's tokenizer spells it."""
@@ -129,13 +150,15 @@ class Speller:
             encodings = self._encode([text for text, _ in texts])
             spans = [spans for _, spans in texts]
             return [_by_places(*both) for both in zip(encodings, spans, strict=True)]
-        found = []
-        for encoding in self._encode([_with_borders(*text) for text in texts], places=False):
-            ids = np.array(encoding.ids, np.int64)
-            border = ids == self._border
-            trained = np.cumsum(border) % 2 == 1
-            found.append(Tokens(ids[~border], trained[~border]))
-        return found
+        lists = [e.ids for e in self._encode([_with_borders(*t) for t in texts], places=False)]
+        count = sum(map(len, lists))
+        ids = np.fromiter(itertools.chain.from_iterable(lists), np.int64, count)
+        border = ids == self._border
+        trained = np.cumsum(border) % 2 == 1  # a text has two borders a span
+        ids, trained = ids[~border], trained[~border]
+        sizes = [len(found) - 2 * len(s) for found, (_, s) in zip(lists, texts, strict=True)]
+        ends = [0, *itertools.accumulate(sizes)]
+        return [Tokens(ids[a:b], trained[a:b]) for a, b in itertools.pairwise(ends)]
 
     def _keeps_apart(self) -> bool:
         """Whether texts that BORDER keeps apart become nothing but their own letters."""

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import TrainingSettings
-from llmnorm.data.conversations import Conversations
-from llmnorm.data.examples import Examples
-from llmnorm.data.packed import PackedData
 from llmnorm.data.prepared import Preparation
+from llmnorm.data.run_data import RunData
 from llmnorm.parallel.processes import Parallel
 
 if TYPE_CHECKING:
@@ -63,7 +61,7 @@ class Objective:
             does); LlmNormForMaskedLM computes its head at labels alone.
     """
 
-    data: PackedData | Examples | Conversations
+    data: RunData
     head_share = 1.0
 
     def model_keys(self) -> dict[str, Any]:

@@ -24,9 +24,7 @@ from llmnorm.config.manifest import meta_of_run
 from llmnorm.config.pretrained import describe
 from llmnorm.config.stock import Tokens, all_tokens
 from llmnorm.config.tree import RunConfig
-from llmnorm.data.conversations import Conversations
-from llmnorm.data.examples import Examples
-from llmnorm.data.packed import PackedData
+from llmnorm.data.run_data import RunData
 from llmnorm.data.settings import TrainedOn
 from llmnorm.models.convert import named_weights
 from llmnorm.optim.fragments import Fragment, master
@@ -191,7 +189,7 @@ def resume(
     checkpoints: Checkpoints,
     start: Checkpoint | None,
     state: State,
-    data: PackedData | Examples | Conversations,
+    data: RunData,
     parallel: Parallel,
 ) -> tuple[Progress, str | None]:
     """Copy the starting point into `state`.

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from llmnorm.data.chat import ChatTemplate, Refused
 from llmnorm.data.settings import TokenizerSettings
-from llmnorm.data.spelling import BEGIN, OPEN
+from llmnorm.data.spelling import BEGIN, CLOSE, OPEN, Speller
 from llmnorm.data.templates import missing_tokens, write_template
 from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.part import InputError
@@ -167,6 +167,15 @@ def test_tokens_are_those_of_transformers(
                 messages, add_generation_prompt=prompt, return_dict=False
             )
             assert chat.render(messages, generation_prompt=prompt) == expected
+
+
+def test_a_text_without_marks_is_respelled_as_one_with_marks(tmp_path: Path) -> None:
+    """Oracle: the same text behind which a mark stands alone, at every place of it."""
+    speller = Speller(save_tokenizer(tmp_path, "chatml") / "tokenizer.json", "key")
+    raw = "<s>a<|im_start|><|im_end|>b\n<|im_end|>"
+    for text in (raw, raw + "c", "c", ""):
+        spans = [(place, len(text)) for place in range(len(text) + 1)]
+        assert speller.respell(text, spans) == speller.respell(text + CLOSE, spans)
 
 
 @pytest.mark.parametrize("answer", ["\n6", " 6", "\n\n", "6 \n"])
