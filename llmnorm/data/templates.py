@@ -66,8 +66,8 @@ def read_template(
     if isinstance(found, str):
         return found, path
     raise InputError(
-        f"{key}: {called or directory} has no chat template; set tokenizer.chat_template to chatml, "
-        "or to a file that holds one"
+        f"{key}: {called or directory} has no chat template; set tokenizer.chat_template to "
+        "chatml, or to a file that holds one"
     )
 
 

@@ -12,7 +12,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from llmnorm import cli
 from llmnorm.checkpoints.format import read_checkpoint
