@@ -148,6 +148,12 @@ class Conversations:
         """Training examples of all sources."""
         return sum(source.examples for source in self.sources)
 
+    @property
+    def row_tokens(self) -> float:
+        """Tokens that an average example takes of a row, by the sources' weights."""
+        taken = sum(s.weight * (s.tokens / s.examples - 1) for s in self.sources)
+        return taken / sum(source.weight for source in self.sources)
+
     def mean(self, figures: Mapping[str, float]) -> float:
         """The mean of figures by source name, weighted by the sources' training bytes."""
         weights = {source.name: source.bytes for source in self.sources}
