@@ -58,7 +58,9 @@ NOT_RUN = {
     **dict.fromkeys(
         (
             "python tools/make_skills.py",
+            "llmnorm data configs/finetune/skills.yaml",
             "llmnorm finetune configs/finetune/skills.yaml",
+            "llmnorm compare configs/finetune/skills.yaml",
             "llmnorm eval runs/skills",
             "llmnorm generate runs/skills",
             "llmnorm export runs/skills",

@@ -142,6 +142,13 @@ class Conversations(RunData):
     sources: list[ConversationSource]
     template: ChatTemplate = field(repr=False)
 
+    @property
+    def row_tokens(self) -> float:
+        """Tokens that an average example takes of a row, by the sources' weights."""
+        taken = sum(s.weight * (s.tokens / s.examples - 1) for s in self.sources)
+        return taken / sum(source.weight for source in self.sources)
+
+
 
 class ConversationData(Preparation[Conversations]):
     """How conversations are prepared and opened.

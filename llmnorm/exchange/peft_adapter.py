@@ -1,6 +1,7 @@
 """A directory that PEFT or `llmnorm export` wrote, on a loaded model: the option `--adapter`."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,13 @@ from llmnorm.part import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# torch's words for a tensor of another shape, which loading a state dict meets
+_OTHER_SHAPE = re.compile(
+    r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, "
+    r"the shape in current model is torch\.Size\((.*?)\)"
+)
 
 
 def with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
@@ -35,4 +43,7 @@ def with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
     except Exception as error:  # of any kind: another architecture, other shapes, a damaged file
         reason = " ".join(str(error).split())[:300]
+        if shapes := _OTHER_SHAPE.search(str(error)):
+            name, theirs, ours = shapes.groups()
+            reason = f"{name} has shape {theirs} there and {ours} beside this model"
         raise InputError(f"--adapter: {adapter} does not fit the model: {reason}") from None

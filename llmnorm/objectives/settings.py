@@ -39,6 +39,9 @@ class ObjectiveSettings(Settings):
     even_batches: ClassVar[bool] = True
     """Whether a step's rows are cut into equal parts: `training.micro_batch` and the number of
     processes must divide `training.global_batch`."""
+    full_rows: ClassVar[bool] = True
+    """Whether every row has `data.context_length` tokens; else the prepared data, where there are
+    any, say how many an average one has (`row_tokens`)."""
     answers: ClassVar[bool] = False
     """Whether its held-out examples have answers, for `evaluation.answers`."""
 
@@ -178,6 +181,7 @@ class ClassificationSettings(ObjectiveSettings):
     architecture = "LlmNormForSequenceClassification"
     keeps_head = False
     packs = False
+    full_rows = False
     train: LocalPath
     """The examples to train on: .jsonl, .json, .csv or .tsv with a line of names."""
     validation: LocalPath
@@ -235,6 +239,7 @@ class SFTSettings(ObjectiveSettings):
     name: Literal["sft"] = "sft"
     architecture = "LlmNormForCausalLM"
     even_batches = False
+    full_rows = False
     answers = True
     too_long: Literal["truncate", "drop"] = "truncate"
     """What is done with a conversation longer than `data.context_length`: cut off its end, or leave

@@ -86,10 +86,9 @@ class SFT(Objective):
             [source.examples for source in sources],
             config.data_seed,
         )
-        # Of an average example: its labels, and the tokens that it takes of a row.
-        trained = sum(s.weight * s.trained_tokens / s.examples for s in sources)
-        taken = sum(s.weight * (s.tokens / s.examples - 1) for s in sources)
-        self.head_share = trained / taken
+        labels = sum(s.weight * s.trained_tokens / s.examples for s in sources)
+        weights = sum(source.weight for source in sources)
+        self.head_share = labels / weights / conversations.row_tokens  # of an average example
 
     @classmethod
     def on_disk(

@@ -220,9 +220,12 @@ def _settings(config: RunConfig, objective: Objective, ends: Tokens) -> LlmNormC
         rows = max(rows, data.vocab_size)  # the run's model has more than its base
     if rows != "auto" and rows < data.vocab_size:
         if pretrained is not None:
+            cure = "leave the tokenizer section out to use its own"
+            if config.tokenizer.path == pretrained:  # it is its own
+                cure = f"give it {data.vocab_size} (transformers: resize_token_embeddings)"
             raise InputError(
                 f"model.pretrained: {pretrained} has {rows} embedding rows, the tokenizer "
-                f"{data.vocab_size} tokens; leave the tokenizer section out to use its own"
+                f"{data.vocab_size} tokens; {cure}"
             )
         raise InputError(
             f"model.vocab_size: {rows} is less than the tokenizer's {data.vocab_size}; "

@@ -1,6 +1,7 @@
 """`llmnorm generate`: messages through the chat template, and an adapter on the model."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,6 +223,7 @@ def test_what_is_refused(
     chat: Chat, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Oracle: one line each, exit code 2."""
+    peft = pytest.importorskip("peft", reason="the extra finetune is not installed")
 
     def refused(*words: str | Path) -> str:
         code, out, err = answer(capsys, *words)
@@ -233,6 +235,17 @@ def test_what_is_refused(
         chat.directory, "--prompt", "a", "--user", "b"
     )
     assert "has no adapter_config.json" in refused(chat.directory, "--adapter", tmp_path)
+    narrow = AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(
+            vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    other = tmp_path / "other"
+    peft.get_peft_model(narrow, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        str(other)
+    )
+    found = refused(chat.directory, "--adapter", other)
+    assert re.search(r"q_proj.lora_A\S* has shape \[2, 16\] there and \[2, 32\] beside", found)
     bad = shutil.copytree(chat.directory, tmp_path / "bad")
     (bad / "chat_template.jinja").write_text("{{ messages[0].content.nothing.more }}")
     assert "--user: " in refused(bad, "--user", "a")

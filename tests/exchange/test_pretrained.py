@@ -201,7 +201,8 @@ def test_a_longer_context_is_refused_where_the_rotation_depends_on_it(
 def test_the_tokenizer_must_fit(
     bare: Path, mistral: Path, tmp_path: Path, smoke_data: Path, capsys: Any
 ) -> None:
-    """Oracle: 520 rows hold no 600 tokens; a directory without a tokenizer needs one named."""
+    """Oracle: 520 rows hold no 600 tokens, nor 500 the directory's own 512; a directory without a
+    tokenizer needs one named."""
     words = [f"model.pretrained={mistral}", f"run_dir={tmp_path / 'run'}"]
     words += [f"data.dir={tmp_path / 'data'}", "tokenizer.vocab_size=600"]
     assert cli.main(["train", str(bare), *words]) == 2
@@ -209,6 +210,13 @@ def test_the_tokenizer_must_fit(
     assert "own tokenizer is not used, since the configuration has a tokenizer section" in said
     assert "mistral has 520 embedding rows, the tokenizer 600 tokens; leave the tokenizer" in said
     assert not (tmp_path / "run").exists()
+    short = shutil.copytree(mistral, tmp_path / "short")
+    tree = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**tree, "vocab_size": 500}))
+    words = [f"model.pretrained={short}", f"run_dir={tmp_path / 'run'}", f"data.dir={smoke_data}"]
+    assert cli.main(["train", str(bare), *words]) == 2
+    said = capsys.readouterr().err
+    assert "short has 500 embedding rows, the tokenizer 512 tokens; give it 512 (trans" in said
     shutil.copytree(mistral, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(InputError, match="mute has no tokenizer.json; give the tokenizer"):
         load(bare, [f"model.pretrained={tmp_path / 'mute'}"])

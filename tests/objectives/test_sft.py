@@ -436,6 +436,27 @@ def test_the_commands_work_or_say_why_not(
     assert "trains on conversations, and packed text is needed here" in line
 
 
+def test_a_comparison_counts_the_tokens_of_examples(
+    tuned: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the examples' lengths; the tokens that the run has read; a line if none are known."""
+    arms = ["--arm", "lora", "adapter=lora", "--arm", "dora", "adapter=dora"]
+    options = ["--lr-points", "1", "--seeds", "1", "--plan", "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    llmnorm("compare", config, *arms, *options)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = next(int(line[2].replace(",", "")) for line in lines if line[:1] == ["lora/seed1-x1"])
+    settings = load(tuned).config
+    data = settings.objective.preparation(settings).find()
+    weights = [source.weight for source in data.sources]
+    means = [(source.train.sizes - 1).mean() for source in data.sources]
+    assert found == round(12 * 7 * np.average(means, weights=weights))
+    assert found == pytest.approx(metrics_of(tuned)[-2]["tokens"], rel=0.1)
+    words = [f"data.dir={tmp_path}", *arms]
+    assert cli.main(["compare", str(config), *words, *options]) == 2
+    assert "is known once the data is prepared; run `llmnorm data` once" in capsys.readouterr().err
+
+
 def test_prompts_are_answered_as_turns_of_a_user(tuned: Path) -> None:
     """Oracle: the template written out, and greedy text of the model by itself."""
     settings = load(tuned, ["evaluation.prompts=[2+2?]", "evaluation.sample_tokens=5"]).config

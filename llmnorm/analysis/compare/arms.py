@@ -137,11 +137,13 @@ def read_protocol(
     reference = all_baselines[0]
     for name in names:
         _check_comparable(name, trees[name], reference, trees[reference])
+    row_tokens = {name: _row_tokens(name, configs[name]) for name in names}
     steps = {name: _steps(name, configs[name]) for name in names}
     protocol = Protocol(
         {arm.name: arm for arm in arms},
         configs,
         steps,
+        row_tokens,
         all_baselines,
         tuple(untuned),
         seeds,
@@ -252,11 +254,23 @@ def _check_rate(name: str, config: RunConfig) -> None:
         )
 
 
+def _row_tokens(name: str, config: RunConfig) -> float:
+    """The tokens of an average row of an arm."""
+    if config.objective.full_rows:
+        return config.data.context_length
+    prepared = _prepared(config)
+    if prepared is None:
+        raise InputError(
+            f"--arm {name}: objective: how many tokens the examples of '{config.objective.name}' "
+            "have is known once the data is prepared; run `llmnorm data` once"
+        )
+    return float(prepared.row_tokens)
+
+
 def _steps(name: str, config: RunConfig) -> int:
     rows = 0
     if config.training.epochs is not None:
-        preparation = config.objective.preparation(config)
-        prepared = None if preparation is None else preparation.find()
+        prepared = _prepared(config)
         if prepared is None:
             raise InputError(
                 f"--arm {name}: training.epochs: the length of an epoch is known once the data is "
@@ -266,19 +280,26 @@ def _steps(name: str, config: RunConfig) -> int:
     return config.training.total_steps(rows, config.data.context_length)
 
 
+def _prepared(config: RunConfig) -> Any:
+    """The prepared data of a run; None where there are none yet."""
+    preparation = config.objective.preparation(config)
+    return None if preparation is None else preparation.find()
+
+
 def _check_lengths(protocol: Protocol) -> None:
     reference = protocol.baselines[0]
     expected = protocol.tokens_of(Run(reference, None, 0))
     baseline = protocol.configs[reference]
-    baseline_step = baseline.training.rows * baseline.data.context_length
+    baseline_step = baseline.training.rows * protocol.row_tokens[reference]
     for name, config in protocol.configs.items():
         tokens = protocol.tokens_of(Run(name, None, 0))
-        step = config.training.rows * config.data.context_length
+        step = config.training.rows * protocol.row_tokens[name]
         # Less than a step apart: lengths in tokens are rounded to whole steps.
         if abs(tokens - expected) >= max(step, baseline_step) and not math.isclose(
             tokens, expected
         ):
+            length = "tokens" if config.objective.full_rows else "epochs"
             raise InputError(
                 f"--arm {name}: trains {tokens} tokens, arm {reference} {expected}; "
-                "give all arms the same training.tokens"
+                f"give all arms the same training.{length}"
             )

@@ -56,17 +56,9 @@ class Estimate:
 
     def _counted(self, arm: str) -> float:
         """Tokens a second if every operation runs as fast as the model's largest products."""
-        from llmnorm.models.configuration import LlmNormConfig
-        from llmnorm.models.flops import flops_per_token
-
         config = self._protocol.configs[arm]
         if arm not in self._flops:
-            model = LlmNormConfig.from_settings(
-                config.model,
-                vocab_size=_vocabulary(config),
-                architectures=[config.objective.architecture],
-            )
-            self._flops[arm] = flops_per_token(model, config.data.context_length)
+            self._flops[arm] = _operations(config, round(self._protocol.row_tokens[arm]))
         if self._rate is None:
             rows = config.training.micro_batch or config.training.rows
             self._rate = _product_rate(
@@ -76,6 +68,24 @@ class Estimate:
                 self._places,
             )
         return self._rate / self._flops[arm]
+
+
+def _operations(config: RunConfig, row_tokens: int) -> float:
+    """Operations of a token of the model, without those of an adapter, which are few beside it."""
+    import torch
+
+    from llmnorm.models.configuration import LlmNormConfig
+    from llmnorm.models.flops import flops_per_token
+    from llmnorm.models.modeling import class_of
+
+    settings = LlmNormConfig.from_settings(
+        config.model,
+        vocab_size=_vocabulary(config),
+        architectures=[config.objective.architecture],
+    )
+    with torch.device("meta"):
+        model = class_of(settings)(settings)
+    return flops_per_token(model.requires_grad_(not config.freezes), row_tokens)
 
 
 def _vocabulary(config: RunConfig) -> int:

@@ -85,6 +85,7 @@ class Protocol:
         arms: the arms by name, in the order of the tables.
         configs: each arm's resolved settings.
         steps: each arm's length in steps.
+        row_tokens: the tokens of an average row of each arm.
         baselines: names of the arms that the others are compared with; the picture shows the first.
         untuned: names of the arms that keep the learning rate they write.
         seeds: the number of paired seeds.
@@ -95,6 +96,7 @@ class Protocol:
     arms: dict[str, Arm]
     configs: dict[str, RunConfig]
     steps: dict[str, int]
+    row_tokens: dict[str, float]
     baselines: tuple[str, ...]
     untuned: tuple[str, ...]
     seeds: int
@@ -204,9 +206,9 @@ class Protocol:
         return max(1, round(run.horizon * self.steps[run.arm]))
 
     def tokens_of(self, run: Run) -> int:
-        """A run's length in label positions, ignored ones included."""
-        config = self.configs[run.arm]
-        return self.steps_of(run) * config.training.rows * config.data.context_length
+        """A run's length in label positions, ignored ones included; of examples about that."""
+        rows = self.steps_of(run) * self.configs[run.arm].training.rows
+        return round(rows * self.row_tokens[run.arm])
 
     def weight_decay(self, run: Run) -> float | None:
         """The run's weight decay, by which lr * weight_decay is what the arm wrote.
