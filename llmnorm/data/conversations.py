@@ -149,7 +149,6 @@ class Conversations(RunData):
         return taken / sum(source.weight for source in self.sources)
 
 
-
 class ConversationData(Preparation[Conversations]):
     """How conversations are prepared and opened.
 
