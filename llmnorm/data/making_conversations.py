@@ -107,8 +107,8 @@ def make_conversations(
     if not (directory / "tokenizer" / "tokenizer.json").is_file():
         copy_tokenizer(directory / "tokenizer", settings)
     # The copy's template is the user's file, to the line, unless arguments stand in front of it.
-    given = settings.chat_template or settings.path
-    called = None if settings.template_arguments else str(given)
+    named = settings.chat_template or settings.path
+    called = None if settings.template_arguments else str(named)
     template = ChatTemplate(directory / "tokenizer", called=called)
     if template.dated:
         say("the chat template writes the current date into every example")
