@@ -300,8 +300,12 @@ def test_room_that_cannot_be_reserved_is_refused(rows: int, tokens: int, padding
     cache, unknown = RaggedCache(layers()), RaggedCache([*layers(), KeyValues()])
     with pytest.raises(ValueError, match=f"{rows} rows of {tokens} tokens and {padding} columns"):
         cache.reserve(rows, tokens, padding, dtype=torch.float32, device=CPU)
+    for _ in range(2):
+        unknown.admit()
+    unknown.release(0)
     with pytest.raises(ValueError, match="without heads and head_dim"):
-        unknown.reserve(1, 1, 0, dtype=torch.float32, device=CPU)
+        unknown.reserve(2, 1, 0, dtype=torch.float32, device=CPU)
+    assert unknown.lengths == [0, 0] and unknown.free == [0] and unknown.reserved is None
     assert not any(buffers(layer) for layer in [*cache.layers, *unknown.layers])
 
 
