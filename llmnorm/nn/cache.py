@@ -90,8 +90,12 @@ class RaggedCache:
             )
         try:
             size = sum(layer.reserve(rows, tokens, padding, dtype, device) for layer in self.layers)
-        except Exception:
-            self.clear()  # of out of memory, say: no layer keeps its buffers
+        except Exception:  # out of memory, say: no layer keeps its buffers, and all the empty rows
+            count, free = len(self.lengths), self.free
+            self.clear()
+            for _ in range(count):
+                self.admit()
+            self.free = free
             raise
         self.reserved = Reserved(rows, tokens, padding)
         return size

@@ -258,6 +258,17 @@ def test_a_pass_of_the_first_rows_leaves_the_others() -> None:
         assert torch.equal(layer.keys[1:], kept)  # type: ignore[attr-defined]
 
 
+def test_a_row_without_a_token_can_be_selected() -> None:
+    """Oracle: plain lists; the buffers have no slots for the row yet."""
+    cache = RaggedCache(layers())
+    append(cache, torch.ones(2, 3))
+    assert cache.admit() == 2
+    cache.select([2, 0, 2])
+    check(cache, [[], [1.0] * 3, []])
+    append(cache, torch.full((3, 1), 2.0))
+    check(cache, [[2.0], [1.0, 1, 1, 2], [2.0]])
+
+
 def test_reserve_tells_its_bytes_and_refuses_what_does_not_fit() -> None:
     """Oracle: nbytes of the buffers; the cache as it was after every refusal."""
     cache = RaggedCache(layers(4))
@@ -289,8 +300,12 @@ def test_room_that_cannot_be_reserved_is_refused(rows: int, tokens: int, padding
     cache, unknown = RaggedCache(layers()), RaggedCache([*layers(), KeyValues()])
     with pytest.raises(ValueError, match=f"{rows} rows of {tokens} tokens and {padding} columns"):
         cache.reserve(rows, tokens, padding, dtype=torch.float32, device=CPU)
+    for _ in range(2):
+        unknown.admit()
+    unknown.release(0)
     with pytest.raises(ValueError, match="without heads and head_dim"):
-        unknown.reserve(1, 1, 0, dtype=torch.float32, device=CPU)
+        unknown.reserve(2, 1, 0, dtype=torch.float32, device=CPU)
+    assert unknown.lengths == [0, 0] and unknown.free == [0] and unknown.reserved is None
     assert not any(buffers(layer) for layer in [*cache.layers, *unknown.layers])
 
 
