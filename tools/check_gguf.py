@@ -33,8 +33,8 @@ CMAKE = {name: "OFF" for name in ("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "
 CMAKE |= {"LLAMA_BUILD_TOOLS": "OFF", "LLAMA_BUILD_SERVER": "OFF", "LLAMA_CURL": "OFF"}
 CMAKE |= {"GGML_NATIVE": "ON"}
 # Runs in llama.cpp's environment; prints the prompt's tokens and those that follow. Weights are
-# used as the file has them: repacked for AMX, those of q8_0 end the process with an illegal instruction
-# on a machine whose processor names AMX and whose system does not grant it (0.3.36).
+# used as the file has them: repacked for AMX, those of q8_0 end the process with an illegal
+# instruction where a processor names AMX and the system does not grant it (0.3.36).
 CONTINUE = """
 import json, sys
 from llama_cpp import Llama, llama_cpp
