@@ -36,7 +36,7 @@ def counts_of(places: Places, like: Tensor) -> Tensor | None:
     """Real new tokens of each row on the device of `like`; None: all are real."""
     if places.real is None:
         return None
-    return torch.as_tensor(places.counts, device=like.device)
+    return places.counted
 
 
 def heads_in_front(x: Tensor) -> Tensor:
