@@ -119,7 +119,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             for layer in range(settings.num_hidden_layers)
         )
         self.norm = settings.norm.build(settings.hidden_size) if settings.final_norm else None
-        self._running_norms = [m for m in self.modules() if isinstance(m, RunningNorm)]
+        self.running_norms = [m for m in self.modules() if isinstance(m, RunningNorm)]
         self.rotary = Rotary(
             settings.rope_parameters, settings.head_dim, settings.max_position_embeddings
         )
@@ -221,9 +221,9 @@ class LlmNormModel(LlmNormPreTrainedModel):
         context = Context(*tables, visibility, matrices)
         if loss_mask is None and attention_mask is not None and cache is None:
             loss_mask = attention_mask.bool()
-        for norm in self._running_norms:
+        for norm in self.running_norms:
             norm.begin(loss_mask, counts=torch.is_grad_enabled())
-        hidden = self._embedded(hidden, token_type_ids)
+        hidden = self.embedded(hidden, token_type_ids)
         if order is not None:
             hidden = hidden.take_along_dim(order[..., None], 1)
         states = [hidden]
@@ -242,7 +242,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def _embedded(self, hidden: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def embedded(self, hidden: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """What enters the first block: token types added, normed, dropped out."""
         if self.embed_types is None and token_type_ids is not None:
             require(

@@ -92,6 +92,19 @@ class KeyValues:
         self.extend(places)
         return kept_keys[:rows, :, :width], kept_values[:rows, :, :width]
 
+    def buffers(self, places: Places) -> tuple[Tensor, Tensor]:
+        """Both buffers (rows or more, kv_heads, width or more, head_dim), with room for a pass.
+
+        The caller writes there what `append` would, and then calls `extend`. Some row holds tokens.
+        """
+        assert self.keys is not None and self.values is not None
+        check_places(self, places)
+        width = self.width(places)
+        if len(self.keys) < len(self.lengths) or self.keys.shape[2] < width:
+            self.keys = self._room(self.keys, self.keys[:1].transpose(1, 2), width)
+            self.values = self._room(self.values, self.values[:1].transpose(1, 2), width)
+        return self.keys, self.values
+
     def extend(self, places: Places) -> None:
         """Count a pass's tokens, whose keys and values are written: the host's part of `append`.
 

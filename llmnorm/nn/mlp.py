@@ -3,14 +3,19 @@
 Shapes: x and out (batch, length, hidden). Projections carry Hugging Face's names.
 """
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.linear import Linear
+from llmnorm.nn.projections import outputs
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
+
+    same_input: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool) -> None:
         super().__init__()
@@ -20,7 +25,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, length, hidden) -> the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = outputs(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class GELU(nn.Module):

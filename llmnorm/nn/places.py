@@ -69,6 +69,8 @@ class Places:
 
     def slots(self, window: int | None = None) -> Tensor:
         """(rows, new), the slot of every new token in layers of this window."""
+        if ("slots", window) in self._made:
+            return self._made["slots", window]
         dropped = None if window is None else self.dropped[window]
         if dropped is None:
             return self.index
@@ -117,6 +119,15 @@ class Places:
             return mask.masked_fill_(hidden, -torch.inf).unsqueeze(1)
 
         return self._once((dtype, window, width), make)
+
+    def with_slots(self, rows: Tensor, slots: Mapping[int | None, Tensor]) -> "Places":
+        """These places, with the rows' numbers (rows, 1) and each window's slots (rows, new) given.
+
+        For a graph that is being captured: they are its inputs.
+        """
+        self._made["rows"] = rows
+        self._made.update({("slots", window): given for window, given in slots.items()})
+        return self
 
     def _once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         """What `make` makes, made by the first layer that asks for it."""

@@ -381,4 +381,5 @@ def last_inputs(window: Tensor | None, inputs: Tensor, counts: Tensor, width: in
         window = inputs.new_zeros(len(inputs), width, *inputs.shape[2:])
     both = torch.cat((window, inputs), 1)
     index = counts.to(both.device)[:, None] + torch.arange(width, device=both.device)
-    return both[torch.arange(len(both), device=both.device)[:, None], index]
+    # The shape and not len(), which a tracer takes for a number that stays.
+    return both[torch.arange(both.shape[0], device=both.device)[:, None], index]

@@ -308,3 +308,17 @@ def test_float32_matches_torch() -> None:
     expected = F.rms_norm(x, (96,), rms.weight, rms.eps)
     torch.testing.assert_close(rms(x), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(layer(x), F.layer_norm(x, (96,), layer.weight, layer.bias, layer.eps))
+
+
+@pytest.mark.parametrize("rows", [3, 2000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@each_tokenwise
+def test_without_gradients_a_norm_has_the_bits_of_training(
+    settings: Any, dtype: torch.dtype, rows: int
+) -> None:
+    """Oracle: the pass that records gradients; a few rows, and more than a piece of rms_cpu.py."""
+    norm = build(settings, 264, layer=2).to(dtype)
+    x = torch.randn(rows, 264, generator=torch.Generator().manual_seed(0)).to(dtype)
+    trained = norm(x.clone().requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(norm(x), trained)

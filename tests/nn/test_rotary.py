@@ -116,3 +116,12 @@ def test_dynamic_remembers_nothing() -> None:
     before = rotary(short, torch.float32)[0]
     assert not torch.equal(rotary(long, torch.float32)[0][:, :9], before)
     assert torch.equal(rotary(short, torch.float32)[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_without_gradients_the_rotation_has_the_bits_of_training(dtype: torch.dtype) -> None:
+    """Oracle: the pass that records gradients."""
+    x, (cos, sin) = torch.randn(2, 3, 4, 8, dtype=dtype), torch.randn(2, 2, 3, 1, 4, dtype=dtype)
+    trained = rotate(x.clone().requires_grad_(), cos, sin)
+    with torch.no_grad():
+        assert torch.equal(rotate(x, cos, sin), trained)

@@ -12,7 +12,7 @@ overflows where gates are strong. So inside a chunk, a short one, every pair has
 gates, (i, j, key_dim); between chunks exponents are at most 0 anyway.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from llmnorm.nn.mixers.steps import (
 )
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
+from llmnorm.nn.projections import outputs
 from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
 from llmnorm.nn.visibility import Cached, visible_pairs
 
@@ -52,6 +53,7 @@ class GLAParameters(NamedTuple):
 class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
     """The layer; projections carry fla's names."""
 
+    same_input: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
     causal = True
 
     def __init__(
@@ -90,7 +92,7 @@ class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
     ) -> GLAParameters:
         """Project; padding gets keys and gates of zero."""
         heads = (*x.shape[:-1], self.heads, -1)
-        q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (t.view(heads) for t in outputs(x, self.q_proj, self.k_proj, self.v_proj))
         wide = wide_dtype(x.dtype)
         logits = self.gk_proj(x).view(heads).to(wide)
         log_gate = F.logsigmoid(logits) / self.gate_logit_normalizer

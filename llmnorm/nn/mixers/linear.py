@@ -16,7 +16,7 @@ normaliser with v = 1. The optional local term (a convolution of v), norm and ga
 mixing: (norm(y + conv(v)) * silu(g)) W_o.
 """
 
-from typing import Literal, NamedTuple, Required, TypedDict
+from typing import ClassVar, Literal, NamedTuple, Required, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from llmnorm.nn.mixers.steps import is_few, takes_step
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
+from llmnorm.nn.projections import outputs
 from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
 from llmnorm.nn.visibility import Cached, Masked, visible_pairs, visible_tokens
 
@@ -77,6 +78,8 @@ class LinearBlock(TypedDict, total=False):
 
 class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
     """Linear attention; subclasses change `features`."""
+
+    same_input: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
         self,
@@ -137,7 +140,7 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
     ) -> LinearParameters:
         """Project, convolve the values."""
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (p(x) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = outputs(x, self.q_proj, self.k_proj, self.v_proj)
         gate = None if self.g_proj is None else self.g_proj(x)
         if isinstance(context.visibility, Masked):  # behind a cache, no real token sees padding
             v = v.masked_fill(~context.visibility.real[..., None], 0)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmnorm.nn.precision import without_autocast
 from llmnorm.nn.settings import RopeParameters
 
 
@@ -37,7 +38,7 @@ class Rotary:
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (batch, length, 1, head_dim/2) of positions (batch, length), in `dtype`."""
-        with torch.no_grad(), torch.autocast(positions.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(positions.device.type):
             angles = positions[..., None].to(dtype) * self._frequencies(positions, dtype)
             scale = self.attention_scaling()
             return (angles.cos() * scale).unsqueeze(-2), (angles.sin() * scale).unsqueeze(-2)
@@ -88,7 +89,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     products are float32 and only the result is rounded.
     """
     if x.device.type == "cpu" and x.dtype == cos.dtype and not torch.compiler.is_compiling():
-        return _Rotation.apply(x, cos, sin)
+        return _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 

@@ -17,7 +17,7 @@ not serve (it wants half precision), and where a compiler wants fixed shapes. Is
 all three ways: a masked weight is 0.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,11 @@ from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.projections import joined
 from llmnorm.nn.visibility import Cached, Masked, Packed, Plain
+
+FEW_QUERIES = 17  # a verification's: 16 drafted tokens, and the one before them
+WIDE = (torch.float32, torch.float64)
 
 
 class SoftmaxParameters(NamedTuple):
@@ -46,6 +50,8 @@ class SoftmaxParameters(NamedTuple):
 
 class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
     """Softmax attention; the projections carry Hugging Face's names."""
+
+    same_input: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
         self,
@@ -90,10 +96,20 @@ class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
     ) -> SoftmaxParameters:
         """Project, norm if asked, rotate."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projections, cos, sin = (self.q_proj, self.k_proj, self.v_proj), context.cos, context.sin
+        together = joined(x, *projections)
+        if together is not None and not self.qk_norm:
+            # At inference: queries and keys turn by the same angles, so they turn together.
+            sizes = [self.heads, self.kv_heads]
+            turned, v = together.view(heads).split([sum(sizes), self.kv_heads], -2)
+            q, k = rotate(turned, cos, sin).split(sizes, -2)
+            return SoftmaxParameters(q, k, v)
+        if together is not None:
+            q, k, v = together.view(heads).split([self.heads, self.kv_heads, self.kv_heads], -2)
+        else:
+            q, k, v = (p(x).view(heads) for p in projections)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = context.cos, context.sin
         return SoftmaxParameters(rotate(q, cos, sin), rotate(k, cos, sin), v)
 
     def mix(
@@ -135,7 +151,32 @@ class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
         q, k, v = _heads_first(parameters)
         if places.fills_empty_rows:
             return self._attend_freely(q, k, v)
-        return self._attend(q, keys, values, cache.mask(places, q.dtype))
+        mask = cache.mask(places, q.dtype)
+        if q.device.type == "cpu" and q.dtype in WIDE and q.shape[2] <= FEW_QUERIES:
+            return self._attend_by_products(q, keys, values, mask)
+        return self._attend(q, keys, values, mask)
+
+    def _attend_by_products(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`_attend` for few queries on a CPU: two products, and a softmax between them.
+
+        It takes 5 of 27 ms from a step of 4 rows (26M weights, 192 slots, one thread of a Xeon with
+        AVX-512), and the result of a row is the same for any number of rows. Below float32 torch's
+        kernel keeps its scores wider than these products would, so it stays.
+        """
+        group = self.heads // self.kv_heads
+        if group > 1:  # the queries of a group stand below each other, before one head of keys
+            q = q.unflatten(1, (self.kv_heads, group)).flatten(2, 3)
+        scores = torch.matmul(q * self.head_dim**-0.5, k.transpose(-1, -2))
+        if group > 1:
+            scores = scores.unflatten(2, (group, -1))
+            mask = None if mask is None else mask.unsqueeze(2)
+        if mask is not None:
+            scores = scores + mask
+        weights = scores.softmax(-1)
+        mixed = torch.matmul(weights if group == 1 else weights.flatten(2, 3), v)
+        if group > 1:
+            mixed = mixed.unflatten(2, (group, -1)).flatten(1, 2)
+        return mixed.transpose(1, 2)
 
     def _attend_freely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention without a mask: direction and window alone say what a query sees."""

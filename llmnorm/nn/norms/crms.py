@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from llmnorm.nn.norms.contract import Norm
 from llmnorm.nn.norms.settings import CRMSNormSettings
-from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.precision import wide_dtype, without_autocast
 
 
 class CRMSNorm(Norm):
@@ -35,7 +35,9 @@ class CRMSNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
+            if not torch.is_grad_enabled():
+                return _normed(x, self.eps, self.scale)[0]
             y: Tensor = _CRMSNorm.apply(x, self.eps, self.scale)
         return y
 
@@ -49,13 +51,10 @@ class _CRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, scale: float) -> Tensor:
-        dtype = wide_dtype(x.dtype)
-        total = x.sum(-1, keepdim=True, dtype=dtype)
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square_()
-        r = squares.add_(total.square()).div_(x.shape[-1] + 1).add_(eps).rsqrt_()
+        y, total, r = _normed(x, eps, scale)
         ctx.save_for_backward(x, total, r)
         ctx.scale = scale
-        return (x * (r * scale)).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -66,3 +65,12 @@ class _CRMSNorm(torch.autograd.Function):
         factor = along.mul_(r.pow(3)).mul_(-ctx.scale / (x.shape[-1] + 1))
         dx = (grad * (r * ctx.scale)).addcmul_(values + total, factor)
         return dx.to(x.dtype), None, None
+
+
+def _normed(x: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y, S and r."""
+    dtype = wide_dtype(x.dtype)
+    total = x.sum(-1, keepdim=True, dtype=dtype)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square_()
+    r = squares.add_(total.square()).div_(x.shape[-1] + 1).add_(eps).rsqrt_()
+    return (x * (r * scale)).to(x.dtype), total, r

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmnorm.nn.norms.contract import Norm
 from llmnorm.nn.norms.settings import DyTSettings
-from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.precision import wide_dtype, without_autocast
 
 
 class DyT(Norm):
@@ -36,7 +36,7 @@ class DyT(Norm):
     def forward(self, x: Tensor) -> Tensor:
         """gain * tanh(alpha x) + bias for x (..., hidden)."""
         dtype = wide_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             squashed = torch.tanh(x.to(dtype) * self.alpha.to(dtype))
             gain = self.scaled(self.weight.to(dtype))
             if self.bias is None:

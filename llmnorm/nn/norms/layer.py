@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmnorm.nn.norms.contract import Norm
 from llmnorm.nn.norms.settings import LayerNormSettings
-from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.precision import wide_dtype, without_autocast
 
 
 class LayerNorm(Norm):
@@ -33,7 +33,7 @@ class LayerNorm(Norm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
         dtype = wide_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             gain = self.scaled(self.weight.to(dtype))
             bias = None if self.bias is None else self.scaled(self.bias.to(dtype))
             return F.layer_norm(x.to(dtype), gain.shape, gain, bias, self.eps).to(x.dtype)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.nn.norms.contract import Norm
-from llmnorm.nn.norms.rms_cpu import CPURMSNorm
+from llmnorm.nn.norms.rms_cpu import CPURMSNorm, forward_only
 from llmnorm.nn.norms.settings import RMSNormSettings
-from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.precision import wide_dtype, without_autocast
 
 
 class RMSNorm(Norm):
@@ -51,7 +51,7 @@ class RMSNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., hidden)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             gain = self.scaled(self.weight)
             if self.cast_mode == "llama":
                 return self._llama(x, gain)
@@ -74,6 +74,8 @@ class RMSNorm(Norm):
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """gain * x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype; gain (hidden,)."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses by itself
+        if not torch.is_grad_enabled():
+            return forward_only(x, gain, eps)
         y: Tensor = CPURMSNorm.apply(x, gain, eps)
         return y
     if x.dtype == gain.dtype:

@@ -18,6 +18,7 @@ r (q - mean(q) - x^ mean(q x^)), to which r mean(q) is added while the piece is 
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,14 +36,7 @@ class CPURMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         """Keeps x, gain and r."""
-        y = torch.empty(x.shape, dtype=x.dtype)
-        r = torch.empty((*x.shape[:-1], 1), dtype=wide_dtype(x.dtype))
-        epsilon = torch.tensor(eps, dtype=r.dtype)
-        for x_rows, r_rows, y_rows in _pieces(x, r, y):
-            torch.linalg.vector_norm(x_rows, dim=-1, keepdim=True, dtype=r.dtype, out=r_rows)
-            torch.addcmul(epsilon, r_rows, r_rows, value=1 / x.shape[-1], out=r_rows).rsqrt_()
-            normed = torch.mul(x_rows, r_rows, out=y_rows if y.dtype == r.dtype else None)
-            torch.mul(normed, gain, out=y_rows)
+        y, r = _by_pieces(x, gain, eps)
         ctx.save_for_backward(x, gain, r)
         return y
 
@@ -69,6 +63,41 @@ class CPURMSNorm(torch.autograd.Function):
             if wants_gain:
                 dgain += summed
         return dx if wants_x else None, dgain.to(gain.dtype) if wants_gain else None, None
+
+
+def forward_only(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """The same y, to the bit, where no gradient is wanted: without the Function around it.
+
+    A few rows, as in a decode step, go without pieces too: five calls.
+    """
+    if x.numel() > PIECE * torch.get_num_threads():
+        return _by_pieces(x, gain, eps)[0]
+    dtype = wide_dtype(x.dtype)
+    # What stands for a tensor in a tracer or a compiler is not kept.
+    epsilon = _epsilon(eps, dtype) if type(x) is Tensor else torch.tensor(eps, dtype=dtype)
+    r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=epsilon.dtype)
+    # A tracer would compute 1 / hidden in every step.
+    r = torch.addcmul(epsilon, r, r, value=1 / int(x.shape[-1])).rsqrt()
+    return (x * r * gain).to(x.dtype)
+
+
+@cache
+def _epsilon(eps: float, dtype: torch.dtype) -> Tensor:
+    """eps as a tensor, kept: making one costs as much as an operator of the norm does."""
+    return torch.tensor(eps, dtype=dtype)
+
+
+def _by_pieces(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y and r."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    r = torch.empty((*x.shape[:-1], 1), dtype=wide_dtype(x.dtype))
+    epsilon = torch.tensor(eps, dtype=r.dtype)
+    for x_rows, r_rows, y_rows in _pieces(x, r, y):
+        torch.linalg.vector_norm(x_rows, dim=-1, keepdim=True, dtype=r.dtype, out=r_rows)
+        torch.addcmul(epsilon, r_rows, r_rows, value=1 / x.shape[-1], out=r_rows).rsqrt_()
+        normed = torch.mul(x_rows, r_rows, out=y_rows if y.dtype == r.dtype else None)
+        torch.mul(normed, gain, out=y_rows)
+    return y, r
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

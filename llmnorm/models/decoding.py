@@ -1,0 +1,326 @@
+"""The decode step: logits of a few new tokens a row behind a cache, as fast as the machine allows.
+
+    decoder = Decoder(model)
+    cache = model.model.new_cache().slots
+    logits = decoder.step(prompt_ids, cache, last=True)     # prefill
+    logits = decoder.step(next_ids, cache)                  # one token a row, and so on
+
+The step runs the modules of the model itself, in a copy for inference that shares its parameters
+(nn/projections.py). On a CPU it is captured: the passes of few tokens are traced once, and then run
+without Python between the operators. What is traced is a pure function of tensors: ids, positions,
+which tokens are real, masks, the buffers of keys and values (written in place), recurrent states
+(old ones in, new ones out). All else, such as lengths, stays on the host. So one graph for a number
+of new tokens serves any number of rows and any length.
+
+When a step is captured is a rule and nothing that is timed: `captures`. Otherwise, and for prompts,
+the same modules run eagerly, with the same result up to rounding (tests/models/test_decoding.py).
+
+Shapes: ids (rows, new), the first rows of the cache, padding behind the real tokens; logits (rows,
+new, vocabulary), or (rows, 1, vocabulary) of each row's last real token.
+
+What would surprise: a Decoder does not follow later changes of the model's parameters; make another
+one after training. What a Decoder does it says in `says`.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.models.nf4 import NF4Linear
+from llmnorm.nn.cache import KeyValues, RaggedCache
+from llmnorm.nn.layer_cache import LayerCache
+from llmnorm.nn.mixers.contract import Context
+from llmnorm.nn.norms.running import RunningNorm
+from llmnorm.nn.places import Places
+from llmnorm.nn.precision import wide_dtype
+from llmnorm.nn.projections import Layout, Product, for_inference, layout_for
+from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State
+from llmnorm.nn.visibility import Cached
+from llmnorm.part import InputError
+
+TRACED = ("llmnorm", "peft", "torch", "transformers")  # packages whose modules a tracer can follow
+FEW = 17  # new tokens of a captured pass: 16 drafted ones, and the one before them
+
+
+def captures(model: LlmNormForCausalLM) -> tuple[bool, str]:
+    """Whether steps of this model are captured, and a clause that says why.
+
+    On a CPU, where torch has a tracer, and every layer keeps keys and values or a state of ours.
+    What a trace would not follow is left out: norms that keep statistics, weights in four bits,
+    modules of other packages.
+    """
+    device, dtype = model.device.type, model.dtype
+    kind = f"{str(dtype).removeprefix('torch.')} on {device}"
+    if device != "cpu":
+        return False, f"steps run eagerly ({kind})"
+    if not hasattr(torch.jit, "trace"):
+        return False, "steps run eagerly (this torch has no tracer)"
+    if any(isinstance(module, RunningNorm) for module in model.modules()):
+        return False, "steps run eagerly (a norm keeps running statistics)"
+    if any(isinstance(module, NF4Linear) for module in model.modules()):
+        return False, "steps run eagerly (a tracer cannot follow weights in four bits)"
+    for module in model.modules():
+        if type(module).__module__.split(".")[0] not in TRACED:
+            name = type(module).__name__
+            return False, f"steps run eagerly ({name} is no module of this package)"
+    layers = model.model.new_cache().slots.layers
+    if not all(type(layer) in (KeyValues, RecurrentCache) for layer in layers):
+        return False, "steps run eagerly (a mixer has a cache of its own kind)"
+    return True, f"steps are captured ({kind})"
+
+
+class Decoder:
+    """Runs a model behind caches of it, without gradients.
+
+    Args:
+        model: in evaluation mode. Its weights may be joined (nn/projections.py), with the same
+            numbers in them.
+        captured: False: every step runs eagerly, whatever `captures` says.
+        layout: of the weights, in the place of what `layout_for` says.
+
+    Attributes:
+        says: what it does, in one line.
+
+    Raises:
+        InputError: the model is in training mode.
+    """
+
+    def __init__(
+        self, model: LlmNormForCausalLM, *, captured: bool = True, layout: Layout | None = None
+    ) -> None:
+        if model.training:
+            raise InputError("Decoder: the model is in training mode; call model.eval() first")
+        weight = model.lm_head.weight
+        assert isinstance(weight, Tensor)
+        ruled, about_weights = layout_for(weight)
+        if layout is not None:
+            ruled, about_weights = layout, f"weights: {layout}, as asked for"
+        self._captured, about_steps = captures(model)
+        if not captured:
+            self._captured, about_steps = False, "steps run eagerly, as asked for"
+        self.says = f"decoding: {about_steps}; {about_weights}"
+        with torch.no_grad():
+            self._model = for_inference(model, ruled)
+        # A graph cannot hold a packed weight, so these are inputs of it.
+        self._packed = [
+            module
+            for module in self._model.modules()
+            if isinstance(module, Product) and module.layout == "packed"
+        ]
+        # By the number of new tokens, and whether there is one row: an axis of one has strides of
+        # its own, which a trace of it takes for granted.
+        self._graphs: dict[tuple[int, bool], Callable[..., tuple[Tensor, ...]]] = {}
+
+    @torch.no_grad()
+    def step(
+        self,
+        ids: Tensor,
+        cache: RaggedCache,
+        counts: Sequence[int] | None = None,
+        *,
+        last: bool = False,
+    ) -> Tensor:
+        """Append the new tokens ids (rows, new) to the first rows of the cache; their logits.
+
+        Args:
+            ids: padding behind the real tokens is any token.
+            cache: of this model (`model.model.new_cache().slots`).
+            counts: how many of each row's tokens are real; all if None.
+            last: logits of each row's last real token alone, (rows, 1, vocabulary).
+
+        Raises:
+            ValueError: what `RaggedCache.places` refuses; nothing is changed.
+        """
+        (rows, new), device = ids.shape, ids.device
+        # An empty cache has no buffers and no states yet; a prompt brings them.
+        captured = self._captured and new <= FEW and any(cache.lengths[:rows])
+        width = max(cache.lengths[:rows]) + new if captured else None
+        places = cache.places(rows, new, device, counts, width)
+        if not captured:
+            hidden = hidden_states(self._model, ids, places, cache.layers)
+            if last:
+                hidden = _last(hidden, places)
+            logits: Tensor = self._model.lm_head(hidden)
+            return logits
+        inputs, layers = _graph_inputs(ids, places, cache.layers, self._model.dtype)
+        inputs += [product.weight for product in self._packed]
+        graph = self._graphs.get((new, rows == 1))
+        if graph is None:
+            graph = _traced(_Step(self._model, layers, self._packed), inputs)
+            self._graphs[new, rows == 1] = graph
+        logits, *more = graph(*inputs)
+        _take_in(cache.layers, layers, more, places)
+        return _last(logits, places) if last and new > 1 else logits
+
+
+def hidden_states(
+    model: LlmNormForCausalLM, ids: Tensor, places: Places, layers: Sequence[LayerCache]
+) -> Tensor:
+    """The model's last hidden states (rows, new, hidden) of ids (rows, new) behind a cache."""
+    base = model.model
+    hidden = base.embed_tokens(ids)
+    context = Context(*base.rotary(places.index, wide_dtype(hidden.dtype)), Cached(places))
+    for norm in base.running_norms:
+        norm.begin(None, counts=False)
+    hidden = base.embedded(hidden, None)
+    for block, layer in zip(base.layers, layers, strict=True):
+        hidden = block(hidden, context, layer)
+    return hidden if base.norm is None else base.norm(hidden)
+
+
+def _last(tokens: Tensor, places: Places) -> Tensor:
+    """(rows, new, ...) -> (rows, 1, ...), those of each row's last real token."""
+    last = (places.counted - 1).clamp(min=0)[:, None, None]
+    return tokens.take_along_dim(last, 1)
+
+
+class _Layer(NamedTuple):
+    """What a layer's part of a graph's inputs is.
+
+    kind: "keys" or "state". window: of keys. tensors: how many inputs it has.
+    """
+
+    kind: str
+    window: int | None
+    tensors: int
+
+
+def _graph_inputs(
+    ids: Tensor, places: Places, layers: Sequence[LayerCache], dtype: torch.dtype
+) -> tuple[list[Tensor], list[_Layer]]:
+    """A graph's inputs, in the order in which `_Step` reads them: numbers of the pass, for each
+    window its slots and mask, the layers' buffers and states."""
+    assert places.real is not None, "places of a width of the caller's"
+    inputs = [ids, places.index, places.counted, places.real, places.rows]
+    windows: dict[int | None, None] = {}
+    own: list[Tensor] = []
+    described = []
+    for layer in layers:
+        if isinstance(layer, KeyValues):
+            if layer.window not in windows:
+                windows[layer.window] = None
+                mask = layer.mask(places, dtype)
+                assert mask is not None
+                inputs += [places.slots(layer.window), mask]
+            own += layer.buffers(places)
+            described.append(_Layer("keys", layer.window, 2))
+        else:
+            assert isinstance(layer, RecurrentCache)
+            state = layer.before(places)
+            assert state is not None
+            own += state
+            described.append(_Layer("state", None, len(state)))
+    return inputs + own, described
+
+
+def _take_in(
+    layers: Sequence[LayerCache], described: Sequence[_Layer], more: list[Tensor], places: Places
+) -> None:
+    """The host's part of a captured pass: lengths, and the new inputs and states of recurrences."""
+    for layer, what in zip(layers, described, strict=True):
+        if isinstance(layer, KeyValues):
+            layer.extend(places)
+            continue
+        assert isinstance(layer, RecurrentCache)
+        states, inputs = what.tensors, len(layer.inputs)
+        layer.append(tuple(more[:inputs]), tuple(more[inputs : inputs + states]), places)
+        more = more[inputs + states :]
+
+
+class _Written(KeyValues):
+    """Keys and values as a graph sees them: buffers, which it writes in place.
+
+    The mask has the number of slots to attend over.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, mask: Tensor, window: int | None) -> None:
+        self._buffers, self._mask, self.window = (keys, values), mask, window
+
+    def append(self, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """Write new tokens (rows, new, kv_heads, head_dim); all keys and values."""
+        slots, rows, width = places.slots(self.window), keys.shape[0], self._mask.shape[-1]
+        for kept, fresh in zip(self._buffers, (keys, values), strict=True):
+            # An assignment would put the sizes of one row into the graph.
+            kept.transpose(1, 2).index_put_((places.rows, slots), fresh.to(kept.dtype))
+        kept_keys, kept_values = (kept[:rows].narrow(2, 0, width) for kept in self._buffers)
+        return kept_keys, kept_values
+
+    def mask(self, places: Places, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores."""
+        return self._mask
+
+
+class _Carried(RecurrentCache):
+    """A state as a graph sees it: the old one goes in, inputs and the new one come out."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self.out: list[Tensor] = []
+
+    def before(self, places: Places) -> State:
+        """The state before the pass."""
+        return self._state
+
+    def append(self, inputs: Inputs, state: State, places: Places) -> None:
+        """Keep them for the graph's outputs."""
+        self.out = [*inputs, *state]
+
+
+class _Step:
+    """The step as a function of tensors, to be traced."""
+
+    def __init__(
+        self, model: LlmNormForCausalLM, layers: Sequence[_Layer], packed: Sequence[Product]
+    ) -> None:
+        self.model = model
+        self._layers, self._packed = list(layers), list(packed)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Logits, and for each recurrent layer its inputs and its new state."""
+        kept = [product.weight for product in self._packed]
+        given = inputs[len(inputs) - len(kept) :]
+        try:
+            for product, weight in zip(self._packed, given, strict=True):
+                product.weight = weight
+            return self._run(*inputs[: len(inputs) - len(kept)])
+        finally:
+            for product, weight in zip(self._packed, kept, strict=True):
+                product.weight = weight
+
+    def _run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ids, index, counted, real, rows, *rest = inputs
+        slots: dict[int | None, Tensor] = {}
+        masks: dict[int | None, Tensor] = {}
+        for layer in self._layers:
+            if layer.kind == "keys" and layer.window not in slots:
+                slots[layer.window], masks[layer.window], *rest = rest
+        # On the host nothing is known of the rows: numbers there would stay in the graph.
+        places = Places([], [], index, counted, None, 1, real, {}, True).with_slots(rows, slots)
+        caches: list[LayerCache] = []
+        for layer in self._layers:
+            own, rest = rest[: layer.tensors], rest[layer.tensors :]
+            if layer.kind == "keys":
+                keys, values = own
+                caches.append(_Written(keys, values, masks[layer.window], layer.window))
+            else:
+                caches.append(_Carried(tuple(own)))
+        logits = self.model.lm_head(hidden_states(self.model, ids, places, caches))
+        more = [t for cache in caches if isinstance(cache, _Carried) for t in cache.out]
+        return (logits, *more)
+
+
+def _traced(step: _Step, inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """The step's graph. Tracing writes to copies of the buffers."""
+    copies = tuple(t if t.is_mkldnn else t.clone() for t in inputs)
+    with warnings.catch_warnings():
+        # Shapes are compared while tracing (few queries or many), which is what a graph is for;
+        # and torch.jit calls itself deprecated.
+        warnings.simplefilter("ignore")
+        graph: Callable[..., tuple[Tensor, ...]] = torch.jit.trace(
+            step.__call__, copies, check_trace=False
+        )
+    return graph

@@ -1,0 +1,415 @@
+"""Measures a decode step, ours beside Hugging Face's `generate` and llama.cpp, on a CPU.
+
+usage: python tools/bench/decode_step.py [--quick] [--sizes 27M quickstart] [--batches 1 4 8 16]
+           [--threads 1 2] [--steps 48] [--rounds 5] [--llama-cpp PYTHON]
+           [--out docs/results/decode_step.json]
+
+A step is one more token for each row, greedily, after prompts of 32 tokens; float32, from the same
+weights (a Llama), and the tokens are compared. The candidates take turns, a round each:
+  generate    LlamaForCausalLM.generate; a step is what each of `steps` more tokens adds
+  loop        the same model in a plain loop with its cache
+  eager       our Decoder, weights as they are, uncaptured
+  laid out    the same, with the weights' layout that the rule picks for this processor
+  captured    captured, weights as they are
+  ours        what the rule picks: `Decoder(model)`
+  llama.cpp   with `--llama-cpp PYTHON`, a Python that has llama-cpp-python: f16 keys, flash
+              attention off
+A time is the median over the rounds of the mean step, a ratio the median over the rounds of (the
+candidate's time / ours in that round). With one thread times are CPU seconds, so that other work on
+the machine makes little difference; with more they are by the clock.
+
+Beside them, of ours: the time of 5 and 9 tokens a row over that of 1, which are then rolled back;
+one client in a cache of 16 rows over one in a cache of 1; bf16 weights. `read once` is the time of
+reading all weights and the keys and values once, by a dot product with the same threads, and its
+share of a step.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+from report import RESULTS, Table, publish  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from llmnorm.models import LlmNormConfig, LlmNormForCausalLM  # noqa: E402
+from llmnorm.models.decoding import Decoder  # noqa: E402
+from llmnorm.models.modeling import build_model  # noqa: E402
+
+SIZES: dict[str, dict[str, int]] = {
+    "27M": {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    },
+    "quickstart": {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+    },
+}
+VOCABULARY, PROMPT, SLOTS = 4096, 32, 16
+WIDTHS = (5, 9)  # tokens a row of a verification
+
+
+def models(shape: dict[str, int]) -> tuple[LlmNormForCausalLM, LlamaForCausalLM]:
+    """Ours and Hugging Face's, with the same weights."""
+    more = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "tie_word_embeddings": True}
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            **shape, **more, rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1, eos_token_id=None
+        )
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    ours = build_model(LlmNormConfig(**shape, **more), seed=0).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+Measured = tuple[float, list[list[int]]]  # seconds a step, and the tokens of each step
+
+
+class Clock:
+    """CPU seconds for one thread, wall clock for more."""
+
+    def __init__(self, threads: int) -> None:
+        self.now = time.process_time if threads == 1 else time.perf_counter
+        self.key = "cpu" if threads == 1 else "wall"
+
+
+def our_steps(
+    decoder: Decoder, model: LlmNormForCausalLM, prompts: Tensor, steps: int, clock: Clock
+) -> Measured:
+    """Prefill, then one token a row: our own loop."""
+    cache = model.model.new_cache().slots
+    tokens = decoder.step(prompts, cache, last=True)[:, -1].argmax(-1, keepdim=True)
+    made = [tokens]
+    begin = clock.now()
+    for _ in range(steps):
+        tokens = decoder.step(tokens, cache)[:, -1].argmax(-1, keepdim=True)
+        made.append(tokens)
+    return (clock.now() - begin) / steps, [t[:, 0].tolist() for t in made]
+
+
+def generated(model: LlamaForCausalLM, prompts: Tensor, steps: int, clock: Clock) -> Measured:
+    """Seconds that each token after the first adds to `generate`."""
+    seconds, out = [], prompts
+    for new in (1, 1 + steps):
+        begin = clock.now()
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+        )
+        seconds.append(clock.now() - begin)
+    return (seconds[1] - seconds[0]) / steps, out[:, PROMPT:].T.tolist()
+
+
+@torch.no_grad()
+def looped(model: LlamaForCausalLM, prompts: Tensor, steps: int, clock: Clock) -> Measured:
+    """Hugging Face's model in a plain loop."""
+    out = model(prompts, use_cache=True, logits_to_keep=1)
+    made, begin = [out.logits[:, -1].argmax(-1, keepdim=True)], clock.now()
+    for _ in range(steps):
+        out = model(made[-1], past_key_values=out.past_key_values, use_cache=True)
+        made.append(out.logits[:, -1].argmax(-1, keepdim=True))
+    return (clock.now() - begin) / steps, [t[:, 0].tolist() for t in made]
+
+
+def per_pass(
+    decoder: Decoder, model: LlmNormForCausalLM, prompts: Tensor, new: int, slots: int, clock: Clock
+) -> float:
+    """Seconds of a pass of `new` tokens a row, rolled back each time; the best of 12.
+
+    The cache has `slots` rows, of which the first ones, as many as prompts, take part.
+    """
+    cache = model.model.new_cache().slots
+    decoder.step(prompts[:1].expand(slots, -1), cache, last=True)
+    ids, times = prompts[:, :new], []
+    for _ in range(12):
+        begin = clock.now()
+        decoder.step(ids, cache)
+        times.append(clock.now() - begin)
+        cache.rollback([new] * len(ids))
+    return min(times)
+
+
+def read_once(model: LlmNormForCausalLM, rows: int, length: int, clock: Clock) -> float:
+    """Seconds of reading all weights, and keys and values of `rows` of so many tokens, once."""
+    config = model.config
+    numbers = 2 * rows * length * config.num_key_value_heads * config.head_dim
+    numbers *= config.num_hidden_layers
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()] + [torch.zeros(numbers)])
+    pieces, times = flat.chunk(torch.get_num_threads() * 8), []
+    for _ in range(7):
+        begin = clock.now()
+        for piece in pieces:
+            piece.sum()
+        times.append(clock.now() - begin)
+    return min(times)
+
+
+class LlamaCpp:
+    """The child that steps by llama.cpp."""
+
+    def __init__(
+        self, python: str, file: Path, threads: int, steps: int, prompts: Path, clock: Clock
+    ) -> None:
+        script = Path(__file__).with_name("llama_cpp_steps.py")
+        self.process = subprocess.Popen(
+            [python, str(script), str(file), str(threads), str(steps), str(prompts)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.clock = clock
+        self._line()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"bench: error: llama.cpp ended with code {self.process.wait()}")
+        return line
+
+    def run(self, rows: int) -> Measured:
+        """A round of so many rows."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{rows}\n")
+        self.process.stdin.flush()
+        answer = json.loads(self._line())
+        return answer[self.clock.key], answer["tokens"]
+
+    def close(self) -> None:
+        """End the child."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def write_gguf(model: LlamaForCausalLM, file: Path) -> None:
+    """The weights in float32 for llama.cpp, with tokens that only count."""
+    import gguf  # of the extra that exports
+
+    from llmnorm.exchange.gguf_file import _interleaved
+
+    config = model.config
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_file_type(0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{n}" for n in range(3)] + [chr(0x100 + n) for n in range(4093)])
+    writer.add_token_types([1] * VOCABULARY)
+    writer.add_token_merges([chr(0x100) + " " + chr(0x101)])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":  # tied
+            continue
+        if "q_proj" in name or "k_proj" in name:
+            weight = _interleaved(weight, config.num_attention_heads)
+        found = names.get_name(name, try_suffixes=(".weight",))
+        assert found is not None, name
+        writer.add_tensor(found, weight.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def measured(
+    size: str, threads: int, options: argparse.Namespace, bar: Any
+) -> list[dict[str, Any]]:
+    """The figures of a size with so many threads, one entry a batch."""
+    torch.set_num_threads(threads)
+    clock = Clock(threads)
+    ours, theirs = models(SIZES[size])
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(
+        3, VOCABULARY, (max(*options.batches, SLOTS), PROMPT), generator=generator
+    )
+    decoder = Decoder(ours)
+    half = Decoder(models(SIZES[size])[0].bfloat16())
+    decoders = {
+        "eager": Decoder(ours, captured=False, layout="plain"),
+        "laid out": Decoder(ours, captured=False),
+        "captured": Decoder(ours, layout="plain"),
+        "ours": decoder,
+    }
+    peer = None
+    found = []
+    with tempfile.TemporaryDirectory() as directory:
+        if options.llama_cpp:
+            file, listed = Path(directory, "m.gguf"), Path(directory, "prompts.json")
+            write_gguf(theirs, file)
+            listed.write_text(json.dumps(prompts.tolist()), encoding="utf-8")
+            peer = LlamaCpp(options.llama_cpp, file, threads, options.steps, listed, clock)
+        for rows in options.batches:
+            ids = prompts[:rows]
+            more = options.steps, clock
+            candidates: dict[str, Callable[[], Measured]] = {
+                "generate": partial(generated, theirs, ids, *more),
+                "loop": partial(looped, theirs, ids, *more),
+            }
+            for name, some in decoders.items():
+                candidates[name] = partial(our_steps, some, ours, ids, *more)
+            if peer is not None:
+                candidates["llama.cpp"] = partial(peer.run, rows)
+            times: dict[str, list[float]] = {name: [] for name in candidates}
+            tokens: dict[str, list[list[int]]] = {}
+            for turn in range(options.rounds + 1):
+                for name, run in candidates.items():
+                    seconds, tokens[name] = run()
+                    bar.update()
+                    if turn:  # the first warms up, and traces
+                        times[name].append(seconds)
+            entry: dict[str, Any] = {
+                "size": size,
+                "threads": threads,
+                "batch": rows,
+                "clock": clock.key,
+                "milliseconds": {n: 1e3 * statistics.median(t) for n, t in times.items()},
+                "over ours": {
+                    n: statistics.median(a / b for a, b in zip(t, times["ours"], strict=True))
+                    for n, t in times.items()
+                },
+                "equal tokens": {n: _share(t, tokens["generate"]) for n, t in tokens.items()},
+            }
+            once = read_once(ours, rows, PROMPT + options.steps // 2, clock)
+            entry["read once"] = 1e3 * once
+            step = per_pass(decoder, ours, ids, 1, rows, clock)
+            entry["more tokens"] = {
+                new: per_pass(decoder, ours, ids, new, rows, clock) / step for new in WIDTHS
+            }
+            if rows == 1:
+                entry["one of 16"] = per_pass(decoder, ours, ids, 1, SLOTS, clock) / step
+            entry["bf16"] = 1e3 * statistics.median(
+                our_steps(half, ours, ids, options.steps, clock)[0] for _ in range(3)
+            )
+            found.append(entry)
+    if peer is not None:
+        peer.close()
+    return found + [{"says": decoder.says}]
+
+
+def _share(tokens: list[list[int]], reference: list[list[int]]) -> float:
+    """The share of rows whose tokens are all those of the reference."""
+    columns = zip(zip(*tokens, strict=True), zip(*reference, strict=True), strict=True)
+    return statistics.mean(a == b for a, b in columns)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the small size, one round, no file")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python with llama-cpp-python")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.sizes, options.batches, options.threads = ["quickstart"], [1, 2], [1]
+        options.steps, options.rounds = 3, 1
+    elif options.out is None:
+        options.out = RESULTS / "decode_step.json"
+    entries: list[dict[str, Any]] = []
+    turns = len(options.sizes) * len(options.threads) * len(options.batches)
+    candidates = 6 + bool(options.llama_cpp)
+    before = torch.get_num_threads()
+    with tqdm(total=turns * (options.rounds + 1) * candidates) as bar:
+        for size in options.sizes:
+            for threads in options.threads:
+                entries += measured(size, threads, options, bar)
+    torch.set_num_threads(before)
+    says = sorted({entry.pop("says") for entry in entries if "says" in entry})
+    entries = [entry for entry in entries if entry]
+    publish(
+        options.out,
+        "A decode step (CPU, float32)",
+        tables(entries),
+        {"entries": entries, "says": says},
+    )
+    print("\n".join(says))
+    return 0
+
+
+def tables(entries: list[dict[str, Any]]) -> list[Table]:
+    """A table a size and number of threads, and one of what else was measured of ours."""
+    found = []
+    for size, threads in dict.fromkeys((e["size"], e["threads"]) for e in entries):
+        some = [e for e in entries if (e["size"], e["threads"]) == (size, threads)]
+        rows = [
+            [name, *(f"{e['milliseconds'][name]:.2f} ({e['over ours'][name]:.2f}x)" for e in some)]
+            for name in some[0]["milliseconds"]
+        ]
+        rows.append(
+            [
+                "read once",
+                *(
+                    f"{e['read once']:.2f} ({e['read once'] / e['milliseconds']['ours']:.0%})"
+                    for e in some
+                ),
+            ]
+        )
+        kind = "CPU" if threads == 1 else "wall clock"
+        title = (
+            f"{size}, {threads} thread(s): {kind} ms a step by rows (time over ours; of `read "
+            "once`, its share of our step)"
+        )
+        found.append(Table(title, ["", *(str(e["batch"]) for e in some)], rows))
+    rows = [
+        [
+            f"{e['size']}, {e['threads']} thread(s), {e['batch']} rows",
+            *(f"{e['more tokens'][new]:.2f}" for new in WIDTHS),
+            f"{e['one of 16']:.2f}" if "one of 16" in e else "",
+            f"{e['bf16']:.2f}",
+            f"{min(e['equal tokens'].values()):.0%}",
+        ]
+        for e in entries
+    ]
+    columns = [
+        "",
+        "5 tokens over 1",
+        "9 over 1",
+        "one of 16 slots over one of 1",
+        "bf16, ms",
+        "rows with equal tokens in all",
+    ]
+    return [*found, Table("ours, beside that", columns, rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
