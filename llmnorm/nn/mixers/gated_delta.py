@@ -65,7 +65,7 @@ class DeltaParameters(NamedTuple):
     log_decay: Tensor
     z: Tensor
     convolved: Tensor
-    window: Tensor | None
+    window: Tensor | None = None
 
 
 class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):

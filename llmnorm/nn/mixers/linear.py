@@ -46,7 +46,7 @@ class LinearParameters(NamedTuple):
     v: Tensor
     local: Tensor | None
     gate: Tensor | None
-    window: Tensor | None
+    window: Tensor | None = None
 
     @property
     def windows(self) -> tuple[Tensor, ...]:

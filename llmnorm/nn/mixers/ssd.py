@@ -47,7 +47,7 @@ class SSDParameters(NamedTuple):
     log_decay: Tensor
     z: Tensor
     convolved: Tensor
-    window: Tensor | None
+    window: Tensor | None = None
 
 
 class StateSpaceBlock(TypedDict):
