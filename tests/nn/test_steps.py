@@ -168,21 +168,23 @@ def test_a_pass_in_one_step_is_the_pass_in_chunks(
     mixer: dict[str, Any], batch: int, new: int, ragged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the chunked form in float64: outputs, what is carried, what a replay would take, and
-    the replay itself; into an empty cache, and behind it again."""
+    the replay itself; into an empty cache, behind it again, and behind a longer pass."""
     built, generator = build(mixer), torch.Generator().manual_seed(1)
     ways, lengths = (steps.MOST, 0), [0] * batch
     states: list[State | None] = [None, None]
-    for _ in range(2):
-        x = torch.randn(batch, new, 20, dtype=torch.float64, generator=generator)
-        counts = [(new - 5 * row) % (new + 1) for row in range(batch)] if ragged else [new] * batch
-        real = torch.arange(new) < torch.tensor(counts)[:, None]
+    for length in (new, new, 20, new):
+        x = torch.randn(batch, length, 20, dtype=torch.float64, generator=generator)
+        counts = [length] * batch
+        if ragged:
+            counts = [(length - 5 * row) % (length + 1) for row in range(batch)]
+        real = torch.arange(length) < torch.tensor(counts)[:, None]
         found = []
         for way, (most, state) in enumerate(zip(ways, states, strict=True)):
             monkeypatch.setattr(steps, "MOST", most)
             out, cache = taken(built, x, state, lengths, counts)
             kept = torch.tensor(counts) // 2
-            shown = torch.arange(new) < kept[:, None]
-            inputs = tuple(t * shown.view(batch, new, *[1] * (t.ndim - 2)) for t in cache.inputs)
+            shown = torch.arange(length) < kept[:, None]
+            inputs = tuple(t * shown.view(batch, length, *[1] * (t.ndim - 2)) for t in cache.inputs)
             with torch.no_grad():
                 replayed = built.advance(state, inputs, kept)
             found.append((out[real], *cache.state, *cache.inputs, *replayed))

@@ -111,7 +111,7 @@ def _one_token(
 ) -> tuple[Tensor, Tensor]:
     """y (batch, heads, V) and the state, which keeps its shape and dtype."""
     batch, groups, width = len(v), k.shape[2], v.shape[3]
-    by_group = state.unflatten(1, (groups, -1))  # (b, g, r, K, V)
+    by_group = state.contiguous().unflatten(1, (groups, -1))  # (b, g, r, K, V)
     key = k.to(state.dtype).view(batch, groups, 1, -1, 1)
     value = v.to(state.dtype).view(batch, groups, -1, 1, width)
     if log_decay is None:
