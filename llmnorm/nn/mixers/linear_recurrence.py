@@ -119,7 +119,7 @@ def _one_token(
     else:
         left = log_decay.to(state.dtype).exp().view(batch, groups, -1, 1, 1)
         after = (by_group * left).addcmul_(key, value)
-    after = after.view(-1, *after.shape[3:])
+    after = after.view(-1, *state.shape[2:])
     q = q.to(state.dtype).view(batch, groups, -1, q.shape[3])
     writers = v.shape[2] // groups
     if writers > 1:  # every head of values is read by its group's query

@@ -77,7 +77,8 @@ class NaLa(LinearAttention):
         parts = torch.cat((both, -both), -1).relu_()
         length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
         length = length.square_().add_(self.query_eps**2).sqrt_()
-        power = (length / self.norm_scale).tanh_().add_(self.tau).mul_(self.lam)
+        scaled = length if self.norm_scale == 1 else length / self.norm_scale
+        power = scaled.tanh().add_(self.tau).mul_(self.lam)
         parts[:, :, :heads].div_(length).pow_(power)
         parts[:, :, heads:].pow_(self.lam)
         return parts

@@ -96,7 +96,13 @@ def sums_step(
         states: both states before the first token; None: zeros.
     """
     numerator, state = recurrence_step(turned_q, turned_k, v, None, part(states, 0))
-    sums = k if k.shape[1] == 1 else k.cumsum(1)
+    if k.shape[1] == 1:
+        keys = k.view(k.shape[0], k.shape[2], -1, 1)
+        keys = keys if states is None else keys + states[1]
+        readers = q.reshape(-1, q.shape[2] // k.shape[2], q.shape[3])
+        total = torch.bmm(readers, keys.flatten(0, 1))
+        return numerator, total.view(*q.shape[:3], 1), state, keys
+    sums = k.cumsum(1)
     if states is not None:
         sums = sums + states[1].squeeze(3).unsqueeze(1)
     apart = q.unflatten(2, (k.shape[2], -1))

@@ -39,11 +39,15 @@ def counts_of(places: Places) -> Tensor | None:
 
 def heads_in_front(x: Tensor) -> Tensor:
     """(batch, new, heads, dim) -> (batch heads, new, dim), the batches of torch.bmm."""
+    if x.shape[1] == 1:
+        return x.reshape(-1, 1, x.shape[3])
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def tokens_in_front(x: Tensor, batch: int) -> Tensor:
     """(batch heads, new, dim) -> (batch, new, heads, dim)."""
+    if x.shape[1] == 1:
+        return x.view(batch, 1, -1, x.shape[2])
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
