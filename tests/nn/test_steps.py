@@ -13,10 +13,11 @@ from torch import Tensor
 
 from llmnorm.nn.mixers import steps
 from llmnorm.nn.mixers.contract import Context, Mixer
-from llmnorm.nn.mixers.gated_delta import delta_recurrence, delta_step
-from llmnorm.nn.mixers.gla import channel_recurrence, channel_step
-from llmnorm.nn.mixers.linear_recurrence import linear_recurrence, recurrence_step
-from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_step
+from llmnorm.nn.mixers.gated_delta import delta_recurrence, delta_state_step, delta_step
+from llmnorm.nn.mixers.gla import channel_recurrence, channel_state_step, channel_step
+from llmnorm.nn.mixers.linear_recurrence import linear_recurrence
+from llmnorm.nn.mixers.linear_step import recurrence_step, state_step
+from llmnorm.nn.mixers.normalised_sums import normalised_sums, states_step, sums_step
 from llmnorm.nn.places import Places, find_places
 from llmnorm.nn.recurrent_cache import State
 from llmnorm.nn.visibility import Cached
@@ -26,13 +27,18 @@ from tests.nn.test_mixers import CAUSAL, build, every, tables
 RECURRENT = {name: keys for name, keys in CAUSAL.items() if keys["name"] != "softmax"}
 # Heads of queries, keys and values: plain, grouped queries, groups of values.
 HEADS = [(2, 2, 2), (4, 2, 2), (1, 1, 3), (2, 2, 4)]
-Form = Callable[..., tuple[Tensor, Tensor]]
-# Step form, chunked form, whether heads may be grouped, and what they take beyond q, k and v.
-FORMS: dict[str, tuple[Form, Form, tuple[str, ...]]] = {
-    "none": (lambda *a: recurrence_step(*a[:3], None, a[3]), linear_recurrence, ()),
-    "linear": (recurrence_step, linear_recurrence, ("decay",)),
-    "channel": (channel_step, channel_recurrence, ("gates",)),
-    "delta": (delta_step, delta_recurrence, ("share", "decay")),
+Form = Callable[..., Any]
+# Step form, that of the state alone, chunked form, and what they take beyond q, k and v.
+FORMS: dict[str, tuple[Form, Form, Form, tuple[str, ...]]] = {
+    "none": (
+        lambda q, k, v, state: recurrence_step(q, k, v, None, state),
+        lambda k, v, state: state_step(k, v, None, state),
+        linear_recurrence,
+        (),
+    ),
+    "linear": (recurrence_step, state_step, linear_recurrence, ("decay",)),
+    "channel": (channel_step, channel_state_step, channel_recurrence, ("gates",)),
+    "delta": (delta_step, delta_state_step, delta_recurrence, ("share", "decay")),
 }
 
 
@@ -61,7 +67,7 @@ def test_a_step_is_the_chunks_and_the_recurrence(
 ) -> None:
     """Oracles: the chunked form, and each row alone token by token, in float64; padding behind a
     row's tokens has no keys, shares and decays, and leaves the state as it is."""
-    step, chunked, more = FORMS[form]
+    step, of_state, chunked, more = FORMS[form]
     if "gates" in more:
         heads = (2, 2, 2)
     elif "share" in more and heads[0] > heads[1]:
@@ -91,6 +97,7 @@ def test_a_step_is_the_chunks_and_the_recurrence(
     y, after = step(*taken, state)
     of_chunks, after_chunks = chunked(*taken, state=state)
     near(after, after_chunks)
+    near(of_state(*taken[1:], state), after_chunks)
     near(y[real], of_chunks[real])
     for row, count in enumerate(rows):
         if not count:
@@ -123,9 +130,11 @@ def test_both_sums_of_a_step_are_those_of_the_chunks(new: int, began: bool) -> N
         states if began else tuple(torch.zeros_like(t) for t in states),
         *(q, k, v, q, q, None, None),
     )
-    for got, other in zip(
-        sums_step(q, k, turned_q, turned_k, v, states if began else None), expected, strict=True
-    ):
+    before = states if began else None
+    found = sums_step(q, k, turned_q, turned_k, v, before)
+    for got, other in zip(found, expected, strict=True):
+        near(got, other)
+    for got, other in zip(states_step(k, turned_k, v, before), expected[2:], strict=True):
         near(got, other)
 
 

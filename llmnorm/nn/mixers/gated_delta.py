@@ -173,7 +173,7 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
         """The state after more inputs (RecurrentCache)."""
         convolved, k, v, b, log_decay = inputs
         if is_few(v):
-            after = delta_step(k, k, v, b, log_decay, part(state, 0))[1]
+            after = delta_state_step(k, v, b, log_decay, part(state, 0))
         else:
             after = delta_recurrence(k, k, v, b, log_decay, state=part(state, 0))[1]
         return after, self.conv1d.carried(part(state, 1), convolved, counts)
@@ -241,14 +241,9 @@ def delta_step(
 
     Several tokens are one chunk; one token's y is q times the new state.
     """
-    wide, (batch, new), heads = wide_dtype(v.dtype), v.shape[:2], v.shape[2]
-    if state is None:
-        state = v.new_zeros(batch, heads, k.shape[3], v.shape[3], dtype=wide)
-    if k.shape[2] < heads:
-        q, k = (t.repeat_interleave(heads // k.shape[2], 2) for t in (q, k))
-    b, log_decay = b[..., None], log_decay[..., None]
-    q, k, v, b, g = (heads_in_front(t.to(wide)) for t in (q, k, v, b, log_decay))
-    before = state.to(wide).flatten(0, 1)
+    batch, new, heads, _ = v.shape
+    k, v, b, g, before = _heads_in_front(k, v, b, log_decay, state)
+    q = heads_in_front(_repeated(q, heads).to(before.dtype))
     with without_autocast(v.device.type):
         if new == 1:
             after = before * g.exp()
@@ -256,13 +251,54 @@ def delta_step(
             y = torch.bmm(q, after)
         else:
             left = step_decays(g.squeeze(2))
-            inside, since, until = left[..., 1:], left[..., :1], left[:, -1, 1:, None]
-            read = torch.bmm(torch.cat((k, q), 1), before).unflatten(1, (2, new)) * since[:, None]
-            scores = torch.bmm(torch.cat((k, q), 1), k.mT).unflatten(1, (2, new)) * inside[:, None]
-            u = _solve((scores[:, 0] * b).tril(-1), (v - read[:, 0]).mul_(b))
+            both = torch.cat((k, q), 1)
+            scores, read = (torch.bmm(both, t).unflatten(1, (2, new)) for t in (k.mT, before))
+            scores, read = scores * left[:, None, :, 1:], read * left[:, None, :, :1]
+            u = _replacing(scores[:, 0], read[:, 0], v, b)
             y = torch.baddbmm(read[:, 1], scores[:, 1].tril(), u)
-            after = (before * left[:, -1:, :1]).baddbmm_((k * until).mT, u)
-    return tokens_in_front(y, batch), after.view_as(state)
+            after = _written(k, u, left[:, -1], before)
+    return tokens_in_front(y, batch), after.unflatten(0, (batch, heads))
+
+
+def delta_state_step(
+    k: Tensor, v: Tensor, b: Tensor, log_decay: Tensor, state: Tensor | None
+) -> Tensor:
+    """The state of `delta_step` alone, as a replay wants it (recurrent_cache.py)."""
+    rows_and_heads = len(v), v.shape[2]
+    k, v, b, g, before = _heads_in_front(k, v, b, log_decay, state)
+    with without_autocast(v.device.type):
+        left = step_decays(g.squeeze(2))
+        scores, read = torch.bmm(k, k.mT) * left[..., 1:], torch.bmm(k, before) * left[..., :1]
+        u = _replacing(scores, read, v, b)
+        return _written(k, u, left[:, -1], before).unflatten(0, rows_and_heads)
+
+
+def _heads_in_front(
+    k: Tensor, v: Tensor, b: Tensor, log_decay: Tensor, state: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Each (heads of all rows, new, dim), and the state (heads of all rows, K, V), all wide."""
+    wide, heads = wide_dtype(v.dtype), v.shape[2]
+    if state is None:
+        state = v.new_zeros(len(v), heads, k.shape[3], v.shape[3], dtype=wide)
+    inputs = _repeated(k, heads), v, b[..., None], log_decay[..., None]
+    return (*(heads_in_front(t.to(wide)) for t in inputs), state.to(wide).flatten(0, 1))
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """A key head's keys or queries for each of its value heads."""
+    repeats = heads // x.shape[2]
+    return x if repeats == 1 else x.repeat_interleave(repeats, 2)
+
+
+def _replacing(scores: Tensor, read: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    """The written values u (heads, new, V), from decayed k k^T and what decayed keys read."""
+    return _solve((scores * b).tril(-1), (v - read).mul_(b))
+
+
+def _written(k: Tensor, u: Tensor, left: Tensor, state: Tensor) -> Tensor:
+    """The state after the last token, of which `left` (heads, 1 + new) of the state before and of
+    every token is left."""
+    return (state * left[:, :1, None]).baddbmm_((k * left[:, 1:, None]).mT, u)
 
 
 def _block(

@@ -121,7 +121,7 @@ class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
         """The state after more inputs (RecurrentCache)."""
         k, v, log_gate = inputs
         if is_few(v):
-            return (channel_step(k, k, v, log_gate, part(state, 0))[1],)
+            return (channel_state_step(k, v, log_gate, part(state, 0)),)
         return (channel_recurrence(k, k, v, log_gate, state=part(state, 0))[1],)
 
     def materialize(self, parameters: GLAParameters, context: Context) -> Tensor:
@@ -189,11 +189,28 @@ def channel_step(
             y = torch.bmm(q, after)
         else:
             left = step_decays(g.mT)  # (heads, K, i, 1 + j)
-            since, until = left[..., 0], left[..., -1, 1:]  # (heads, K, new)
             pairs = left[..., 1:] * k.mT[..., None, :] * q.mT[..., None]
-            y = torch.baddbmm(torch.bmm(q * since.mT, before), pairs.sum(1).tril_(), v)
-            after = (before * since[..., -1:]).baddbmm_(k.mT * until, v)
+            read = torch.bmm(q * left[..., 0].mT, before)
+            y = torch.baddbmm(read, pairs.sum(1).tril_(), v)
+            after = _written(k, v, left[..., -1, :], before)
     return tokens_in_front(y, batch), after.view_as(state)
+
+
+def channel_state_step(k: Tensor, v: Tensor, log_gate: Tensor, state: Tensor | None) -> Tensor:
+    """The state of `channel_step` alone, as a replay wants it (recurrent_cache.py)."""
+    wide = wide_dtype(v.dtype)
+    if state is None:
+        state = v.new_zeros(len(v), v.shape[2], k.shape[3], v.shape[3], dtype=wide)
+    k, v, g = (heads_in_front(t.to(wide)) for t in (k, v, log_gate))
+    with without_autocast(v.device.type):
+        left = step_decays(g.mT)[..., -1, :]
+        return _written(k, v, left, state.to(wide).flatten(0, 1)).view_as(state)
+
+
+def _written(k: Tensor, v: Tensor, left: Tensor, state: Tensor) -> Tensor:
+    """The state after the last token, of which `left` (heads, K, 1 + new) of the state before and
+    of every token is left; k (heads, new, K), v (heads, new, V)."""
+    return (state * left[..., :1]).baddbmm_(k.mT * left[..., 1:], v)
 
 
 def _block(

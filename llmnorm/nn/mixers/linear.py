@@ -28,7 +28,12 @@ from llmnorm.nn.mixers.contract import Context, ProjectedMixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.linear_recurrence import CHUNK, flops_per_token, linear_recurrence
-from llmnorm.nn.mixers.normalised_sums import normalised_sums, sums_at_once, sums_step
+from llmnorm.nn.mixers.normalised_sums import (
+    normalised_sums,
+    states_step,
+    sums_at_once,
+    sums_step,
+)
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.mixers.steps import is_few, takes_step
 from llmnorm.nn.norms.layer import LayerNorm
@@ -253,8 +258,7 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         if self.conv1d is not None:
             window = (self.conv1d.carried(part(state, 2), v.flatten(2), counts),)
         if is_few(v):
-            before = None if state is None else state[:2]
-            return (*sums_step(k, k, turned_k, turned_k, v, before)[2:], *window)
+            return (*states_step(k, turned_k, v, state), *window)
         one = v.new_ones(()).expand(*v.shape[:3], 1)
         sums = linear_recurrence(turned_k, turned_k, v, state=part(state, 0))[1]
         keys = linear_recurrence(k, k, one, state=part(state, 1))[1]

@@ -32,12 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from llmnorm.nn.mixers import fla
 from llmnorm.nn.mixers.chunks import Documents, decays, whole_chunks, write
-from llmnorm.nn.mixers.steps import (
-    heads_in_front,
-    step_decays,
-    tokens_in_front,
-)
-from llmnorm.nn.precision import wide_dtype, without_autocast
+from llmnorm.nn.precision import wide_dtype
 
 CHUNK = 64
 BLOCK = 8  # chunks, of all rows together
@@ -80,76 +75,6 @@ def linear_recurrence(
     *whole, segments = whole_chunks(inputs, segments, chunk)
     y, state = _Recurrence.apply(*whole, state.to(wide), segments, chunk)
     return y[:, :length], state
-
-
-def recurrence_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As `linear_recurrence`, for the few new tokens of a pass with a cache (steps.py).
-
-    Several tokens are one chunk; one token's y is q times the new state.
-    """
-    wide, (batch, new), heads = wide_dtype(v.dtype), v.shape[:2], v.shape[2]
-    if state is None:
-        state = v.new_zeros(batch, heads, k.shape[3], v.shape[3], dtype=wide)
-    if new == 1:
-        with without_autocast(v.device.type):
-            y, after = _one_token(q, k, v, log_decay, state.to(wide))
-        return y.unsqueeze(1), after
-    if k.shape[2] < heads:  # every head of values gets its group's keys and queries
-        q, k = (t.repeat_interleave(heads // k.shape[2], 2) for t in (q, k))
-    q, k, v = (heads_in_front(t.to(wide)) for t in (q, k, v))
-    q = q.reshape(batch * heads, -1, q.shape[2])  # (batch heads, readers new, K)
-    decay = None if log_decay is None else heads_in_front(log_decay.to(wide)[..., None])
-    with without_autocast(v.device.type):
-        y, after = _few_tokens(q, k, v, decay, state.to(wide).flatten(0, 1))
-    return tokens_in_front(y.reshape(-1, new, y.shape[2]), batch), after.view_as(state)
-
-
-def _one_token(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """y (batch, heads, V) and the state, which keeps its shape and dtype."""
-    batch, groups, width = len(v), k.shape[2], v.shape[3]
-    by_group = state.contiguous().unflatten(1, (groups, -1))  # (b, g, r, K, V)
-    key = k.to(state.dtype).view(batch, groups, 1, -1, 1)
-    value = v.to(state.dtype).view(batch, groups, -1, 1, width)
-    if log_decay is None:
-        after = torch.addcmul(by_group, key, value)
-    else:
-        left = log_decay.to(state.dtype).exp().view(batch, groups, -1, 1, 1)
-        after = (by_group * left).addcmul_(key, value)
-    after = after.view(-1, *state.shape[2:])
-    q = q.to(state.dtype).view(batch, groups, -1, q.shape[3])
-    writers = v.shape[2] // groups
-    if writers > 1:  # every head of values is read by its group's query
-        q = q.expand(-1, -1, writers, -1)
-    y = torch.bmm(q.reshape(len(after), -1, q.shape[3]), after)
-    return y.view(batch, -1, width), after.view_as(state)
-
-
-def _few_tokens(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(heads, readers new, V) and the state, from q (heads, readers new, K), k (heads, new, K),
-    v (heads, new, V), decay (heads, new, 1) and state (heads, K, V), `heads` of all rows."""
-    new = k.shape[1]
-    if new == 1:
-        if decay is None:
-            after = torch.addcmul(state, k.mT, v)
-        else:
-            after = (state * decay.exp()).addcmul_(k.mT, v)
-        return torch.bmm(q, after), after
-    weights = torch.bmm(q, k.mT).unflatten(1, (-1, new))
-    if decay is None:
-        inside = torch.bmm(weights.tril_().flatten(1, 2), v)
-        return inside.baddbmm_(q, state), torch.baddbmm(state, k.mT, v)
-    left = step_decays(decay.squeeze(2))
-    weights = weights.mul_(left[:, None, :, 1:]).tril_()
-    read = torch.bmm(q, state).unflatten(1, (-1, new)) * left[:, None, :, :1]
-    y = torch.baddbmm(read.flatten(1, 2), weights.flatten(1, 2), v)
-    written = k * left[:, -1, 1:, None]
-    return y, (state * left[:, -1:, :1]).baddbmm_(written.mT, v)
 
 
 def flops_per_token(heads: tuple[int, int, int], width: int, value_dim: int) -> float:

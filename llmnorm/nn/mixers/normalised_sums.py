@@ -33,9 +33,9 @@ from llmnorm.nn.mixers.linear_recurrence import (
     linear_recurrence,
     merged_state,
     parts,
-    recurrence_step,
     state_by_head,
 )
+from llmnorm.nn.mixers.linear_step import recurrence_step, state_step
 from llmnorm.nn.recurrent_cache import part
 
 # (q, k, cos, sin, real) -> phi(q), phi(k), phi'(q), phi'(k); `real` is False for padding.
@@ -108,6 +108,15 @@ def sums_step(
     apart = q.unflatten(2, (k.shape[2], -1))
     normaliser = (apart * sums.unsqueeze(3)).sum(-1, keepdim=True).flatten(2, 3)
     return numerator, normaliser, state, sums[:, -1, :, :, None]
+
+
+def states_step(
+    k: Tensor, turned_k: Tensor, v: Tensor, states: tuple[Tensor, ...] | None
+) -> tuple[Tensor, Tensor]:
+    """The states of `sums_step` alone, as a replay wants them (recurrent_cache.py)."""
+    keys = k.sum(1).unsqueeze(3)
+    keys = keys if states is None else keys + states[1]
+    return state_step(turned_k, v, None, part(states, 0)), keys
 
 
 def sums_at_once(

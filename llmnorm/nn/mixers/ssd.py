@@ -24,11 +24,8 @@ from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.convolution import ShortConvolution
 from llmnorm.nn.mixers.heads import whole_heads
 from llmnorm.nn.mixers.health import mean_over_tokens
-from llmnorm.nn.mixers.linear_recurrence import (
-    flops_per_token,
-    linear_recurrence,
-    recurrence_step,
-)
+from llmnorm.nn.mixers.linear_recurrence import flops_per_token, linear_recurrence
+from llmnorm.nn.mixers.linear_step import recurrence_step, state_step
 from llmnorm.nn.mixers.steps import is_few, takes_step
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
@@ -160,7 +157,7 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
         """The state after more inputs (RecurrentCache)."""
         convolved, B, written, log_decay = inputs
         if is_few(B):
-            after = recurrence_step(B, B, written, log_decay, part(state, 0))[1]
+            after = state_step(B, written, log_decay, part(state, 0))
         else:
             after = linear_recurrence(B, B, written, log_decay, state=part(state, 0))[1]
         return after, self.conv1d.carried(part(state, 1), convolved, counts)

@@ -2,10 +2,10 @@
 
 A chunk's machinery (autograd's wrappers, blocks, documents) costs more than the arithmetic of one
 token. So beside its chunked form each recurrence has a step form: plain operators, no gradients, no
-documents, one masked (new, new) block and one update of the state. They are `recurrence_step`
-(linear_recurrence.py), `sums_step` (normalised_sums.py), `channel_step` (gla.py), `delta_step`
-(gated_delta.py) and `ShortConvolution.step`. The two forms differ by rounding only: to 1e-12 in
-float64 (tests/nn/test_steps.py).
+documents, one masked (new, new) block and one update of the state: `recurrence_step`
+(linear_step.py), `sums_step` (normalised_sums.py), `channel_step` (gla.py), `delta_step`
+(gated_delta.py) and `ShortConvolution.step`. A replay wants the state alone, and has a function of
+its own beside each. Both forms differ by rounding only: 1e-12 in float64 (tests/nn/test_steps.py).
 
 Only passes with a cache take it. Training, and evaluation of short rows, keep the chunked form and
 so keep their bits. Nothing in a step depends on a value, so torch.jit.trace can follow it.
