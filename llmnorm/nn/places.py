@@ -48,10 +48,23 @@ class Places:
         """Whether all rows are empty: attention is plain and causal then, as padding is behind."""
         return not self.fixed and not any(self.lengths)
 
+    def last(self, width: int) -> Tensor:
+        """(rows width,), where each row's last `width` real tokens stand, among its new tokens with
+        `width` earlier ones in front, all rows laid end to end.
+
+        width 3, 2 new tokens, counts [2, 1] -> [2, 3, 4, 6, 7, 8].
+        """
+
+        def make() -> Tensor:
+            among = self.counted[:, None] + torch.arange(width, device=self.index.device)
+            return (among + self.rows * (width + self.index.shape[1])).flatten()
+
+        return self._once(("last", width), make)
+
     @property
     def rows(self) -> Tensor:
         """(rows, 1), the rows' numbers."""
-        rows, device = len(self.index), self.index.device
+        rows, device = self.index.shape[0], self.index.device
         return self._once("rows", lambda: torch.arange(rows, device=device)[:, None])
 
     def slots(self, window: int | None = None) -> Tensor:

@@ -204,32 +204,36 @@ def test_a_pass_in_one_step_is_the_pass_in_chunks(
 
 
 @every(RECURRENT)
-@pytest.mark.parametrize("new", [1, 5])
-def test_a_step_can_be_traced(mixer: dict[str, Any], new: int) -> None:
-    """Oracle: the eager step, on other tokens, positions and states than those traced; and the
-    graph holds torch's own operators only."""
-    built, batch = build(mixer), 2
+@pytest.mark.parametrize(("new", "full"), [(1, True), (1, False), (5, False)])
+def test_a_step_can_be_traced(mixer: dict[str, Any], new: int, full: bool) -> None:
+    """Oracle: the eager step, on another number of rows, other tokens, positions and states than
+    those traced; and the graph holds torch's own operators only."""
+    built = build(mixer)
     built.requires_grad_(False)
     torch.manual_seed(2)
-    _, cache = taken(built, torch.randn(batch, 7, 20, dtype=torch.float64), None, [0] * batch)
+    _, cache = taken(built, torch.randn(3, 7, 20, dtype=torch.float64), None, [0] * 3)
     assert cache.state is not None
 
-    def step(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, *state: Tensor) -> Any:
-        places = Places([0] * batch, [new] * batch, index, index[:, 0], None, 0)
+    def step(
+        x: Tensor, index: Tensor, counted: Tensor, cos: Tensor, sin: Tensor, *state: Tensor
+    ) -> Any:
+        real = None if full else torch.arange(new) < counted[:, None]
+        places = Places([], [], index, counted, None, 0, real)
         carried: Any = Carried(state)
         out = built(x, Context(cos, sin, Cached(places)), carried)
         return (out, *carried.state)
 
-    def arguments(start: int, scale: float) -> tuple[Tensor, ...]:
+    def arguments(start: int, rows: int) -> tuple[Tensor, ...]:
         assert cache.state is not None
-        index = start + torch.arange(new).expand(batch, new)
-        x = torch.randn(batch, new, 20, dtype=torch.float64)
-        return (x, index, *tables(index), *(scale * t for t in cache.state))
+        index = start + torch.arange(new).expand(rows, new)
+        x = torch.randn(rows, new, 20, dtype=torch.float64)
+        counted = torch.randint(0, new + 1, (rows,))
+        return (x, index, counted, *tables(index), *(t[:rows] / rows for t in cache.state))
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and shapes are meant to be fixed
-        traced = torch.jit.trace(step, arguments(7, 1.0), check_trace=False)
-        given = arguments(30, 0.5)
+        traced = torch.jit.trace(step, arguments(7, 2), check_trace=False)
+        given = arguments(30, 3)
         for got, expected in zip(traced(*given), step(*given), strict=True):
             near(got, expected)
     functions = set(re.findall(r"\^(\w+)", str(traced.inlined_graph)))

@@ -75,14 +75,14 @@ class ShortConvolution(nn.Module):
         """`forward` behind `window`, and the next window if the rows have a cache, else None."""
         if not isinstance(context.visibility, Cached):
             return self(x, context.segments, window), None
-        counts = counts_of(context.visibility.places)
-        if takes_step(x, context):
-            y, around = self.step(x, window)
-            if counts is None:
-                return y, around[:, x.shape[1] :]
-        else:
-            y = self(x, None, window)
-        return y, self.carried(window, x, counts)
+        places, width = context.visibility.places, self.kernel - 1
+        if not takes_step(x, context):
+            return self(x, None, window), self.carried(window, x, counts_of(places))
+        y, around = self.step(x, window)
+        if places.real is None:
+            return y, around[:, x.shape[1] :]
+        last = around.flatten(0, 1).index_select(0, places.last(width))
+        return y, last.view(x.shape[0], width, x.shape[2])
 
     def step(self, x: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
         """A causal `forward` for few tokens (steps.py), and the inputs with the window in front."""

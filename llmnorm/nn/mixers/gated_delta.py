@@ -48,7 +48,7 @@ from llmnorm.nn.mixers.steps import (
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
-from llmnorm.nn.visibility import Cached, visible_pairs
+from llmnorm.nn.visibility import Cached, Masked, visible_pairs
 
 CHUNK = 64
 BLOCK = 32  # chunks
@@ -134,7 +134,8 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
         if context.real is not None:
             padding = ~context.real[..., None]
             b, log_decay = b.masked_fill(padding, 0), log_decay.masked_fill(padding, 0)
-            convolved = convolved.masked_fill(padding, 0)
+            if isinstance(context.visibility, Masked):  # behind a cache, no real token sees padding
+                convolved = convolved.masked_fill(padding, 0)
         before = None if cache is None else part(cache.state, 1)
         mixed, window = self.conv1d.in_pass(convolved, context, before)
         mixed = F.silu(mixed)
@@ -264,7 +265,7 @@ def delta_state_step(
     k: Tensor, v: Tensor, b: Tensor, log_decay: Tensor, state: Tensor | None
 ) -> Tensor:
     """The state of `delta_step` alone, as a replay wants it (recurrent_cache.py)."""
-    rows_and_heads = len(v), v.shape[2]
+    rows_and_heads = v.shape[0], v.shape[2]
     k, v, b, g, before = _heads_in_front(k, v, b, log_decay, state)
     with without_autocast(v.device.type):
         left = step_decays(g.squeeze(2))
@@ -279,7 +280,7 @@ def _heads_in_front(
     """Each (heads of all rows, new, dim), and the state (heads of all rows, K, V), all wide."""
     wide, heads = wide_dtype(v.dtype), v.shape[2]
     if state is None:
-        state = v.new_zeros(len(v), heads, k.shape[3], v.shape[3], dtype=wide)
+        state = v.new_zeros(v.shape[0], heads, k.shape[3], v.shape[3], dtype=wide)
     inputs = _repeated(k, heads), v, b[..., None], log_decay[..., None]
     return (*(heads_in_front(t.to(wide)) for t in inputs), state.to(wide).flatten(0, 1))
 

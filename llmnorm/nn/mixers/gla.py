@@ -200,7 +200,7 @@ def channel_state_step(k: Tensor, v: Tensor, log_gate: Tensor, state: Tensor | N
     """The state of `channel_step` alone, as a replay wants it (recurrent_cache.py)."""
     wide = wide_dtype(v.dtype)
     if state is None:
-        state = v.new_zeros(len(v), v.shape[2], k.shape[3], v.shape[3], dtype=wide)
+        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=wide)
     k, v, g = (heads_in_front(t.to(wide)) for t in (k, v, log_gate))
     with without_autocast(v.device.type):
         left = step_decays(g.mT)[..., -1, :]

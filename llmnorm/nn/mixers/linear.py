@@ -40,7 +40,7 @@ from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
-from llmnorm.nn.visibility import Cached, visible_pairs, visible_tokens
+from llmnorm.nn.visibility import Cached, Masked, visible_pairs, visible_tokens
 
 
 class LinearParameters(NamedTuple):
@@ -137,8 +137,8 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (p(x) for p in (self.q_proj, self.k_proj, self.v_proj))
         gate = None if self.g_proj is None else self.g_proj(x)
-        if context.real is not None:
-            v = v.masked_fill(~context.real[..., None], 0)
+        if isinstance(context.visibility, Masked):  # behind a cache, no real token sees padding
+            v = v.masked_fill(~context.visibility.real[..., None], 0)
         local, window = None, None
         if self.conv1d is not None:
             before = None if cache is None else part(cache.state, 2)

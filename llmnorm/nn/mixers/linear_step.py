@@ -56,7 +56,7 @@ def _one_token(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """y (batch, heads, V) and the state, which keeps its shape and dtype."""
-    batch, groups, width = len(v), k.shape[2], v.shape[3]
+    batch, groups, width = v.shape[0], k.shape[2], v.shape[3]
     by_group = state.contiguous().unflatten(1, (groups, -1))  # (b, g, r, K, V)
     key = k.to(state.dtype).view(batch, groups, 1, -1, 1)
     value = v.to(state.dtype).view(batch, groups, -1, 1, width)
@@ -70,7 +70,7 @@ def _one_token(
     writers = v.shape[2] // groups
     if writers > 1:  # every head of values is read by its group's query
         q = q.expand(-1, -1, writers, -1)
-    y = torch.bmm(q.reshape(len(after), -1, q.shape[3]), after)
+    y = torch.bmm(q.reshape(after.shape[0], -1, q.shape[3]), after)
     return y.view(batch, -1, width), after.view_as(state)
 
 
@@ -95,7 +95,7 @@ def _started(k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
     """The state before the pass, in the dtype that states have."""
     wide = wide_dtype(v.dtype)
     if state is None:
-        return v.new_zeros(len(v), v.shape[2], k.shape[3], v.shape[3], dtype=wide)
+        return v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=wide)
     return state.to(wide)
 
 

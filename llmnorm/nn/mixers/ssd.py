@@ -30,7 +30,7 @@ from llmnorm.nn.mixers.steps import is_few, takes_step
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State, part
-from llmnorm.nn.visibility import Cached, visible_pairs
+from llmnorm.nn.visibility import Cached, Masked, visible_pairs
 
 
 class SSDParameters(NamedTuple):
@@ -119,8 +119,8 @@ class SSD(Mixer[SSDParameters, RecurrentCache]):
         """Project, convolve, make time steps."""
         z, convolved, dt = self.in_proj(x).split(self.parts, -1)
         dt = time_steps(dt, self.dt_bias, self.dt_limit, context.real)
-        if context.real is not None:
-            convolved = convolved.masked_fill(~context.real[..., None], 0)
+        if isinstance(context.visibility, Masked):  # behind a cache, no real token sees padding
+            convolved = convolved.masked_fill(~context.visibility.real[..., None], 0)
         before = None if cache is None else part(cache.state, 1)
         mixed, window = self.conv1d.in_pass(convolved, context, before)
         mixed = F.silu(mixed)
