@@ -1,14 +1,12 @@
 """What decoding carries for a recurrent mixer: a state of constant size, and a few tokens' inputs.
 
-A state is a tuple of tensors (rows, ...), all zeros for an empty row; the inputs of a pass are a
-tuple of tensors (rows, new, ...). The mixer gives `advance(state, inputs, counts)`, a pure function
-that returns the state after each row's first `counts` inputs. An input of zeros leaves a state as
-it is, so the inputs behind those are set to zero.
+A state is a tuple of tensors (rows, ...), zeros for an empty row; inputs are a tuple of tensors
+(rows, new, ...). The mixer gives `advance(state, inputs, counts)`, a pure function: the state after
+each row's first `counts` inputs. Inputs of zeros, which those behind are, leave a state as it is.
 
 A state cannot be cut back, so a rollback is a replay: the inputs that stay are run again from an
 earlier state. Three of those are at hand for every row:
-  - the state before the last pass, kept by reference: a rollback within that pass replays no more
-    than what stays of it;
+  - the state before the last pass, by reference: a rollback within it replays what stays of it;
   - two snapshots, copied at least KEPT tokens apart; deeper rollbacks start from one of them.
 The inputs since the older snapshot stand in a ring: that of a row's token t in slot t % RING.
 Example, with passes of one token: snapshots are taken after 64, 128 and 192 tokens, so a row of
@@ -123,11 +121,8 @@ class RecurrentCache:
             slots = places.ring(RING)
         else:
             inputs, before, slots = self._end_of_pass(inputs, before, places)
-        due = [
-            row
-            for row, (start, count) in enumerate(zip(places.lengths, places.counts, strict=True))
-            if self._due(row, start, count)
-        ]
+        tokens = enumerate(zip(places.lengths, places.counts, strict=True))
+        due = [row for row, (start, count) in tokens if self._due(row, start, count)]
         self._take_snapshots(due, before)
         for row in self._rows[rows:]:
             row.began = None
@@ -299,9 +294,8 @@ class RecurrentCache:
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows in this order; a row may come more than once (beam search).
 
-        Rows that are alike but for what they hold, as all beams of a prompt are, get their states
-        alone. Their inputs and snapshots are moved when something else than the next pass of all
-        rows asks for it (`_settle`), since a beam search would copy them for every token.
+        Of rows of equal lengths and snapshots, as the beams of a prompt are, the states alone move;
+        the rest waits for `_settle`, since a beam search would copy it for every token.
         """
         rows, states = list(rows), self._states_of(len(self.lengths))
         homes = self._homes or [[row] * (RING + 2) for row in range(len(self.lengths))]
@@ -312,17 +306,14 @@ class RecurrentCache:
         self._make_room(len(rows), self._ring, states)
         self._states = rows_of(states, rows)
         self._homes = [list(homes[row]) for row in rows]
-        kinds = {
-            (n, row.newer, row.older, row.plane)
-            for n, row in zip(self.lengths, self._rows, strict=True)
-        }
-        if len(kinds) > 1:
+        marks = [(row.newer, row.older, row.plane) for row in self._rows]
+        if len(set(zip(self.lengths, marks, strict=True))) > 1:
             self._settle()
 
     def _settle(self) -> None:
         """Move every row's inputs and snapshots to where the row is now."""
         homes, self._homes = self._homes, None
-        if homes is None or all(home == [row] * (RING + 2) for row, home in enumerate(homes)):
+        if homes is None:
             return
         rows, device = len(homes), self._ring[0].device
         numbers = [home * (RING + 1) + n for row in homes for n, home in enumerate(row[:RING])]
