@@ -303,7 +303,10 @@ class Machine:
     def _rollback(self, counts: list[int]) -> None:
         """A rollback, of which no more is replayed than need be."""
         del self.widths[:]
-        self.cache.slots.rollback(counts)
+        try:
+            self.cache.slots.rollback(counts)
+        except ValueError as error:
+            raise BrokenPromiseError(f"what is promised is refused: {error}") from None
         self._cut(counts)
 
     def _cut(self, counts: list[int]) -> None:
