@@ -1,14 +1,12 @@
 """What decoding carries for a recurrent mixer: a state of constant size, and a few tokens' inputs.
 
-A state is a tuple of tensors (rows, ...), all zeros for an empty row; the inputs of a pass are a
-tuple of tensors (rows, new, ...). The mixer gives `advance(state, inputs, counts)`, a pure function
-that returns the state after each row's first `counts` inputs. An input of zeros leaves a state as
-it is, so the inputs behind those are set to zero.
+A state is a tuple of tensors (rows, ...), zeros for an empty row; inputs are a tuple of tensors
+(rows, new, ...). The mixer gives `advance(state, inputs, counts)`, a pure function: the state after
+each row's first `counts` inputs. Inputs of zeros, which those behind are, leave a state as it is.
 
 A state cannot be cut back, so a rollback is a replay: the inputs that stay are run again from an
 earlier state. Three of those are at hand for every row:
-  - the state before the last pass, kept by reference: a rollback within that pass replays no more
-    than what stays of it;
+  - the state before the last pass, by reference: a rollback within it replays what stays of it;
   - two snapshots, copied at least KEPT tokens apart; deeper rollbacks start from one of them.
 The inputs since the older snapshot stand in a ring: that of a row's token t in slot t % RING.
 Example, with passes of one token: snapshots are taken after 64, 128 and 192 tokens, so a row of
@@ -23,8 +21,7 @@ so two are at most KEPT - 1 + VERIFIED tokens apart, and so is the end of a row 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,35 +29,23 @@ from torch import Tensor
 from llmnorm.nn.layer_cache import KEPT, PADDING, LayerCache, check_places, lengths_after_rollback
 from llmnorm.nn.places import Places
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.states import Inputs, State, as_index, copy_rows, first_inputs, owned, rows_of
+from llmnorm.nn.states import (
+    Inputs,
+    InputShape,
+    RowMarks,
+    State,
+    as_index,
+    copy_rows,
+    first_inputs,
+    owned,
+    rows_of,
+)
 
 VERIFIED = PADDING  # tokens of a row in the widest verification
 RING = 2 * (KEPT + VERIFIED)
 PARKED = 2  # the plane of `_kept` behind those of the two snapshots
 
 Advance = Callable[[State | None, Inputs, Tensor], State]
-
-
-class InputShape(NamedTuple):
-    """One tensor of a pass's inputs, (rows, new, *shape)."""
-
-    shape: tuple[int, ...]
-    wide: bool
-    """Whether it is float32 or wider in a model of any dtype; else it has the model's dtype."""
-
-
-@dataclass
-class _Row:
-    """Where a row can be replayed from; all in tokens of the row."""
-
-    newer: int = 0
-    """At the newer snapshot."""
-    older: int = 0
-    """At the older one; the same as `newer` if there is one snapshot only."""
-    plane: int = 0
-    """Which plane of `_kept` holds the newer snapshot; the older is in 1 - plane."""
-    began: int | None = None
-    """Where the last pass began, if the state before it is kept by reference."""
 
 
 class RecurrentCache:
@@ -76,7 +61,7 @@ class RecurrentCache:
     def clear(self) -> None:
         """Forget every row, memory included."""
         self.lengths: list[int] = []
-        self._rows: list[_Row] = []
+        self._rows: list[RowMarks] = []
         # Of the rows of the last pass: their states, and those before it.
         self._states: State = ()
         self._before: State = ()
@@ -85,6 +70,8 @@ class RecurrentCache:
         # (rows, RING + 1, ...): inputs; the last slot takes in padding and is not read.
         self._ring: Inputs = ()
         self._slots: Inputs = ()  # the same memory, the rows' rings end to end
+        # After a selection, for each row: in which row each slot and both snapshots of it are.
+        self._homes: list[list[int]] | None = None
 
     def reserve(
         self, rows: int, tokens: int, padding: int, dtype: torch.dtype, device: torch.device
@@ -127,18 +114,25 @@ class RecurrentCache:
         self._make_room(len(self.lengths), inputs, state)
         before = self._states_of(rows)
         assert before is not None, "there is room for it"
+        whole = rows == len(self.lengths) and places.start is not None
+        if not whole or inputs[0].shape[1] > KEPT:
+            self._settle()
         if inputs[0].shape[1] <= KEPT:
             slots = places.ring(RING)
         else:
             inputs, before, slots = self._end_of_pass(inputs, before, places)
-        due = [
-            row
-            for row, (start, count) in enumerate(zip(places.lengths, places.counts, strict=True))
-            if self._due(row, start, count)
-        ]
+        tokens = enumerate(zip(places.lengths, places.counts, strict=True))
+        due = [row for row, (start, count) in tokens if self._due(row, start, count)]
         self._take_snapshots(due, before)
         for row in self._rows[rows:]:
             row.began = None
+        for number, homes in enumerate(self._homes or ()):
+            for token in range(
+                places.lengths[number], places.lengths[number] + places.counts[number]
+            ):
+                homes[token % RING] = number
+            if number in due:
+                homes[RING + self._rows[number].plane] = number
         for kept, fresh in zip(self._slots, inputs, strict=True):
             kept.index_copy_(0, slots, fresh.flatten(0, 1).to(kept.dtype))
         self._before, self._states = before, state
@@ -177,6 +171,7 @@ class RecurrentCache:
         end has to be KEPT tokens behind the older one.
         """
         row = self._rows[number]
+        row.place = number
         if count > KEPT:
             row.newer = row.older = row.began = start + count - KEPT
             return True
@@ -216,6 +211,7 @@ class RecurrentCache:
             ValueError: more tokens than a row has, or than are kept; nothing is changed.
         """
         self.check_rollback(counts)
+        self._settle()
         self.lengths = lengths_after_rollback(self.lengths, counts)
         near, far = [], []
         for number, count in enumerate(counts):
@@ -230,12 +226,14 @@ class RecurrentCache:
                 row.newer, row.plane = row.older, 1 - row.plane
             far.append(number)
         if near:
-            last = len(self._before[0])
             # If most rows change, it is cheaper to run all of them than to pick those out.
-            rows = list(range(last)) if 2 * len(near) > last else near
+            rows = list(range(len(self._before[0])))
+            if 2 * len(near) <= len(rows) or rows != [row.place for row in self._rows[: len(rows)]]:
+                rows = near
             began = {n: self._rows[n].began or 0 for n in near}
             starts = [began.get(n, self.lengths[n]) for n in rows]
-            self._replay(near, rows, starts, rows_of(self._before, rows))
+            before = rows_of(self._before, [self._rows[n].place for n in rows])
+            self._replay(near, rows, starts, before)
         if far:
             device = self._kept[0].device
             planes = as_index([self._rows[n].plane for n in far], device)
@@ -261,12 +259,14 @@ class RecurrentCache:
         """
         if row == len(self.lengths):
             self.lengths.append(0)
-            self._rows.append(_Row())
+            self._rows.append(RowMarks())
         assert self.lengths[row] == 0, "a row is admitted to a free slot"
+        self._settle()
         if source is None or not source.lengths[source_row]:
             self._empty(row)
             return
         assert isinstance(source, RecurrentCache)
+        source._settle()
         self._make_room(len(self.lengths), source._ring, source._states)
         state = rows_of(source._states_of(len(source.lengths)) or (), [source_row])
         for kept, theirs in zip(self._kept, source._kept, strict=True):
@@ -279,11 +279,12 @@ class RecurrentCache:
 
     def release(self, row: int) -> None:
         """Empty a row: what it held cannot reach the next sequence."""
+        self._settle()
         self.lengths[row] = 0
         self._empty(row)
 
     def _empty(self, row: int) -> None:
-        self._rows[row] = _Row()
+        self._rows[row] = RowMarks()
         if self._kept:
             self._make_room(len(self.lengths), self._ring, self._states)
             for kept in self._kept:
@@ -291,25 +292,38 @@ class RecurrentCache:
             self._put([row], [row], tuple(t.new_zeros(1, *t.shape[1:]) for t in self._states))
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows in this order; a row may come more than once (beam search)."""
+        """Keep these rows in this order; a row may come more than once (beam search).
+
+        Of rows of equal lengths and snapshots, as the beams of a prompt are, the states alone move;
+        the rest waits for `_settle`, since a beam search would copy it for every token.
+        """
         rows, states = list(rows), self._states_of(len(self.lengths))
+        homes = self._homes or [[row] * (RING + 2) for row in range(len(self.lengths))]
         self.lengths = [self.lengths[row] for row in rows]
         self._rows = [replace(self._rows[row]) for row in rows]
-        # Rows behind those of the last pass have no state before it, and begin nowhere in it.
-        last = len(self._before[0]) - 1 if self._before else 0
-        self._before = rows_of(self._before, [min(row, last) for row in rows])
-        if states is None or rows == list(range(len(rows))):
-            self._states_of(len(rows))
+        if states is None:
             return
         self._make_room(len(rows), self._ring, states)
         self._states = rows_of(states, rows)
-        moved = [row for row, old in enumerate(rows) if row != old]
-        index = as_index(moved, states[0].device)
-        old = as_index([rows[row] for row in moved], states[0].device)
-        for kept in self._kept:
-            kept[:PARKED, index] = kept[:PARKED, old]
-        for ring in self._ring:
-            ring[index] = ring[old]
+        self._homes = [list(homes[row]) for row in rows]
+        marks = [(row.newer, row.older, row.plane) for row in self._rows]
+        if len(set(zip(self.lengths, marks, strict=True))) > 1:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Move every row's inputs and snapshots to where the row is now."""
+        homes, self._homes = self._homes, None
+        if homes is None:
+            return
+        rows, device = len(homes), self._ring[0].device
+        numbers = [home * (RING + 1) + n for row in homes for n, home in enumerate(row[:RING])]
+        slots = as_index(numbers, device)
+        for ring, kept in zip(self._ring, self._slots, strict=True):
+            ring[:rows, :RING] = kept.index_select(0, slots).unflatten(0, (rows, RING))
+        for plane in range(PARKED):
+            index = as_index([row[RING + plane] for row in homes], device)
+            for kept in self._kept:
+                kept[plane, :rows] = kept[plane].index_select(0, index)
 
     def _states_of(self, rows: int) -> State | None:
         """The first rows' states as one tensor each, which they become if they are not yet."""

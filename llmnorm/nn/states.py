@@ -1,12 +1,38 @@
 """Rows of what a recurrent layer carries: states (rows, ...) and inputs (rows, new, ...)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 State = tuple[Tensor, ...]
 Inputs = tuple[Tensor, ...]
+
+
+class InputShape(NamedTuple):
+    """One tensor of a pass's inputs, (rows, new, *shape)."""
+
+    shape: tuple[int, ...]
+    wide: bool
+    """Whether it is float32 or wider in a model of any dtype; else it has the model's dtype."""
+
+
+@dataclass
+class RowMarks:
+    """Where a row can be replayed from; all in tokens of the row."""
+
+    newer: int = 0
+    """At the newer snapshot."""
+    older: int = 0
+    """At the older one; the same as `newer` if there is one snapshot only."""
+    plane: int = 0
+    """Which plane holds the newer snapshot; the older is in 1 - plane."""
+    began: int | None = None
+    """Where the last pass began, if the state before it is kept by reference."""
+    place: int = 0
+    """The row of that state in that tensor."""
 
 
 def first_inputs(inputs: Inputs, counts: list[int]) -> Inputs:

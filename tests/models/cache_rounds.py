@@ -44,7 +44,16 @@ MODELS: dict[str, Any] = {
 VOCABULARY = 31
 ROWS = 4  # at most
 LONGEST = 260  # tokens of a row, after which it is released
-VERBS = {"append": 10, "reject": 7, "deep": 2, "admit": 2, "release": 1, "overflow": 1, "select": 1}
+VERBS = {
+    "append": 10,
+    "reject": 7,
+    "deep": 2,
+    "admit": 2,
+    "release": 1,
+    "overflow": 1,
+    "select": 1,
+    "beams": 1,
+}
 
 Choose = Callable[[int, int], int]
 
@@ -233,6 +242,16 @@ class Machine:
         self.cache.slots.select(order)
         self.rows = [replace(self.rows[n], tokens=list(self.rows[n].tokens)) for n in order]
 
+    def beams(self) -> None:
+        """Copies of one row go on by themselves, each step selected from those of the last."""
+        numbers = [number for number, row in enumerate(self.rows) if not row.free]
+        order = [numbers[self.choose(0, len(numbers) - 1)]] * self.choose(1, ROWS)
+        for _ in range(self.choose(1, 12)):
+            self.cache.slots.select(order)
+            self.rows = [replace(self.rows[n], tokens=list(self.rows[n].tokens)) for n in order]
+            self._pass(1, [1] * len(order))
+            order = [self.choose(0, len(order) - 1) for _ in order]
+
     def finish(self) -> None:
         """A token more for every row that is in use."""
         self._pass(1, [0 if row.free else 1 for row in self.rows])
@@ -284,7 +303,10 @@ class Machine:
     def _rollback(self, counts: list[int]) -> None:
         """A rollback, of which no more is replayed than need be."""
         del self.widths[:]
-        self.cache.slots.rollback(counts)
+        try:
+            self.cache.slots.rollback(counts)
+        except ValueError as error:
+            raise BrokenPromiseError(f"what is promised is refused: {error}") from None
         self._cut(counts)
 
     def _cut(self, counts: list[int]) -> None:
