@@ -178,7 +178,7 @@ PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
 def test_planted_errors_are_found(
     plant: Callable[[pytest.MonkeyPatch], None], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the machine that passes without them, within thirty plays of forty rounds, mostly the first."""
+    """Oracle: the machine, which passes without them, within thirty plays (most: in the first)."""
     plant(monkeypatch)
     with pytest.raises(BrokenPromiseError):
         for seed in range(30):
