@@ -228,7 +228,8 @@ class RecurrentCache:
         if near:
             # If most rows change, it is cheaper to run all of them than to pick those out.
             rows = list(range(len(self._before[0])))
-            if 2 * len(near) <= len(rows) or rows != [row.place for row in self._rows[: len(rows)]]:
+            in_place = near[-1] < len(rows) and rows == [r.place for r in self._rows[: len(rows)]]
+            if not in_place or 2 * len(near) <= len(rows):
                 rows = near
             began = {n: self._rows[n].began or 0 for n in near}
             starts = [began.get(n, self.lengths[n]) for n in rows]

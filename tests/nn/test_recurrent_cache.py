@@ -171,6 +171,16 @@ def test_a_pass_of_the_first_rows_leaves_the_others_alone() -> None:
         layer.check()
 
 
+def test_copies_of_rows_go_back_within_the_last_pass() -> None:
+    """Oracle: the recurrence by hand; more copies than the pass had rows."""
+    layer = Layer(2)
+    layer.append([6, 6])
+    layer.cache.select([0, 1, 1, 0])
+    layer.tokens = [list(layer.tokens[n]) for n in (0, 1, 1, 0)]
+    layer.rollback([1, 2, 3, 4])
+    layer.check()
+
+
 @pytest.mark.parametrize("counts", [[KEPT + 1, 0], [0, 1], [1, 1, 1], [-1, 0]])
 def test_a_refused_rollback_changes_nothing(counts: list[int]) -> None:
     """Oracle: the message, and the states and lengths as they were."""
