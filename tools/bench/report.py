@@ -81,10 +81,14 @@ def page() -> str:
             f"## {result['title']}\n\n`{result['command']}`, {describe(result['machine'])}\n"
         )
         for table in result["tables"]:
-            lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
-            text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-            parts.append(f"{table['title']}:\n\n{text}\n")
+            parts.append(f"{table['title']}:\n\n{markdown(table)}\n")
     return "\n".join(parts)
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """A table of a file as it stands in a page."""
+    lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def memory_of(key: str) -> int:
