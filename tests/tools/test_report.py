@@ -26,6 +26,13 @@ def test_the_page_is_what_the_files_say(report: ModuleType) -> None:
     assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page()
 
 
+def test_the_page_of_fine_tuning_shows_its_figures(report: ModuleType) -> None:
+    """Oracle: the tables of the committed figures."""
+    page = (ROOT / "docs" / "fine-tuning.md").read_text()
+    for table in json.loads((ROOT / "docs" / "results" / "skills.json").read_text())["tables"]:
+        assert report.markdown(table) in page
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_figures_name_the_script_that_measured_them(file: Path) -> None:
     """Oracle: the file system."""
