@@ -22,9 +22,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def without_autocast(device: str) -> AbstractContextManager[None]:
     """A context in which autocast is off for devices of this type.
 
-    Where it is off already nothing is done: switching it off costs 4 us, and a decode step has two
-    norms a layer.
+    Where it is off already, or there is none (the meta device), nothing is done: switching it off
+    costs 4 us, and a decode step has two norms a layer.
     """
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return _NOTHING

@@ -106,7 +106,7 @@ def test_a_step_reads_its_device_once(tmp_path: Path, smoke_data: Path, words: l
     assert counted.pop(("tolist", "training/step.py: step")) == 1
     assert counted.pop(("tensor", "training/step.py: count")) == 1  # goes there without a wait
     assert counted.pop(("_local_scalar_dense", "nn/loss.py: backward")) == MICRO_BATCHES
-    counted.pop(("tensor", "nn/norms/rms_cpu.py: forward"), None)
+    counted.pop(("tensor", "nn/norms/rms_cpu.py: _by_pieces"), None)
     # The model reads where documents lie on a CPU alone (counted in tests/models/test_context.py).
     for name, where in [*counted]:
         if where.startswith(("models/context.py", "nn/visibility.py")):
