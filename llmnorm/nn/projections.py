@@ -60,7 +60,7 @@ CHOICES: dict[Processor, Choice] = {
         layout="packed",
         figures="1 row 10.0 -> 9.7, 2 17.8 -> 10.5, 4 21.7 -> 15.5, 8 26.5 -> 17.9, 12 31.5 -> "
         "22.2, 40 47.3 -> 41.8 (one thread); two threads 5 rows 17.6 -> 12.9, 8 16.3 -> 12.1",
-        machine="EPYC with AVX2",
+        machine="EPYC with AVX2 alone and 32 MiB of L3, which we take for Zen 3",
         date="2026-11-28",
     ),
 }
