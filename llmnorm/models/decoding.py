@@ -32,7 +32,7 @@ from torch import Tensor
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.models.nf4 import NF4Linear
 from llmnorm.nn.cache import KeyValues, RaggedCache
-from llmnorm.nn.layer_cache import LayerCache
+from llmnorm.nn.layer_cache import VERIFIED, LayerCache
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.nn.places import Places
@@ -43,7 +43,6 @@ from llmnorm.nn.visibility import Cached
 from llmnorm.part import InputError
 
 TRACED = ("llmnorm", "peft", "torch", "transformers")  # packages whose modules a tracer can follow
-FEW = 17  # new tokens of a captured pass: 16 drafted ones, and the one before them
 
 
 def captures(model: LlmNormForCausalLM) -> tuple[bool, str]:
@@ -137,7 +136,7 @@ class Decoder:
         """
         (rows, new), device = ids.shape, ids.device
         # An empty cache has no buffers and no states yet; a prompt brings them.
-        captured = self._captured and new <= FEW and any(cache.lengths[:rows])
+        captured = self._captured and new <= VERIFIED and any(cache.lengths[:rows])
         width = max(cache.lengths[:rows]) + new if captured else None
         places = cache.places(rows, new, device, counts, width)
         if not captured:

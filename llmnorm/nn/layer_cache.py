@@ -8,7 +8,8 @@ import torch
 from llmnorm.nn.places import Places
 
 KEPT = 64  # real tokens of a row that can always be rolled back
-PADDING = 17  # columns of the widest pass behind a full row: a token, and 16 that were drafted
+VERIFIED = 17  # new tokens of a row in the widest verification: one, and 16 that were drafted
+PADDING = VERIFIED  # columns behind a full row, which that pass writes
 
 
 def check_places(layer: "LayerCache", places: Places) -> None:

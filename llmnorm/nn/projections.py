@@ -99,10 +99,12 @@ def _name(found: Processor) -> str:
 
 def outputs(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     """What each of the layers gives for x (..., in), which are those of a `same_input`."""
+    together = joined(x, *linears)
+    if together is None:
+        return [linear(x) for linear in linears]
     first = linears[0]
-    if isinstance(first, Product) and len(first.sizes) > 1:
-        return first(x).split(first.sizes, -1)
-    return [linear(x) for linear in linears]
+    assert isinstance(first, Product)
+    return together.split(first.sizes, -1)
 
 
 def joined(x: Tensor, *linears: nn.Module) -> Tensor | None:

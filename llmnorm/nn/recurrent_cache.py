@@ -26,7 +26,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmnorm.nn.layer_cache import KEPT, PADDING, LayerCache, check_places, lengths_after_rollback
+from llmnorm.nn.layer_cache import KEPT, VERIFIED, LayerCache, check_places, lengths_after_rollback
 from llmnorm.nn.places import Places
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.states import (
@@ -41,7 +41,6 @@ from llmnorm.nn.states import (
     rows_of,
 )
 
-VERIFIED = PADDING  # tokens of a row in the widest verification
 RING = 2 * (KEPT + VERIFIED)
 PARKED = 2  # the plane of `_kept` behind those of the two snapshots
 

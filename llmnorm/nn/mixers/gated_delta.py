@@ -41,9 +41,12 @@ from llmnorm.nn.mixers.ssd import initial_dt_bias
 from llmnorm.nn.mixers.steps import (
     heads_in_front,
     is_few,
+    repeated,
+    state_before,
     step_decays,
     takes_step,
     tokens_in_front,
+    written,
 )
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
@@ -253,7 +256,7 @@ def delta_step(
     """
     batch, new, heads, _ = v.shape
     k, v, b, g, before = _heads_in_front(k, v, b, log_decay, state)
-    q = heads_in_front(_repeated(q, heads).to(before.dtype))
+    q = heads_in_front(repeated(q, heads).to(before.dtype))
     with without_autocast(v.device.type):
         if new == 1:
             after = before * g.exp()
@@ -266,7 +269,7 @@ def delta_step(
             scores, read = scores * left[:, None, :, 1:], read * left[:, None, :, :1]
             u = _replacing(scores[:, 0], read[:, 0], v, b)
             y = torch.baddbmm(read[:, 1], scores[:, 1].tril(), u)
-            after = _written(k, u, left[:, -1], before)
+            after = written(k, u, left[:, -1:], before)
     return tokens_in_front(y, batch), after.unflatten(0, (batch, heads))
 
 
@@ -280,7 +283,7 @@ def delta_state_step(
         left = step_decays(g.squeeze(2))
         scores, read = torch.bmm(k, k.mT) * left[..., 1:], torch.bmm(k, before) * left[..., :1]
         u = _replacing(scores, read, v, b)
-        return _written(k, u, left[:, -1], before).unflatten(0, rows_and_heads)
+        return written(k, u, left[:, -1:], before).unflatten(0, rows_and_heads)
 
 
 def _heads_in_front(
@@ -288,27 +291,14 @@ def _heads_in_front(
 ) -> tuple[Tensor, ...]:
     """Each (heads of all rows, new, dim), and the state (heads of all rows, K, V), all wide."""
     wide, heads = wide_dtype(v.dtype), v.shape[2]
-    if state is None:
-        state = v.new_zeros(v.shape[0], heads, k.shape[3], v.shape[3], dtype=wide)
-    inputs = _repeated(k, heads), v, b[..., None], log_decay[..., None]
-    return (*(heads_in_front(t.to(wide)) for t in inputs), state.to(wide).flatten(0, 1))
-
-
-def _repeated(x: Tensor, heads: int) -> Tensor:
-    """A key head's keys or queries for each of its value heads."""
-    repeats = heads // x.shape[2]
-    return x if repeats == 1 else x.repeat_interleave(repeats, 2)
+    before = state_before(k, v, state).flatten(0, 1)
+    inputs = repeated(k, heads), v, b[..., None], log_decay[..., None]
+    return (*(heads_in_front(t.to(wide)) for t in inputs), before)
 
 
 def _replacing(scores: Tensor, read: Tensor, v: Tensor, b: Tensor) -> Tensor:
     """The written values u (heads, new, V), from decayed k k^T and what decayed keys read."""
     return _solve((scores * b).tril(-1), (v - read).mul_(b))
-
-
-def _written(k: Tensor, u: Tensor, left: Tensor, state: Tensor) -> Tensor:
-    """The state after the last token, of which `left` (heads, 1 + new) of the state before and of
-    every token is left."""
-    return (state * left[:, :1, None]).baddbmm_((k * left[:, 1:, None]).mT, u)
 
 
 def _block(

@@ -26,9 +26,11 @@ from llmnorm.nn.mixers.health import mean_over_tokens
 from llmnorm.nn.mixers.steps import (
     heads_in_front,
     is_few,
+    state_before,
     step_decays,
     takes_step,
     tokens_in_front,
+    written,
 )
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
@@ -182,11 +184,9 @@ def channel_step(
 
     Several tokens are one chunk; one token's y is q times the new state.
     """
-    wide, (batch, new) = wide_dtype(v.dtype), v.shape[:2]
-    if state is None:
-        state = v.new_zeros(batch, v.shape[2], k.shape[3], v.shape[3], dtype=wide)
-    q, k, v, g = (heads_in_front(t.to(wide)) for t in (q, k, v, log_gate))
-    before = state.to(wide).flatten(0, 1)
+    (batch, new), state = v.shape[:2], state_before(k, v, state)
+    q, k, v, g = (heads_in_front(t.to(state.dtype)) for t in (q, k, v, log_gate))
+    before = state.flatten(0, 1)
     with without_autocast(v.device.type):
         if new == 1:
             after = (before * g.mT.exp()).addcmul_(k.mT, v)
@@ -196,25 +196,17 @@ def channel_step(
             pairs = left[..., 1:] * k.mT[..., None, :] * q.mT[..., None]
             read = torch.bmm(q * left[..., 0].mT, before)
             y = torch.baddbmm(read, pairs.sum(1).tril_(), v)
-            after = _written(k, v, left[..., -1, :], before)
+            after = written(k, v, left[..., -1, :], before)
     return tokens_in_front(y, batch), after.view_as(state)
 
 
 def channel_state_step(k: Tensor, v: Tensor, log_gate: Tensor, state: Tensor | None) -> Tensor:
     """The state of `channel_step` alone, as a replay wants it (recurrent_cache.py)."""
-    wide = wide_dtype(v.dtype)
-    if state is None:
-        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=wide)
-    k, v, g = (heads_in_front(t.to(wide)) for t in (k, v, log_gate))
+    state = state_before(k, v, state)
+    k, v, g = (heads_in_front(t.to(state.dtype)) for t in (k, v, log_gate))
     with without_autocast(v.device.type):
         left = step_decays(g.mT)[..., -1, :]
-        return _written(k, v, left, state.to(wide).flatten(0, 1)).view_as(state)
-
-
-def _written(k: Tensor, v: Tensor, left: Tensor, state: Tensor) -> Tensor:
-    """The state after the last token, of which `left` (heads, K, 1 + new) of the state before and
-    of every token is left; k (heads, new, K), v (heads, new, V)."""
-    return (state * left[..., :1]).baddbmm_(k.mT * left[..., 1:], v)
+        return written(k, v, left, state.flatten(0, 1)).view_as(state)
 
 
 def _block(

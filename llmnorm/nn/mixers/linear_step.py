@@ -11,8 +11,15 @@ the private functions for several tokens, "heads" are the v_heads of all rows, i
 import torch
 from torch import Tensor
 
-from llmnorm.nn.mixers.steps import heads_in_front, step_decays, tokens_in_front
-from llmnorm.nn.precision import wide_dtype, without_autocast
+from llmnorm.nn.mixers.steps import (
+    heads_in_front,
+    repeated,
+    state_before,
+    step_decays,
+    tokens_in_front,
+    written,
+)
+from llmnorm.nn.precision import without_autocast
 
 
 def recurrence_step(
@@ -27,13 +34,13 @@ def recurrence_step(
         log_decay: at most 0; None: no decay.
         state: the state before the first token; None: zeros.
     """
-    state = _started(k, v, state)
+    state = state_before(k, v, state)
     batch, new, heads, _ = v.shape
     with without_autocast(v.device.type):
         if new == 1:
             y, after = _one_token(q, k, v, log_decay, state)
             return y.unsqueeze(1), after
-        q = _repeated(q, heads).to(state.dtype)
+        q = repeated(q, heads).to(state.dtype)
         q = heads_in_front(q).reshape(batch * heads, -1, q.shape[3])  # readers of a state together
         k, v, decay = _heads_in_front(k, v, log_decay, state)
         before = state.flatten(0, 1)
@@ -45,7 +52,7 @@ def recurrence_step(
 
 def state_step(k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None) -> Tensor:
     """The state of `recurrence_step` alone, as a replay wants it (recurrent_cache.py)."""
-    state = _started(k, v, state)
+    state = state_before(k, v, state)
     with without_autocast(v.device.type):
         k, v, decay = _heads_in_front(k, v, log_decay, state)
         left = None if decay is None else step_decays(decay)[:, -1]
@@ -88,28 +95,14 @@ def _written(k: Tensor, v: Tensor, left: Tensor | None, state: Tensor) -> Tensor
     every token is left: all if None."""
     if left is None:
         return torch.baddbmm(state, k.mT, v)
-    return (state * left[:, :1, None]).baddbmm_((k * left[:, 1:, None]).mT, v)
-
-
-def _started(k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
-    """The state before the pass, in the dtype that states have."""
-    wide = wide_dtype(v.dtype)
-    if state is None:
-        return v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=wide)
-    return state.to(wide)
+    return written(k, v, left[:, None], state)
 
 
 def _heads_in_front(
     k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys (heads, new, K), values (heads, new, V) and decays (heads, new)."""
-    k, v = (heads_in_front(t.to(state.dtype)) for t in (_repeated(k, v.shape[2]), v))
+    k, v = (heads_in_front(t.to(state.dtype)) for t in (repeated(k, v.shape[2]), v))
     if log_decay is None:
         return k, v, None
     return k, v, log_decay.to(state.dtype).transpose(1, 2).flatten(0, 1)
-
-
-def _repeated(x: Tensor, heads: int) -> Tensor:
-    """A group's keys or queries (batch, new, groups, K) for each of its `heads` of values."""
-    groups = x.shape[2]
-    return x if groups >= heads else x.repeat_interleave(heads // groups, 2)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmnorm.nn.cache import KeyValues
+from llmnorm.nn.layer_cache import VERIFIED
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.masks import causal_mask, document_mask
 from llmnorm.nn.mixers import varlen
@@ -33,10 +34,9 @@ from llmnorm.nn.mixers.health import entropies, mean, queries
 from llmnorm.nn.mixers.rotary import rotate
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.projections import joined
+from llmnorm.nn.projections import joined, outputs
 from llmnorm.nn.visibility import Cached, Masked, Packed, Plain
 
-FEW_QUERIES = 17  # a verification's: 16 drafted tokens, and the one before them
 WIDE = (torch.float32, torch.float64)
 
 
@@ -97,17 +97,14 @@ class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
         """Project, norm if asked, rotate."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         projections, cos, sin = (self.q_proj, self.k_proj, self.v_proj), context.cos, context.sin
-        together = joined(x, *projections)
-        if together is not None and not self.qk_norm:
+        together = None if self.qk_norm else joined(x, *projections)
+        if together is not None:
             # At inference: queries and keys turn by the same angles, so they turn together.
             sizes = [self.heads, self.kv_heads]
             turned, v = together.view(heads).split([sum(sizes), self.kv_heads], -2)
             q, k = rotate(turned, cos, sin).split(sizes, -2)
             return SoftmaxParameters(q, k, v)
-        if together is not None:
-            q, k, v = together.view(heads).split([self.heads, self.kv_heads, self.kv_heads], -2)
-        else:
-            q, k, v = (p(x).view(heads) for p in projections)
+        q, k, v = (t.view(heads) for t in outputs(x, *projections))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return SoftmaxParameters(rotate(q, cos, sin), rotate(k, cos, sin), v)
@@ -152,7 +149,7 @@ class SoftmaxAttention(ProjectedMixer[SoftmaxParameters, KeyValues]):
         if places.fills_empty_rows:
             return self._attend_freely(q, k, v)
         mask = cache.mask(places, q.dtype)
-        if q.device.type == "cpu" and q.dtype in WIDE and q.shape[2] <= FEW_QUERIES:
+        if q.device.type == "cpu" and q.dtype in WIDE and q.shape[2] <= VERIFIED:
             return self._attend_by_products(q, keys, values, mask)
         return self._attend(q, keys, values, mask)
 

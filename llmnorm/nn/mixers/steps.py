@@ -14,11 +14,13 @@ so keep their bits. Nothing in a step depends on a value, so torch.jit.trace can
 import torch
 from torch import Tensor
 
+from llmnorm.nn.layer_cache import VERIFIED
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.places import Places
+from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.visibility import Cached
 
-MOST = 17  # tokens: 16 drafted ones and the one before them, the widest verification
+MOST = VERIFIED  # tokens
 
 
 def is_few(inputs: Tensor) -> bool:
@@ -35,6 +37,29 @@ def takes_step(x: Tensor, context: Context) -> bool:
 def counts_of(places: Places) -> Tensor | None:
     """(rows,) real new tokens of each row, on the device; None: all are real."""
     return None if places.real is None else places.counted
+
+
+def state_before(k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+    """The state (batch, heads, K, V) before a pass of k (batch, new, ..., K) and v (batch, new,
+    heads, V), in the dtype that states have; zeros if None."""
+    wide = wide_dtype(v.dtype)
+    if state is None:
+        return v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=wide)
+    return state.to(wide)
+
+
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """A group's keys or queries (batch, new, groups, K) for each of its `heads` of values."""
+    groups = x.shape[2]
+    return x if groups >= heads else x.repeat_interleave(heads // groups, 2)
+
+
+def written(k: Tensor, v: Tensor, left: Tensor, state: Tensor) -> Tensor:
+    """The state (heads, K, V) after keys (heads, new, K) wrote values (heads, new, V).
+
+    `left` (heads, K or 1, 1 + new) is what is left of the state before, and of every token.
+    """
+    return (state * left[..., :1]).baddbmm_(k.mT * left[..., 1:], v)
 
 
 def heads_in_front(x: Tensor) -> Tensor:
