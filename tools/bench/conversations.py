@@ -20,14 +20,13 @@ import random
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lora_step
 import yaml
+from data import seconds, some_texts
 from report import RESULTS, Table, publish
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -60,13 +59,6 @@ SHAPES = {
     "usual": Shape((40, 300), (300, 1500), (1, 3)),
     "short turns": Shape((20, 100), (20, 200), (2, 6)),
 }
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def cut(text: str, shape: Shape) -> list[dict[str, Any]]:
@@ -196,19 +188,6 @@ def main() -> None:
             "loader": loading,
         },
     )
-
-
-def some_texts(sources: list[SourceSettings], size: int) -> list[str]:
-    """About `size` characters of documents, the same share of every source."""
-    texts = []
-    for index, source in enumerate(sources):
-        left = size // len(sources)
-        for text in corpus.texts(source, f"data.sources.{index}"):
-            texts.append(text[:left])
-            left -= len(text)
-            if left <= 0:
-                break
-    return texts
 
 
 def tables(prepared: dict[str, Any], loading: dict[str, Any]) -> list[Table]:

@@ -46,9 +46,10 @@ def some_texts(sources: list[SourceSettings], size: int) -> list[str]:
     for index, source in enumerate(sources):
         left = size // len(sources)
         for text in corpus.texts(source, f"data.sources.{index}"):
-            if left > 0:
-                texts.append(text[:left])
-                left -= len(text)
+            texts.append(text[:left])
+            left -= len(text)
+            if left <= 0:
+                break
     return texts
 
 
