@@ -214,7 +214,7 @@ class LoggingSettings(Settings):
 
 
 class GenerationSettings(Settings):
-    """Sampling of `llmnorm generate`."""
+    """Generated text: how tokens are chosen, and the engine that runs the model."""
 
     max_new_tokens: Rows = 64
     """Tokens generated at most."""
@@ -224,8 +224,47 @@ class GenerationSettings(Settings):
     """Sample from this many likeliest tokens."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Sample from the likeliest tokens that together have this probability."""
-    seed: int = Field(default=0, ge=-(2**63), lt=2**64)
-    """Seed of the sampling."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Sample from tokens that have at least this share of the likeliest one's probability."""
+    repetition_penalty: float = Field(default=1.0, gt=0, le=1000)
+    """Divides the logits of tokens that the prompt or the answer has already, and multiplies those
+    below 0 (Keskar et al. 2019, arXiv 1909.05858)."""
+    presence_penalty: float = Field(default=0.0, ge=-1000, le=1000)
+    """Taken from the logits of tokens that the answer has already."""
+    frequency_penalty: float = Field(default=0.0, ge=-1000, le=1000)
+    """Taken from a token's logit as often as the answer has it already."""
+    stop: list[str] = []
+    """Texts that end an answer, and are no part of it."""
+    n: Count = 1
+    """Answers to each prompt."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = 0
+    """Seed of the sampling: with one, a text is the same with and without a draft, alone and among
+    others. `null`: new noise each time, which accepts a few more drafted tokens."""
+    method: Literal["auto", "plain", "ragged", "eqspec", "exspec"] = "auto"
+    """`plain`: a token a row and pass; the others verify a draft's tokens in one pass: `ragged` in
+    rows of any lengths, `eqspec` and `exspec` as arXiv 2510.22876 (rows padded to one length; rows
+    of equal lengths together). `auto`: `ragged` with a draft, else `plain`."""
+    draft: str = "none"
+    """What proposes tokens: `none`, `lookup` (what followed the last tokens earlier in the text) or
+    a directory of a smaller model with the same tokenizer."""
+    draft_tokens: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = "auto"
+    """Tokens that are drafted a row and round; `auto`: from the measured acceptance and a table of
+    costs, down to none where a draft does not pay."""
+    slots: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Rows that are generated at once."""
+    context: Count | None = None
+    """Tokens that a row may have, prompt and answer; left out, the model's."""
+    cache_memory: Annotated[float, Field(gt=0)] | None = None
+    """GiB that the cache may take; left out, what is free."""
+    prefill_chunk: Count = 128
+    """Tokens of a prompt that are run at once, between two rounds of the other rows."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; `auto`: a GPU if there is one."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Numbers of the weights and the cache; `auto`: those of the files."""
+    deterministic: bool = False
+    """Bit-equal text whatever else is in the batch, on a CPU in float32; refused where a self-test
+    at the start does not show it."""
 
 
 class RunModelSettings(ModelSettings):

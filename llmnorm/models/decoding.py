@@ -1,7 +1,7 @@
 """The decode step: logits of a few new tokens a row behind a cache, as fast as the machine allows.
 
     decoder = Decoder(model)
-    cache = model.model.new_cache().slots
+    cache = decoder.new_cache()
     logits = decoder.step(prompt_ids, cache, last=True)     # prefill
     logits = decoder.step(next_ids, cache)                  # one token a row, and so on
 
@@ -82,6 +82,8 @@ class Decoder:
         layout: of the weights, in the place of what `layout_for` says.
 
     Attributes:
+        context: tokens that a row may have.
+        vocabulary: tokens that the logits are of.
         says: what it does, in one line.
 
     Raises:
@@ -102,6 +104,8 @@ class Decoder:
         if not captured:
             self._captured, about_steps = False, "steps run eagerly, as asked for"
         self.says = f"decoding: {about_steps}; {about_weights}"
+        self.context: int = model.config.max_position_embeddings
+        self.vocabulary: int = model.config.vocab_size
         with torch.no_grad():
             self._model = for_inference(model, ruled)
         # A graph cannot hold a packed weight, so these are inputs of it.
@@ -113,6 +117,10 @@ class Decoder:
         # By the number of new tokens, and whether there is one row: an axis of one has strides of
         # its own, which a trace of it takes for granted.
         self._graphs: dict[tuple[int, bool], Callable[..., tuple[Tensor, ...]]] = {}
+
+    def new_cache(self) -> RaggedCache:
+        """An empty cache of the model."""
+        return self._model.model.new_cache().slots
 
     @torch.no_grad()
     def step(
@@ -127,7 +135,7 @@ class Decoder:
 
         Args:
             ids: padding behind the real tokens is any token.
-            cache: of this model (`model.model.new_cache().slots`).
+            cache: of this model (`decoder.new_cache()`).
             counts: how many of each row's tokens are real; all if None.
             last: logits of each row's last real token alone, (rows, 1, vocabulary).
 
