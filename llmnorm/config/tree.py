@@ -266,6 +266,39 @@ class GenerationSettings(Settings):
     """Bit-equal text whatever else is in the batch, on a CPU in float32; refused where a self-test
     at the start does not show it."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "GenerationSettings":
+        if self.method not in ("auto", "plain") and self.draft == "none":
+            raise ValueError(
+                f"generation.method '{self.method}' verifies a draft's tokens, and generation.draft "
+                "is none; give lookup or the directory of a model"
+            )
+        if self.method == "plain" and self.draft != "none":
+            raise ValueError(
+                "generation.method 'plain' uses no draft, and generation.draft is "
+                f"'{self.draft}'; leave one of them out"
+            )
+        if not self.draft:
+            raise ValueError("generation.draft is empty; give none, lookup or a directory")
+        if self.draft == "none" and self.draft_tokens != "auto":
+            raise ValueError(
+                f"generation.draft_tokens is {self.draft_tokens}, and generation.draft is none; "
+                "give lookup or the directory of a model"
+            )
+        if "" in self.stop:
+            raise ValueError("generation.stop has an empty text, which every answer ends with")
+        self._check_deterministic()
+        return self
+
+    def _check_deterministic(self) -> None:
+        found = {"device": ("cuda",), "dtype": ("bf16",), "method": ("eqspec", "exspec")}
+        for key, excluded in found.items():
+            if self.deterministic and getattr(self, key) in excluded:
+                raise ValueError(
+                    f"generation.deterministic is shown on a CPU in float32, row by row, and "
+                    f"generation.{key} is '{getattr(self, key)}'; leave one of them out"
+                )
+
 
 class RunModelSettings(ModelSettings):
     """The model of a run; its settings are given, or brought by a directory of weights."""

@@ -63,7 +63,7 @@ def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     if not ids:
         alone = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
         if not alone:
-            raise InputError("--prompt: is empty, and the tokenizer has no token to begin with")
+            raise InputError("the prompt is empty, and the tokenizer has no token to begin with")
         ids = alone
     return ids
 

@@ -150,7 +150,7 @@ class Decoder:
         if not captured:
             hidden = hidden_states(self._model, ids, places, cache.layers)
             if last:
-                hidden = _last(hidden, places)
+                hidden = last_tokens(hidden, places)
             logits: Tensor = self._model.lm_head(hidden)
             return logits
         inputs, layers = _graph_inputs(ids, places, cache.layers, self._model.dtype)
@@ -161,7 +161,7 @@ class Decoder:
             self._graphs[new, rows == 1] = graph
         logits, *more = graph(*inputs)
         _take_in(cache.layers, layers, more, places)
-        return _last(logits, places) if last and new > 1 else logits
+        return last_tokens(logits, places) if last and new > 1 else logits
 
 
 def hidden_states(
@@ -179,7 +179,7 @@ def hidden_states(
     return hidden if base.norm is None else base.norm(hidden)
 
 
-def _last(tokens: Tensor, places: Places) -> Tensor:
+def last_tokens(tokens: Tensor, places: Places) -> Tensor:
     """(rows, new, ...) -> (rows, 1, ...), those of each row's last real token."""
     last = (places.counted - 1).clamp(min=0)[:, None, None]
     return tokens.take_along_dim(last, 1)

@@ -1,0 +1,104 @@
+"""A directory of weights as an engine that continues text: target, draft, tokenizer, template.
+
+    target = load_target(path, settings)        a run, an exported or a stock directory
+    engine = target.engine(settings)            with the draft that the settings name
+    target.asker.text("The river")              -> tokens
+
+What is wrong with the settings or the directories is told before weights are read, as far as it can
+be told from files of JSON.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from llmnorm.checkpoints.format import checksum
+from llmnorm.config.pretrained import describe, refuse_encoder
+from llmnorm.config.stock import all_tokens
+from llmnorm.config.tree import GenerationSettings
+from llmnorm.exchange.foreign import is_foreign, load_foreign
+from llmnorm.exchange.loading import load_model, model_of, open_source
+from llmnorm.exchange.peft_adapter import with_adapter
+from llmnorm.exchange.prompting import Asker
+from llmnorm.generation.build import Loaded, engine_of
+from llmnorm.generation.engine import Engine
+from llmnorm.machine.reading import local_path
+from llmnorm.part import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Target(NamedTuple):
+    """A model that text is continued by.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: which begins texts as documents in training began.
+        asker: makes tokens of what is asked.
+        ends: the model's end tokens.
+        identity: tells these weights from others, as a hash of their files.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    asker: Asker
+    ends: list[int]
+    identity: Callable[[], str]
+
+    def engine(self, settings: GenerationSettings) -> Engine:
+        """An engine by these settings; their draft is loaded.
+
+        Raises:
+            InputError: the settings, or the draft, cannot be served with this model.
+        """
+        draft = _draft(settings) if settings.draft not in ("none", "lookup") else None
+        return engine_of(self.model, self.tokenizer, settings, self.ends, draft=draft)
+
+
+def load_target(
+    path: Path,
+    settings: GenerationSettings,
+    *,
+    checkpoint: str = "latest",
+    ema: bool = False,
+    adapter: Path | None = None,
+    key: str = "messages",
+) -> Target:
+    """The model in a directory, to be served by these settings.
+
+    Args:
+        path: a run, an exported or a stock directory, of this package's classes or another decoder.
+        settings: its device and dtype.
+        checkpoint, ema: of a run, as `open_source`.
+        adapter: a PEFT adapter on the model; its tokenizer counts, where it has one.
+        key: what asked for answers to messages, for errors of the chat template.
+
+    Raises:
+        InputError: there is no such model, or text cannot be continued by it.
+    """
+    if is_foreign(path):
+        if adapter or ema or checkpoint != "latest":
+            option = "--adapter" if adapter else "--ema" if ema else "--checkpoint"
+            raise InputError(
+                f"{option}: {path} is a model of transformers that this package does not take as "
+                "its own, which is served as it is"
+            )
+        model, tokenizer = load_foreign(path, device=settings.device, dtype=settings.dtype)
+        found, identity = path, lambda: _checksums(path)
+    else:
+        source = open_source(path, checkpoint=checkpoint, ema=ema)
+        if adapter and (adapter / "tokenizer.json").is_file():
+            source = source._replace(tokenizer=adapter)  # what it was trained with, template too
+        model, tokenizer = model_of(
+            source, path, device=settings.device, dtype=settings.dtype
+        )
+        if adapter:
+            model = _adapted(model, adapter)
+        assert source.tokenizer is not None  # or there would be no `tokenizer`
+        found = source.tokenizer
+        identity = lambda: source.contents() + (_checksums(adapter) if adapter else "")  # noqa: E731
+    own = model.config.eos_token_id
+    ends = all_tokens(tokenizer.eos_token_id if own is None else own)
+    asker = Asker(tokenizer, found, model.config.get_text_config().vocab_size, key)
+    return Target(model, tokenizer, asker, ends, identity)
