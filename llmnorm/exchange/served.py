@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llmnorm.checkpoints.format import checksum
 from llmnorm.config.pretrained import describe, refuse_encoder
-from llmnorm.config.stock import all_tokens
 from llmnorm.config.tree import GenerationSettings
 from llmnorm.exchange.foreign import is_foreign, load_foreign
 from llmnorm.exchange.loading import load_model, model_of, open_source
@@ -22,6 +21,7 @@ from llmnorm.exchange.peft_adapter import with_adapter
 from llmnorm.exchange.prompting import Asker
 from llmnorm.generation.build import Loaded, engine_of
 from llmnorm.generation.engine import Engine
+from llmnorm.generation.prompts import end_tokens
 from llmnorm.machine.reading import local_path
 from llmnorm.part import InputError
 
@@ -43,7 +43,7 @@ class Target(NamedTuple):
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     asker: Asker
-    ends: list[int]
+    ends: frozenset[int]
     identity: Callable[[], str]
 
     def engine(self, settings: GenerationSettings) -> Engine:
@@ -98,7 +98,46 @@ def load_target(
         assert source.tokenizer is not None  # or there would be no `tokenizer`
         found = source.tokenizer
         identity = lambda: source.contents() + (_checksums(adapter) if adapter else "")  # noqa: E731
-    own = model.config.eos_token_id
-    ends = all_tokens(tokenizer.eos_token_id if own is None else own)
+    ends = end_tokens(model.config, tokenizer)
     asker = Asker(tokenizer, found, model.config.get_text_config().vocab_size, key)
     return Target(model, tokenizer, asker, ends, identity)
+
+
+def _adapted(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
+    """The model with an adapter's layers in it.
+
+    Raises:
+        InputError: as `with_adapter`; or the adapter is no layers, but tokens before the prompt.
+    """
+    peft = with_adapter(model, adapter)
+    kind = next(iter(peft.peft_config.values()))
+    if kind.is_prompt_learning:
+        raise InputError(
+            f"--adapter: {adapter} is of the kind {kind.peft_type.value}, which puts vectors before "
+            "the prompt; adapters of layers (LoRA, DoRA, ...) are served"
+        )
+    inner: PreTrainedModel = peft.get_base_model()
+    return inner
+
+
+def _draft(settings: GenerationSettings) -> Loaded:
+    """The model that `settings.draft` names.
+
+    Raises:
+        InputError: there is none; the message names the setting.
+    """
+    key = "generation.draft"
+    try:
+        path = local_path(settings.draft)
+        if is_foreign(path):
+            return load_foreign(path, device=settings.device, dtype=settings.dtype)
+        refuse_encoder(describe(path, key).architectures, f"{key}: {path}", "tokens are drafted by")
+        return load_model(path, device=settings.device, dtype=settings.dtype)
+    except ValueError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(key) else f"{key}: {text}") from None
+
+
+def _checksums(directory: Path) -> str:
+    """Checksums of a directory's weights."""
+    return "".join(checksum(file) for file in sorted(directory.glob("*.safetensors")))

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from llmnorm.config.stock import all_tokens
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.packed import PackedData
 from llmnorm.generation.continuations import continuations
-from llmnorm.generation.prompts import open_tokenizer, prompt_tokens
+from llmnorm.generation.prompts import end_tokens, open_tokenizer, prompt_tokens
 from llmnorm.generation.requests import request_of
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
@@ -66,8 +65,7 @@ class Samples:
         """
         if not self.prompts:
             return []
-        own = model.config.eos_token_id
-        ends = all_tokens(self._tokenizer.eos_token_id if own is None else own)
+        ends = end_tokens(model.config, self._tokenizer)
         was_training = model.training
         model.eval()
         texts = []
@@ -80,7 +78,7 @@ class Samples:
                         model,
                         self._tokenizer,
                         [request_of(prompt, self._settings)],
-                        ends=ends or (),
+                        ends=ends,
                         together=parallel.spread,
                     )
                     texts.append({"prompt": self._text(prompt), "continuation": self._text(ids)})
