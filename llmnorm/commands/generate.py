@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from llmnorm.config.tree import GenerationSettings
     from llmnorm.exchange.served import Target
     from llmnorm.generation.batch_file import Totals
-    from llmnorm.generation.build import Runner
     from llmnorm.generation.contract import Request
+    from llmnorm.generation.engine import Engine
 
 HELP = "continue text, answer, or talk, with a trained run or a model directory"
 TAKES_SETTINGS = True
@@ -101,16 +101,21 @@ def _settings(parsed: argparse.Namespace, overrides: list[str]) -> "GenerationSe
     """
     from llmnorm.config.file import section
     from llmnorm.config.modules import import_modules
-    from llmnorm.config.pretrained import architectures_of, refuse_encoder
+    from llmnorm.config.pretrained import describe, is_stock, refuse_encoder
 
     import_modules(parsed.imports, "--import")
     path = parsed.path
     if (path / "config.yaml").is_file():
         config = load_config(path, overrides)
         settings = config.generation
-        classes: Sequence[str] | None = [config.objective.architecture]
+        classes: list[str] | None = [config.objective.architecture]
     else:
-        classes = architectures_of(path, "generate")
+        try:
+            classes = describe(path, "generate").architectures
+        except InputError:
+            if not is_stock(path):
+                raise
+            classes = None  # of another class than ours: load_target knows what it is
         settings = section("generation", overrides)
     refuse_encoder(classes, f"generate: {path}", "text is continued by")
     if parsed.chat and settings.n > 1:
@@ -232,7 +237,7 @@ def _answer_file(
 
 def _engine(
     target: "Target", settings: "GenerationSettings", requests: "Sequence[Request]" = ()
-) -> "Runner":
+) -> "Engine":
     """The engine, with no more slots and context than `requests` need, if all are known."""
     if requests:
         rows = sum(request.n for request in requests)
@@ -240,9 +245,9 @@ def _engine(
         context = min(settings.context or target.context, longest)
         needed = {"slots": min(settings.slots, rows), "context": context}
         settings = settings.model_copy(update=needed)
-    engine = target.engine(settings)
-    note(engine.says)
-    return engine
+    built = target.build(settings)
+    note(built.says)
+    return built.engine
 
 
 def _rate(totals: "Totals", began: float) -> str:

@@ -1,7 +1,7 @@
 """A directory of weights as an engine that continues text: target, draft, tokenizer, template.
 
     target = load_target(path, settings)        a run, an exported or a stock directory
-    engine = target.engine(settings)            with the draft that the settings name
+    built = target.build(settings)              an engine, with the draft that the settings name
     target.asker.text("The river")              -> tokens
 
 What is wrong with the settings or the directories is told before weights are read, as far as it can
@@ -16,11 +16,10 @@ from llmnorm.checkpoints.format import checksum
 from llmnorm.config.pretrained import describe, refuse_encoder
 from llmnorm.config.tree import GenerationSettings
 from llmnorm.exchange.foreign import is_foreign, load_foreign
-from llmnorm.exchange.loading import load_model, model_of, open_source
+from llmnorm.exchange.loading import DTYPES, device_of, load_model, model_of, open_source
 from llmnorm.exchange.peft_adapter import with_adapter
 from llmnorm.exchange.prompting import Asker
-from llmnorm.generation.build import Loaded, engine_of
-from llmnorm.generation.engine import Engine
+from llmnorm.generation.build import Built, Loaded, engine_of
 from llmnorm.generation.prompts import end_tokens
 from llmnorm.machine.reading import local_path
 from llmnorm.part import InputError
@@ -46,7 +45,13 @@ class Target(NamedTuple):
     ends: frozenset[int]
     identity: Callable[[], str]
 
-    def engine(self, settings: GenerationSettings) -> Engine:
+    @property
+    def context(self) -> int:
+        """Tokens that a row may have."""
+        decoder = self.model.config.get_text_config(decoder=True)
+        return int(decoder.max_position_embeddings)
+
+    def build(self, settings: GenerationSettings) -> Built:
         """An engine by these settings; their draft is loaded.
 
         Raises:
@@ -84,15 +89,13 @@ def load_target(
                 f"{option}: {path} is a model of transformers that this package does not take as "
                 "its own, which is served as it is"
             )
-        model, tokenizer = load_foreign(path, device=settings.device, dtype=settings.dtype)
+        model, tokenizer = _foreign(path, settings)
         found, identity = path, lambda: _checksums(path)
     else:
         source = open_source(path, checkpoint=checkpoint, ema=ema)
         if adapter and (adapter / "tokenizer.json").is_file():
             source = source._replace(tokenizer=adapter)  # what it was trained with, template too
-        model, tokenizer = model_of(
-            source, path, device=settings.device, dtype=settings.dtype
-        )
+        model, tokenizer = model_of(source, path, device=settings.device, dtype=settings.dtype)
         if adapter:
             model = _adapted(model, adapter)
         assert source.tokenizer is not None  # or there would be no `tokenizer`
@@ -130,12 +133,19 @@ def _draft(settings: GenerationSettings) -> Loaded:
     try:
         path = local_path(settings.draft)
         if is_foreign(path):
-            return load_foreign(path, device=settings.device, dtype=settings.dtype)
+            return _foreign(path, settings)
         refuse_encoder(describe(path, key).architectures, f"{key}: {path}", "tokens are drafted by")
         return load_model(path, device=settings.device, dtype=settings.dtype)
     except ValueError as error:
         text = str(error)
         raise InputError(text if text.startswith(key) else f"{key}: {text}") from None
+
+
+def _foreign(path: Path, settings: GenerationSettings) -> Loaded:
+    """A model of transformers, where the settings want it."""
+    model, tokenizer = load_foreign(path)
+    model.to(device=device_of(settings.device), dtype=DTYPES.get(settings.dtype))
+    return model, tokenizer
 
 
 def _checksums(directory: Path) -> str:

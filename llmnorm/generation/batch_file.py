@@ -105,7 +105,9 @@ class Output:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise InputError(f"--output: {self._path} is being written by another process") from None
+            raise InputError(
+                f"--output: {self._path} is being written by another process"
+            ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise InputError(

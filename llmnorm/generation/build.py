@@ -1,7 +1,9 @@
 """An engine out of models, their tokenizers and the settings of `generation`.
 
-    engine = engine_of(model, tokenizer, settings, ends)
-    engine = engine_of(model, tokenizer, settings, ends, draft=(smaller, its_tokenizer))
+    built = engine_of(model, tokenizer, settings, ends)
+    built = engine_of(model, tokenizer, settings, ends, draft=(smaller, its_tokenizer))
+    built.engine.add(request)
+    built.says                    what runs, and what its caches take
 
 Which step runs a model: one that is bit-equal in any batch (`deterministic`), the captured one for
 models of ours (models/decoding.py), the model as it is for other decoders of transformers. Which
@@ -9,25 +11,33 @@ draft: `lookup`, or the model that is given; which its lengths: costs.py.
 """
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from llmnorm.config.tree import GenerationSettings
 from llmnorm.generation.contract import Draft, Step
-from llmnorm.generation.costs import DraftLengths, Size, costs_for, size_of
+from llmnorm.generation.costs import DraftLengths, costs_for, size_of
 from llmnorm.generation.draft import Lookup
 from llmnorm.generation.engine import Engine
 from llmnorm.generation.model_draft import ModelDraft, check_draft
 from llmnorm.models.decoding import Decoder
 from llmnorm.models.foreign_decoding import ForeignStep
 from llmnorm.models.modeling import LlmNormForCausalLM
+from llmnorm.nn.cache import KeyValues
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+
+
+class Built(NamedTuple):
+    """An engine, and what there is to say about it, a line each."""
+
+    engine: Engine
+    says: list[str]
 
 
 def engine_of(
@@ -37,7 +47,7 @@ def engine_of(
     ends: Collection[int],
     *,
     draft: Loaded | None = None,
-) -> Engine:
+) -> Built:
     """An engine, with the draft that `settings.draft` names.
 
     Args:
@@ -51,20 +61,39 @@ def engine_of(
         InputError: the model, the draft or the settings are such that they cannot be served.
     """
     step = step_of(model, deterministic=settings.deterministic)
+    context = settings.context or step.context
+    rows = f"{settings.slots} row{'s' * (settings.slots > 1)} of {context:,} tokens"
     if settings.draft == "none":
-        return Engine(step, tokenizer, settings, ends=ends)
-    drafted, size = _draft(step, tokenizer, settings, draft)
-    lengths = DraftLengths(
-        costs_for(
-            size_of(model),
-            size,
-            device=step.device.type,
-            threads=torch.get_num_threads(),
-            recurrent=_is_recurrent(step),
-        ),
-        settings.draft_tokens,
+        engine = Engine(step, tokenizer, settings, ends=ends)
+        return Built(engine, [step.says, f"cache: {rows}, {_size(engine.bytes)}"])
+    if draft is not None:
+        check_draft(tokenizer, draft[1])
+    size = None if draft is None else size_of(draft[0])
+    costs = costs_for(
+        size_of(model),
+        size,
+        device=step.device.type,
+        threads=torch.get_num_threads(),
+        recurrent=not all(isinstance(layer, KeyValues) for layer in step.new_cache().layers),
     )
-    return Engine(step, tokenizer, settings, drafted, ends=ends, lengths=lengths)
+    lengths = DraftLengths(costs, settings.draft_tokens)
+    proposing: Draft = Lookup()
+    own = ""
+    if draft is not None:
+        small = step_of(draft[0])
+        made = ModelDraft(
+            small,
+            settings.slots,
+            context=context,
+            vocabulary=step.vocabulary,
+            device=small.device,
+        )
+        proposing, own = made, f", and {_size(made.reserve(small.dtype))} of the draft's"
+    engine = Engine(step, tokenizer, settings, proposing, ends=ends, lengths=lengths)
+    says = [step.says, f"cache: {rows}, {_size(engine.bytes)}{own}"]
+    if settings.draft_tokens == "auto":
+        says.append(costs.says)
+    return Built(engine, says)
 
 
 def step_of(model: "PreTrainedModel", *, deterministic: bool = False) -> Step:
@@ -73,41 +102,16 @@ def step_of(model: "PreTrainedModel", *, deterministic: bool = False) -> Step:
     Raises:
         InputError: it cannot be run so.
     """
-    if not isinstance(model, LlmNormForCausalLM):
-        if deterministic:
-            raise InputError(
-                "generation.deterministic: is shown for models of this package alone, and this is "
-                f"a {type(model).__name__}; leave it out"
-            )
-        return ForeignStep(model)
-    return Decoder(model)
+    if isinstance(model, LlmNormForCausalLM):
+        return Decoder(model)
+    if deterministic:
+        raise InputError(
+            "generation.deterministic: is shown for models of this package alone, and this is a "
+            f"{type(model).__name__}; leave it out"
+        )
+    return ForeignStep(model)
 
 
-def _draft(
-    step: Step,
-    tokenizer: "PreTrainedTokenizerBase",
-    settings: GenerationSettings,
-    draft: Loaded | None,
-) -> tuple[Draft, Size | None]:
-    """The draft, and its size if it is a model."""
-    if settings.draft == "lookup":
-        return Lookup(), None
-    assert draft is not None, "the caller has loaded the draft"
-    model, own = draft
-    check_draft(tokenizer, own)
-    small = step_of(model)
-    made = ModelDraft(
-        small,
-        settings.slots,
-        context=settings.context or step.context,
-        vocabulary=step.vocabulary,
-        device=small.device,
-    )
-    made.reserve(small.dtype)
-    return made, size_of(model)
-
-
-def _is_recurrent(step: Step) -> bool:
-    from llmnorm.nn.cache import KeyValues
-
-    return not all(isinstance(layer, KeyValues) for layer in step.new_cache().layers)
+def _size(count: int) -> str:
+    """Bytes, as people say them."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

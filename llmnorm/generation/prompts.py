@@ -69,9 +69,7 @@ def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return ids
 
 
-def end_tokens(
-    config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase"
-) -> frozenset[int]:
+def end_tokens(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     """The tokens that end a text: the model's, or where it names none, the tokenizer's."""
     own = config.eos_token_id
     ends = all_tokens(tokenizer.eos_token_id if own is None else own)

@@ -153,9 +153,7 @@ def _id(value: dict[str, Any], where: str) -> str | int | None:
     raise InputError(f"{where}: id: expected a text or a whole number")
 
 
-def _request(
-    line: Line, where: str, settings: GenerationSettings, prompts: Prompts
-) -> Request:
+def _request(line: Line, where: str, settings: GenerationSettings, prompts: Prompts) -> Request:
     """Raises InputError: a key is unknown, missing or not valid, or there is no such prompt."""
     value = dict(line.value or {})
     value.pop("id", None)

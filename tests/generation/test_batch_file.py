@@ -182,7 +182,10 @@ def test_an_output_has_one_writer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"prompt": "a", "tmperature": 1}', "unknown key 'tmperature'; did you mean 'temperature'?"),
+        (
+            '{"prompt": "a", "tmperature": 1}',
+            "unknown key 'tmperature'; did you mean 'temperature'?",
+        ),
         ('{"prompt": "a", "temperature": -1}', "temperature: "),
         ('{"prompt": "a", "temperature": "1"}', "temperature: expected a number"),
         ('{"prompt": "a", "slots": 1}', "unknown key 'slots'"),
