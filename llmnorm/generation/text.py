@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\ufffd"
+CONTEXT = 4  # tokens before a row's first one that are decoded with it
 UNFINISHED = 3  # bytes, and so replaced characters, that the next token may make whole
 
 
@@ -36,6 +37,7 @@ class TextStream:
         tokenizer: of any kind.
         stop: texts that end the row's, and are no part of it.
         skip_special: special tokens (of beginnings, ends, turns) are no part of the text.
+        before: tokens that the row's first one follows, which decides whether its space is dropped.
 
     Attributes:
         stopped: a stop has come; the text behind its beginning is dropped.
@@ -50,15 +52,21 @@ class TextStream:
         stop: Sequence[str] = (),
         *,
         skip_special: bool = True,
+        before: Sequence[int] = (),
     ) -> None:
         if "" in stop:
             raise InputError("stop: one of the texts is empty, and would end every answer at once")
         self.stopped = False
         self._tokenizer, self._stop, self._skip_special = tokenizer, tuple(stop), skip_special
-        self._window: list[int] = []
+        self._window: list[int] = list(before[-CONTEXT:])
         self._known = 0  # so many of the window's tokens had a complete text when they came
         self._told = ""  # the beginning of the window's text, which was passed on
         self._held = ""  # text that may be the beginning of a stop
+        told = self._decoded(self._window)
+        if told and not told.endswith(BROKEN):
+            self._told, self._known = told, len(self._window)
+        else:  # nothing of it is seen, or a character that it begins is the row's
+            self._window = []
 
     def push(self, token: int) -> str:
         """The text that is complete with this token and that no stop can take back any more."""
