@@ -58,15 +58,11 @@ class TextStream:
             raise InputError("stop: one of the texts is empty, and would end every answer at once")
         self.stopped = False
         self._tokenizer, self._stop, self._skip_special = tokenizer, tuple(stop), skip_special
-        self._window: list[int] = list(before[-CONTEXT:])
+        self._window: list[int] = []
         self._known = 0  # so many of the window's tokens had a complete text when they came
         self._told = ""  # the beginning of the window's text, which was passed on
         self._held = ""  # text that may be the beginning of a stop
-        told = self._decoded(self._window)
-        if told and not told.endswith(BROKEN):
-            self._told, self._known = told, len(self._window)
-        else:  # nothing of it is seen, or a character that it begins is the row's
-            self._window = []
+        self._begin_behind(before)
 
     def push(self, token: int) -> str:
         """The text that is complete with this token and that no stop can take back any more."""
@@ -91,6 +87,17 @@ class TextStream:
         new = self._text()[len(self._told) :]
         self._told += new
         return self._without_stops(new, end=True)
+
+    def _begin_behind(self, before: Sequence[int]) -> None:
+        """Begin the window with some of `before` that are seen as text, if there are any."""
+        count = CONTEXT
+        told = self._decoded(list(before[-count:]))
+        while not told and count < len(before):
+            count *= 2
+            told = self._decoded(list(before[-count:]))
+        if told and not told.endswith(BROKEN):  # or the row's first token may make it whole
+            self._window, self._told = list(before[-count:]), told
+            self._known = len(self._window)
 
     def _text(self) -> str:
         """The window's text; the window becomes shorter where tokens change those before them.
