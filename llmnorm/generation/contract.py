@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from llmnorm.nn.cache import RaggedCache
@@ -26,11 +27,15 @@ class Step(Protocol):
     Attributes:
         context: tokens that a row may have.
         vocabulary: tokens that the logits are of.
+        dtype: of keys and values, for `RaggedCache.reserve`.
+        device: where ids, logits and the cache are.
         says: what it does, in one line.
     """
 
     context: int
     vocabulary: int
+    dtype: torch.dtype
+    device: torch.device
     says: str
 
     def new_cache(self) -> RaggedCache:
