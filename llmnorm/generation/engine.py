@@ -13,9 +13,9 @@ lengths and any numbers of drafts: `ragged`; without a draft each has one token:
 are admitted first come first served, a row to a slot (slots.py).
 
 Nothing here runs by itself: no threads, and every change is made by the caller's `add`, `step` and
-`abort`. A row that fails (its logits are not finite, a processor of its own raises) ends alone, with
-an event that says why. An exception that is no row's own leaves `step`; the rows that ran have then
-failed, and the engine goes on with the waiting ones if it is asked to.
+`abort`. A row that fails (its logits are not finite, a processor of its own raises) ends alone,
+with an event that says why. An exception that is no row's own leaves `step`; the rows that ran have
+then failed, and the engine goes on with the waiting ones if it is asked to.
 
 What would surprise: all buffers are made at the start, for as many rows of as many tokens as the
 settings say, and what does not fit is refused there.
@@ -53,6 +53,14 @@ class Lengths(Protocol):
 
     def observe(self, slot: int, drafted: int, accepted: int) -> None:
         """What became of a row's drafts."""
+        ...
+
+    def move(self, source: int, row: int) -> None:
+        """The row `source` has become the row `row`, which was free."""
+        ...
+
+    def release(self, row: int) -> None:
+        """The row is free."""
         ...
 
 
@@ -121,6 +129,8 @@ class Engine:
         _check_memory(step, settings, context, padding)
         self._step, self._tokenizer, self._draft = step, tokenizer, draft
         self._ends, self._context, self._lengths = frozenset(ends), context, lengths
+        # Who has to know which row is in which slot.
+        self._followers = [some for some in (draft, lengths) if some is not None]
         self._drafted = settings.draft_tokens
         self._chunk = settings.prefill_chunk
         self._slots = Slots(
@@ -337,10 +347,10 @@ class Engine:
         moved = self._slots.finish(row.slot, keep=keep)
         if failed:
             self._slots.forget()
-        if self._draft is not None:
-            self._draft.release(row.slot)
+        for follower in self._followers:
+            follower.release(row.slot)
             if moved is not None:
-                self._draft.move(moved, row.slot)
+                follower.move(moved, row.slot)
         last = self._rows.pop()
         if moved is not None:
             self._rows[row.slot] = last
@@ -351,8 +361,8 @@ class Engine:
         """After an exception in the middle of a round: end the rows that ran, begin new caches."""
         message = f"the round was not finished: {type(error).__name__}: {error}".rstrip(": ")
         for row in self._rows:
-            if self._draft is not None:
-                self._draft.release(row.slot)
+            for follower in self._followers:
+                follower.release(row.slot)
         for row in [*self._rows, *([self._filling] if self._filling else [])]:
             if row.finish is None:
                 self._close(row.end("error", message))

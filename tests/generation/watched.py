@@ -1,4 +1,4 @@
-"""Rows of the engine held to full passes without a cache, and drafts that are right as often as told.
+"""Rows of the engine held to full passes without a cache, and drafts that are right when told so.
 
 The oracle of a greedy row is one pass over all of its tokens: each generated token is the likeliest
 one there, so by induction the row is what plain decoding gives; and the logits that the engine has
@@ -90,6 +90,8 @@ class Watched:
             answer.tokens += event.tokens
             if event.tokens:
                 answer.logits += list(self._fed[event.request, event.row][: len(event.tokens)])
+            if event.finish is None:
+                assert len(event.tokens) == event.accepted + 1, "the accepted ones and the bonus"
             answer.accepted += event.accepted
             answer.finish, answer.message = event.finish, event.message
         self.rounds.append(events)
@@ -111,7 +113,8 @@ def check(
     model: LlmNormForCausalLM, answers: Sequence[Answer], ends: set[int], context: int
 ) -> float:
     """Hold answers to one pass over all of their tokens; the largest difference of a logit."""
-    rows = [[*answer.request.prompt, *answer.tokens] for answer in answers]
+    # Without the last token, which no row has run.
+    rows = [[*answer.request.prompt, *answer.tokens[:-1]] for answer in answers]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
