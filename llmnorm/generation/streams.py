@@ -33,7 +33,7 @@ class Engine(Protocol):
         ...
 
     def abort(self, number: int) -> None:
-        """End a request's rows."""
+        """End a request's rows; the next step has their last events."""
         ...
 
 
@@ -123,17 +123,17 @@ def _answer(engine: Engine, request: Request, write: Callable[[str], None]) -> s
     """
     text = ""
     with _interrupts() as interrupted:
-        number, going = engine.add(request), True
+        number, going, stopped = engine.add(request), True, False
         while going:
             for event in engine.step():
                 if event.finish == "error":
                     raise InputError(str(event.message))
                 text += event.text
                 write(event.text)
-                going = going and event.finish is None
-            if going and interrupted():
-                engine.abort(number)
-                going = False
+                going = event.finish is None
+            if going and interrupted() and not stopped:
+                engine.abort(number)  # the next step has the row's last event
+                stopped = True
     return text
 
 
