@@ -132,7 +132,7 @@ def asked_in(
         request, name = None, None
         try:
             if line.value is None:
-                raise InputError(f"{shown}: {line.problem}")
+                raise InputError(f"{shown}: {str(line.problem).removeprefix('it: ')}")
             name = _id(line.value, shown)
             request = _request(line, shown, settings, prompts)
         except InputError as error:

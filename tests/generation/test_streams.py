@@ -50,7 +50,9 @@ def test_answers_come_in_their_order_and_the_first_at_once(model: LlmNormForCaus
     pieces = list(answers(engine_of(model), asked))
     order = [(piece.request, piece.row) for piece in pieces]
     assert order == sorted(order) and set(order) == {(0, 0), (1, 0), (2, 0), (2, 1)}
-    texts = ["".join(p.text for p in pieces if (p.request, p.row) == key) for key in sorted(set(order))]
+    texts = [
+        "".join(p.text for p in pieces if (p.request, p.row) == key) for key in sorted(set(order))
+    ]
     assert texts[:2] == alone and texts[2] != texts[3]
     assert sum(piece.request == 0 for piece in pieces) > 20  # not one piece at the end
     assert [piece.finish for piece in pieces if piece.finish] == ["length"] * 4
