@@ -55,7 +55,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
     from llmnorm.exchange.loading import model_of, open_source
     from llmnorm.exchange.peft_adapter import with_adapter
-    from llmnorm.generation.sampling import generate
+    from llmnorm.generation.texts import generate
 
     source = open_source(path, checkpoint=parsed.checkpoint, ema=parsed.ema)
     own = parsed.adapter and (parsed.adapter / "tokenizer.json").is_file()

@@ -147,12 +147,14 @@ class Chosen:
 class Verdict:
     """The tokens that a round commits to a row: the accepted drafts and the bonus token.
 
-    chosen: one for each token, where the request asks for log-probabilities.
+    chosen: one for each token, where the request asks for log-probabilities. fault: why the row
+    cannot go on; then nothing is committed.
     """
 
     tokens: list[int]
     accepted: int
     chosen: list[Chosen] | None = None
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
