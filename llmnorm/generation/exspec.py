@@ -145,11 +145,18 @@ def exspec(
             for member, event in zip(members, events, strict=True):
                 member.waited = 0
                 if event.finish is not None:
-                    seats.leave(member.row)
-                    window.remove(member)
+                    _leave(window, member, seats, schedule.batch)
             yield from events
     finally:
         seats.clear()
+
+
+def _leave(window: list[_Member], member: _Member, seats: Seats, batch: int) -> None:
+    """A row ends. The window's first rows, a batch of them, keep the draft's first numbers: a pass
+    of the draft runs as many rows as the largest number in it."""
+    first = window.index(member) < batch < len(window)
+    seats.leave(member.row, window[batch].row if first else None)
+    window.remove(member)
 
 
 def _gathered(

@@ -170,6 +170,28 @@ def test_a_batch_that_fell_back_is_kept_while_it_needs_no_alignment(kind: str) -
         assert stacks.made[: len(made)] == made
 
 
+def test_the_first_rows_have_the_first_numbers_of_the_draft() -> None:
+    """Oracle: in rounds that fall back the rows are the window's first, and so are their numbers.
+
+    Lengths are so far apart that no two rows are grouped before the window is nearly empty.
+    """
+    of = target("softmax")
+    asked = [[n] * (1 + 9 * n) for n in range(8)]
+    texts, numbers = of.continued(asked, 8), list[list[int]]()
+
+    class Noting(Guesses):
+        def propose(self, rows: Any, counts: Any) -> Any:
+            numbers.append(sorted(row.slot for row in rows))
+            return super().propose(rows, counts)
+
+    most = [3, 7, 1, 5, 2, 6, 4, 8]
+    rows = [rows_for(asked, max_tokens=most[n])[n] for n in range(len(asked))]
+    costs, schedule = Costs(), Schedule(3, 6)
+    list(exspec(of.stacks, Noting(texts, lambda: False), rows, 1, schedule=schedule, costs=costs))
+    assert costs.grouped == 0 and costs.rounds >= 12
+    assert all(some == list(range(len(some))) for some in numbers)
+
+
 @pytest.mark.parametrize("error", ["other rows kept", "left behind"])
 def test_a_planted_error_is_found(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: none needed: the checks of the batches see each of them."""
