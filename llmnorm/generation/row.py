@@ -98,7 +98,7 @@ class Row:
         self.drafted += drafted
         self.accepted += accepted
         chosen = None if verdict.chosen is None else verdict.chosen[: len(tokens)]
-        event = Event(self.request, self.row, tokens, text, accepted, chosen)
+        event = Event(self.request, self.row, tokens, text, accepted, chosen, drafted=drafted)
         return event if finish is None else self._closed(event, finish)
 
     def end(self, finish: Finish, message: str | None = None) -> Event:
