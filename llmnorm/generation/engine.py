@@ -13,9 +13,9 @@ lengths and any numbers of drafts: `ragged`; without a draft each has one token:
 are admitted first come first served, a row to a slot (slots.py).
 
 Nothing here runs by itself: no threads, and every change is made by the caller's `add`, `step` and
-`abort`. A row that fails (its logits are not finite, a processor of its own raises) ends alone, with
-an event that says why. An exception that is no row's own leaves `step`; the rows that ran have then
-failed, and the engine goes on with the waiting ones if it is asked to.
+`abort`. A row that fails (its logits are not finite, a processor of its own raises) ends alone,
+with an event that says why. An exception that is no row's own leaves `step`; the rows that ran have
+then failed, and the engine goes on with the waiting ones if it is asked to.
 
 What would surprise: all buffers are made at the start, for as many rows of as many tokens as the
 settings say, and what does not fit is refused there.
@@ -53,6 +53,14 @@ class Lengths(Protocol):
 
     def observe(self, slot: int, drafted: int, accepted: int) -> None:
         """What became of a row's drafts."""
+        ...
+
+    def move(self, source: int, row: int) -> None:
+        """The row `source` has become the row `row`, which was free."""
+        ...
+
+    def release(self, row: int) -> None:
+        """The row is free."""
         ...
 
 
@@ -121,6 +129,8 @@ class Engine:
         _check_memory(step, settings, context, padding)
         self._step, self._tokenizer, self._draft = step, tokenizer, draft
         self._ends, self._context, self._lengths = frozenset(ends), context, lengths
+        # Who has to know which row is in which slot.
+        self._followers = [some for some in (draft, lengths) if some is not None]
         self._drafted = settings.draft_tokens
         self._chunk = settings.prefill_chunk
         self._slots = Slots(
@@ -130,7 +140,7 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._filling: Row | None = None  # the row whose prompt is being run
         self._rows: list[Row] = []  # those that run, by slot
-        self._events: list[Event] = []  # for the next `step`
+        self._events: list[Event] = []  # of this step, or of one that was not finished
         self._next = 0
 
     @property
@@ -181,32 +191,35 @@ class Engine:
         self._next += 1
         return self._next - 1
 
-    def abort(self, number: int) -> None:
-        """End a request's rows, whatever they do now; the next `step` has their last events.
+    def abort(self, number: int) -> list[Event]:
+        """End a request's rows, whatever they do now; returns their last events.
 
         A request that has finished, or is not known, is left as it is.
         """
-        for row in [row for row in self._waiting if row.request == number]:
+        ended = [row for row in self._waiting if row.request == number]
+        for row in ended:
             self._waiting.remove(row)
-            self._close(row.end("abort"))
         if self._filling is not None and self._filling.request == number:
-            self._close(self._filling.end("abort"))
+            ended.append(self._filling)
             self._filling = None
             self._slots.drop()
         for row in [row for row in self._rows if row.request == number]:
-            self._close(row.end("abort"))
+            ended.append(row)
             self._leave(row)
+        return [self._closed(row.end("abort")) for row in ended]
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Run requests, and yield what their rows gain as it comes.
 
         An event's `request` is the place among `requests`. An iterator that is closed early aborts
-        what is left of them. Other requests of the engine must not be under way.
+        what is left of them.
 
         Raises:
             InputError: a request asks for what cannot be; none has been begun then.
+            ValueError: the engine has other requests, whose events would be lost.
         """
-        assert self.idle, "the engine has other requests"
+        if not self.idle:
+            raise ValueError("generate: the engine has other requests; call add and step")
         places: dict[int, int] = {}
         try:
             for place, request in enumerate(requests):
@@ -218,10 +231,13 @@ class Engine:
             if not self.idle:
                 for number in places:
                     self.abort(number)
-                self._events = []
 
     def step(self) -> list[Event]:
-        """Admit what fits, run a round, and tell what each row has gained, in the rows' order."""
+        """Admit what fits, run a round, and tell what each row has gained, in the rows' order.
+
+        Raises whatever is no row's own fault: an error of the model or the draft, Ctrl-C. The rows
+        that ran have failed then, and the next call tells it.
+        """
         try:
             self._admit()
             if self._rows:
@@ -252,7 +268,8 @@ class Engine:
             if self._slots.left:
                 self._slots.drop()
                 self._slots.forget()
-                self._close(row.end("error", "the model's logits of the prompt are not finite"))
+                message = "the model's logits of the prompt are not finite"
+                self._events.append(self._closed(row.end("error", message)))
                 continue
             row.slot = self._slots.admit(row.ids)
             self._rows.append(row)
@@ -281,8 +298,7 @@ class Engine:
             back.append(len(block) - len(event.tokens))
             events.append(event)
         self._slots.rollback(back)
-        for event in events:
-            self._close(event)
+        self._events += [self._closed(event) for event in events]
         # From the last one on, so that no row moves that is about to leave.
         for row, event in reversed(list(zip(rows, events, strict=True))):
             if event.finish is not None:
@@ -321,12 +337,12 @@ class Engine:
         if self._lengths is not None:
             self._lengths.observe(row.slot, drafted, accepted)
 
-    def _close(self, event: Event) -> None:
-        """Tell an event, and count a row's last one."""
-        self._events.append(event)
+    def _closed(self, event: Event) -> Event:
+        """The event; a row's last one is counted."""
         if event.finish is not None:
             finished = self.counters.finished
             finished[event.finish] = finished.get(event.finish, 0) + 1
+        return event
 
     def _leave(self, row: Row, *, failed: bool = False) -> None:
         """A row runs no more; the last running one takes its place.
@@ -337,10 +353,10 @@ class Engine:
         moved = self._slots.finish(row.slot, keep=keep)
         if failed:
             self._slots.forget()
-        if self._draft is not None:
-            self._draft.release(row.slot)
+        for follower in self._followers:
+            follower.release(row.slot)
             if moved is not None:
-                self._draft.move(moved, row.slot)
+                follower.move(moved, row.slot)
         last = self._rows.pop()
         if moved is not None:
             self._rows[row.slot] = last
@@ -351,11 +367,11 @@ class Engine:
         """After an exception in the middle of a round: end the rows that ran, begin new caches."""
         message = f"the round was not finished: {type(error).__name__}: {error}".rstrip(": ")
         for row in self._rows:
-            if self._draft is not None:
-                self._draft.release(row.slot)
+            for follower in self._followers:
+                follower.release(row.slot)
         for row in [*self._rows, *([self._filling] if self._filling else [])]:
             if row.finish is None:
-                self._close(row.end("error", message))
+                self._events.append(self._closed(row.end("error", message)))
         self._rows, self._filling = [], None
         self._slots.clear()
 

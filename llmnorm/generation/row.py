@@ -3,9 +3,9 @@
     row = rows_of(number, request, tokenizer=tokenizer, ends=ends, vocabulary=v, context=c)[0]
     event = row.commit(verdict)     # what a round has decided, cut where the row ends
 
-A row's `ids` are those of the prompt and what is committed; the last one is the pending token, which
-no cache holds yet. A row ends at an end token or a stop token, where its text has a stop string, at
-`max_tokens`, or where the context is full; what a round decided behind that is dropped.
+A row's `ids` are those of the prompt and what is committed; the last one is the pending token,
+which no cache holds yet. A row ends at an end token or a stop token, where its text has a stop
+string, at `max_tokens`, or where the context is full; what a round decided behind that is dropped.
 
 What would surprise: a row may have one token more than the context, since the last one is not run:
 a prompt that fills the context gets one token.
@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING
 
 from llmnorm.generation.contract import Chooser, Event, Finish, Request, Sampling, Verdict
 from llmnorm.generation.sampling import RowChooser
+from llmnorm.generation.text import TextStream
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from llmnorm.generation.text import TextStream
 
 
 class Row:
@@ -57,7 +56,7 @@ class Row:
         limit: int,
         ends: frozenset[int],
         chooser: Chooser,
-        text: "TextStream | None",
+        text: TextStream | None,
     ) -> None:
         self.request, self.row = request, row
         self.ids, self.prompt = list(prompt), len(prompt)
@@ -99,7 +98,7 @@ class Row:
         self.drafted += drafted
         self.accepted += accepted
         chosen = None if verdict.chosen is None else verdict.chosen[: len(tokens)]
-        event = Event(self.request, self.row, tokens, text, accepted, chosen)
+        event = Event(self.request, self.row, tokens, text, accepted, chosen, drafted=drafted)
         return event if finish is None else self._closed(event, finish)
 
     def end(self, finish: Finish, message: str | None = None) -> Event:
@@ -135,8 +134,6 @@ def rows_of(
         InputError: the request asks for what cannot be.
     """
     prompt, sampling = request.prompt, request.sampling
-    if tokenizer is not None:
-        from llmnorm.generation.text import TextStream
     _check(request, vocabulary, context, with_text=tokenizer is not None)
     stops = frozenset(sampling.stop_tokens)
     known = frozenset(ends)

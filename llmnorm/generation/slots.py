@@ -16,8 +16,8 @@ A pass over a prompt would pad every other row to its width, so prompts have a c
 All buffers are made at the start and nothing grows; the last token of a row is pending: no cache
 holds it.
 
-What would surprise: `ids` lists are kept by reference, and grow as their rows do; how much of a list
-its slot holds is what the cache says (`lengths`).
+What would surprise: `ids` lists are kept by reference, and grow as their rows do; how much of a
+list its slot holds is what the cache says (`lengths`).
 """
 
 from collections.abc import Sequence
@@ -55,16 +55,18 @@ class Slots:
         self.step, self.rows, self.context = step, rows, context
         self._padding, self._reuse = padding, reuse
         self.copies = self.lost = 0
+        self._cache, self._side = step.new_cache(), step.new_cache()
         self.clear()
         windows = [n.window for n in self._side.layers if isinstance(n, KeyValues) and n.window]
         # What the reserved buffers of a window take in one pass (RaggedCache.reserve).
         self._widest = min((window + KEPT for window in windows), default=context)
 
     def clear(self) -> None:
-        """Forget all rows, with new caches in the place of those that a fault has left torn."""
-        self._cache, self._side = self.step.new_cache(), self.step.new_cache()
+        """Forget all rows and make all buffers anew, also where a fault has torn the layers."""
         self.bytes = 0
+        self._side.clear()  # before the other one's new buffers are made
         for cache, rows in ((self._cache, self.rows), (self._side, 1)):
+            cache.clear()
             self.bytes += cache.reserve(
                 rows, self.context, self._padding, dtype=self.step.dtype, device=self.step.device
             )
@@ -120,22 +122,25 @@ class Slots:
         """The row with the longest beginning in common with the prompt that can be taken back to
         it, and the length of that; None in its place for the side cache's own."""
         assert self._prompt is not None
-        found: list[tuple[int, int | None]] = []
-        for slot in self._ids if self._reuse else ():
-            found.append((_common(self._ids[slot], self._prompt, self._cache.lengths[slot]), slot))
+        if not self._prompt:
+            return None
+        if not self._side.free and self._side_ids[: self._side.lengths[0]] == self._prompt:
+            return None, len(self._prompt)  # another row of the same request: nothing is copied
+        if not self._reuse:
+            return None
+        found: list[tuple[int, int | None]] = [
+            (_common(ids, self._prompt, self._cache.lengths[slot]), slot)
+            for slot, ids in self._ids.items()
+        ]
         if not self._side.free:
             found.append((_common(self._side_ids, self._prompt, self._side.lengths[0]), None))
-        # Without reuse only the very same prompt's: it is another row of the same request.
-        enough = min(WORTH, len(self._prompt)) if self._reuse else len(self._prompt)
-        # Of equals the side cache's: nothing is copied then.
-        found = sorted(
-            (pair for pair in found if pair[0] >= max(1, enough)),
-            key=lambda pair: (-pair[0], pair[1] is not None),
-        )
-        for common, slot in found:
-            cache, row = (self._side, 0) if slot is None else (self._cache, slot)
+        enough = min(WORTH, len(self._prompt))
+        found = sorted((pair for pair in found if pair[0] >= enough), key=_longest)
+        for common, place in found:
+            cache = self._side if place is None else self._cache
+            row = 0 if place is None else place
             if _reaches(cache, row, cache.lengths[row] - common):
-                return slot, common
+                return place, common
         self.lost += bool(found)
         return None
 
@@ -161,7 +166,7 @@ class Slots:
         self._prompt = self._within = None
 
     def forget(self) -> None:
-        """Empty the side cache, if no prompt is being run in it: what it holds may be no numbers."""
+        """Empty the side cache, if no prompt is being run in it: it may hold nan."""
         if self._prompt is None:
             self._empty_side()
 
@@ -285,6 +290,12 @@ def _common(ids: list[int], prompt: list[int], held: int) -> int:
     if ids[:most] == prompt[:most]:
         return most
     return next(n for n in range(most) if ids[n] != prompt[n])
+
+
+def _longest(found: tuple[int, int | None]) -> tuple[int, bool]:
+    """The most common tokens first; of equals the side cache's, from which nothing is copied."""
+    common, slot = found
+    return -common, slot is not None
 
 
 def _reaches(cache: RaggedCache, row: int, count: int) -> bool:

@@ -1,4 +1,4 @@
-"""Rows of the engine held to full passes without a cache, and drafts that are right as often as told.
+"""Rows of the engine held to full passes without a cache, and drafts that are right when told so.
 
 The oracle of a greedy row is one pass over all of its tokens: each generated token is the likeliest
 one there, so by induction the row is what plain decoding gives; and the logits that the engine has
@@ -52,11 +52,12 @@ class Watched:
         draft: Draft | None = None,
         *,
         ends: Sequence[int] = (),
+        captured: bool = False,
         **settings: Any,
     ) -> None:
         settings = {"slots": 4, "context": CONTEXT, "draft_tokens": 4, **settings}
-        # Traced graphs take seconds to make; that they equal eager steps: tests/models.
-        step = Decoder(model, captured=False)
+        # Graphs take seconds to make; that they equal eager steps: tests/models/test_decoding.py.
+        step = Decoder(model, captured=captured)
         self.model, self.draft = model, draft
         self.engine = Engine(step, None, GenerationSettings(**settings), draft, ends=ends)
         self.ends = set(ends)
@@ -83,13 +84,21 @@ class Watched:
 
     def step(self) -> list[Event]:
         """One step of the engine, its events kept."""
-        events = self.engine.step()
+        return self._kept(self.engine.step())
+
+    def abort(self, number: int) -> None:
+        """End a request."""
+        self._kept(self.engine.abort(number))
+
+    def _kept(self, events: list[Event]) -> list[Event]:
         for event in events:
             answer = self.answers[event.request, event.row]
             assert answer.finish is None, "an event behind a row's last one"
             answer.tokens += event.tokens
             if event.tokens:
                 answer.logits += list(self._fed[event.request, event.row][: len(event.tokens)])
+            if event.finish is None:
+                assert len(event.tokens) == event.accepted + 1, "the accepted ones and the bonus"
             answer.accepted += event.accepted
             answer.finish, answer.message = event.finish, event.message
         self.rounds.append(events)
@@ -111,7 +120,8 @@ def check(
     model: LlmNormForCausalLM, answers: Sequence[Answer], ends: set[int], context: int
 ) -> float:
     """Hold answers to one pass over all of their tokens; the largest difference of a logit."""
-    rows = [[*answer.request.prompt, *answer.tokens] for answer in answers]
+    # Without the last token, which no row has run.
+    rows = [[*answer.request.prompt, *answer.tokens[:-1]] for answer in answers]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
