@@ -152,7 +152,7 @@ def test_rows_come_and_go_in_every_order(name: str, data: st.DataObject) -> None
         kind = data.draw(st.sampled_from(["add", "add", "again", "abort"]))
         done = [a for a in made.answers.values() if a.finish in ("stop", "length")]
         if kind == "abort" and numbers:
-            made.engine.abort(data.draw(st.sampled_from(numbers)))
+            made.abort(data.draw(st.sampled_from(numbers)))
         else:
             start = trunk[: data.draw(st.integers(1, len(trunk)))]
             if kind == "again" and done:  # the next turn of a conversation
@@ -271,6 +271,19 @@ def test_rows_of_a_request_share_one_prefill() -> None:
     assert sum(ran) == 32
     assert len({tuple(a.tokens) for a in answers}) == 1
     assert made.engine.counters.cached_tokens == 4 * 32
+
+
+def test_a_row_that_runs_lends_its_beginning() -> None:
+    """Oracle: full passes; the tokens that are not run again, while the first row goes on."""
+    made = Watched(model_of("softmax"), slots=3)
+    trunk = prompts(2, 30, seed=9)[1]
+    made.add([*trunk, 1], max_tokens=20)
+    made.step()
+    made.engine._slots.forget()  # so that the slots alone are looked at
+    made.add([*trunk, 2, 3], max_tokens=20)
+    made.run()
+    made.check()
+    assert made.engine.counters.cached_tokens == 30
 
 
 # --- finished rows -------------------------------------------------------------------------------
@@ -442,8 +455,8 @@ def test_abort_ends_rows_that_wait_come_in_or_run() -> None:
     made.step()
     assert (made.engine.running, made.engine.waiting) == (1, 5)
     for number in (running, coming, waiting, running, 99):
-        made.engine.abort(number)
-    assert made.engine.running == 0 and not made.engine.idle
+        made.abort(number)
+    assert made.engine.running == 0
     made.run()
     made.check()
     ends = {key: answer.finish for key, answer in made.answers.items()}
@@ -488,6 +501,20 @@ def test_generate_yields_events_as_they_come_and_aborts_when_closed() -> None:
     stream.close()
     assert made.engine.idle
     assert [e.tokens for e in made.engine.generate(requests[2:])] == [[t] for t in expected[2]]
+    made.add(starts[0])
+    with pytest.raises(ValueError, match="the engine has other requests"):
+        next(made.engine.generate(requests))
+
+
+def test_captured_steps_give_the_same_rows() -> None:
+    """Oracle: full passes; the decoder captures its steps, as it does by itself."""
+    model, starts = model_of("softmax before nala"), prompts(3, 20)
+    draft = KnownDraft(texts(model, starts), mixed(4), lambda n: min(n, 2))
+    made = Watched(model, draft, slots=2, captured=True)
+    for start in starts:
+        made.add(start, max_tokens=12)
+    made.run()
+    made.check()
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -52,11 +52,12 @@ class Watched:
         draft: Draft | None = None,
         *,
         ends: Sequence[int] = (),
+        captured: bool = False,
         **settings: Any,
     ) -> None:
         settings = {"slots": 4, "context": CONTEXT, "draft_tokens": 4, **settings}
-        # Traced graphs take seconds to make; that they equal eager steps: tests/models.
-        step = Decoder(model, captured=False)
+        # Graphs take seconds to make; that they equal eager steps: tests/models/test_decoding.py.
+        step = Decoder(model, captured=captured)
         self.model, self.draft = model, draft
         self.engine = Engine(step, None, GenerationSettings(**settings), draft, ends=ends)
         self.ends = set(ends)
@@ -83,7 +84,13 @@ class Watched:
 
     def step(self) -> list[Event]:
         """One step of the engine, its events kept."""
-        events = self.engine.step()
+        return self._kept(self.engine.step())
+
+    def abort(self, number: int) -> None:
+        """End a request."""
+        self._kept(self.engine.abort(number))
+
+    def _kept(self, events: list[Event]) -> list[Event]:
         for event in events:
             answer = self.answers[event.request, event.row]
             assert answer.finish is None, "an event behind a row's last one"
