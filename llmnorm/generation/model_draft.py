@@ -1,7 +1,6 @@
 """A smaller model as a draft: some tokens for every row, in as many passes as the longest draft.
 
     draft = ModelDraft(Decoder(small_model), slots=8, context=512)
-    draft.reserve(torch.float32)                   # bytes of its cache
     proposals = draft.propose(rows, [4, 4, 0, 2])  # four passes
 
 Its cache has a row for each row of the target's, by the same numbers. What a row of it holds is
@@ -93,7 +92,9 @@ class ModelDraft:
         vocabulary: tokens that the target's logits are of, the draft's own if None. Logits may have
             columns behind the last token. The draft's are cut to so many, or lengthened by tokens
             that it does not propose.
-        device: where the model is.
+
+    Attributes:
+        bytes: of its cache, all of which is made at once.
 
     Raises:
         InputError: the draft takes fewer tokens than a row may have.
@@ -106,7 +107,6 @@ class ModelDraft:
         *,
         context: int | None = None,
         vocabulary: int | None = None,
-        device: torch.device | None = None,
     ) -> None:
         self.context = step.context if context is None else context
         if step.context < self.context:
@@ -115,22 +115,14 @@ class ModelDraft:
                 f"{self.context}; set generation.context={step.context}, or give another draft"
             )
         self._vocabulary = step.vocabulary if vocabulary is None else vocabulary
-        self._step, self._device = step, device
+        self._step = step
         self._cache = step.new_cache()
+        self.bytes = self._cache.reserve(
+            slots, self.context, PADDING, dtype=step.dtype, device=step.device
+        )
         self._rows = [_Row() for _ in range(slots)]
         for _ in self._rows:  # an empty row is in use all the while, so that numbers stay
             self._cache.admit()
-
-    def reserve(self, dtype: torch.dtype) -> int:
-        """Make all buffers of the cache before the first row; return their bytes.
-
-        Args:
-            dtype: of keys and values, that of the model.
-        """
-        device = self._device or torch.device("cpu")
-        return self._cache.reserve(
-            len(self._rows), self.context, PADDING, dtype=dtype, device=device
-        )
 
     def propose(self, rows: Sequence[DraftedRow], counts: Sequence[int]) -> list[Proposal]:
         """`counts` tokens for each row; every chooser is advanced over its own, hypothetically."""
@@ -202,7 +194,7 @@ class ModelDraft:
         if self._rows[slot].tokens:
             cache.admit(self._cache, slot)
         for start in range(0, len(tokens), CHUNK):
-            chunk = torch.tensor([tokens[start : start + CHUNK]], device=self._device)
+            chunk = torch.tensor([tokens[start : start + CHUNK]], device=self._step.device)
             self._step.step(chunk, cache, last=True)
         self._replace(slot, cache, 0)
         self._rows[slot].tokens += tokens
@@ -217,7 +209,7 @@ class ModelDraft:
         of_rows = [blocks.get(slot, []) for slot in range(max(blocks) + 1)]
         ids = torch.tensor([block + [0] * (new - len(block)) for block in of_rows])
         counts = [len(block) for block in of_rows]
-        logits = self._step.step(ids.to(self._device), self._cache, counts, last=True)
+        logits = self._step.step(ids.to(self._step.device), self._cache, counts, last=True)
         for slot, block in blocks.items():
             self._rows[slot].tokens += block
         return logits

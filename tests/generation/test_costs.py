@@ -120,7 +120,7 @@ def test_a_length_in_use_stays_until_another_is_clearly_better() -> None:
     """Oracle: the lengths chosen anew for acceptances that waver, which change often."""
     some = costs_of(Processor("AMD", 25, "AVX2"))
     chosen = [best_length([p / 500] * 4, some) for p in range(500)]
-    switch = max(n for n in range(1, 500) if 0 < chosen[n - 1] != chosen[n]) / 500
+    switch = min(n for n in range(1, 500) if 0 < chosen[n - 1] != chosen[n]) / 500
     wavering = [switch + 0.01 * math.sin(n) for n in range(200)]
     now, kept, anew = 0, [], []
     for p in wavering:

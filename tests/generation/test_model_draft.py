@@ -58,6 +58,7 @@ class Watched:
     def __init__(self, name: str) -> None:
         self._decoder = Decoder(model(name), captured=False)
         self.context, self.vocabulary = self._decoder.context, self._decoder.vocabulary
+        self.dtype, self.device = self._decoder.dtype, self._decoder.device
         self.says = self._decoder.says
         self.passes: list[tuple[int, int]] = []
         self.prompts: list[int] = []
@@ -90,8 +91,6 @@ def play(name: str, choose: Choose, rounds: int) -> Watched:
     """Rounds over rows that come and go, with drafts accepted and rejected as `choose` says."""
     watched = Watched(name)
     draft, rows = ModelDraft(watched, SLOTS, context=LONGEST), dict[int, Row]()
-    if choose(0, 1):
-        draft.reserve(torch.float64)
 
     def some(low: int, high: int) -> list[int]:
         return [choose(0, VOCABULARY - 1) for _ in range(choose(low, high))]
@@ -248,7 +247,6 @@ def test_rows_that_rode_along_catch_up_together(name: str) -> None:
 def test_a_reserved_cache_neither_grows_nor_moves(name: str) -> None:
     """Oracle: the bytes told and the buffers' addresses, up to rows of full context."""
     draft = ModelDraft(Watched(name), SLOTS, context=60)
-    told = draft.reserve(torch.float64)
     rows = [row(n, [n + 1] * 30) for n in range(SLOTS)]
     draft.propose(rows, [1, 1, 1])
     before = {t.data_ptr() for layer in draft._cache.layers for t in buffers(layer)}
@@ -259,7 +257,7 @@ def test_a_reserved_cache_neither_grows_nor_moves(name: str) -> None:
     rows[1].commit([4] * (60 - len(rows[1].ids)))
     draft.propose(rows, [2, 0, 1])
     assert before == {t.data_ptr() for layer in draft._cache.layers for t in buffers(layer)}
-    assert held([draft._cache]) <= told
+    assert held([draft._cache]) <= draft.bytes
 
 
 def buffers(layer: Any) -> list[Tensor]:

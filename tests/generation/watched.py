@@ -21,7 +21,7 @@ from llmnorm.generation.engine import Engine
 from llmnorm.models import LlmNormForCausalLM
 from llmnorm.models.decoding import Decoder
 from llmnorm.nn.recurrent_cache import RecurrentCache
-from tests.models.cache_rounds import VOCABULARY
+from tests.models.cache_rounds import VOCABULARY, build
 
 CONTEXT = 72
 GREEDY = Sampling(temperature=0, max_tokens=20)
@@ -206,3 +206,31 @@ def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     chance = random.Random(seed)
     sizes = [1, longest, *(chance.randint(1, longest) for _ in range(count - 2))][:count]
     return [[chance.randrange(VOCABULARY) for _ in range(size)] for size in sizes]
+
+
+_BUILT: dict[str, LlmNormForCausalLM] = {}
+
+
+def model_of(name: str) -> LlmNormForCausalLM:
+    """A model of tests/models/cache_rounds.py, built once."""
+    if name not in _BUILT:
+        _BUILT[name] = build(name)
+    return _BUILT[name]
+
+
+def texts(
+    model: LlmNormForCausalLM, starts: Sequence[Sequence[int]], most: int = 20
+) -> list[list[int]]:
+    """Each prompt with its greedy continuation, by plain rounds."""
+    plain = Watched(model, slots=8)
+    for start in starts:
+        plain.add(start, max_tokens=most)
+    plain.run()
+    plain.check()
+    return [[*a.request.prompt, *a.tokens] for a in plain.answers.values()]
+
+
+def mixed(seed: int) -> Callable[[], bool]:
+    """For `KnownDraft`: right in 60 % of the tokens."""
+    chance = random.Random(seed)
+    return lambda: chance.random() < 0.6

@@ -15,6 +15,7 @@ it: how far the fitted times are from the measured ones, and the drafts that pay
 
 import argparse
 import sys
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def _key(kind: Any) -> str:
     return f'Processor("{kind.vendor}", {kind.family}, "{kind.instructions}")'
 
 
-def tables(by_threads: dict[int, Any], table: dict[int, Times]) -> list[Table]:
+def tables(by_threads: dict[int, Any], table: Mapping[int, Times]) -> list[Table]:
     """v and c by batch, and what pays."""
     made = []
     for threads, found in by_threads.items():
