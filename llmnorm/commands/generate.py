@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from llmnorm.generation.batch_file import Totals
     from llmnorm.generation.contract import Request
     from llmnorm.generation.engine import Engine
+    from llmnorm.generation.grouped import Grouped
 
 HELP = "continue text, answer, or talk, with a trained run or a model directory"
 TAKES_SETTINGS = True
 SECTION = "generation"
 FLAGS = {"max_tokens": "max_new_tokens", "temperature": "temperature", "seed": "seed"}
 FLAGS |= {"draft": "draft"}  # option -> key of `generation`
+AHEAD = 4  # rows that wait for each slot; EXSPEC's window has three a slot
 BROKEN = 20  # lines of a file that are told; the output has all of them
 
 
@@ -52,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def after_help() -> str:
-    """Every setting, with its default; the options --max-tokens and so on stand for four of them."""
+    """Every setting, with its default; --max-tokens and so on stand for four of them."""
     from llmnorm.config.schema import field_docs
     from llmnorm.config.tree import GenerationSettings
 
@@ -120,6 +122,10 @@ def _settings(parsed: argparse.Namespace, overrides: list[str]) -> "GenerationSe
     refuse_encoder(classes, f"generate: {path}", "text is continued by")
     if parsed.chat and settings.n > 1:
         raise InputError(f"--chat: a message has one answer; generation.n is {settings.n}")
+    if parsed.chat and settings.method in ("eqspec", "exspec"):
+        raise InputError(
+            f"--chat: generation.method '{settings.method}' is for many rows at once; leave it out"
+        )
     return settings
 
 
@@ -130,6 +136,7 @@ def _print(
     messages: Sequence[str] | None,
 ) -> None:
     """Print continuations behind their prompts, or answers alone; each as soon as it comes."""
+    from llmnorm.generation.batch_file import Totals
     from llmnorm.generation.requests import request_of
     from llmnorm.generation.streams import answers
 
@@ -143,26 +150,28 @@ def _print(
         stops = frozenset()
     requests = [request_of(ids, settings, stops=stops) for ids in tokens]
     engine = _engine(target, settings, requests)
-    began, before = time.perf_counter(), None
-    for piece in answers(engine, requests):
-        if (piece.request, piece.row) != before:
-            _write(("" if before is None else "\n\n") + heads[piece.request])
-            before = piece.request, piece.row
-        _write(piece.text)
+    began, before, totals = time.perf_counter(), None, Totals()
+    for place, row, event in answers(engine, requests):
+        if (place, row) != before:
+            _write(("" if before is None else "\n\n") + heads[place])
+            before = place, row
+        _write(event.text)
+        totals.count(event)
     _write("\n")
-    done = engine.counters
-    note([_rates(done.tokens, sum(done.drafted), sum(done.accepted), time.perf_counter() - began)])
+    note(_closing(engine, totals, began))
 
 
 def _talk(target: "Target", settings: "GenerationSettings") -> None:
     """A conversation: a line of standard input is a message."""
     from llmnorm.generation.contract import Request
+    from llmnorm.generation.engine import Engine
     from llmnorm.generation.requests import request_of
     from llmnorm.generation.streams import converse
 
     stops = target.asker.stops  # refuses a model without a chat template before the first message
     settings = settings.model_copy(update={"slots": 1})
     engine = _engine(target, settings)
+    assert isinstance(engine, Engine)
 
     def ask(messages: list[dict[str, str]]) -> Request:
         return request_of(target.asker.messages(messages), settings, stops=stops)
@@ -226,9 +235,9 @@ def _answer_file(
                     bar.update(totals.found + totals.requests - bar.n)
 
                 answer_all(
-                    engine, rest, written, ahead=2 * settings.slots, totals=totals, shown=shown
+                    engine, rest, written, ahead=AHEAD * settings.slots, totals=totals, shown=shown
                 )
-            note([f"{totals.requests} requests: {_rate(totals, began)}"])
+            note(_closing(engine, totals, began))
     if totals.problems:
         more = len(totals.problems) - BROKEN
         listed = totals.problems[:BROKEN] + ([f"and {more} more lines"] if more > 0 else [])
@@ -237,7 +246,7 @@ def _answer_file(
 
 def _engine(
     target: "Target", settings: "GenerationSettings", requests: "Sequence[Request]" = ()
-) -> "Engine":
+) -> "Engine | Grouped":
     """The engine, with no more slots and context than `requests` need, if all are known."""
     if requests:
         rows = sum(request.n for request in requests)
@@ -251,13 +260,21 @@ def _engine(
 
 
 def _rate(totals: "Totals", began: float) -> str:
-    seconds = time.perf_counter() - began
-    return _rates(totals.tokens, totals.drafted, totals.accepted, seconds)
+    """Tokens, their rate, and the share of the drafted ones that were accepted."""
+    rate = totals.tokens / max(time.perf_counter() - began, 1e-9)
+    share = ""
+    if totals.drafted:
+        accepted = totals.accepted / totals.drafted
+        share = f", {accepted:.2f} of {totals.drafted:,} drafted ones accepted"
+    return f"{totals.tokens:,} tokens, {rate:,.0f} tokens/s{share}"
 
 
-def _rates(tokens: int, drafted: int, accepted: int, seconds: float) -> str:
-    share = f", {accepted / drafted:.2f} of {drafted:,} drafted ones accepted" if drafted else ""
-    return f"{tokens:,} tokens, {tokens / max(seconds, 1e-9):,.0f} tokens/s{share}"
+def _closing(engine: "Engine | Grouped", totals: "Totals", began: float) -> list[str]:
+    """What is said at the end."""
+    from llmnorm.generation.grouped import Grouped
+
+    done = f"{totals.requests} requests: " if totals.requests else ""
+    return [done + _rate(totals, began), *([engine.says] if isinstance(engine, Grouped) else [])]
 
 
 def _write(piece: str, file: IO[str] | None = None) -> None:

@@ -255,9 +255,10 @@ class GenerationSettings(Settings):
     context: Count | None = None
     """Tokens that a row may have, prompt and answer; left out, the model's."""
     cache_memory: Annotated[float, Field(gt=0)] | None = None
-    """GiB that the cache may take; left out, what is free."""
+    """GiB that the cache may take, which is made at the start; left out, what is free."""
     prefill_chunk: Count = 128
-    """Tokens of a prompt that are run at once, between two rounds of the other rows."""
+    """Tokens of a prompt that are run at once, between two rounds of the other rows; `eqspec` and
+    `exspec` run it whole."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; `auto`: a GPU if there is one."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -270,8 +271,8 @@ class GenerationSettings(Settings):
     def _check(self) -> "GenerationSettings":
         if self.method not in ("auto", "plain") and self.draft == "none":
             raise ValueError(
-                f"generation.method '{self.method}' verifies a draft's tokens, and generation.draft "
-                "is none; give lookup or the directory of a model"
+                f"generation.method '{self.method}' verifies a draft's tokens, and "
+                "generation.draft is none; give lookup or the directory of a model"
             )
         if self.method == "plain" and self.draft != "none":
             raise ValueError(
@@ -285,10 +286,24 @@ class GenerationSettings(Settings):
                 f"generation.draft_tokens is {self.draft_tokens}, and generation.draft is none; "
                 "give lookup or the directory of a model"
             )
+        if self.method in ("eqspec", "exspec"):
+            self._check_grouped()
         if "" in self.stop:
             raise ValueError("generation.stop has an empty text, which every answer ends with")
         self._check_deterministic()
         return self
+
+    def _check_grouped(self) -> None:
+        if self.draft_tokens == "auto":
+            raise ValueError(
+                f"generation.method '{self.method}' drafts as many tokens in every round: give "
+                "generation.draft_tokens (5 in the paper)"
+            )
+        if self.cache_memory is not None:
+            raise ValueError(
+                f"generation.method '{self.method}' makes caches anew in every round, and "
+                "generation.cache_memory cannot bound them; leave one of them out"
+            )
 
     def _check_deterministic(self) -> None:
         found = {"device": ("cuda",), "dtype": ("bf16",), "method": ("eqspec", "exspec")}

@@ -116,8 +116,8 @@ def _adapted(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     kind = next(iter(peft.peft_config.values()))
     if kind.is_prompt_learning:
         raise InputError(
-            f"--adapter: {adapter} is of the kind {kind.peft_type.value}, which puts vectors before "
-            "the prompt; adapters of layers (LoRA, DoRA, ...) are served"
+            f"--adapter: {adapter} is of the kind {kind.peft_type.value}, which puts vectors "
+            "before the prompt; adapters of layers (LoRA, DoRA, ...) are served"
         )
     inner: PreTrainedModel = peft.get_base_model()
     return inner

@@ -23,25 +23,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol, Self
+from typing import IO, Any, Self
 
-from llmnorm.generation.contract import Event, Request
+from llmnorm.generation.contract import Event
 from llmnorm.generation.requests import Asked
+from llmnorm.generation.streams import Runs
 from llmnorm.machine.files import json_text
 from llmnorm.machine.reading import Line, json_lines
 from llmnorm.part import InputError
-
-
-class Runs(Protocol):
-    """What runs requests: `engine.Engine`."""
-
-    def add(self, request: Request) -> int:
-        """Take a request; its number. Raises InputError where it cannot be answered."""
-        ...
-
-    def step(self) -> list[Event]:
-        """One round."""
-        ...
 
 
 @dataclass
@@ -80,6 +69,12 @@ class Totals:
     drafted: int = 0
     accepted: int = 0
     problems: list[str] = field(default_factory=list)
+
+    def count(self, event: Event) -> None:
+        """Add what a row has gained in a round."""
+        self.tokens += len(event.tokens)
+        self.drafted += event.drafted
+        self.accepted += event.accepted
 
 
 class Output:
@@ -228,11 +223,8 @@ def answer_all(
             order.append(_begin(engine, asked, running))
         if running:
             for event in engine.step():
-                row = running[event.request].rows[event.row]
-                row.take(event)
-                totals.tokens += len(event.tokens)
-                totals.drafted += event.drafted
-                totals.accepted += event.accepted
+                running[event.request].rows[event.row].take(event)
+                totals.count(event)
             running = {number: request for number, request in running.items() if not request.done}
         while order and order[0].done:
             finished = order.popleft()

@@ -20,6 +20,7 @@ from llmnorm.generation.contract import Draft, Step
 from llmnorm.generation.costs import DraftLengths, costs_for, size_of
 from llmnorm.generation.draft import Lookup
 from llmnorm.generation.engine import Engine
+from llmnorm.generation.grouped import Grouped, draft_slots
 from llmnorm.generation.model_draft import ModelDraft, check_draft
 from llmnorm.models.decoding import Decoder
 from llmnorm.models.foreign_decoding import ForeignStep
@@ -36,7 +37,7 @@ Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 class Built(NamedTuple):
     """An engine, and what there is to say about it, a line each."""
 
-    engine: Engine
+    engine: Engine | Grouped
     says: list[str]
 
 
@@ -61,38 +62,41 @@ def engine_of(
         InputError: the model, the draft or the settings are such that they cannot be served.
     """
     step = step_of(model, deterministic=settings.deterministic)
+    grouped = settings.method in ("eqspec", "exspec")
     context = settings.context or step.context
-    rows = f"{settings.slots} row{'s' * (settings.slots > 1)} of {context:,} tokens"
-    if settings.draft == "none":
-        engine = Engine(step, tokenizer, settings, ends=ends)
-        return Built(engine, [step.says, f"cache: {rows}, {_size(engine.bytes)}"])
+    says = [step.says]
+    proposing: Draft | None = None
+    lengths, own = None, ""
     if draft is not None:
         check_draft(tokenizer, draft[1])
-    size = None if draft is None else size_of(draft[0])
-    costs = costs_for(
-        size_of(model),
-        size,
-        device=step.device.type,
-        threads=torch.get_num_threads(),
-        recurrent=not all(isinstance(layer, KeyValues) for layer in step.new_cache().layers),
-    )
-    lengths = DraftLengths(costs, settings.draft_tokens)
-    proposing: Draft = Lookup()
-    own = ""
-    if draft is not None:
         small = step_of(draft[0])
         made = ModelDraft(
             small,
-            settings.slots,
+            draft_slots(settings),
             context=context,
             vocabulary=step.vocabulary,
-            device=small.device,
         )
-        proposing, own = made, f", and {_size(made.reserve(small.dtype))} of the draft's"
+        proposing = made
+        own = f", and {_size(made.bytes)} of the draft's"
+    elif settings.draft == "lookup":
+        proposing = Lookup()
+    if proposing is not None and grouped:
+        says.append(f"cache: of {settings.slots} rows, it grows with them{own}")
+        return Built(Grouped(step, tokenizer, proposing, settings, ends=ends), says)
+    if proposing is not None:
+        costs = costs_for(
+            size_of(model),
+            None if draft is None else size_of(draft[0]),
+            device=step.device.type,
+            threads=torch.get_num_threads(),
+            recurrent=not all(isinstance(layer, KeyValues) for layer in step.new_cache().layers),
+        )
+        lengths = DraftLengths(costs, settings.draft_tokens)
+        if settings.draft_tokens == "auto":
+            says.append(costs.says)
     engine = Engine(step, tokenizer, settings, proposing, ends=ends, lengths=lengths)
-    says = [step.says, f"cache: {rows}, {_size(engine.bytes)}{own}"]
-    if settings.draft_tokens == "auto":
-        says.append(costs.says)
+    rows = f"{settings.slots} row{'s' * (settings.slots > 1)} of {context:,} tokens"
+    says.append(f"cache: {rows}, {_size(engine.bytes)}{own}")
     return Built(engine, says)
 
 

@@ -21,8 +21,8 @@ QUIT, CLEAR = "/quit", "/clear"
 STOPPED = 2  # times of Ctrl-C in one answer that end the session, should a round hang
 
 
-class Engine(Protocol):
-    """What runs requests: `engine.Engine`."""
+class Runs(Protocol):
+    """What runs requests: `engine.Engine`, `grouped.Grouped`."""
 
     def add(self, request: Request) -> int:
         """Take a request; its number. Raises InputError where it cannot be answered."""
@@ -32,8 +32,12 @@ class Engine(Protocol):
         """One round."""
         ...
 
-    def abort(self, number: int) -> None:
-        """End a request's rows; the next step has their last events."""
+
+class Stops(Runs, Protocol):
+    """What can end a request too: `engine.Engine`."""
+
+    def abort(self, number: int) -> list[Event]:
+        """End a request's rows; their last events."""
         ...
 
 
@@ -43,17 +47,15 @@ class Piece(NamedTuple):
     Attributes:
         request: its place among the requests.
         row: which of its answers.
-        text: what has come; may be empty.
-        finish: why the answer has ended; None while it goes on.
+        event: what has come; its text may be empty.
     """
 
     request: int
     row: int
-    text: str
-    finish: str | None
+    event: Event
 
 
-def answers(engine: Engine, requests: Sequence[Request]) -> Iterator[Piece]:
+def answers(engine: Runs, requests: Sequence[Request]) -> Iterator[Piece]:
     """Yield the answers in their order, the first one's pieces as soon as they come.
 
     Raises:
@@ -67,7 +69,7 @@ def answers(engine: Engine, requests: Sequence[Request]) -> Iterator[Piece]:
         while not ended:
             for piece in waiting.pop(key, []):
                 yield piece
-                ended = ended or piece.finish is not None
+                ended = ended or piece.event.finish is not None
             if ended:
                 break
             waiting[key] = []
@@ -75,12 +77,11 @@ def answers(engine: Engine, requests: Sequence[Request]) -> Iterator[Piece]:
                 place = numbers[event.request]
                 if event.finish == "error":
                     raise InputError(f"answer {place + 1}: {event.message}")
-                piece = Piece(place, event.row, event.text, event.finish)
-                waiting[place, event.row].append(piece)
+                waiting[place, event.row].append(Piece(place, event.row, event))
 
 
 def converse(
-    engine: Engine,
+    engine: Stops,
     ask: Callable[[list[dict[str, str]]], Request],
     lines: Iterable[str],
     write: Callable[[str], None],
@@ -115,7 +116,7 @@ def converse(
         said = [*turn, {"role": "assistant", "content": answer}]
 
 
-def _answer(engine: Engine, request: Request, write: Callable[[str], None]) -> str:
+def _answer(engine: Stops, request: Request, write: Callable[[str], None]) -> str:
     """Write the answer to a request; returns it, as far as it came.
 
     Raises:
@@ -123,17 +124,17 @@ def _answer(engine: Engine, request: Request, write: Callable[[str], None]) -> s
     """
     text = ""
     with _interrupts() as interrupted:
-        number, going, stopped = engine.add(request), True, False
+        number, going = engine.add(request), True
         while going:
-            for event in engine.step():
+            events = engine.step()
+            if interrupted():
+                events += engine.abort(number)
+            for event in events:
                 if event.finish == "error":
                     raise InputError(str(event.message))
                 text += event.text
                 write(event.text)
-                going = event.finish is None
-            if going and interrupted() and not stopped:
-                engine.abort(number)  # the next step has the row's last event
-                stopped = True
+                going = going and event.finish is None
     return text
 
 

@@ -16,7 +16,7 @@ from llmnorm import cli
 from tests.running import PATIENCE, Child
 from tests.test_data.chats import save_tokenizer
 
-WORDS = "the river runs through a small town and then into the sea where all of it is one".split()
+WORDS = ["the", "river", "runs", "through", "a", "small", "town", "and", "then", "into", "it"]
 
 
 def prompts(path: Path, count: int, **keys: Any) -> Path:
@@ -157,7 +157,7 @@ def test_a_conversation_over_a_pipe(
 def test_requests_are_read_from_a_pipe(
     exported: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the same lines as a file; a line that is broken costs itself alone, and exit code 2."""
+    """Oracle: the same lines as a file; a broken line costs itself alone, and exit code 2."""
     lines = b'{"prompt": "The"}\nnonsense\n{"prompt": "It", "tempature": 1}\n{"prompt": "It"}\n'
     asked, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
     asked.write_bytes(lines)
@@ -227,3 +227,21 @@ def test_what_is_refused(
     assert "has no chat template" in refused(exported, "--chat")
     assert "temperature" in refused(exported, "--temperature", "hot")
     assert "not allowed with argument --prompt" in refused(exported, "--prompt", "a", "--chat")
+
+
+@pytest.mark.parametrize("method", ["eqspec", "exspec"])
+def test_every_method_gives_the_same_file(
+    method: str, run: Path, exported: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Oracle: the file without a draft; what the batches have cost is said at the end."""
+    asked = prompts(tmp_path / "p.jsonl", 9)
+    words = [exported, "--prompts", asked, "generation.slots=2"]
+    plain = answer(capsys, *words)[1]
+    drafts = ["--draft", run, f"generation.method={method}", "generation.draft_tokens=2"]
+    code, out, err = answer(capsys, *words, *drafts)
+    assert code == 0 and f"{method}: " in err and "rows copied for each row" in err
+    kept = ("line", "tokens", "text", "finish")
+    texts = [
+        [{k: json.loads(line)[k] for k in kept} for line in t.splitlines()] for t in (plain, out)
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 9

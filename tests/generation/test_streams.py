@@ -46,16 +46,17 @@ def request(text: str, count: int = 12, n: int = 1) -> Request:
 def test_answers_come_in_their_order_and_the_first_at_once(model: LlmNormForCausalLM) -> None:
     """Oracle: each request alone; the first one's pieces come before the second has ended."""
     asked = [request("a long one", 30), request("b", 3), request("c", 9, n=2)]
-    alone = ["".join(p.text for p in answers(engine_of(model), [some])) for some in asked[:2]]
+    alone = ["".join(p.event.text for p in answers(engine_of(model), [some])) for some in asked[:2]]
     pieces = list(answers(engine_of(model), asked))
     order = [(piece.request, piece.row) for piece in pieces]
     assert order == sorted(order) and set(order) == {(0, 0), (1, 0), (2, 0), (2, 1)}
     texts = [
-        "".join(p.text for p in pieces if (p.request, p.row) == key) for key in sorted(set(order))
+        "".join(p.event.text for p in pieces if (p.request, p.row) == key)
+        for key in sorted(set(order))
     ]
     assert texts[:2] == alone and texts[2] != texts[3]
     assert sum(piece.request == 0 for piece in pieces) > 20  # not one piece at the end
-    assert [piece.finish for piece in pieces if piece.finish] == ["length"] * 4
+    assert [piece.event.finish for piece in pieces if piece.event.finish] == ["length"] * 4
 
 
 class Talk:
@@ -97,7 +98,7 @@ def test_a_conversation_remembers_and_takes_its_rows_over(model: LlmNormForCausa
     assert counted.cached_tokens >= len(BYTES.encode("user:one\nassistant:"))
     assert counted.prompt_tokens > counted.cached_tokens
     alone = Talk(model)
-    text = "".join(p.text for p in answers(alone.engine, [talk.ask(second)]))
+    text = "".join(p.event.text for p in answers(alone.engine, [talk.ask(second)]))
     written = "".join(talk.written)
     assert written.startswith(second[1]["content"] + "\n" + text + "\n")
     assert talk.said == []
