@@ -120,6 +120,10 @@ def _settings(parsed: argparse.Namespace, overrides: list[str]) -> "GenerationSe
             classes = None  # of another class than ours: load_target knows what it is
         settings = section("generation", overrides)
     refuse_encoder(classes, f"generate: {path}", "text is continued by")
+    try:
+        settings.check_draft()
+    except ValueError as error:
+        raise InputError(str(error)) from None
     if parsed.chat and settings.n > 1:
         raise InputError(f"--chat: a message has one answer; generation.n is {settings.n}")
     if parsed.chat and settings.method in ("eqspec", "exspec"):

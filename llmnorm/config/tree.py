@@ -269,40 +269,43 @@ class GenerationSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "GenerationSettings":
-        if self.method not in ("auto", "plain") and self.draft == "none":
+        if not self.draft:
+            raise ValueError("generation.draft is empty; give none, lookup or a directory")
+        if "" in self.stop:
+            raise ValueError("generation.stop has an empty text, which every answer ends with")
+        if self.method in ("eqspec", "exspec") and self.cache_memory is not None:
+            raise ValueError(
+                f"generation.method '{self.method}' makes caches anew in every round, and "
+                "generation.cache_memory cannot bound them; leave one of them out"
+            )
+        self._check_deterministic()
+        return self
+
+    def check_draft(self) -> None:
+        """Refuse a method and a draft that do not go together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.draft == "none" and self.method not in ("auto", "plain"):
             raise ValueError(
                 f"generation.method '{self.method}' verifies a draft's tokens, and "
                 "generation.draft is none; give lookup or the directory of a model"
             )
-        if self.method == "plain" and self.draft != "none":
-            raise ValueError(
-                "generation.method 'plain' uses no draft, and generation.draft is "
-                f"'{self.draft}'; leave one of them out"
-            )
-        if not self.draft:
-            raise ValueError("generation.draft is empty; give none, lookup or a directory")
         if self.draft == "none" and self.draft_tokens != "auto":
             raise ValueError(
                 f"generation.draft_tokens is {self.draft_tokens}, and generation.draft is none; "
                 "give lookup or the directory of a model"
             )
-        if self.method in ("eqspec", "exspec"):
-            self._check_grouped()
-        if "" in self.stop:
-            raise ValueError("generation.stop has an empty text, which every answer ends with")
-        self._check_deterministic()
-        return self
-
-    def _check_grouped(self) -> None:
-        if self.draft_tokens == "auto":
+        if self.draft != "none" and self.method == "plain":
+            raise ValueError(
+                f"generation.method 'plain' uses no draft, and generation.draft is '{self.draft}'; "
+                "leave one of them out"
+            )
+        if self.draft_tokens == "auto" and self.method in ("eqspec", "exspec"):
             raise ValueError(
                 f"generation.method '{self.method}' drafts as many tokens in every round: give "
                 "generation.draft_tokens (5 in the paper)"
-            )
-        if self.cache_memory is not None:
-            raise ValueError(
-                f"generation.method '{self.method}' makes caches anew in every round, and "
-                "generation.cache_memory cannot bound them; leave one of them out"
             )
 
     def _check_deterministic(self) -> None:
