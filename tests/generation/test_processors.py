@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmnorm.generation import processors
+from llmnorm.generation import truncation
 from llmnorm.generation.contract import Proposal, Sampling
-from llmnorm.generation.noise import Uniforms, exponentials, key
-from llmnorm.generation.processors import Changes, History, candidates
-from llmnorm.generation.sampling import RowChooser, _Lines, verify
+from llmnorm.generation.noise import NEAR, Uniforms, exponentials, key, race
+from llmnorm.generation.processors import Changes, History
+from llmnorm.generation.sampling import RowChooser, _Lines, _over_vocabulary, verify
+from llmnorm.generation.truncation import law_of
 from tests.generation.laws import END, PROMPT, law
 
 
@@ -24,7 +25,9 @@ def laws_of(sampling: Sampling, answer: list[int], drafts: list[int], lines: Ten
         row.commit(token)
     found = _Lines([(row, drafts)], lines)
     assert found.faults == [None] * len(lines)
-    return torch.stack([torch.from_numpy(found.law(line)) for line in range(len(lines))])
+    laws = [found.law(line) for line in range(len(lines))]
+    whole = [_over_vocabulary(law, law.weights(), lines.shape[1]) for law in laws]
+    return torch.from_numpy(np.stack(whole)).double()
 
 
 SETTINGS = st.fixed_dictionaries(
@@ -85,48 +88,20 @@ def test_truncation_looks_at_as_many_tokens_as_it_needs(
 
 
 def test_the_vocabulary_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the number of tokens that topk is asked for, by line."""
-    asked: list[tuple[int, int]] = []
-    real = Tensor.topk
+    """Oracle: how many numbers np.sort is given, by line; few of 30,000."""
+    asked: list[int] = []
+    real = np.sort
 
-    def topk(self: Tensor, k: int, *args: Any) -> Any:
-        asked.append((len(self), k))
-        return real(self, k, *args)
+    def sort(numbers: Any) -> Any:
+        asked.append(len(numbers))
+        return real(numbers)
 
-    monkeypatch.setattr(Tensor, "topk", topk)
-    lines = 6 * torch.randn(4, 30_000, generator=torch.Generator().manual_seed(0))
-    lines[3] /= 1.5  # flatter
-    rules = [Sampling(top_p=0.9, temperature=1.0)] * 4
-    found = list(candidates(lines, range(4), rules))
-    assert sorted(line for some in found for line in some.lines.tolist()) == [0, 1, 2, 3]
-    assert asked[0] == (4, processors.FIRST) and all(lines == 1 for lines, _ in asked[1:])
-    assert max(k for _, k in asked) < 30_000 / 2
-
-
-def test_tokens_of_a_line_are_drawn_from_whatever_rows_are_beside_it() -> None:
-    """Oracle: the line alone; bits are compared."""
-    lines = 3 * torch.randn(6, 500, generator=torch.Generator().manual_seed(4))
-    rules = [
-        Sampling(top_p=0.9),
-        Sampling(top_k=300, top_p=0.8),
-        Sampling(min_p=0.001),
-        Sampling(top_k=5),
-        Sampling(),
-        Sampling(top_p=0.99, temperature=2.0),
-    ]
-
-    def of(numbers: list[int]) -> dict[int, tuple[Any, Any]]:
-        found = {}
-        for some in candidates(lines, numbers, [rules[n] for n in numbers]):
-            for at, line in enumerate(some.lines.tolist()):
-                kept = np.isfinite(some.scores[at])
-                tokens = None if some.tokens is None else some.tokens[at][kept].tolist()
-                found[line] = tokens, some.scores[at][kept].tolist()
-        return found
-
-    together = of(list(range(6)))
-    for line in range(6):
-        assert of([line])[line] == together[line]
+    monkeypatch.setattr(truncation.np, "sort", sort)
+    lines = 6 * torch.randn(4, 30_000, generator=torch.Generator().manual_seed(0)).numpy()
+    for rule in (Sampling(top_p=0.9, temperature=1.0), Sampling(top_k=300, top_p=0.99)):
+        for line in lines:
+            law_of(line, float(line.max()), rule)
+    assert len(asked) == 8 and max(asked) < 3000 and asked[-1] == 300
 
 
 @given(
@@ -182,7 +157,7 @@ def test_stop_tokens_cannot_come_before_min_tokens_and_ignored_ends_can() -> Non
 def test_noise_is_uniform_and_independent() -> None:
     """Oracle: moments of the exponential law; correlations of neighbours within 4.5 errors."""
     keys = [key(seed, position) for seed in range(8) for position in range(8)]
-    found = exponentials(keys, np.arange(8192)[None]).astype(np.float64)
+    found = noise(keys, np.arange(8192)).astype(np.float64)
     count = found.size
     assert found.min() > 0
     for power, mean in ((1, 1), (2, 2), (3, 6), (4, 24)):
@@ -206,12 +181,35 @@ def _uniforms(seed: int, count: int) -> list[float]:
     return [draw() for _ in range(count)]
 
 
+def noise(keys: list[int], tokens: Any) -> Any:
+    """A line for each key."""
+    repeated = np.repeat(np.array(keys, np.uint64), len(tokens))
+    return exponentials(repeated, np.tile(tokens, len(keys))).reshape(len(keys), -1)
+
+
 def test_noise_of_a_token_is_the_same_in_any_company() -> None:
-    """Oracle: the whole vocabulary's noise, line by line and at once, few tokens and many."""
+    """Oracle: the whole vocabulary's noise, some of it, another order."""
     keys = [key(1, 2), key(1, 3), key(-1, 2)]
-    whole = exponentials(keys, np.arange(5000)[None])
-    some = np.array([[4, 4999, 17, 0]] * 3)
-    assert (exponentials(keys, some) == np.take_along_axis(whole, some, 1)).all()
-    assert (exponentials(keys[1:2], some[:1]) == whole[1, some[0]]).all()
+    whole = noise(keys, np.arange(5000))
+    some = np.array([4, 4999, 17, 0])
+    assert (noise(keys, some) == whole[:, some]).all()
+    assert (noise(keys[1:2], some[:1]) == whole[1, 4]).all()
     assert len(np.unique(whole)) > 14_900
     assert key(-1, 2) == key(2**64 - 1, 2)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 5.0])
+def test_a_race_of_the_whole_vocabulary_looks_at_few_tokens_and_misses_no_winner(
+    spread: float,
+) -> None:
+    """Oracle: the largest of all scores with their noise."""
+    generator = np.random.default_rng(0)
+    far = 0
+    for number in range(300):
+        scores = (spread * generator.standard_normal(700)).astype(np.float32)
+        scores -= scores.max()
+        own = key(number, 3)
+        want = scores - np.log(noise([own], np.arange(700))[0].astype(np.float64))
+        assert race(scores, own) == want.argmax()
+        far += scores[want.argmax()] < -NEAR
+    assert far > 0 or spread == 0
