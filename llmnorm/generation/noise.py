@@ -12,8 +12,11 @@ the key: half of the key's bits before it and half in the middle, since with one
 numbers of two positions could be the same ones in another order.
 """
 
+import math
 import secrets
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from numpy.typing import NDArray
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: splitmix64's step
 FACTORS = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
-NEAR = 4.0  # `race` looks at all tokens that are at most exp(4) times less likely than the first
+NEAR = 4.0  # `race_of_all` first looks at tokens at most exp(4) times less likely than the first
 
 
 def fresh_seed() -> int:
@@ -53,32 +56,75 @@ def exponentials(keys: NDArray[np.uint64], tokens: NDArray[np.int64]) -> NDArray
     return _waits(_keyed(_spread(tokens.astype(np.uint32)), low, high))
 
 
-def race(scores: NDArray[np.floating], key: int) -> int:
-    """The token drawn from the whole vocabulary: where exp(scores) / exponentials is largest.
+class Racing(NamedTuple):
+    """Tokens (n,) of one line with their scores (n,), logits over temperature, and its key."""
 
-    The tokens near the first one have raced; of the others only those can win whose exponential is
-    so small that it makes up for exp(-NEAR), and these are found by their hashes.
+    key: int
+    tokens: NDArray[np.int64]
+    scores: NDArray[np.float64]
 
-    Args:
-        scores: logits (vocabulary,), less the largest.
-        key: of the row and position.
+
+def race(lines: Sequence[Racing]) -> list[tuple[int, float]]:
+    """For each line the token that is drawn, and its place: its score and a gumbel, the largest."""
+    keys = np.repeat(
+        np.array([line.key for line in lines], np.uint64), [len(line.tokens) for line in lines]
+    )
+    waits = exponentials(keys, np.concatenate([line.tokens for line in lines]))
+    return _first(lines, waits)
+
+
+def race_of_all(
+    lines: Sequence[NDArray[np.floating]],
+    largest: Sequence[float],
+    temperatures: Sequence[float],
+    keys: Sequence[int],
+) -> list[int]:
+    """The tokens drawn from whole lines of logits (vocabulary,), whose largest ones are given.
+
+    Of each line the tokens near the likeliest one race. Of the others only those can win whose
+    exponential is so small that it makes up for exp(-NEAR), and their hashes show which these are.
     """
-    near = np.flatnonzero(scores > -NEAR)
-    places = _places(scores[near], exponentials(np.full(len(near), key, np.uint64), near))
-    first = int(places.argmax())
-    bound = np.exp(-NEAR - places[first]) * 1.001  # by rounding
-    hashes = _keyed(_vocabulary(len(scores)), np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32))
-    few = -np.expm1(-bound) * 2.0**32 + 512
-    early = np.flatnonzero(hashes <= np.uint32(min(few, 2.0**32 - 1)))
-    others = _places(scores[early], _waits(hashes[early]))
-    if len(others) and others.max() > places[first]:
-        return int(early[others.argmax()])
-    return int(near[first])
+    near, early = [], []
+    for line, top, temperature, own in zip(lines, largest, temperatures, keys, strict=True):
+        tokens = (line > top - NEAR * temperature).nonzero()[0]
+        near.append(Racing(own, tokens, _scores(line, tokens, top, temperature)))
+    hashes = []
+    firsts = race(near)
+    for line, top, temperature, own, (_, place) in zip(
+        lines, largest, temperatures, keys, firsts, strict=True
+    ):
+        found = _keyed(_vocabulary(len(line)), np.uint32(own & 0xFFFFFFFF), np.uint32(own >> 32))
+        few = -math.expm1(-math.exp(-NEAR - place) * 1.001) * 2.0**32 + 512  # more, by rounding
+        tokens = (found <= np.uint32(min(few, 2.0**32 - 1))).nonzero()[0]
+        hashes.append(found[tokens])
+        early.append(Racing(own, tokens, _scores(line, tokens, top, temperature)))
+    lasts = _first(early, _waits(np.concatenate(hashes)))
+    return [
+        a if place >= other else b for (a, place), (b, other) in zip(firsts, lasts, strict=True)
+    ]
 
 
-def _places(scores: NDArray[np.floating], waits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Who is drawn has the largest one: a score and a gumbel."""
-    return scores.astype(np.float64) - np.log(waits.astype(np.float64))
+def _scores(
+    line: NDArray[np.floating], tokens: NDArray[np.int64], top: float, temperature: float
+) -> NDArray[np.float64]:
+    scores: NDArray[np.float64] = (line[tokens].astype(np.float64) - top) / temperature
+    return scores
+
+
+def _first(lines: Sequence[Racing], waits: NDArray[np.float32]) -> list[tuple[int, float]]:
+    """As `race`, with the lines' exponentials one after another; (-1, -inf) without tokens."""
+    gumbels = -np.log(waits.astype(np.float64))
+    found, start = [], 0
+    for _, tokens, scores in lines:
+        end = start + len(tokens)
+        if len(tokens):
+            places = scores + gumbels[start:end]
+            at = int(places.argmax())
+            found.append((int(tokens[at]), float(places[at])))
+        else:
+            found.append((-1, -math.inf))
+        start = end
+    return found
 
 
 @lru_cache(maxsize=4)

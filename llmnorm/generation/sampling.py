@@ -32,9 +32,9 @@ from torch import Tensor
 
 from llmnorm.generation.choosers import RowChooser
 from llmnorm.generation.contract import Chooser, Chosen, Proposal, Verdict
-from llmnorm.generation.noise import exponentials, race
+from llmnorm.generation.noise import Racing, race, race_of_all
 from llmnorm.generation.processors import Changes
-from llmnorm.generation.truncation import Law, Line, law_of
+from llmnorm.generation.truncation import Law, Line, largest_of, law_of, truncates
 
 __all__ = ["RowChooser", "draw", "verify"]
 
@@ -209,10 +209,8 @@ def _chosen(raw: Tensor, tokens: Sequence[int], alternatives: int | None) -> lis
         total = float(largest) + float(np.log(mass))
         top: list[tuple[int, float]] = []
         if alternatives:
-            count = min(alternatives, len(line))
-            border = np.partition(line, len(line) - count)[len(line) - count]
-            best = np.flatnonzero(line >= border)
-            best = best[np.argsort(-line[best], kind="stable")][:count]
+            best = largest_of(line, min(alternatives, len(line)))
+            best = best[np.argsort(-line[best], kind="stable")][:alternatives]
             top = [(int(other), float(line[other]) - total) for other in best]
         found.append(Chosen(float(line[token]) - total, top))
     return found
@@ -255,28 +253,23 @@ class _Lines:
 
     def _race(self, lines: Sequence[tuple[int, RowChooser, int]]) -> None:
         """Decide lines of seeded rows, each with the drafts before it."""
-        some: list[tuple[int, NDArray[np.int64], Line]] = []
-        keys: list[int] = []
+        some: list[tuple[int, Racing]] = []
+        whole: list[tuple[int, float, float, int]] = []
         for line, row, ahead in lines:
-            tokens, scores = self.law(line)
-            if tokens is None:
-                self.decided[line] = race(scores, row.key(ahead))
-            elif len(tokens) == 1:
-                self.decided[line] = tokens[0]
+            if truncates(row.sampling, self.vocabulary):
+                tokens, scores = self.law(line)
+                assert tokens is not None
+                some.append((line, Racing(row.key(ahead), tokens, scores.astype(np.float64))))
             else:
-                some.append((line, tokens, scores))
-                keys.append(row.key(ahead))
-        if not some:
-            return
-        sizes = [len(tokens) for _, tokens, _ in some]
-        each = np.repeat(np.array(keys, np.uint64), sizes)
-        waits = exponentials(each, np.concatenate([tokens for _, tokens, _ in some]))
-        places = np.concatenate([scores for *_, scores in some]) - np.log(waits.astype(np.float64))
-        start = 0
-        for line, tokens, _ in some:
-            end = start + len(tokens)
-            self.decided[line] = tokens[places[start:end].argmax()]
-            start = end
+                largest = float(self._logits[line, self.decided[line]])
+                whole.append((line, largest, row.sampling.temperature, row.key(ahead)))
+        if some:
+            for (line, _), (token, _) in zip(some, race([r for _, r in some]), strict=True):
+                self.decided[line] = token
+        if whole:
+            numbers, largests, temperatures, keys = zip(*whole, strict=True)
+            logits = [self._logits[line] for line in numbers]
+            self.decided[list(numbers)] = race_of_all(logits, largests, temperatures, keys)
 
 
 def _changed(rows: Sequence[tuple[RowChooser, Sequence[int]]], raw: Tensor) -> Tensor:

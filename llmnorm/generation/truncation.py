@@ -21,6 +21,7 @@ from llmnorm.generation.contract import Sampling
 Line = NDArray[np.float32] | NDArray[np.float64]
 
 FLOOR = 256  # times less than the mass that top-p drops has a token below the first floor
+GROUP = 16  # tokens of which a maximum is taken before a selection
 LOWER = 16  # how many times lower the next floor is
 
 
@@ -51,16 +52,15 @@ def law_of(line: Line, largest: float, sampling: Sampling) -> Law:
         scores /= line.dtype.type(temperature)
         return Law(None, scores)
     if sampling.top_k is not None and sampling.top_k < vocabulary:
-        border = np.partition(line, vocabulary - sampling.top_k)[vocabulary - sampling.top_k]
-        tokens = np.flatnonzero(line >= border if border > -math.inf else line > -math.inf)
+        tokens = largest_of(line, sampling.top_k)
         if sampling.top_p < 1:
             weights = np.exp(_scores(line[tokens], largest, temperature))
-            tokens = tokens[weights >= _border(weights, sampling.top_p * weights.sum())]
+            tokens = tokens[weights >= (_border(weights, sampling.top_p * weights.sum()) or 0.0)]
     elif sampling.top_p < 1:
         tokens = _nucleus(line, largest, sampling)
     else:
         low = largest + temperature * math.log(sampling.min_p)
-        tokens = np.flatnonzero(line >= low - 1e-3 * (1 + abs(low)))  # a few more, by rounding
+        tokens = (line >= low - 1e-3 * (1 + abs(low))).nonzero()[0]  # a few more, by rounding
     scores = _scores(line[tokens], largest, temperature)
     if sampling.min_p:
         enough = np.exp(scores) >= sampling.min_p
@@ -74,27 +74,47 @@ def truncates(sampling: Sampling, vocabulary: int) -> bool:
     return top_k < vocabulary or sampling.top_p < 1 or sampling.min_p > 0
 
 
+def largest_of(line: Line, count: int) -> NDArray[np.int64]:
+    """The tokens of the `count` largest logits, and those equal to the last of them; none at -inf.
+
+    The least of the `count` largest maxima of groups is a floor: so many logits at least reach it.
+    """
+    some, group = line, GROUP
+    if len(line) >= 2 * group * count:
+        whole = len(line) // group * group
+        maxima = line[:whole].reshape(group, -1).max(0)
+        floor = np.partition(maxima, len(maxima) - count)[len(maxima) - count]
+        some = line[(line >= floor).nonzero()[0]]
+    border = np.partition(some, len(some) - count)[len(some) - count]
+    return (line >= border if border > -math.inf else line > -math.inf).nonzero()[0]
+
+
 def _nucleus(line: Line, largest: float, sampling: Sampling) -> NDArray[np.int64]:
     """The tokens of top-p."""
     weights = line - line.dtype.type(largest)
     weights *= line.dtype.type(1 / sampling.temperature)
     np.exp(weights, out=weights)
-    total = float(weights.sum())
+    total = float(np.add.reduce(weights))
     mass, floor = sampling.top_p * total, (1 - sampling.top_p) * total / FLOOR
     while True:
-        tokens = np.flatnonzero(weights > floor)
+        tokens = (weights > floor).nonzero()[0]
         found = weights[tokens]
-        # All tokens above the floor hold the mass, so those of top-p are among them.
-        if len(tokens) == len(line) or floor == 0 or found.sum(dtype=np.float64) >= mass:
-            return tokens[found >= _border(found, mass)]
+        border = _border(found, mass)
+        # Where all tokens above the floor hold the mass, those of top-p are among them.
+        if border is not None:
+            return tokens[found >= border]
+        if floor == 0:  # p is all of the mass, up to rounding
+            return tokens
         floor = floor / LOWER if floor > 1e-30 * total else 0.0
 
 
-def _border(weights: Line, mass: float) -> float:
-    """The least weight of the largest ones that reach `mass` together."""
-    ordered = np.sort(weights)[::-1]
-    reached = int(np.searchsorted(np.cumsum(ordered, dtype=np.float64), mass))
-    return float(ordered[min(reached, len(ordered) - 1)])
+def _border(weights: Line, mass: float) -> float | None:
+    """The least weight of the largest ones that reach `mass` together; None: all do not."""
+    ordered = weights.copy()
+    ordered.sort()
+    ordered = ordered[::-1]
+    reached = int(ordered.cumsum(dtype=np.float64).searchsorted(mass))
+    return float(ordered[reached]) if reached < len(ordered) else None
 
 
 def _scores(logits: Line, largest: float, temperature: float) -> NDArray[np.float64]:

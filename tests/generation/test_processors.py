@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmnorm.generation import truncation
 from llmnorm.generation.contract import Proposal, Sampling
-from llmnorm.generation.noise import NEAR, Uniforms, exponentials, key, race
+from llmnorm.generation.noise import NEAR, Uniforms, exponentials, key, race_of_all
 from llmnorm.generation.processors import Changes, History
 from llmnorm.generation.sampling import RowChooser, _Lines, _over_vocabulary, verify
 from llmnorm.generation.truncation import law_of
@@ -88,20 +88,34 @@ def test_truncation_looks_at_as_many_tokens_as_it_needs(
 
 
 def test_the_vocabulary_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: how many numbers np.sort is given, by line; few of 30,000."""
+    """Oracle: how many weights are put in order, by line; few of 30,000."""
     asked: list[int] = []
-    real = np.sort
+    real = truncation._border
 
-    def sort(numbers: Any) -> Any:
-        asked.append(len(numbers))
-        return real(numbers)
+    def border(weights: Any, mass: float) -> Any:
+        asked.append(len(weights))
+        return real(weights, mass)
 
-    monkeypatch.setattr(truncation.np, "sort", sort)
+    monkeypatch.setattr(truncation, "_border", border)
     lines = 6 * torch.randn(4, 30_000, generator=torch.Generator().manual_seed(0)).numpy()
     for rule in (Sampling(top_p=0.9, temperature=1.0), Sampling(top_k=300, top_p=0.99)):
         for line in lines:
             law_of(line, float(line.max()), rule)
-    assert len(asked) == 8 and max(asked) < 3000 and asked[-1] == 300
+    assert len(asked) >= 8 and max(asked) < 3000 and asked[-1] == 300
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 300), count=st.integers(1, 9), values=st.integers(1, 500), data=st.data()
+)
+def test_the_largest_of_a_line(size: int, count: int, values: int, data: st.DataObject) -> None:
+    """Oracle: a sort; ties at the border stay, -inf never."""
+    line = np.random.default_rng(data.draw(st.integers(0, 9))).integers(0, values, size)
+    line = np.where(line == 0, -np.inf, line).astype(np.float32)
+    count = min(count, size)
+    border = np.sort(line)[size - count]
+    want = [n for n, value in enumerate(line) if value >= border and value > -np.inf]
+    assert truncation.largest_of(line, count).tolist() == want
 
 
 @given(
@@ -203,13 +217,14 @@ def test_a_race_of_the_whole_vocabulary_looks_at_few_tokens_and_misses_no_winner
     spread: float,
 ) -> None:
     """Oracle: the largest of all scores with their noise."""
-    generator = np.random.default_rng(0)
-    far = 0
-    for number in range(300):
-        scores = (spread * generator.standard_normal(700)).astype(np.float32)
-        scores -= scores.max()
-        own = key(number, 3)
-        want = scores - np.log(noise([own], np.arange(700))[0].astype(np.float64))
-        assert race(scores, own) == want.argmax()
-        far += scores[want.argmax()] < -NEAR
+    generator, far = np.random.default_rng(0), 0
+    lines = (spread * generator.standard_normal((300, 700))).astype(np.float32)
+    largest, keys = lines.max(-1).tolist(), [key(number, 3) for number in range(300)]
+    temperatures = [0.5, 1.0, 1.0] * 100
+    found = race_of_all(list(lines), largest, temperatures, keys)
+    for number, token in enumerate(found):
+        scores = (lines[number].astype(np.float64) - largest[number]) / temperatures[number]
+        places = scores - np.log(noise([keys[number]], np.arange(700))[0].astype(np.float64))
+        assert token == places.argmax()
+        far += scores[token] < -NEAR
     assert far > 0 or spread == 0
