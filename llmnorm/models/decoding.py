@@ -84,6 +84,8 @@ class Decoder:
     Attributes:
         context: tokens that a row may have.
         vocabulary: tokens that the logits are of.
+        dtype: of keys and values, for `RaggedCache.reserve`.
+        device: where ids, logits and the cache are.
         says: what it does, in one line.
 
     Raises:
@@ -106,6 +108,8 @@ class Decoder:
         self.says = f"decoding: {about_steps}; {about_weights}"
         self.context: int = model.config.max_position_embeddings
         self.vocabulary: int = model.config.vocab_size
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
         with torch.no_grad():
             self._model = for_inference(model, ruled)
         # A graph cannot hold a packed weight, so these are inputs of it.
