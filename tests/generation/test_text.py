@@ -180,7 +180,7 @@ def test_an_empty_stop_is_refused() -> None:
 
 
 def test_a_window_of_the_last_tokens_is_decoded() -> None:
-    """Oracle: the number of tokens given to the tokenizer grows as the text does, not its square."""
+    """Oracle: however long the text is, the tokenizer is given a few tokens at a time."""
     tokenizer = TOKENIZERS["byte level"]
     stream, counted = TextStream(tokenizer), []
     decoded = stream._decoded

@@ -35,7 +35,8 @@ from llmnorm.nn.mixers.steps import (
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
 from llmnorm.nn.projections import outputs
-from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
+from llmnorm.nn.recurrent_cache import RecurrentCache
+from llmnorm.nn.states import Inputs, InputShape, State, part
 from llmnorm.nn.visibility import Cached, visible_pairs
 
 CHUNK = 16

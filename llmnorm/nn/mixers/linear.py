@@ -40,7 +40,8 @@ from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
 from llmnorm.nn.projections import outputs
-from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
+from llmnorm.nn.recurrent_cache import RecurrentCache
+from llmnorm.nn.states import Inputs, InputShape, State, part
 from llmnorm.nn.visibility import Cached, Masked, visible_pairs, visible_tokens
 
 
