@@ -26,21 +26,18 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from llmnorm.config.tree import GenerationSettings
+from llmnorm.generation.cache_memory import refuse_what_does_not_fit
 from llmnorm.generation.contract import Draft, DraftedRow, Event, Proposal, Request, Step
 from llmnorm.generation.row import Row, rows_of
 from llmnorm.generation.sampling import verify
-from llmnorm.generation.slots import Slots, row_bytes
-from llmnorm.machine.memory import available
-from llmnorm.nn.layer_cache import PADDING, rounded
+from llmnorm.generation.slots import Slots
+from llmnorm.nn.layer_cache import PADDING
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GIB = 2**30
 NONE = Proposal([])
 
 
@@ -126,7 +123,7 @@ class Engine:
                 f"set generation.context={step.context}, or leave it out"
             )
         padding = PADDING if draft is not None else 0
-        _check_memory(step, settings, context, padding)
+        refuse_what_does_not_fit(step, settings, context, padding)
         self._step, self._tokenizer, self._draft = step, tokenizer, draft
         self._ends, self._context, self._lengths = frozenset(ends), context, lengths
         # Who has to know which row is in which slot.
@@ -387,38 +384,3 @@ def _check(settings: GenerationSettings, draft: Draft | None, lengths: Lengths |
         raise InputError("generation.method: 'plain' takes no draft; set generation.draft=none")
     counted = isinstance(settings.draft_tokens, int)
     assert draft is None or counted or lengths is not None, "who says how many tokens are drafted?"
-
-
-def _check_memory(step: Step, settings: GenerationSettings, context: int, padding: int) -> None:
-    """Refuse a cache that does not fit, and say what would.
-
-    There is a row more than slots: that in which prompts are run.
-    """
-    if settings.cache_memory is None:
-        there, name = _free_on(step.device), "free"
-    else:
-        there, name = int(settings.cache_memory * GIB), "allowed by generation.cache_memory"
-    a_row = row_bytes(step, context, padding)
-    needed = (settings.slots + 1) * a_row
-    if there is None or needed <= there:
-        return
-    cures = []
-    if (slots := there // a_row - 1) >= 1:
-        cures.append(f"generation.slots={slots}")
-    smaller = (n for n in range(rounded(context) - 64, 0, -64))
-    tokens = next(
-        (n for n in smaller if (settings.slots + 1) * row_bytes(step, n, padding) <= there), None
-    )
-    if tokens is not None:
-        cures.append(f"generation.context={tokens}")
-    fits = f"{' or '.join(cures)} would fit" if cures else "not even one row would fit"
-    raise InputError(
-        f"generation: {settings.slots} slots of {context} tokens need {needed / GIB:.3g} GiB of "
-        f"cache, and {there / GIB:.3g} GiB are {name}; {fits}"
-    )
-
-
-def _free_on(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available()

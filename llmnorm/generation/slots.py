@@ -306,18 +306,3 @@ def _reaches(cache: RaggedCache, row: int, count: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def row_bytes(step: Step, context: int, padding: int) -> int:
-    """Bytes of one row of a cache of the step, without making its keys and values."""
-    meta = torch.device("meta")
-    return sum(
-        layer.reserve(
-            1,
-            context,
-            padding,
-            step.dtype,
-            meta if isinstance(layer, KeyValues) else step.device,
-        )
-        for layer in step.new_cache().layers
-    )
