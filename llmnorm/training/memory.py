@@ -42,10 +42,10 @@ from llmnorm.models.frozen import narrow
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.loss import LanguageHead, chunk_size, linear_cross_entropy
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.objectives.teacher import Teacher
 from llmnorm.optim.groups import split
 from llmnorm.optim.stacks import CHUNK_BYTES, RuleOptimizer
 from llmnorm.part import InputError
-from llmnorm.objectives.teacher import Teacher
 from llmnorm.training.outline import outline
 from llmnorm.training.teacher import outline_of_teacher
 
