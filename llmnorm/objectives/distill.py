@@ -116,7 +116,7 @@ class Distill(CausalLM):
         parallel: Parallel,
     ) -> dict[str, float]:
         """Agreement and acceptance on a source's validation rows."""
-        total = torch.zeros(3, dtype=torch.float64)
+        total = torch.zeros(3, dtype=torch.float64, device=parallel.device)
         for batch in map(
             self.micro_batch,
             evaluation_batches(self.packed, source, parallel.rank, parallel.world, rows),
@@ -133,12 +133,12 @@ class Distill(CausalLM):
             for row in range(len(logits)):
                 total[:2] += _compared(soft, logits[row], real[row], row * logits.shape[1])
             total[2] += batch.labels
-        agreed, accepted, labels = parallel.reduce(total).tolist()
+        agreed, accepted, labels = parallel.reduce(total.cpu()).tolist()
         return {"agreement": agreed / labels, "acceptance": accepted / labels}
 
 
 def _compared(soft: SoftTargets, logits: Tensor, real: Tensor, first: int) -> Tensor:
-    """Agreement and acceptance summed over a row, (2,) float64 on the CPU.
+    """Agreement and acceptance summed over a row, (2,) float64 where the logits are.
 
     Args:
         soft: the teacher's distributions of all rows.
@@ -148,6 +148,6 @@ def _compared(soft: SoftTargets, logits: Tensor, real: Tensor, first: int) -> Te
     """
     wide = wide_dtype(logits.dtype)
     theirs = soft.probabilities(slice(first, first + len(logits)), wide)
-    agreed = (theirs.argmax(-1) == logits.argmax(-1))[real].sum()
-    accepted = torch.softmax(logits, -1, dtype=wide).minimum(theirs).sum(-1)[real].sum()
-    return torch.stack([agreed.double(), accepted.double()]).cpu()
+    agreed = theirs.argmax(-1) == logits.argmax(-1)
+    accepted = torch.softmax(logits, -1, dtype=wide).minimum(theirs).sum(-1)
+    return torch.stack([agreed, accepted.double()]).mul(real).sum(-1)
