@@ -290,14 +290,28 @@ def base_path(pretrained: Path, meta: Mapping[str, Any]) -> Path:
         meta: of a checkpoint of the run; empty before there is one.
 
     Returns:
-        What `meta` names, so that a base that is a run and was trained further is read at the step
-        that it had; else, where that is gone or the setting was changed, `pretrained`.
+        As `path_of_named`.
     """
-    named = meta.get("base")
-    if named is None or str(pretrained) != meta["config"]["model"].get("pretrained"):
-        return pretrained
+    then = meta["config"]["model"].get("pretrained") if meta else None
+    return path_of_named(meta.get("base"), then, pretrained)
+
+
+def path_of_named(named: Mapping[str, Any] | None, then: str | None, now: Path) -> Path:
+    """Where weights lie that a run reads at every start, and that its checkpoints name.
+
+    Args:
+        named: their path and hash in a checkpoint; None where it names none.
+        then: the setting that gave their directory, as the checkpoint holds it.
+        now: the same setting today.
+
+    Returns:
+        The path in `named`, so that weights of a run that was trained further are read at the step
+        that it had; else, where that is gone or the setting was changed, `now`.
+    """
+    if named is None or str(now) != then:
+        return now
     path = Path(named["path"])
-    return path if path.is_dir() else pretrained
+    return path if path.is_dir() else now
 
 
 def _hash(checksums: Mapping[str, str]) -> str:
