@@ -85,6 +85,8 @@ class Decoder:
     Attributes:
         context: tokens that a row may have.
         vocabulary: tokens that the logits are of.
+        dtype: of keys and values, for `RaggedCache.reserve`.
+        device: where ids, logits and the cache are.
         says: what it does, in one line.
 
     Raises:
@@ -112,6 +114,8 @@ class Decoder:
         self.says = f"decoding: {about_steps}; {about_weights}"
         self.context: int = model.config.max_position_embeddings
         self.vocabulary: int = model.config.vocab_size
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
         with torch.no_grad():
             self._model = for_inference(model, ruled)
         self._layouts = ruled
@@ -156,9 +160,9 @@ class Decoder:
         width = max(cache.lengths[:rows]) + new if captured else None
         places = cache.places(rows, new, device, counts, width)
         if not captured:
-            hidden = _hidden_states(self._model, ids, places, cache.layers)
+            hidden = hidden_states(self._model, ids, places, cache.layers)
             if last:
-                hidden = _last(hidden, places)
+                hidden = last_tokens(hidden, places)
             logits: Tensor = self._model.lm_head(hidden)
             return logits
         if len(self._columns) < places.width or self._columns.device != device:
@@ -173,10 +177,10 @@ class Decoder:
             self._graphs[new, rows == 1] = graph
         logits, *states = graph(*inputs)
         _take_in(cache.layers, layers, states, places)
-        return _last(logits, places) if last and new > 1 else logits
+        return last_tokens(logits, places) if last and new > 1 else logits
 
 
-def _hidden_states(
+def hidden_states(
     model: LlmNormForCausalLM, ids: Tensor, places: Places, layers: Sequence[LayerCache]
 ) -> Tensor:
     """The model's last hidden states (rows, new, hidden) of ids (rows, new) behind a cache."""
@@ -186,7 +190,7 @@ def _hidden_states(
     return base.hidden_states(hidden, context, layers)[-1]
 
 
-def _last(tokens: Tensor, places: Places) -> Tensor:
+def last_tokens(tokens: Tensor, places: Places) -> Tensor:
     """(rows, new, ...) -> (rows, 1, ...), those of each row's last real token."""
     last = (places.counted - 1).clamp(min=0)[:, None, None]
     return tokens.take_along_dim(last, 1)
@@ -329,7 +333,7 @@ class _Step:
                 caches.append(_Written(keys, values, layer.window))
             else:
                 caches.append(_Carried(tuple(own[: layer.states]), tuple(own[layer.states :])))
-        logits = self.model.lm_head(_hidden_states(self.model, ids, places, caches))
+        logits = self.model.lm_head(hidden_states(self.model, ids, places, caches))
         states = [t for cache in caches if isinstance(cache, _Carried) for t in cache.out]
         return (logits, *states)
 
