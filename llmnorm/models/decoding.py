@@ -112,7 +112,9 @@ class Decoder:
         if not captured:
             self._captured, about_steps = False, "steps run eagerly, as asked for"
         self.says = f"decoding: {about_steps}; {about_weights}"
-        self.context: int = model.config.max_position_embeddings
+        longest, reach = model.config.max_position_embeddings, model.model.rotary.reach
+        # A longer row would turn its neighbours in another way, too (longrope).
+        self.context: int = longest if reach is None else min(longest, reach)
         self.vocabulary: int = model.config.vocab_size
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
@@ -186,7 +188,10 @@ def hidden_states(
     """The model's last hidden states (rows, new, hidden) of ids (rows, new) behind a cache."""
     base = model.model
     hidden = base.embed_tokens(ids)
-    context = Context(*base.rotary(places.index, wide_dtype(hidden.dtype)), Cached(places))
+    positions, reach = places.index, base.rotary.reach
+    if reach is not None:  # padding behind a full row would turn all rows in another way
+        positions = positions.clamp(max=reach - 1)
+    context = Context(*base.rotary(positions, wide_dtype(hidden.dtype)), Cached(places))
     return base.hidden_states(hidden, context, layers)[-1]
 
 
