@@ -98,7 +98,6 @@ class Engine:
 
     Attributes:
         counters: what it has done.
-        bytes: of the target's caches.
 
     Raises:
         InputError: the settings ask for what cannot be: a context beyond the model's, a cache that
@@ -142,7 +141,7 @@ class Engine:
 
     @property
     def bytes(self) -> int:
-        """Of the target's caches."""
+        """Of the target's caches; a draft's own is not counted, nor limited by cache_memory."""
         return self._slots.bytes
 
     @property

@@ -286,10 +286,14 @@ class Slots:
 
 def _common(ids: list[int], prompt: list[int], held: int) -> int:
     """How many of the first `held` ids are the prompt's beginning."""
-    most = min(held, len(prompt))
-    if ids[:most] == prompt[:most]:
-        return most
-    return next(n for n in range(most) if ids[n] != prompt[n])
+    common, most = 0, min(held, len(prompt))
+    while common < most:  # by halves: whole lists are compared without Python
+        middle = (common + most + 1) // 2
+        if ids[common:middle] == prompt[common:middle]:
+            common = middle
+        else:
+            most = middle - 1
+    return common
 
 
 def _longest(found: tuple[int, int | None]) -> tuple[int, bool]:
