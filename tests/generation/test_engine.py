@@ -230,6 +230,7 @@ def test_a_row_with_nan_fails_alone(place: str) -> None:
     for answer in answers.values():
         assert answer.finish == "error" and answer.tokens == []
         assert answer.message is not None and "not finite" in answer.message
+        assert ("of the prompt" in answer.message) == (place == "prompt")
     made.check()
     assert made.engine.counters.finished["error"] == len(failed)
 
@@ -299,9 +300,31 @@ def test_an_interrupted_round_fails_its_rows_and_the_engine_goes_on() -> None:
     with pytest.raises(KeyboardInterrupt):
         made.step()
     made._feed = feed
+    assert not made.engine.idle
     answers = made.run()
     assert [a.finish for a in answers] == ["error", "error", "length", "length"]
     assert "KeyboardInterrupt" in str(answers[0].message)
+    made.check()
+
+
+def test_what_a_round_has_told_stays_told_when_it_is_not_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: one last event a row. One has ended in the round whose rollback fails."""
+    made = Watched(model_of("softmax"), slots=2)
+    made.add([1, 2], max_tokens=2)
+    made.add([3, 4], max_tokens=9)
+    made.step()
+
+    def broken(slots: Slots, counts: list[int]) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Slots, "rollback", broken)
+    with pytest.raises(RuntimeError):
+        made.step()
+    monkeypatch.undo()
+    made.add([5], max_tokens=3)
+    assert [answer.finish for answer in made.run()] == ["length", "error", "length"]
     made.check()
 
 
