@@ -162,8 +162,8 @@ class Event:
     """What one row has gained in a round.
 
     request: the number that `Engine.add` gave. row: which of its n. text: complete UTF-8 that no
-    stop can take back any more. accepted: how many of the tokens, the first ones, were drafted.
-    finish: None while the row goes on.
+    stop can take back any more. accepted: how many of the tokens, the first ones, were drafted, of
+    `drafted` that were proposed. finish: None while the row goes on.
     """
 
     request: int
@@ -174,6 +174,7 @@ class Event:
     chosen: list[Chosen] | None = None
     finish: Finish | None = None
     message: str | None = None
+    drafted: int = 0
 
 
 class Chooser(Protocol):

@@ -26,21 +26,18 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from llmnorm.config.tree import GenerationSettings
+from llmnorm.generation.cache_memory import refuse_what_does_not_fit
 from llmnorm.generation.contract import Draft, DraftedRow, Event, Proposal, Request, Step
 from llmnorm.generation.row import Row, rows_of
 from llmnorm.generation.sampling import verify
-from llmnorm.generation.slots import Slots, row_bytes
-from llmnorm.machine.memory import available
-from llmnorm.nn.layer_cache import PADDING, rounded
+from llmnorm.generation.slots import Slots
+from llmnorm.nn.layer_cache import PADDING
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GIB = 2**30
 NONE = Proposal([])
 
 
@@ -126,7 +123,7 @@ class Engine:
                 f"set generation.context={step.context}, or leave it out"
             )
         padding = PADDING if draft is not None else 0
-        _check_memory(step, settings, context, padding)
+        refuse_what_does_not_fit(step, settings, context, padding)
         self._step, self._tokenizer, self._draft = step, tokenizer, draft
         self._ends, self._context, self._lengths = frozenset(ends), context, lengths
         # Who has to know which row is in which slot.
@@ -140,7 +137,7 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._filling: Row | None = None  # the row whose prompt is being run
         self._rows: list[Row] = []  # those that run, by slot
-        self._events: list[Event] = []  # for the next `step`
+        self._events: list[Event] = []  # of this step, or of one that was not finished
         self._next = 0
 
     @property
@@ -191,32 +188,35 @@ class Engine:
         self._next += 1
         return self._next - 1
 
-    def abort(self, number: int) -> None:
-        """End a request's rows, whatever they do now; the next `step` has their last events.
+    def abort(self, number: int) -> list[Event]:
+        """End a request's rows, whatever they do now; returns their last events.
 
         A request that has finished, or is not known, is left as it is.
         """
-        for row in [row for row in self._waiting if row.request == number]:
+        ended = [row for row in self._waiting if row.request == number]
+        for row in ended:
             self._waiting.remove(row)
-            self._close(row.end("abort"))
         if self._filling is not None and self._filling.request == number:
-            self._close(self._filling.end("abort"))
+            ended.append(self._filling)
             self._filling = None
             self._slots.drop()
         for row in [row for row in self._rows if row.request == number]:
-            self._close(row.end("abort"))
+            ended.append(row)
             self._leave(row)
+        return [self._closed(row.end("abort")) for row in ended]
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Run requests, and yield what their rows gain as it comes.
 
         An event's `request` is the place among `requests`. An iterator that is closed early aborts
-        what is left of them. Other requests of the engine must not be under way.
+        what is left of them.
 
         Raises:
             InputError: a request asks for what cannot be; none has been begun then.
+            ValueError: the engine has other requests, whose events would be lost.
         """
-        assert self.idle, "the engine has other requests"
+        if not self.idle:
+            raise ValueError("generate: the engine has other requests; call add and step")
         places: dict[int, int] = {}
         try:
             for place, request in enumerate(requests):
@@ -228,10 +228,13 @@ class Engine:
             if not self.idle:
                 for number in places:
                     self.abort(number)
-                self._events = []
 
     def step(self) -> list[Event]:
-        """Admit what fits, run a round, and tell what each row has gained, in the rows' order."""
+        """Admit what fits, run a round, and tell what each row has gained, in the rows' order.
+
+        Raises whatever is no row's own fault: an error of the model or the draft, Ctrl-C. The rows
+        that ran have failed then, and the next call tells it.
+        """
         try:
             self._admit()
             if self._rows:
@@ -262,7 +265,8 @@ class Engine:
             if self._slots.left:
                 self._slots.drop()
                 self._slots.forget()
-                self._close(row.end("error", "the model's logits of the prompt are not finite"))
+                message = "the model's logits of the prompt are not finite"
+                self._events.append(self._closed(row.end("error", message)))
                 continue
             row.slot = self._slots.admit(row.ids)
             self._rows.append(row)
@@ -291,8 +295,7 @@ class Engine:
             back.append(len(block) - len(event.tokens))
             events.append(event)
         self._slots.rollback(back)
-        for event in events:
-            self._close(event)
+        self._events += [self._closed(event) for event in events]
         # From the last one on, so that no row moves that is about to leave.
         for row, event in reversed(list(zip(rows, events, strict=True))):
             if event.finish is not None:
@@ -331,12 +334,12 @@ class Engine:
         if self._lengths is not None:
             self._lengths.observe(row.slot, drafted, accepted)
 
-    def _close(self, event: Event) -> None:
-        """Tell an event, and count a row's last one."""
-        self._events.append(event)
+    def _closed(self, event: Event) -> Event:
+        """The event; a row's last one is counted."""
         if event.finish is not None:
             finished = self.counters.finished
             finished[event.finish] = finished.get(event.finish, 0) + 1
+        return event
 
     def _leave(self, row: Row, *, failed: bool = False) -> None:
         """A row runs no more; the last running one takes its place.
@@ -365,7 +368,7 @@ class Engine:
                 follower.release(row.slot)
         for row in [*self._rows, *([self._filling] if self._filling else [])]:
             if row.finish is None:
-                self._close(row.end("error", message))
+                self._events.append(self._closed(row.end("error", message)))
         self._rows, self._filling = [], None
         self._slots.clear()
 
@@ -381,38 +384,3 @@ def _check(settings: GenerationSettings, draft: Draft | None, lengths: Lengths |
         raise InputError("generation.method: 'plain' takes no draft; set generation.draft=none")
     counted = isinstance(settings.draft_tokens, int)
     assert draft is None or counted or lengths is not None, "who says how many tokens are drafted?"
-
-
-def _check_memory(step: Step, settings: GenerationSettings, context: int, padding: int) -> None:
-    """Refuse a cache that does not fit, and say what would.
-
-    There is a row more than slots: that in which prompts are run.
-    """
-    if settings.cache_memory is None:
-        there, name = _free_on(step.device), "free"
-    else:
-        there, name = int(settings.cache_memory * GIB), "allowed by generation.cache_memory"
-    a_row = row_bytes(step, context, padding)
-    needed = (settings.slots + 1) * a_row
-    if there is None or needed <= there:
-        return
-    cures = []
-    if (slots := there // a_row - 1) >= 1:
-        cures.append(f"generation.slots={slots}")
-    smaller = (n for n in range(rounded(context) - 64, 0, -64))
-    tokens = next(
-        (n for n in smaller if (settings.slots + 1) * row_bytes(step, n, padding) <= there), None
-    )
-    if tokens is not None:
-        cures.append(f"generation.context={tokens}")
-    fits = f"{' or '.join(cures)} would fit" if cures else "not even one row would fit"
-    raise InputError(
-        f"generation: {settings.slots} slots of {context} tokens need {needed / GIB:.3g} GiB of "
-        f"cache, and {there / GIB:.3g} GiB are {name}; {fits}"
-    )
-
-
-def _free_on(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available()

@@ -82,14 +82,16 @@ class Seats:
         row.slot = len(self._rows)
         self._rows.append(row)
 
-    def leave(self, row: Row) -> None:
-        """A row ends; the last one gets its number."""
-        gap, last = row.slot, self._rows.pop()
+    def leave(self, row: Row, heir: Row | None = None) -> None:
+        """A row ends; the last one gets its number, or `heir` gets it, and the last one heir's."""
+        gap = row.slot
         self._draft.release(gap)
-        if last is not row:
-            self._draft.move(last.slot, gap)
-            self._rows[gap], last.slot = last, gap
         row.slot = -1
+        for mover in (heir, self._rows[-1]):
+            if mover is not None and mover.slot > gap:
+                self._draft.move(mover.slot, gap)
+                self._rows[gap], mover.slot, gap = mover, gap, mover.slot
+        self._rows.pop()
 
     def clear(self) -> None:
         """All rows leave."""

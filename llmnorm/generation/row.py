@@ -98,7 +98,7 @@ class Row:
         self.drafted += drafted
         self.accepted += accepted
         chosen = None if verdict.chosen is None else verdict.chosen[: len(tokens)]
-        event = Event(self.request, self.row, tokens, text, accepted, chosen)
+        event = Event(self.request, self.row, tokens, text, accepted, chosen, drafted=drafted)
         return event if finish is None else self._closed(event, finish)
 
     def end(self, finish: Finish, message: str | None = None) -> Event:
@@ -150,7 +150,9 @@ def rows_of(
                 limit=min(sampling.max_tokens, context - len(prompt) + 1),
                 ends=stops if sampling.ignore_end else stops | known,
                 chooser=RowChooser(own, prompt, known, vocabulary),
-                text=None if tokenizer is None else TextStream(tokenizer, sampling.stop),
+                text=None
+                if tokenizer is None
+                else TextStream(tokenizer, sampling.stop, before=prompt),
             )
         )
     return rows

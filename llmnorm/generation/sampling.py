@@ -32,11 +32,13 @@ from torch import Tensor
 
 from llmnorm.generation.choosers import RowChooser
 from llmnorm.generation.contract import Chooser, Chosen, Proposal, Verdict
-from llmnorm.generation.noise import exponentials
-from llmnorm.generation.processors import Candidates, Changes, candidates
+from llmnorm.generation.noise import Racing, race, race_of_all
+from llmnorm.generation.processors import Changes
+from llmnorm.generation.truncation import Law, Line, largest_of, law_of, truncates
 
 __all__ = ["RowChooser", "draw", "verify"]
 
+BLOCK = 256  # tokens, when one of a whole vocabulary is looked for
 NO_TOKEN = "no token is left that the row's limits allow"
 NOT_FINITE = "the model's logits are not finite numbers"
 
@@ -67,7 +69,8 @@ def draw(choosers: Sequence[Chooser], logits: Tensor) -> tuple[list[int], list[T
         if row.decides:
             token = int(lines.decided[number])
         else:
-            law = lines.law(number).astype(np.float32)
+            found = lines.law(number)
+            law = _over_vocabulary(found, found.weights(), lines.vocabulary).astype(np.float32)
             token = _drawn(law, row.uniform())
         row.suppose(token)
         tokens.append(token)
@@ -139,39 +142,60 @@ def _accepted(
             token = int(lines.decided[line])
         else:
             law = lines.law(line)
+            weights = law.weights()
             if drafted is None:
-                return [*tokens, _drawn(law, row.uniform())], None
+                at = _drawn(weights, row.uniform())
+                return [*tokens, at if law.tokens is None else int(law.tokens[at])], None
+            p = _over_vocabulary(law, weights, lines.vocabulary)
             given = proposal.distributions
-            q = None if given is None else given[i].cpu().numpy().astype(np.float64)
-            if row.uniform() * (1.0 if q is None else q[drafted]) < law[drafted]:
+            q = None if given is None else given[i].cpu().numpy()
+            if row.uniform() * (1.0 if q is None else float(q[drafted])) < p[drafted]:
                 token = drafted
             else:
-                token = _drawn(_residual(law, drafted, q), row.uniform())
+                token = _drawn(_residual(p, drafted, q), row.uniform())
         tokens.append(token)
         if token != drafted:
             break
     return tokens, None
 
 
-def _residual(
-    law: NDArray[np.float64], drafted: int, draft: NDArray[np.float64] | None
-) -> NDArray[np.float64]:
-    """max(p - q, 0), not normalised; q is 1 at the drafted token where `draft` is None.
+def _over_vocabulary(law: Law, weights: Line, vocabulary: int) -> Line:
+    """Probabilities (vocabulary,) of a law with these weights."""
+    weights = weights / weights.sum()
+    if law.tokens is None:
+        return weights
+    whole = np.zeros(vocabulary, weights.dtype)
+    whole[law.tokens] = weights
+    return whole
+
+
+def _residual(p: Line, drafted: int, q: NDArray[np.float32] | None) -> Line:
+    """max(p - q, 0), not normalised; q is 1 at the drafted token where it is None.
 
     Where nothing is left (p is q, up to rounding) it is p.
     """
-    if draft is None:
-        rest = law.copy()
+    if q is None:
+        rest = p.copy()
         rest[drafted] = 0
     else:
-        rest = np.maximum(law - draft, 0)
-    return rest if rest.sum() > 0 else law
+        rest = np.maximum(p - q, 0)
+    return rest if rest.sum() > 0 else p
 
 
-def _drawn(weights: NDArray[np.floating], uniform: float) -> int:
-    """The token at which the running sum of the weights passes this share of the whole."""
+def _drawn(weights: Line, uniform: float) -> int:
+    """The index at which the running sum of the weights passes this share of the whole."""
+    start = 0
+    if len(weights) > 4 * BLOCK:  # first the block, then in it
+        sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64)
+        mass = np.cumsum(sums)
+        share = uniform * mass[-1]
+        block = min(int(np.searchsorted(mass, share, side="right")), len(sums) - 1)
+        start, weights = block * BLOCK, weights[block * BLOCK : (block + 1) * BLOCK]
+        uniform = (share - (mass[block] - sums[block])) / sums[block]
     mass = np.cumsum(weights, dtype=np.float64)
-    return int(np.searchsorted(mass, uniform * mass[-1], side="right"))
+    # Never a token without weight, at an end that rounding has passed either.
+    share = min(max(uniform, 0.0) * mass[-1], np.nextafter(mass[-1], 0))
+    return start + int(np.searchsorted(mass, share, side="right"))
 
 
 def _chosen(raw: Tensor, tokens: Sequence[int], alternatives: int | None) -> list[Chosen] | None:
@@ -180,14 +204,15 @@ def _chosen(raw: Tensor, tokens: Sequence[int], alternatives: int | None) -> lis
         return None
     found = []
     for line, token in zip(raw.numpy(), tokens, strict=True):
-        wide = line.astype(np.float64)
-        largest = wide.max()
-        total = largest + np.log(np.exp(wide - largest).sum())
-        top = []
+        largest = line.max()
+        mass = np.exp(line - largest).sum(dtype=np.float64)
+        total = float(largest) + float(np.log(mass))
+        top: list[tuple[int, float]] = []
         if alternatives:
-            best = torch.from_numpy(line).topk(min(alternatives, len(line))).indices.tolist()
-            top = [(other, float(wide[other] - total)) for other in best]
-        found.append(Chosen(float(wide[token] - total), top))
+            best = largest_of(line, min(alternatives, len(line)))
+            best = best[np.argsort(-line[best], kind="stable")][:alternatives]
+            top = [(int(other), float(line[other]) - total) for other in best]
+        found.append(Chosen(float(line[token]) - total, top))
     return found
 
 
@@ -200,8 +225,7 @@ class _Lines:
     """
 
     def __init__(self, rows: Sequence[tuple[RowChooser, Sequence[int]]], raw: Tensor) -> None:
-        self._vocabulary = raw.shape[1]
-        self._laws: dict[int, tuple[NDArray[np.int64] | None, NDArray[np.floating]]] = {}
+        self.vocabulary = raw.shape[1]
         if raw.device.type != "cpu":  # `_on_cpu` has left them where they are: all rows are greedy
             best = torch.stack([raw.argmax(-1).double(), raw.amax(-1).double()]).cpu().numpy()
             self.decided, self.faults = best[0].astype(np.int64), _faults(best[1])
@@ -219,39 +243,33 @@ class _Lines:
             for number, (row, _) in enumerate(lines)
             if not row.greedy and self.faults[number] is None
         ]
-        samplings = [lines[number][0].sampling for number in drawn]
-        for found in candidates(changed, drawn, samplings) if drawn else ():
-            self._race(found, lines)
+        self._logits, self._owners = logits, [row for row, _ in lines]
+        self._race([(number, *lines[number]) for number in drawn if lines[number][0].decides])
 
-    def law(self, line: int) -> NDArray[np.float64]:
-        """Probabilities (vocabulary,) of a line whose row has neither seed nor temperature 0."""
-        tokens, scores = self._laws[line]
-        weights = np.exp(scores.astype(np.float64))
-        weights /= weights.sum()
-        if tokens is None:
-            return weights
-        law = np.zeros(self._vocabulary)
-        law[tokens] = weights
-        return law
+    def law(self, line: int) -> Law:
+        """The law of a line whose row has neither a seed nor temperature 0."""
+        largest = self._logits[line, self.decided[line]]
+        return law_of(self._logits[line], float(largest), self._owners[line].sampling)
 
-    def _race(self, found: Candidates, lines: Sequence[tuple[RowChooser, int]]) -> None:
-        """Decide the lines of seeded rows, keep those of the others for `law`."""
-        seeded = [at for at, line in enumerate(found.lines) if lines[line][0].decides]
-        if seeded:
-            keys = [row.key(ahead) for row, ahead in (lines[found.lines[at]] for at in seeded)]
-            if found.tokens is None:
-                waits = exponentials(keys, np.arange(self._vocabulary)[None])
+    def _race(self, lines: Sequence[tuple[int, RowChooser, int]]) -> None:
+        """Decide lines of seeded rows, each with the drafts before it."""
+        some: list[tuple[int, Racing]] = []
+        whole: list[tuple[int, float, float, int]] = []
+        for line, row, ahead in lines:
+            if truncates(row.sampling, self.vocabulary):
+                tokens, scores = self.law(line)
+                assert tokens is not None
+                some.append((line, Racing(row.key(ahead), tokens, scores.astype(np.float64))))
             else:
-                waits = exponentials(keys, found.tokens[seeded])
-            scores = found.scores if len(seeded) == len(found.lines) else found.scores[seeded]
-            first = np.argmax(scores - np.log(waits, out=waits), axis=-1)
-            if found.tokens is not None:
-                first = found.tokens[seeded, first]
-            self.decided[found.lines[seeded]] = first
-        for at, line in enumerate(found.lines.tolist()):
-            if not lines[line][0].decides:
-                tokens = None if found.tokens is None else found.tokens[at]
-                self._laws[line] = tokens, found.scores[at]
+                largest = float(self._logits[line, self.decided[line]])
+                whole.append((line, largest, row.sampling.temperature, row.key(ahead)))
+        if some:
+            for (line, _), (token, _) in zip(some, race([r for _, r in some]), strict=True):
+                self.decided[line] = token
+        if whole:
+            numbers, largests, temperatures, keys = zip(*whole, strict=True)
+            logits = [self._logits[line] for line in numbers]
+            self.decided[list(numbers)] = race_of_all(logits, largests, temperatures, keys)
 
 
 def _changed(rows: Sequence[tuple[RowChooser, Sequence[int]]], raw: Tensor) -> Tensor:

@@ -55,16 +55,18 @@ class Slots:
         self.step, self.rows, self.context = step, rows, context
         self._padding, self._reuse = padding, reuse
         self.copies = self.lost = 0
+        self._cache, self._side = step.new_cache(), step.new_cache()
         self.clear()
         windows = [n.window for n in self._side.layers if isinstance(n, KeyValues) and n.window]
         # What the reserved buffers of a window take in one pass (RaggedCache.reserve).
         self._widest = min((window + KEPT for window in windows), default=context)
 
     def clear(self) -> None:
-        """Forget all rows, with new caches in the place of those that a fault has left torn."""
-        self._cache, self._side = self.step.new_cache(), self.step.new_cache()
+        """Forget all rows and make all buffers anew, also where a fault has torn the layers."""
         self.bytes = 0
+        self._side.clear()  # before the other one's new buffers are made
         for cache, rows in ((self._cache, self.rows), (self._side, 1)):
+            cache.clear()
             self.bytes += cache.reserve(
                 rows, self.context, self._padding, dtype=self.step.dtype, device=self.step.device
             )
@@ -304,18 +306,3 @@ def _reaches(cache: RaggedCache, row: int, count: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def row_bytes(step: Step, context: int, padding: int) -> int:
-    """Bytes of one row of a cache of the step, without making its keys and values."""
-    meta = torch.device("meta")
-    return sum(
-        layer.reserve(
-            1,
-            context,
-            padding,
-            step.dtype,
-            meta if isinstance(layer, KeyValues) else step.device,
-        )
-        for layer in step.new_cache().layers
-    )

@@ -11,6 +11,7 @@ Surprises:
 - In `generate`, rows of a left-padded batch are stored without their padding, each at its length.
 """
 
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
@@ -41,6 +42,7 @@ from llmnorm.models.pretrained_model import (
 )
 from llmnorm.models.recomputed import recomputable
 from llmnorm.nn.block import Block
+from llmnorm.nn.layer_cache import LayerCache
 from llmnorm.nn.loss import IGNORED, LanguageHead
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.contract import Context, Mixer
@@ -216,31 +218,64 @@ class LlmNormModel(LlmNormPreTrainedModel):
             visibility, position_ids, order = with_cache(
                 attention_mask, position_ids, cache, hidden, counts
             )
-        matrices: list[Tensor] | None = [] if output_attentions else None
         tables = self.rotary(position_ids, wide_dtype(hidden.dtype))
-        context = Context(*tables, visibility, matrices)
+        context = Context(*tables, visibility, [] if output_attentions else None)
         if loss_mask is None and attention_mask is not None and cache is None:
             loss_mask = attention_mask.bool()
+        states = self.hidden_states(
+            hidden,
+            context,
+            None if cache is None else cache.slots.layers,
+            token_type_ids=token_type_ids,
+            loss_mask=loss_mask,
+            order=order,
+            every=bool(output_hidden_states),
+        )
+        output = BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=cache,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=None if context.matrices is None else tuple(context.matrices),
+        )
+        return output if return_dict else output.to_tuple()
+
+    def hidden_states(
+        self,
+        hidden: Tensor,
+        context: Context,
+        layers: Sequence[LayerCache] | None,
+        *,
+        token_type_ids: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        order: Tensor | None = None,
+        every: bool = False,
+    ) -> list[Tensor]:
+        """The hidden states (batch, length, hidden) behind the final norm, as the last item.
+
+        `forward` and the decode step (decoding.py) both run this.
+
+        Args:
+            hidden: embedded tokens (batch, length, hidden).
+            context: of the tokens, in `order`.
+            layers: the layers' caches; None: there is no cache.
+            token_type_ids, loss_mask: as in `forward`.
+            order: (batch, length), the order to take the tokens in; the result is in the first one.
+            every: put what entered each layer before it.
+        """
         for norm in self.running_norms:
             norm.begin(loss_mask, counts=torch.is_grad_enabled())
         hidden = self.embedded(hidden, token_type_ids)
         if order is not None:
             hidden = hidden.take_along_dim(order[..., None], 1)
         states = [hidden]
-        for layer, block in enumerate(self.layers):
-            hidden = block(hidden, context, None if cache is None else cache.slots.layers[layer])
-            states = [*states, hidden] if output_hidden_states else [hidden]
+        for number, block in enumerate(self.layers):
+            hidden = block(hidden, context, None if layers is None else layers[number])
+            states = [*states, hidden] if every else [hidden]
         states[-1] = hidden if self.norm is None else self.norm(hidden)
         if order is not None:
             back = order.argsort(1)[..., None]
             states = [state.take_along_dim(back, 1) for state in states]
-        output = BaseModelOutputWithPast(
-            last_hidden_state=states[-1],
-            past_key_values=cache,
-            hidden_states=tuple(states) if output_hidden_states else None,
-            attentions=None if matrices is None else tuple(matrices),
-        )
-        return output if return_dict else output.to_tuple()
+        return states
 
     def embedded(self, hidden: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """What enters the first block: token types added, normed, dropped out."""

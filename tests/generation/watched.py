@@ -21,7 +21,7 @@ from llmnorm.generation.engine import Engine
 from llmnorm.models import LlmNormForCausalLM
 from llmnorm.models.decoding import Decoder
 from llmnorm.nn.recurrent_cache import RecurrentCache
-from tests.models.cache_rounds import VOCABULARY
+from tests.models.cache_rounds import VOCABULARY, build
 
 CONTEXT = 72
 GREEDY = Sampling(temperature=0, max_tokens=20)
@@ -52,11 +52,12 @@ class Watched:
         draft: Draft | None = None,
         *,
         ends: Sequence[int] = (),
+        captured: bool = False,
         **settings: Any,
     ) -> None:
         settings = {"slots": 4, "context": CONTEXT, "draft_tokens": 4, **settings}
-        # Traced graphs take seconds to make; that they equal eager steps: tests/models.
-        step = Decoder(model, captured=False)
+        # Graphs take seconds to make; that they equal eager steps: tests/models/test_decoding.py.
+        step = Decoder(model, captured=captured)
         self.model, self.draft = model, draft
         self.engine = Engine(step, None, GenerationSettings(**settings), draft, ends=ends)
         self.ends = set(ends)
@@ -75,15 +76,24 @@ class Watched:
     def add(self, prompt: Sequence[int], n: int = 1, **sampling: Any) -> int:
         """Queue a greedy request."""
         own = Sampling(**{"temperature": 0, "max_tokens": 20, **sampling})
-        request = Request(tuple(prompt), own, n)
+        return self.add_request(Request(tuple(prompt), own, n))
+
+    def add_request(self, request: Request) -> int:
+        """Queue a request, a greedy one."""
         number = self.engine.add(request)
-        for row in range(n):
+        for row in range(request.n):
             self.answers[number, row] = Answer(request)
         return number
 
     def step(self) -> list[Event]:
         """One step of the engine, its events kept."""
-        events = self.engine.step()
+        return self._kept(self.engine.step())
+
+    def abort(self, number: int) -> None:
+        """End a request."""
+        self._kept(self.engine.abort(number))
+
+    def _kept(self, events: list[Event]) -> list[Event]:
         for event in events:
             answer = self.answers[event.request, event.row]
             assert answer.finish is None, "an event behind a row's last one"
@@ -151,7 +161,8 @@ class KnownDraft:
     Args:
         texts: token ids that the target gives.
         right: for each proposed token, whether it shall be the known one.
-        fewer: takes a number off each row's tokens.
+        fewer: of the tokens asked for, how many are proposed.
+        in_front: whether rows are numbered by their order, from 0, as the engine's are.
     """
 
     def __init__(
@@ -159,9 +170,11 @@ class KnownDraft:
         texts: Sequence[Sequence[int]],
         right: Callable[[], bool],
         fewer: Callable[[int], int] = lambda count: count,
+        *,
+        in_front: bool = True,
     ) -> None:
         self._texts = [list(text) for text in texts]
-        self._right, self._fewer = right, fewer
+        self._right, self._fewer, self._in_front = right, fewer, in_front
         self._seen: dict[
             int, list[int]
         ] = {}  # what each slot's row had when it was last drafted for
@@ -169,7 +182,8 @@ class KnownDraft:
 
     def propose(self, rows: Sequence[DraftedRow], counts: Sequence[int]) -> list[Proposal]:
         """The known tokens, or others."""
-        assert [row.slot for row in rows] == list(range(len(rows))), "rows in use stand in front"
+        if self._in_front:
+            assert [row.slot for row in rows] == list(range(len(rows))), "rows stand in front"
         self.asked.append(list(counts))
         proposals = []
         for row, count in zip(rows, counts, strict=True):
@@ -199,3 +213,31 @@ def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     chance = random.Random(seed)
     sizes = [1, longest, *(chance.randint(1, longest) for _ in range(count - 2))][:count]
     return [[chance.randrange(VOCABULARY) for _ in range(size)] for size in sizes]
+
+
+_BUILT: dict[str, LlmNormForCausalLM] = {}
+
+
+def model_of(name: str) -> LlmNormForCausalLM:
+    """A model of tests/models/cache_rounds.py, built once."""
+    if name not in _BUILT:
+        _BUILT[name] = build(name)
+    return _BUILT[name]
+
+
+def texts(
+    model: LlmNormForCausalLM, starts: Sequence[Sequence[int]], most: int = 20
+) -> list[list[int]]:
+    """Each prompt with its greedy continuation, by plain rounds."""
+    plain = Watched(model, slots=8)
+    for start in starts:
+        plain.add(start, max_tokens=most)
+    plain.run()
+    plain.check()
+    return [[*a.request.prompt, *a.tokens] for a in plain.answers.values()]
+
+
+def mixed(seed: int) -> Callable[[], bool]:
+    """For `KnownDraft`: right in 60 % of the tokens."""
+    chance = random.Random(seed)
+    return lambda: chance.random() < 0.6
