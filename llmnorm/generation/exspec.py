@@ -7,13 +7,13 @@ runs a batch of those that have the same length; where there are none, the first
 are aligned and run as in EQSPEC. Which rows are run is a pure function of lengths and waiting times
 (`group`), with rows in the order of the requests.
 
-A group's cache is kept while the same rows are run again and need no alignment. Otherwise members
-are copied into a new batch, and who is left behind in the old one is taken out of it, so that no
-batch is held for the sake of a few of its rows.
+A batch's cache is kept while the same rows are run again and need no alignment. Otherwise who is
+left behind in it is taken out, and the next rows are copied into a new one; in our cache the rows
+that stay keep their places, and the others are copied into theirs.
 
 What would surprise: with natural prompts there are hardly any full groups (W = 3B: under 1 % of the
 rounds), so the grouping rate is counted and belongs beside every figure. In our cache no row is
-ever moved for alignment, and a batch that falls back is kept too while its members stay.
+ever moved for alignment, so rounds that fall back cost as little there.
 """
 
 import math
@@ -92,7 +92,7 @@ def group(lengths: Sequence[int], waited: Sequence[int], schedule: Schedule) -> 
     return Group(first, False)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Member:
     """A row of the window: where its cache is, and rounds since it was run."""
 
@@ -136,17 +136,18 @@ def exspec(
                 return
             lengths = [len(member.row.ids) for member in window]
             chosen = group(lengths, [member.waited for member in window], schedule)
-            members = [window[place] for place in chosen.rows]
-            batch = _gathered(stacks, batch, members, window, costs)
+            run = [window[place] for place in chosen.rows]
+            batch, members = _gathered(stacks, batch, run, window, costs)
             costs.grouped += chosen.equal
             events = verified(batch, draft, [m.row for m in members], tokens, costs)
             for member in window:
                 member.waited += 1
-            for member, event in zip(members, events, strict=True):
+            event_of = dict(zip(members, events, strict=True))
+            for member in run:
                 member.waited = 0
-                if event.finish is not None:
+                if event_of[member].finish is not None:
                     _leave(window, member, seats, schedule.batch)
-            yield from events
+            yield from (event_of[member] for member in run)
     finally:
         seats.clear()
 
@@ -162,25 +163,38 @@ def _leave(window: list[_Member], member: _Member, seats: Seats, batch: int) -> 
 def _gathered(
     stacks: Stacks,
     batch: Stack | None,
-    members: Sequence[_Member],
+    chosen: Sequence[_Member],
     window: Sequence[_Member],
     costs: Costs,
-) -> Stack:
-    """A batch of the members' rows: the last one, if it can be fed as it is, or a new one.
+) -> tuple[Stack, list[_Member]]:
+    """A batch of the chosen members' rows, and the members in the order of its rows.
 
-    Who stays behind in the last one is taken out of it.
+    Who stays behind in the last batch is taken out of it first.
     """
-    places = [member.place for member in members]
-    whole = [] if batch is None else [(batch, row) for row in range(len(batch.lengths))]
-    if batch is not None and places == whole and batch.aligned:
-        return batch
-    new = stacks.stack(places)
-    costs.move(new.lengths)
+    members = list(chosen)
+    if batch is None:
+        batch, copied = (
+            stacks.stack([member.place for member in members]),
+            list(range(len(members))),
+        )
+    else:
+        for member in window:
+            if member.place[0] is batch and member not in chosen:
+                costs.move([batch.lengths[member.place[1]]])
+                member.place = stacks.stack([member.place]), 0
+        members = _in_their_places(batch, members)
+        places: list[Place] = [(batch, row) for row in range(len(batch.lengths))]
+        if batch.aligned and [member.place for member in members] == places:
+            return batch, members
+        batch, copied = stacks.exchange(batch, [member.place for member in members])
+    costs.move([batch.lengths[row] for row in copied])
     for number, member in enumerate(members):
-        member.place = new, number
-    for member in window:
-        stack, row = member.place
-        if stack is batch:
-            member.place = stacks.stack([(stack, row)]), 0
-            costs.move([stack.lengths[row]])
-    return new
+        member.place = batch, number
+    return batch, members
+
+
+def _in_their_places(batch: Stack, members: Sequence[_Member]) -> list[_Member]:
+    """Members in such an order that rows of the batch stay where they are, if that can be."""
+    rows = {m.place[1]: m for m in members if m.place[0] is batch and m.place[1] < len(members)}
+    others = iter([member for member in members if member not in rows.values()])
+    return [rows[row] if row in rows else next(others) for row in range(len(members))]

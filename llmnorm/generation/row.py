@@ -150,7 +150,9 @@ def rows_of(
                 limit=min(sampling.max_tokens, context - len(prompt) + 1),
                 ends=stops if sampling.ignore_end else stops | known,
                 chooser=RowChooser(own, prompt, known, vocabulary),
-                text=None if tokenizer is None else TextStream(tokenizer, sampling.stop),
+                text=None
+                if tokenizer is None
+                else TextStream(tokenizer, sampling.stop, before=prompt),
             )
         )
     return rows

@@ -6,6 +6,7 @@
     logits = batch.feed(blocks)                     a block of tokens a row, in one pass
     batch.drop(counts)                              each row's last tokens are taken back
     row = stacks.stack([(batch, 1)])                taken out again: a batch of one row
+    batch = stacks.exchange(batch, places)          as `stack`, of a batch that is needed no more
 
 EQSPEC and EXSPEC (arXiv 2510.22876) are written once over these operations. For our cache a stack
 is an admission from another cache; a row begins at slot 0, so no padding is stored. transformers'
@@ -79,6 +80,14 @@ class Stacks(ABC):
     def stack(self, places: Sequence[Place]) -> Stack:
         """A new batch with copies of these rows; those that they are of stay as they are."""
 
+    def exchange(self, batch: Stack, places: Sequence[Place]) -> tuple[Stack, list[int]]:
+        """A batch of these rows in the place of another one, which is not used again.
+
+        Returns:
+            The batch, and which of its rows have been copied.
+        """
+        return self.stack(places), list(range(len(places)))
+
 
 class SlotStacks(Stacks):
     """Batches in our ragged cache: every model that has a `contract.Step`."""
@@ -107,19 +116,44 @@ class SlotStacks(Stacks):
             cache.admit(stack.cache, row)
         return SlotStack(self._step, cache)
 
+    def exchange(self, batch: Stack, places: Sequence[Place]) -> tuple[Stack, list[int]]:
+        """Row n of the batch stays where it is as place n; only the others are copied.
+
+        A row of the batch may come as an earlier place than it is, and not as a later one.
+        """
+        assert isinstance(batch, SlotStack)
+        if len(places) > len(batch.lengths):
+            return super().exchange(batch, places)
+        cache, copied = batch.cache, []
+        for number, (stack, row) in enumerate(places):
+            assert isinstance(stack, SlotStack)
+            if stack is batch and row == number:
+                continue
+            assert stack is not batch or row > number, "it has been overwritten"
+            cache.release(number)
+            cache.admit(stack.cache, row)  # to the first free slot, which is that one
+            copied.append(number)
+        for number in range(len(places), len(batch.lengths)):
+            cache.release(number)
+        return SlotStack(self._step, cache, len(places)), copied
+
 
 class SlotStack(Stack):
-    """A batch in our ragged cache: rows of any lengths are aligned, each at its own beginning."""
+    """A batch in our ragged cache: rows of any lengths are aligned, each at its own beginning.
+
+    The batch is the first `size` rows of the cache; all of them if None.
+    """
 
     aligned = True
 
-    def __init__(self, step: Step, cache: RaggedCache) -> None:
+    def __init__(self, step: Step, cache: RaggedCache, size: int | None = None) -> None:
         self._step, self.cache = step, cache
+        self._size = len(cache.lengths) if size is None else size
 
     @property
     def lengths(self) -> list[int]:  # type: ignore[override]
         """Tokens that each row holds."""
-        return self.cache.lengths
+        return self.cache.lengths[: self._size]
 
     def feed(self, blocks: Sequence[Sequence[int]]) -> Tensor:
         """Append a block to each row; logits."""

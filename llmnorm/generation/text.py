@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\ufffd"
+CONTEXT = 4  # tokens before a row's first one that are decoded with it
 UNFINISHED = 3  # bytes, and so replaced characters, that the next token may make whole
 
 
@@ -36,6 +37,7 @@ class TextStream:
         tokenizer: of any kind.
         stop: texts that end the row's, and are no part of it.
         skip_special: special tokens (of beginnings, ends, turns) are no part of the text.
+        before: tokens that the row's first one follows, which decides whether its space is dropped.
 
     Attributes:
         stopped: a stop has come; the text behind its beginning is dropped.
@@ -50,6 +52,7 @@ class TextStream:
         stop: Sequence[str] = (),
         *,
         skip_special: bool = True,
+        before: Sequence[int] = (),
     ) -> None:
         if "" in stop:
             raise InputError("stop: one of the texts is empty, and would end every answer at once")
@@ -59,6 +62,7 @@ class TextStream:
         self._known = 0  # so many of the window's tokens had a complete text when they came
         self._told = ""  # the beginning of the window's text, which was passed on
         self._held = ""  # text that may be the beginning of a stop
+        self._begin_behind(before)
 
     def push(self, token: int) -> str:
         """The text that is complete with this token and that no stop can take back any more."""
@@ -83,6 +87,17 @@ class TextStream:
         new = self._text()[len(self._told) :]
         self._told += new
         return self._without_stops(new, end=True)
+
+    def _begin_behind(self, before: Sequence[int]) -> None:
+        """Begin the window with some of `before` that are seen as text, if there are any."""
+        count = CONTEXT
+        told = self._decoded(list(before[-count:]))
+        while not told and count < len(before):
+            count *= 2
+            told = self._decoded(list(before[-count:]))
+        if told and not told.endswith(BROKEN):  # or the row's first token may make it whole
+            self._window, self._told = list(before[-count:]), told
+            self._known = len(self._window)
 
     def _text(self) -> str:
         """The window's text; the window becomes shorter where tokens change those before them.

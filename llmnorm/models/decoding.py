@@ -37,7 +37,7 @@ from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.nn.places import Places
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.projections import Layout, Product, for_inference, layout_for
+from llmnorm.nn.projections import Layout, Layouts, Product, for_inference, layout_for
 from llmnorm.nn.recurrent_cache import RING, RecurrentCache
 from llmnorm.nn.states import Inputs, State, write_inputs
 from llmnorm.nn.visibility import Cached
@@ -94,7 +94,11 @@ class Decoder:
     """
 
     def __init__(
-        self, model: LlmNormForCausalLM, *, captured: bool = True, layout: Layout | None = None
+        self,
+        model: LlmNormForCausalLM,
+        *,
+        captured: bool = True,
+        layout: Layout | Layouts | None = None,
     ) -> None:
         if model.training:
             raise InputError("Decoder: the model is in training mode; call model.eval() first")
@@ -102,7 +106,8 @@ class Decoder:
         assert isinstance(weight, Tensor)
         ruled, about_weights = layout_for(weight)
         if layout is not None:
-            ruled, about_weights = layout, f"weights: {layout}, as asked for"
+            ruled = Layouts.of(layout)
+            about_weights = f"weights: {ruled.several}, as asked for"
         self._captured, about_steps = captures(model)
         if not captured:
             self._captured, about_steps = False, "steps run eagerly, as asked for"
@@ -113,11 +118,12 @@ class Decoder:
         self.device: torch.device = model.device
         with torch.no_grad():
             self._model = for_inference(model, ruled)
+        self._layouts = ruled
         # A graph cannot hold a packed weight, so these are inputs of it.
         self._packed = [
             module
             for module in self._model.modules()
-            if isinstance(module, Product) and module.layout == "packed"
+            if isinstance(module, Product) and "packed" in module.layouts
         ]
         # By the number of new tokens, and whether there is one row: an axis of one has strides of
         # its own, which a trace of it takes for granted.
@@ -154,25 +160,27 @@ class Decoder:
         width = max(cache.lengths[:rows]) + new if captured else None
         places = cache.places(rows, new, device, counts, width)
         if not captured:
-            hidden = _hidden_states(self._model, ids, places, cache.layers)
+            hidden = hidden_states(self._model, ids, places, cache.layers)
             if last:
-                hidden = _last(hidden, places)
+                hidden = last_tokens(hidden, places)
             logits: Tensor = self._model.lm_head(hidden)
             return logits
         if len(self._columns) < places.width or self._columns.device != device:
             self._columns = torch.arange(rounded(2 * places.width), device=device)
         inputs, layers = _graph_inputs(ids, places, cache.layers, self._columns)
-        inputs += [product.weight for product in self._packed]
+        layout = self._layouts.one if rows == new == 1 else self._layouts.several
+        packed = self._packed if layout == "packed" else []
+        inputs += [product.weights["packed"] for product in packed]
         graph = self._graphs.get((new, rows == 1))
         if graph is None:
-            graph = _traced(_Step(self._model, layers, self._packed), inputs)
+            graph = _traced(_Step(self._model, layers, packed), inputs)
             self._graphs[new, rows == 1] = graph
         logits, *states = graph(*inputs)
         _take_in(cache.layers, layers, states, places)
-        return _last(logits, places) if last and new > 1 else logits
+        return last_tokens(logits, places) if last and new > 1 else logits
 
 
-def _hidden_states(
+def hidden_states(
     model: LlmNormForCausalLM, ids: Tensor, places: Places, layers: Sequence[LayerCache]
 ) -> Tensor:
     """The model's last hidden states (rows, new, hidden) of ids (rows, new) behind a cache."""
@@ -182,7 +190,7 @@ def _hidden_states(
     return base.hidden_states(hidden, context, layers)[-1]
 
 
-def _last(tokens: Tensor, places: Places) -> Tensor:
+def last_tokens(tokens: Tensor, places: Places) -> Tensor:
     """(rows, new, ...) -> (rows, 1, ...), those of each row's last real token."""
     last = (places.counted - 1).clamp(min=0)[:, None, None]
     return tokens.take_along_dim(last, 1)
@@ -294,15 +302,15 @@ class _Step:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Logits, and the new state of each recurrent layer."""
-        kept = [product.weight for product in self._packed]
+        kept = [product.weights["packed"] for product in self._packed]
         given = inputs[len(inputs) - len(kept) :]
         try:
             for product, weight in zip(self._packed, given, strict=True):
-                product.weight = weight
+                product.weights["packed"] = weight
             return self._run(*inputs[: len(inputs) - len(kept)])
         finally:
             for product, weight in zip(self._packed, kept, strict=True):
-                product.weight = weight
+                product.weights["packed"] = weight
 
     def _run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         ids, numbers, *rest = inputs
@@ -325,7 +333,7 @@ class _Step:
                 caches.append(_Written(keys, values, layer.window))
             else:
                 caches.append(_Carried(tuple(own[: layer.states]), tuple(own[layer.states :])))
-        logits = self.model.lm_head(_hidden_states(self.model, ids, places, caches))
+        logits = self.model.lm_head(hidden_states(self.model, ids, places, caches))
         states = [t for cache in caches if isinstance(cache, _Carried) for t in cache.out]
         return (logits, *states)
 

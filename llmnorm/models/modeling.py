@@ -353,13 +353,14 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             logits_to_keep: logits of the last n positions (0: all), or of the positions given.
             loss_only: make no logits, whose memory is batch x length x vocabulary; the loss is the
                 same.
-            more: `CausalKeywords` (pretrained_model.py), shift_labels and label_positions among
-                them.
+            more: `CausalKeywords` (pretrained_model.py), shift_labels, label_positions and
+                soft_targets among them.
 
         The others are as in `LlmNormModel.forward`.
         """
         shift_labels = more.pop("shift_labels", None)
         positions = more.pop("label_positions", None)
+        soft_targets = more.pop("soft_targets", None)
         loss, logits, loss_mask = None, None, None
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -367,6 +368,8 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             raise InputError("loss_only: there is no loss without labels; give them")
         if positions is not None and shift_labels is None:
             raise InputError("label_positions: are those of shift_labels; give them too")
+        if soft_targets is not None and (shift_labels is None or positions is not None):
+            raise InputError("soft_targets: want shift_labels beside them, and no label_positions")
         if shift_labels is not None:
             loss_mask = shift_labels != IGNORED
         output = self.model(
@@ -385,7 +388,7 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
         )
         hidden = output.last_hidden_state
         if shift_labels is not None:
-            loss = self._loss(hidden, shift_labels, num_items_in_batch, positions)
+            loss = self._loss(hidden, shift_labels, num_items_in_batch, positions, soft_targets)
         if not loss_only:
             keep = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -21,6 +21,7 @@ from llmnorm.models.initialization import initialize_module
 from llmnorm.models.new_rows import tie_new_rows
 from llmnorm.nn import block as blocks
 from llmnorm.nn.loss import LanguageHead, cross_entropy
+from llmnorm.nn.soft_targets import SoftTargets
 from llmnorm.part import InputError, nearest
 
 
@@ -60,6 +61,9 @@ class CausalKeywords(Keywords, total=False):
     """(labels,) int64, the positions of all labels of `shift_labels` in the rows laid end to end,
     from a caller who knows them on the host. The loss's head then runs there alone, and nothing is
     read back from a GPU; a label at another position is not counted."""
+    soft_targets: SoftTargets | None
+    """A frozen model's distributions of all tokens, in the place of labels: `shift_labels` then say
+    which tokens count. The loss is the cross-entropy with them; not beside label_positions."""
 
 
 def check_keywords(given: Any) -> None:
@@ -148,13 +152,18 @@ class WithLanguageHead(LlmNormPreTrainedModel):
         labels: Tensor,
         items: Tensor | float | None,
         positions: Tensor | None = None,
+        soft_targets: SoftTargets | None = None,
     ) -> Tensor:
         """The loss of hidden (..., hidden) against labels (...), at flat `positions` if given."""
         if positions is not None:
             hidden = hidden.flatten(0, -2).index_select(0, positions)
             labels = labels.flatten().index_select(0, positions)
         if isinstance(self.lm_head, LanguageHead):
-            return self.lm_head(hidden, labels, items)
+            return self.lm_head(hidden, labels, items, soft_targets)
+        if soft_targets is not None:
+            raise InputError(
+                "soft_targets: the head has an adapter around it, whose loss knows labels only"
+            )
         # An adapter around the head: its logits are more than hidden @ weight.
         return cross_entropy(self.lm_head(hidden), labels, items)
 

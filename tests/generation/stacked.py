@@ -114,6 +114,16 @@ class CheckedStacks(Stacks):
             ids.append(list(stack.ids[row]))
         return CheckedStack(self._inner.stack(inner), ids, self._of)
 
+    def exchange(self, batch: Stack, places: Sequence[Place]) -> tuple[Stack, list[int]]:
+        """As above, and the batch that is given up cannot be used again."""
+        assert isinstance(batch, CheckedStack)
+        inner = [(s.inner, row) for s, row in places if isinstance(s, CheckedStack)]
+        ids = [list(s.ids[row]) for s, row in places if isinstance(s, CheckedStack)]
+        made, copied = self._inner.exchange(batch.inner, inner)
+        del batch.inner
+        self.made.append(len(copied))
+        return CheckedStack(made, ids, self._of), copied
+
 
 class CheckedStack(Stack):
     """A batch of which every pass is compared with a full one."""

@@ -141,20 +141,45 @@ def test_rows_of_one_length_stay_grouped_and_are_copied_once(kind: str) -> None:
     assert again.made == [4, 4, 4] * 2 and other.moved == 16
 
 
-def test_who_is_left_behind_is_taken_out_of_the_batch() -> None:
-    """Oracle: lengths by hand: rows of 3, 3 and 5 tokens, batches of 2, one token a round.
+@pytest.mark.parametrize(
+    ("kind", "made"), [("softmax", [2, 1, 1]), ("nala", [2, 1, 1]), ("Llama, padded", [2, 2, 1])]
+)
+def test_who_stays_in_a_batch_keeps_its_place_where_the_cache_can(
+    kind: str, made: list[int]
+) -> None:
+    """Oracle: by hand: rows of 3, 3 and 5 tokens, batches of 2, one token a round.
 
-    Rows 0 and 1 are grouped, and stay so until row 1 ends; then 0 is aligned with the third row.
+    Rows 0 and 1 are grouped until row 1 ends; then 0, of 5 tokens too, with 2; then 2 is alone.
     """
-    of = target("softmax")
+    of = target(kind)
     asked = [[1, 2, 3], [3, 2, 1], [5, 4, 3, 2, 1]]
     stacks, costs = of.stacks, Costs()
     rows = [rows_for(asked, max_tokens=most)[number] for number, most in enumerate([3, 2, 4])]
     draft = Guesses([], slots=3)
     events = list(exspec(stacks, draft, rows, 1, schedule=Schedule(2, 3), costs=costs))
     assert [event.request for event in events] == [0, 1, 0, 1, 0, 2, 2, 2, 2]
-    assert stacks.made == [2, 2, 1]
-    assert (costs.rounds, costs.grouped, costs.moved) == (6, 3, 5)
+    assert stacks.made == made
+    assert (costs.rounds, costs.grouped, costs.moved) == (6, 3, sum(made))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "softmax before nala", "Llama, padded"])
+def test_who_is_left_behind_is_taken_out_of_the_batch(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: groups by hand: rows 0 and 1, then 1 and 2 (0 is taken out, and 2 copied, or both
+    where rows cannot stay in their places), then 0 and 3 (1 and 2 are taken out, both copied)."""
+    of, asked = target(kind), [[1, 2, 3], [3, 2, 1], [5, 4, 3, 2, 1], [4, 4]]
+    texts, chance = of.continued(asked, 9), random.Random(5)
+    stacks, told, ordered = of.stacks, [[0, 1], [1, 2], [0, 3]], module.group
+    monkeypatch.setattr(
+        module, "group", lambda *args: Group(told.pop(0), False) if told else ordered(*args)
+    )
+    draft = Guesses(texts, lambda: chance.random() < 0.5)
+    events = exspec(stacks, draft, rows_for(asked, max_tokens=9), 1, schedule=Schedule(2, 4))
+    first = [next(events) for _ in range(6)]
+    assert [event.request for event in first] == [0, 1, 1, 2, 0, 3]
+    assert stacks.made == [2, 1, 2 if kind == "Llama, padded" else 1, 1, 1, 2]
+    assert answers([*first, *events], asked) == expected(texts, asked, [], 9)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "Llama, padded"])
@@ -201,12 +226,12 @@ def test_a_planted_error_is_found(error: str, monkeypatch: pytest.MonkeyPatch) -
 
     def kept(stacks: CheckedStacks, batch: Any, members: Any, window: Any, costs: Costs) -> Any:
         if error == "other rows kept" and batch and len(batch.lengths) == len(members):
-            return batch
-        found = right(stacks, batch, members, window, costs)
+            return batch, members
+        found, ordered = right(stacks, batch, members, window, costs)
         for member in window:
             if error == "left behind" and member not in members:
                 member.place = found, 0
-        return found
+        return found, ordered
 
     monkeypatch.setattr(module, "_gathered", kept)
     draft = Guesses(texts, lambda: chance.random() < 0.6)

@@ -49,6 +49,17 @@ def rounds(stacks: CheckedStacks, chance: random.Random, count: int) -> None:
         fresh = [(batch, row) for row in range(len(members))]
         if number % 2:
             fresh = [(stacks.stack([place]), 0) for place in fresh]
+        else:  # row 0 leaves the batch, the last row comes into its place, another is exchanged
+            fresh[0] = stacks.stack(fresh[:1]), 0
+            others = [place for place in places[len(members) :] if chance.random() < 0.7]
+            stay = [fresh[-1], *fresh[1:-1], *others][: chance.randint(1, len(members))]
+            out = [place for place in fresh[1:] if place not in stay]
+            out = [(stacks.stack([place]), 0) for place in out]
+            made, _ = stacks.exchange(batch, stay)
+            kept = [place for place in places[len(members) :] if place not in stay]
+            kept += [fresh[0]] if fresh[0] not in stay else []
+            places[:] = [*((made, row) for row in range(len(stay))), *out, *kept]
+            continue
         places[: len(members)] = fresh
 
 

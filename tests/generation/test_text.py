@@ -188,3 +188,22 @@ def test_a_window_of_the_last_tokens_is_decoded() -> None:
     for token in itertools.islice(itertools.cycle(tokenizer.encode("the end é")), 200):
         stream.push(token)
     assert max(counted) <= 6
+
+
+@pytest.mark.parametrize("name", SOUND)
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_a_text_goes_on_from_the_tokens_before_it(name: str, data: st.DataObject) -> None:
+    """Oracle: all tokens decoded at once; a word after another one keeps its space."""
+    tokenizer = TOKENIZERS[name]
+    before, ids = data.draw(ids_of(tokenizer)), data.draw(ids_of(tokenizer))
+    head = whole(tokenizer, before)
+    stream = TextStream(tokenizer, before=before)
+    pieces = [stream.push(token) for token in ids]
+    text = "".join([*pieces, stream.finish()])
+    if head and not head.endswith("\ufffd"):
+        assert head + text == whole(tokenizer, [*before, *ids])
+    if name == "metaspace":
+        the = tokenizer.convert_tokens_to_ids("▁the")
+        assert TextStream(tokenizer, before=[the]).push(the) == " the"
+        assert TextStream(tokenizer).push(the) == "the"

@@ -76,9 +76,12 @@ class Watched:
     def add(self, prompt: Sequence[int], n: int = 1, **sampling: Any) -> int:
         """Queue a greedy request."""
         own = Sampling(**{"temperature": 0, "max_tokens": 20, **sampling})
-        request = Request(tuple(prompt), own, n)
+        return self.add_request(Request(tuple(prompt), own, n))
+
+    def add_request(self, request: Request) -> int:
+        """Queue a request, a greedy one."""
         number = self.engine.add(request)
-        for row in range(n):
+        for row in range(request.n):
             self.answers[number, row] = Answer(request)
         return number
 
@@ -158,7 +161,8 @@ class KnownDraft:
     Args:
         texts: token ids that the target gives.
         right: for each proposed token, whether it shall be the known one.
-        fewer: takes a number off each row's tokens.
+        fewer: of the tokens asked for, how many are proposed.
+        in_front: whether rows are numbered by their order, from 0, as the engine's are.
     """
 
     def __init__(
@@ -166,9 +170,11 @@ class KnownDraft:
         texts: Sequence[Sequence[int]],
         right: Callable[[], bool],
         fewer: Callable[[int], int] = lambda count: count,
+        *,
+        in_front: bool = True,
     ) -> None:
         self._texts = [list(text) for text in texts]
-        self._right, self._fewer = right, fewer
+        self._right, self._fewer, self._in_front = right, fewer, in_front
         self._seen: dict[
             int, list[int]
         ] = {}  # what each slot's row had when it was last drafted for
@@ -176,7 +182,8 @@ class KnownDraft:
 
     def propose(self, rows: Sequence[DraftedRow], counts: Sequence[int]) -> list[Proposal]:
         """The known tokens, or others."""
-        assert [row.slot for row in rows] == list(range(len(rows))), "rows in use stand in front"
+        if self._in_front:
+            assert [row.slot for row in rows] == list(range(len(rows))), "rows stand in front"
         self.asked.append(list(counts))
         proposals = []
         for row, count in zip(rows, counts, strict=True):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from llmnorm.generation import cost_table, costs
 from llmnorm.generation.costs import Costs, Size, Times, size_of
 from llmnorm.machine.processor import processor
-from llmnorm.models import LlmNormConfig
+from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.models.decoding import Decoder
 from llmnorm.models.modeling import build_model
 
@@ -38,7 +38,7 @@ DRAFT = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-BATCHES, TOKENS, PROMPT, PASSES = (1, 2, 4, 8, 16), (1, 2, 3, 5, 9, 17), 32, 3
+BATCHES, TOKENS, PROMPT, PASSES = (1, 2, 4, 8, 16), (1, 2, 3, 5, 9, 17), 32, 4
 HEAD = '''"""Milliseconds of passes, by kind of processor; written by tools/bench/draft_costs.py.
 
 TABLE[processor][threads][batch][tokens a row]: for a layer, and for a million weights. What it is
@@ -52,38 +52,30 @@ Measured = dict[int, dict[int, dict[int, tuple[float, float]]]]
 '''
 
 
-class Passes:
-    """A model's passes, timed.
+def timed(decoder: Decoder, batch: int, tokens: int, clock: Clock) -> float:
+    """Seconds of the fastest of some passes of so many tokens in each of so many rows."""
+    cache, times = decoder.new_cache(), []
+    drawn = torch.Generator().manual_seed(0)
+    ids = torch.randint(decoder.vocabulary, (batch, PROMPT), generator=drawn)
+    decoder.step(ids, cache, last=True)
+    for _ in range(PASSES):
+        begin = clock.now()
+        decoder.step(ids[:, :tokens], cache)
+        times.append(clock.now() - begin)
+        cache.rollback([tokens] * batch)
+    return min(times)
 
-    Args:
-        shape: of the model.
-        rows: of its cache.
-    """
 
-    def __init__(self, shape: dict[str, int], rows: int) -> None:
-        config = LlmNormConfig(
-            **shape,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-        )
-        model = build_model(config, seed=0).eval()
-        self.size, self._decoder = size_of(model), Decoder(model)
-        self._cache = self._decoder.new_cache()
-        generator = torch.Generator().manual_seed(0)
-        self._ids = torch.randint(VOCABULARY, (rows, PROMPT), generator=generator)
-        self._decoder.step(self._ids, self._cache, last=True)
-
-    def run(self, batch: int, tokens: int, clock: Clock) -> float:
-        """Seconds of the fastest of some passes."""
-        ids, times = self._ids[:batch, :tokens], []
-        for _ in range(PASSES):
-            begin = clock.now()
-            self._decoder.step(ids, self._cache)
-            times.append(clock.now() - begin)
-            self._cache.rollback([tokens] * batch)
-        return min(times)
+def model_of(shape: dict[str, int]) -> LlmNormForCausalLM:
+    """A random model."""
+    config = LlmNormConfig(
+        **shape,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    return build_model(config, seed=0).eval()
 
 
 def fitted(times: dict[Size, float]) -> tuple[float, float]:
@@ -102,18 +94,19 @@ def measured(threads: int, sizes: dict[str, dict[str, int]], options: Any, bar: 
     """name -> (batch, tokens) -> milliseconds, and the sizes."""
     torch.set_num_threads(threads)
     clock = Clock(threads)
-    passes = {name: Passes(shape, max(options.batches)) for name, shape in sizes.items()}
+    made = {name: model_of(shape) for name, shape in sizes.items()}
+    decoders = {name: Decoder(model) for name, model in made.items()}
     times: dict[str, dict[tuple[int, int], float]] = {name: {} for name in sizes}
     for turn in range(options.rounds + 1):
         for batch in options.batches:
             for tokens in options.tokens:
-                for name, some in passes.items():
-                    seconds = some.run(batch, tokens, clock)
+                for name, decoder in decoders.items():
+                    seconds = timed(decoder, batch, tokens, clock)
                     bar.update()
                     if turn:  # the first traces
                         known = times[name].get((batch, tokens), seconds * 1e3)
                         times[name][batch, tokens] = min(known, seconds * 1e3)
-    return {"times": times, "sizes": {name: some.size for name, some in passes.items()}}
+    return {"times": times, "sizes": {name: size_of(model) for name, model in made.items()}}
 
 
 def table_of(found: dict[str, Any], options: Any) -> dict[int, dict[int, tuple[float, float]]]:
