@@ -240,7 +240,7 @@ class _OneClass(Product):
 
     def __init__(self, product: Product, first: int, most: int) -> None:
         nn.Module.__init__(self)
-        self.sizes, self.layout = product.sizes, product.layout
+        self.sizes = product.sizes
         self.product, self._first, self._most = product, first, most
 
     def forward(self, x: Tensor) -> Tensor:
