@@ -24,7 +24,7 @@ one after training. What a Decoder does it says in `says`.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -348,4 +348,14 @@ def _traced(step: _Step, inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor
         graph: Callable[..., tuple[Tensor, ...]] = torch.jit.trace(
             step.__call__, copies, check_trace=False
         )
+    _remove_casts_to_the_same(graph)
     return graph
+
+
+def _remove_casts_to_the_same(graph: Any) -> None:
+    """Take out of a traced graph what gives its own input back; a step has up to 15 a layer."""
+    for node in graph.graph.findAllNodes("aten::to"):
+        given, made = node.inputsAt(0), node.output()
+        if given.type().dtype() == made.type().dtype():
+            made.replaceAllUsesWith(given)
+            node.destroy()

@@ -70,7 +70,7 @@ class Watched:
     def _watch(self, blocks: Sequence[Sequence[int]]) -> Tensor:
         logits = self._feed(blocks)
         rows = self.engine._rows
-        self._fed = {(r.request, r.row): some for r, some in zip(rows, logits, strict=True)}
+        self._fed |= {(r.request, r.row): some for r, some in zip(rows, logits, strict=True)}
         return logits
 
     def add(self, prompt: Sequence[int], n: int = 1, **sampling: Any) -> int:

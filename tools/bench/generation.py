@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_step import Clock, write_gguf
+from decode_candidates import Clock, write_gguf
 from generation_ours import (
     SHORTEST,
     Copies,

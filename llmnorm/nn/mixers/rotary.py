@@ -110,11 +110,12 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (a, b), (first, second) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=second).addcmul_(a, sin)
-    return out
+    halves = x.unflatten(-1, (2, -1))
+    out = halves * cos.unsqueeze(-2)
+    (a, b), (first, second) = halves.unbind(-2), out.unbind(-2)
+    first.addcmul_(b, sin, value=-1)
+    second.addcmul_(a, sin)
+    return out.flatten(-2)
 
 
 def _exponents(rotary: Rotary, dtype: torch.dtype, longest: Tensor) -> Tensor:
