@@ -23,6 +23,7 @@ nothing; from a GPU the logits come over in one piece, or where every row is gre
 the tokens alone: one synchronisation in both cases.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -299,7 +300,7 @@ def _changed(rows: Sequence[tuple[RowChooser, Sequence[int]]], raw: Tensor) -> T
 def _faults(largest: NDArray[np.floating]) -> list[str | None]:
     """What is wrong with lines whose largest logits are these."""
     return [
-        None if np.isfinite(value) else NO_TOKEN if value == -np.inf else NOT_FINITE
+        None if math.isfinite(value) else NO_TOKEN if value == -math.inf else NOT_FINITE
         for value in largest.tolist()
     ]
 
