@@ -1,6 +1,7 @@
 """The decode step: captured and eager equal each other and passes without a cache, every mixer."""
 
 import copy
+import random
 from typing import Any, NamedTuple
 
 import pytest
@@ -253,3 +254,50 @@ def test_rows_do_not_depend_on_the_longest_one_where_positions_follow_it(kind: s
         with torch.no_grad():
             whole = model(torch.tensor([ids])).logits[0]
         torch.testing.assert_close(row, whole[-len(row) :], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["softmax", "nala", "gated_delta, ssd, window"])
+@torch.no_grad()
+def test_what_a_captured_pass_leaves_serves_every_verb(name: str) -> None:
+    """Oracle: a cache that eager passes fill (held to passes without a cache by
+    test_cache_promises.py), under the same verbs: deep rollbacks, copies, releases, selections."""
+    model, chance = build(name), random.Random(3)
+    decoders = Decoder(model, captured=False), Decoder(model)
+    caches = [decoder.new_cache() for decoder in decoders]
+    generator = torch.Generator().manual_seed(0)
+    for decoder, cache in zip(decoders, caches, strict=True):
+        decoder.step(torch.ones(3, 5, dtype=torch.long), cache)
+    passed = [5] * 3  # tokens since the row began, of which 64 can be taken back
+    for number in range(60):
+        verb = chance.choice(["back", "deep", "copy", "select", "none", "none"])
+        if verb == "back":
+            counts = [chance.randint(0, min(2, n)) for n in passed]
+        elif verb == "deep":
+            counts = [chance.randint(0, min(40, n)) for n in passed]
+        else:
+            counts = [0, 0, 0]
+        rows = [chance.randrange(3) for _ in range(3)] if verb == "select" else [0, 1, 2]
+        source, target = chance.sample(range(3), 2)
+        for cache in caches:
+            cache.rollback(counts)
+            cache.select(rows)
+            if verb == "copy":
+                cache.release(target)
+                assert cache.admit(cache, source) == target
+        passed = [passed[row] - counts[row] for row in rows]
+        if verb == "copy":
+            passed[target] = passed[source]
+        new, taking = chance.choice([1, 1, 3]), chance.choice([1, 3, 3])
+        real = [chance.randint(0, new) for _ in range(taking)]
+        ids = torch.randint(VOCABULARY, (taking, new), generator=generator)
+        if not any(caches[0].lengths[:taking]):
+            real = [new] * taking  # so that the next pass is captured
+        found = [
+            decoder.step(ids, cache, real) for decoder, cache in zip(decoders, caches, strict=True)
+        ]
+        passed = [min(64, n + more) for n, more in zip(passed, [*real, 0, 0], strict=False)]
+        for row, count in enumerate(real):
+            eager, captured = (logits[row, :count] for logits in found)
+            torch.testing.assert_close(captured, eager, rtol=0, atol=1e-12, msg=f"{number} {verb}")
+        assert caches[0].lengths == caches[1].lengths
+    assert len(decoders[1]._graphs) == 4
