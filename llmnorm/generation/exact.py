@@ -25,15 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.machine.processor import processor
+from llmnorm.models.decoding import hidden_states, longest_row
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.cache import KeyValues, RaggedCache
 from llmnorm.nn.layer_cache import KEPT, PADDING, rounded
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.softmax import SoftmaxAttention, SoftmaxParameters
-from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.projections import Layout, Product, for_inference, has_packing
 from llmnorm.nn.row_classes import FIRST_ROWS, MOST
-from llmnorm.nn.visibility import Cached
 from llmnorm.part import InputError
 
 LEAVE_OUT = "leave generation.deterministic out"
@@ -79,7 +78,7 @@ class ExactStep:
         layers = self.new_cache().layers
         # Otherwise a block is run token by token.
         self._blocks = all(type(layer) is KeyValues for layer in layers)
-        self.context: int = context or model.config.max_position_embeddings
+        self.context: int = min(context or longest_row(model), longest_row(model))
         self.vocabulary: int = model.config.vocab_size
         how = f"{layout} weights" if most > 1 else "each row by itself"
         self.says = f"decoding: bit-equal in any batch, as a self-test has shown; {how}"
@@ -123,11 +122,8 @@ class ExactStep:
         return logits
 
     def _hidden(self, ids: Tensor, cache: RaggedCache, counts: Sequence[int], width: int) -> Tensor:
-        base = self._model.model
         places = cache.places(ids.shape[0], ids.shape[1], ids.device, counts, width)
-        hidden = base.embed_tokens(ids)
-        context = Context(*base.rotary(places.index, wide_dtype(hidden.dtype)), Cached(places))
-        return base.hidden_states(hidden, context, cache.layers)[-1]
+        return hidden_states(self._model, ids, places, cache.layers)
 
     def _prove(self, rows: int, drafts: bool) -> None:
         """Compare bits of rows alone, a token a pass, with those of batches and blocks.

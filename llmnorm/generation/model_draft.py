@@ -163,7 +163,8 @@ class ModelDraft:
         for row in rows:
             own = self._rows[row.slot]
             back[row.slot] = len(own.tokens) - own.common(row.ids)
-        self._take_back(back)
+        if any(back):
+            self._take_back(back)
         for row in rows:
             own = self._rows[row.slot]
             own.ids, own.sure = row.ids, len(row.ids)

@@ -201,3 +201,12 @@ def test_other_models_are_refused(changed: dict[str, Any], told: str) -> None:
         ExactStep(build(**changed).to(dtype))
     with pytest.raises(InputError, match="training mode"):
         ExactStep(build().train())
+
+
+def test_a_context_that_was_extended_is_not_gone_beyond() -> None:
+    """Oracle: with longrope a longer row would turn all rows of its pass by other frequencies."""
+    rope: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 100.0, "factor": 2.0}
+    rope |= {"short_factor": [1.0] * 3, "long_factor": [8.0] * 3}
+    rope |= {"original_max_position_embeddings": 30}
+    for context in (None, 50):
+        assert ExactStep(build(rope_parameters=rope), context=context, rows=1).context == 30

@@ -5,7 +5,7 @@
 A trial draws an answer's first two tokens 20,000 times (tests/generation/laws.py) for one of 15
 combinations of processors, with noise of a seed or without one, and one of 5 drafts, and compares
 the counts with the exact law: it passes if the chi-square test's p is above 0.001 over the number
-of pairs. The first three trials draw 1,000 times, as a look at it; those beyond 153 begin again
+of pairs. The first three trials draw 300 times, as a look at it; those beyond 153 begin again
 with other tables of logits. `--only N` prints the figures.
 """
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.campaigns.trials import Trial, campaign
 
-LOOKS, FEW, DRAWS = 3, 1000, 20_000
+LOOKS, FEW, DRAWS = 3, 300, 20_000
 
 
 def make(number: int, chance: random.Random, folder: Path) -> Trial:
