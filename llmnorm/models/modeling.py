@@ -11,6 +11,7 @@ Surprises:
 - In `generate`, rows of a left-padded batch are stored without their padding, each at its length.
 """
 
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -40,6 +41,7 @@ from llmnorm.models.pretrained_model import (
     check_keywords,
 )
 from llmnorm.models.recomputed import recomputable
+from llmnorm.models.row_features import Ending
 from llmnorm.nn.block import Block
 from llmnorm.nn.loss import IGNORED, LanguageHead
 from llmnorm.nn.mixers import varlen
@@ -227,8 +229,13 @@ class LlmNormModel(LlmNormPreTrainedModel):
         if order is not None:
             hidden = hidden.take_along_dim(order[..., None], 1)
         states = [hidden]
+        last_block = more.get("last_block")
         for layer, block in enumerate(self.layers):
-            hidden = block(hidden, context, None if cache is None else cache.slots.layers[layer])
+            if last_block is not None and layer == len(self.layers) - 1:
+                hidden = last_block(block, hidden, context)
+            else:
+                slots = None if cache is None else cache.slots.layers[layer]
+                hidden = block(hidden, context, slots)
             states = [*states, hidden] if output_hidden_states else [hidden]
         states[-1] = hidden if self.norm is None else self.norm(hidden)
         if order is not None:
@@ -334,6 +341,12 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             raise InputError("label_positions: are those of shift_labels; give them too")
         if shift_labels is not None:
             loss_mask = shift_labels != IGNORED
+        feature = more.pop("feature", None)
+        if feature is not None:
+            if shift_labels is None or past_key_values is not None or use_cache:
+                raise InputError("feature: rows are measured by their labels, without a cache")
+            end = self._ending(shift_labels, positions)
+            more["last_block"] = lambda block, hidden, context: feature(block, hidden, context, end)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -349,6 +362,8 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             **more,
         )
         hidden = output.last_hidden_state
+        if feature is not None:
+            return CausalLMOutputWithPast()
         if shift_labels is not None:
             loss = self._loss(hidden, shift_labels, num_items_in_batch, positions)
         if not loss_only:
@@ -364,3 +379,12 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             attentions=output.attentions,
         )
         return result if self._asked(None, return_dict)[1] else result.to_tuple()
+
+    def _ending(self, labels: Tensor, positions: Tensor | None) -> Ending:
+        """What stands behind the last block, for a feature of rows with these labels."""
+        norm, flat = self.model.norm, labels.flatten()
+        return Ending(
+            norm=(lambda hidden: hidden) if norm is None else norm,
+            losses=partial(self._token_losses, labels=flat, positions=positions),
+            labels=flat,
+        )

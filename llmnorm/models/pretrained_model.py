@@ -9,18 +9,21 @@ Surprises:
 - A mixer chooses its kernel by itself, so `attn_implementation` can ask for nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.initialization import initialize_module
 from llmnorm.models.new_rows import tie_new_rows
+from llmnorm.models.row_features import Ending
 from llmnorm.nn import block as blocks
-from llmnorm.nn.loss import LanguageHead, cross_entropy
+from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.part import InputError, nearest
 
 
@@ -48,6 +51,8 @@ class Keywords(TypedDict, total=False):
     of an attention_mask, and without its reordering or a question to a GPU (context.py)."""
     is_causal: bool | None
     """Whether no token sees later ones: what the mixers do, and nothing else."""
+    last_block: Callable[[nn.Module, Tensor, Context], Tensor] | None
+    """Called with the last block, its input and its context, in the block's place."""
 
 
 class CausalKeywords(Keywords, total=False):
@@ -60,6 +65,9 @@ class CausalKeywords(Keywords, total=False):
     """(labels,) int64, the positions of all labels of `shift_labels` in the rows laid end to end,
     from a caller who knows them on the host. The loss's head then runs there alone, and nothing is
     read back from a GPU; a label at another position is not counted."""
+    feature: Callable[[nn.Module, Tensor, Context, Ending], Tensor] | None
+    """Measures the rows (row_features.py) in the last block's place; neither loss nor logits are
+    made then."""
 
 
 def check_keywords(given: Any) -> None:
@@ -157,6 +165,30 @@ class WithLanguageHead(LlmNormPreTrainedModel):
             return self.lm_head(hidden, labels, items)
         # An adapter around the head: its logits are more than hidden @ weight.
         return cross_entropy(self.lm_head(hidden), labels, items)
+
+    def _token_losses(self, hidden: Tensor, labels: Tensor, positions: Tensor | None) -> Any:
+        """The loss of every token (tokens,) of hidden (tokens, hidden), 0 without a label.
+
+        Where gradients are enabled also the gradient of each by its hidden state, (tokens, hidden).
+        The head runs at `positions` alone, if they are given.
+        """
+        if positions is not None:
+            at = hidden.index_select(0, positions), labels.index_select(0, positions)
+            found = self._token_losses(*at, None)
+            each, slope = found if torch.is_grad_enabled() else (found, None)
+            losses = each.new_zeros(len(hidden)).index_copy(0, positions, each)
+            if slope is None:
+                return losses
+            return losses, torch.zeros_like(hidden).index_copy(0, positions, slope)
+        if isinstance(self.lm_head, LanguageHead):
+            return self.lm_head(hidden, labels, each=True)
+        leaf = hidden.detach().requires_grad_(torch.is_grad_enabled())
+        logits = self.lm_head(leaf).to(hidden.dtype)
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        if not torch.is_grad_enabled():
+            return losses
+        (slope,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), slope
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Hugging Face's hook (a resized vocabulary): a plain linear head becomes ours again."""

@@ -176,3 +176,52 @@ def pipeline(vectors: Vectors) -> Iterator[Result]:
         normaliser.update(raw[taken])
         yield Result("m", absolute(normaliser.first, own["m"]), limits["m_abs"])
         yield Result("v", relative(normaliser.second, own["v"]), limits["v_rel"])
+
+
+@serves("colm/zeroth_order")
+def zeroth_order(vectors: Vectors) -> Iterator[Result]:
+    """Losses of rows on both sides of a direction, and their difference: a layer in float64."""
+    import torch.nn.functional as F
+
+    from llmnorm.models.row_features import perturbed
+
+    p, limits = vectors.hyperparameters, vectors.tolerance
+    p.ignore("n", "seq", "hidden", "vocab", "lora_rank")
+    p.only(probes=1, selection="grad", perturbed=("v_proj.weight", "v_proj.lora_B"))
+    eps, x, direction = p["eps"], vectors["hidden"], vectors["z"]
+    lora = p["perturbed"] == "v_proj.lora_B"
+    weight = vectors["lora_B"] if lora else vectors["v_weight"]
+    at = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=x.dtype)
+    at.weight.data.copy_(weight)
+    kept = x @ vectors["v_weight"].t() if lora else torch.zeros(())
+
+    def losses() -> Tensor:
+        v = kept + at(x @ vectors["lora_A"].t() if lora else x)
+        logits = (x + vectors["attention"] @ v @ vectors["o_weight"].t()) @ vectors[
+            "unembedding"
+        ].t()
+        flat = logits[:, :-1].flatten(0, 1), vectors["labels"][:, 1:].flatten()
+        return F.cross_entropy(*flat, reduction="none").view(len(x), -1).mean(1)
+
+    sides = []
+    for sign in (1, -1):
+        with torch.no_grad(), perturbed(at, direction, sign * eps):
+            sides.append(losses())
+    slope = (sides[0] - sides[1]) / (2 * eps)
+    yield Result("losses", absolute(torch.stack(sides, 1), vectors["losses"]), limits["losses_abs"])
+    yield Result(
+        "projected gradient",
+        absolute(slope, vectors["projected_gradient"]),
+        limits["projected_gradient_abs"],
+    )
+    features = slope[:, None] * direction.flatten()
+    yield Result("features", absolute(features, vectors["features"]), limits["features_abs"])
+    exact = torch.stack(
+        [
+            (torch.autograd.grad(loss, at.weight, retain_graph=True)[0] * direction).sum()
+            for loss in losses()
+        ]
+    )
+    apart = absolute(slope, vectors["exact_directional_derivative"])
+    yield Result("exact derivative", apart, 1.01 * limits["finite_vs_exact_abs"])
+    yield Result("derivative", absolute(exact, vectors["exact_directional_derivative"]), 1e-10)
