@@ -277,7 +277,7 @@ def _steps(name: str, config: RunConfig) -> int:
                 "prepared; run `llmnorm data` once, or give training.tokens"
             )
         rows = prepared.rows
-    return config.training.total_steps(rows, config.data.context_length)
+    return config.total_steps(rows)
 
 
 def _prepared(config: RunConfig) -> Any:
