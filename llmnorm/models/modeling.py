@@ -237,7 +237,8 @@ class LlmNormModel(LlmNormPreTrainedModel):
                 slots = None if cache is None else cache.slots.layers[layer]
                 hidden = block(hidden, context, slots)
             states = [*states, hidden] if output_hidden_states else [hidden]
-        states[-1] = hidden if self.norm is None else self.norm(hidden)
+        if last_block is None:
+            states[-1] = hidden if self.norm is None else self.norm(hidden)
         if order is not None:
             back = order.argsort(1)[..., None]
             states = [state.take_along_dim(back, 1) for state in states]

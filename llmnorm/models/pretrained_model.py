@@ -52,7 +52,8 @@ class Keywords(TypedDict, total=False):
     is_causal: bool | None
     """Whether no token sees later ones: what the mixers do, and nothing else."""
     last_block: Callable[[nn.Module, Tensor, Context], Tensor] | None
-    """Called with the last block, its input and its context, in the block's place."""
+    """Called with the last block, its input and its context, in the place of the block and of the
+    final norm behind it."""
 
 
 class CausalKeywords(Keywords, total=False):

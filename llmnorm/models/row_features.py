@@ -202,6 +202,8 @@ class Gradient(Feature):
     """The exact gradient of the last values' projection, on some directions.
 
     One backward pass leads from the losses to the projection's output and reaches no parameter.
+    FSDP2 ends it as it ends every backward pass: what was gathered is given up, so that nothing of
+    the model can run behind it in the same forward pass.
 
     Args:
         at: the projection.

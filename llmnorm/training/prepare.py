@@ -29,7 +29,7 @@ from llmnorm.runs.lock import RunLock
 from llmnorm.selection.settings import SelectionSettings
 from llmnorm.training.ema import EMA
 from llmnorm.training.model import Base, run_model
-from llmnorm.training.selecting import SELECTION, Selecting
+from llmnorm.training.selecting import Selecting
 from llmnorm.training.state import (
     Progress,
     end_tokens,
@@ -37,6 +37,7 @@ from llmnorm.training.state import (
     resume,
     starting_point,
     trained_on,
+    without_selection,
 )
 from llmnorm.training.stretch import former_steps, stretched
 
@@ -208,9 +209,8 @@ def prepare(
         state |= selecting.state
     written = checkpoints.without_copies(state)
     own = start is not None and start.path.parent == run.checkpoints
-    if start is not None and not own:  # of another run, which may have had another selection
-        there = start.manifest["tensors"]
-        state = {n: t for n, t in state.items() if n in there or not n.startswith(SELECTION)}
+    if start is not None and not own:
+        state = without_selection(state, start)
     progress, message = resume(checkpoints, start, state, data, parallel)
     parallel.weights_changed()  # what was loaded reaches the model under ZeRO too
     if message:

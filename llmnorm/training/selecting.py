@@ -48,12 +48,11 @@ from llmnorm.selection.settings import (
     SelectionSettings,
     zero3_refusal,
 )
+from llmnorm.training.state import SELECTION, Progress
 
 if TYPE_CHECKING:
     from llmnorm.models.modeling import LlmNormForCausalLM
-    from llmnorm.training.state import Progress
 
-SELECTION = "selection."  # what the names of the selector's tensors in a checkpoint begin with
 FULL = 0.1  # of the steps; a run in which kept rows alone fill more batches than this says so
 PAIR = 0.83  # of the time of a pair of probes: what gradients and 64 projections cost (measured)
 
@@ -110,7 +109,7 @@ class Selecting:
         self._seconds = self._training = 0.0
         self._chosen_at: float | None = None
 
-    def steps(self, progress: "Progress") -> Iterator[list[MicroBatch]]:
+    def steps(self, progress: Progress) -> Iterator[list[MicroBatch]]:
         """Yield, without end, this process's micro-batches of each step, chosen when asked for."""
         while True:
             yield self.choose(progress.row)

@@ -79,6 +79,16 @@ def test_rows_may_come_in_any_order() -> None:
     assert order[torch.from_numpy(there)].tolist()[:9] == here.tolist()[:9]
 
 
+def test_the_last_bits_decide_nothing() -> None:
+    """Oracle: the picks of the same numbers; among 40 numbers on a line nearly every late pick is
+    one of two that are nearest to each other, which tie, and noise of 1e-15 does not part them."""
+    numbers = points(40, 1, 11).double()
+    picks = facility_location(similarity_of(numbers, "l1"), 25)[0].tolist()
+    for seed in range(10):
+        noise = 1e-15 * points(40, 1, seed).double()
+        assert facility_location(similarity_of(numbers + noise, "l1"), 25)[0].tolist() == picks
+
+
 def test_what_changes_no_picks() -> None:
     """Oracle: the same picks of scaled features, and with a number added to all similarities."""
     features = points(50, 6, 8)

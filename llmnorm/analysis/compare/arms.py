@@ -234,7 +234,7 @@ def _check_comparable(
         elif key in ("objective.name", "objective.evaluation_mask_share"):
             why = "losses of different objectives cannot be compared"
         elif key.startswith("tokenizer.") or (
-            key.startswith("data.") and not key.endswith(".weight")
+            key.startswith("data.") and not key.endswith(".weight") and "data.weights" not in key
         ):
             why = "losses on different tokens cannot be compared"
         else:
