@@ -79,7 +79,10 @@ def test_an_unknown_option_is_answered_by_the_commands_own(
 ) -> None:
     """Oracle: the options of `generate`, written out; those that it requires come later."""
     code, _, err = answer(capsys, "generate", *words)
-    own = "--adapter, --checkpoint, --ema, --help, --import, --prompt, --user"
+    own = (
+        "--adapter, --chat, --checkpoint, --draft, --ema, --help, --import, --max-tokens, --output, "
+        "--prompt, --prompts, --seed, --temperature, --user"
+    )
     assert code == 2
     assert f"there is no option --foo; valid: {own} (`llmnorm generate --help`" in err
     assert "valid: --completion, --help, --version (`llmnorm --h" in answer(capsys, "--foo")[2]
@@ -88,7 +91,7 @@ def test_an_unknown_option_is_answered_by_the_commands_own(
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        ("generate run --temperature 1", "generation.temperature=VALUE"),
+        ("generate run --top-k 1", "generation.top_k=VALUE"),
         ("generate run --max-new-tokens 3", "generation.max_new_tokens=VALUE"),
         ("train x.yaml --lr 1e-3", "optimizer.lr=VALUE"),
         ("train x.yaml --steps=3", "training.steps=VALUE"),
@@ -133,7 +136,7 @@ def test_the_word_after_an_option_is_its_value(command: str, option: str) -> Non
     "words",
     [
         ["--prompt", "x=2", "seed=1", "--prompt", "E=mc2", "seed=2"],
-        ["seed=1", "--prom", "x=2", "seed=2", "--prompt", "E=mc2"],
+        ["seed=1", "--us", "x=2", "seed=2", "--user", "E=mc2"],
         ["seed=1", "--prompt=x=2", "--ema", "seed=2", "--prompt", "E=mc2"],
     ],
 )
@@ -142,7 +145,8 @@ def test_prompts_and_settings_may_alternate(words: list[str]) -> None:
     parser = cli._parser()
     overrides, others = split_overrides(["generate", "run", *words], parser)
     assert overrides == ["seed=1", "seed=2"]
-    assert parser.parse_args(others).prompt == ["x=2", "E=mc2"]
+    parsed = parser.parse_args(others)
+    assert (parsed.prompt or parsed.user) == ["x=2", "E=mc2"]
 
 
 def test_an_option_without_a_value_takes_no_word() -> None:

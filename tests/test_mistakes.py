@@ -73,9 +73,9 @@ COMMAND_LINE = {
         real=True,
     ),
     "option that is a setting": Case(
-        "generate run --temperature 1",
+        "generate run --top-k 1",
         "there is no option <option>; <hint> (`llmnorm <command> --help` shows the usage)",
-        ("--temperature; a setting is written generation.temperature=VALUE",),
+        ("--top-k; a setting is written generation.top_k=VALUE",),
     ),
     "unknown option": Case(
         f"train {SMOKE} --dryrun",

@@ -34,6 +34,7 @@ PAGES = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", *WRITTEN]}
 # The beginning of a command that no test can run -> why. Each stands in a page.
 NOT_RUN = {
     "bash launch/quickstart.sh": "installs from the network and trains for minutes",
+    "bash launch/exspec_pair.sh": "trains for an hour; tests/objectives/test_distill.py trains one",
     "bash tools/test.sh": "runs this test",
     "bash tools/bootstrap.sh": "installs from the network",
     "accelerate launch": "tests/distributed launches several processes",

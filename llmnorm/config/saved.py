@@ -80,9 +80,11 @@ def changeable(key: str, config: RunConfig | None = None) -> bool:
     """Whether `train RUN_DIR key=value` may change this key of an existing run.
 
     Args:
-        config: the run's; one that freezes weights may be told where its base was moved to, and
-            compares it with the one that it had.
+        config: the run's; one that freezes weights may be told where its base was moved to, and one
+            that learns from a teacher where that was. It compares it with the one that it had.
     """
+    if key == "objective.teacher":
+        return True
     if key == "model.pretrained" and config is not None and config.freezes:
         return True
     return any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)

@@ -260,9 +260,10 @@ class GenerationSettings(Settings):
     context: Count | None = None
     """Tokens that a row may have, prompt and answer; left out, the model's."""
     cache_memory: Annotated[float, Field(gt=0)] | None = None
-    """GiB that the cache may take; left out, what is free."""
+    """GiB that the cache may take, which is made at the start; left out, what is free."""
     prefill_chunk: Count = 128
-    """Tokens of a prompt that are run at once, between two rounds of the other rows."""
+    """Tokens of a prompt that are run at once, between two rounds of the other rows; `eqspec` and
+    `exspec` run it whole."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; `auto`: a GPU if there is one."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -270,6 +271,56 @@ class GenerationSettings(Settings):
     deterministic: bool = False
     """Bit-equal text whatever else is in the batch, on a CPU in float32; refused where a self-test
     at the start does not show it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "GenerationSettings":
+        if not self.draft:
+            raise ValueError("generation.draft is empty; give none, lookup or a directory")
+        if "" in self.stop:
+            raise ValueError("generation.stop has an empty text, which every answer ends with")
+        if self.method in ("eqspec", "exspec") and self.cache_memory is not None:
+            raise ValueError(
+                f"generation.method '{self.method}' makes caches anew in every round, and "
+                "generation.cache_memory cannot bound them; leave one of them out"
+            )
+        self._check_deterministic()
+        return self
+
+    def check_draft(self) -> None:
+        """Refuse a method and a draft that do not go together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.draft == "none" and self.method not in ("auto", "plain"):
+            raise ValueError(
+                f"generation.method '{self.method}' verifies a draft's tokens, and "
+                "generation.draft is none; give lookup or the directory of a model"
+            )
+        if self.draft == "none" and self.draft_tokens != "auto":
+            raise ValueError(
+                f"generation.draft_tokens is {self.draft_tokens}, and generation.draft is none; "
+                "give lookup or the directory of a model"
+            )
+        if self.draft != "none" and self.method == "plain":
+            raise ValueError(
+                f"generation.method 'plain' uses no draft, and generation.draft is '{self.draft}'; "
+                "leave one of them out"
+            )
+        if self.draft_tokens == "auto" and self.method in ("eqspec", "exspec"):
+            raise ValueError(
+                f"generation.method '{self.method}' drafts as many tokens in every round: give "
+                "generation.draft_tokens (5 in the paper)"
+            )
+
+    def _check_deterministic(self) -> None:
+        found = {"device": ("cuda",), "dtype": ("bf16",), "method": ("eqspec", "exspec")}
+        for key, excluded in found.items():
+            if self.deterministic and getattr(self, key) in excluded:
+                raise ValueError(
+                    f"generation.deterministic is shown on a CPU in float32, row by row, and "
+                    f"generation.{key} is '{getattr(self, key)}'; leave one of them out"
+                )
 
 
 class RunModelSettings(ModelSettings):

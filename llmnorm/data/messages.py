@@ -164,6 +164,26 @@ class Reader:
         return Conversation(messages, answers, tools)
 
 
+def asked(given: Any) -> list[dict[str, Any]]:
+    """Messages that are to be answered, as templates read them.
+
+    Raises:
+        Unusable: they are no messages, their roles are out of order, or the last one is an answer.
+    """
+    if not isinstance(given, list) or not given:
+        kind = "no messages" if given == [] else f"{type(given).__name__}, not messages"
+        raise Unusable(f"the field 'messages' holds {kind}")
+    messages: list[dict[str, Any]] = []
+    for number, message in enumerate(given):
+        before = messages[-1]["role"] if messages else ""
+        messages.append(_checked(message, before, number)[0])
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise Unusable(f"the last message is of role '{messages[-1]['role']}'; nothing is asked")
+    if problem := _unwritable(messages, None):
+        raise Unusable(problem)
+    return messages
+
+
 def _checked(message: Any, before: str, number: int) -> tuple[dict[str, Any], bool]:
     """A message as templates read it, and whether it is an answer that is trained."""
     where = f"message {number + 1}"

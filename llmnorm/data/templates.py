@@ -154,7 +154,7 @@ def missing_tokens(directory: Path, settings: TokenizerSettings) -> list[str]:
         InputError: template or tokenizer cannot be read.
     """
     wanted = template_tokens(settings)
-    there = TextEncoder(directory).spellings if wanted else set()
+    there = TextEncoder(directory).spellings if wanted else {}
     return [token for token in wanted if token not in there]
 
 

@@ -60,7 +60,7 @@ class TextEncoder:
         mask: id of the mask token, None if there is none.
         special: ids of special tokens, those above included.
         ordinary: all other ids, ascending.
-        spellings: of all tokens.
+        spellings: of all tokens, each with its id.
         dtype: in which tokens are stored, uint16 or uint32.
 
     Raises:
@@ -102,7 +102,7 @@ class TextEncoder:
         self.pad = self.eos if pad is None else pad
         added = self._tokenizer.get_added_tokens_decoder()
         named = {self.bos, self.eos, self.pad, cls, sep, self.mask} - {None}
-        self.spellings = set(ids)
+        self.spellings = ids
         self.special = named | {number for number, token in added.items() if token.special}
         self.ordinary = sorted(set(ids.values()) - self.special)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)

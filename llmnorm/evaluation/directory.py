@@ -1,11 +1,12 @@
 """`llmnorm eval`: evaluate a trained model; print a table and write a JSON file.
 
 On validation rows it computes the objective's figures (loss, perplexity and bits per byte; of
-masked tokens loss and accuracy; a classification's scores), of every source and in total. The
-function is the one that training calls. So with the same processes and micro batch, it gives the
-figures of a run's last evaluation again, to the last digit. A run has validation rows of its own.
-For a directory without a run, `--data` names the corpus, and the directory's tokenizer makes the
-rows. benchmark_tasks.py runs lm-eval's tasks.
+masked tokens loss and accuracy; a classification's scores), of every source and in total. Those of
+`distill` beside its teacher are left out, with a note, where the teacher is gone. The function is
+the one that training calls. So with the same processes and micro batch, it gives the figures of a
+run's last evaluation again, to the last digit. A run has validation rows of its own. For a
+directory without a run, `--data` names the corpus, and the directory's tokenizer makes the rows.
+benchmark_tasks.py runs lm-eval's tasks.
 
 The file is `RUN/eval/step_00001000.json` (`step_00001000-ema.json` for the moving average), of an
 exported or stock directory `DIR/eval.json`, with an adapter `ADAPTER/eval.json`.
@@ -29,6 +30,7 @@ from llmnorm.objectives.heldout import configuration, validation_objective
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
 from llmnorm.training.evaluation import evaluate
+from llmnorm.training.teacher import give_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,6 +111,10 @@ def evaluate_directory(
         if config and objective:
             rows = batch_size or config.evaluation.micro_batch  # as in the run's own evaluations
             rows = rows or objective.rows_at_once(config.training, parallel.world)
+            try:
+                give_teacher(config, objective, parallel, {} if data else source.meta)
+            except InputError as error:  # a run may outlive its teacher
+                parallel.say(f"llmnorm: note: no figures beside the teacher: {error}")
             figures = evaluate(scored, objective, micro_batch=rows, parallel=parallel)
             result |= {"data": objective.data.identity, "validation": figures}
             paragraphs.append(table(figures))

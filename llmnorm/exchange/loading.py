@@ -30,6 +30,8 @@ from llmnorm.runs.directory import RunDirectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class Source(NamedTuple):
     """Weights that have been found and checked, but not read yet.
@@ -61,41 +63,67 @@ class Source(NamedTuple):
 
 
 def load_model(
-    path: Path, *, checkpoint: str = "latest", ema: bool = False
+    path: Path,
+    *,
+    checkpoint: str = "latest",
+    ema: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
-    """A model in evaluation mode, on the GPU if there is one, and its tokenizer.
+    """A model in evaluation mode and its tokenizer.
 
     Args:
         path: a run directory, one of its checkpoints, an exported or a stock directory (which is
             loaded as our class).
         checkpoint: of a run: `latest`, `best` or a step.
         ema: of a run: the moving average of the weights.
-
-    Returns:
-        The model in the dtype of its files (float32 for a run), and the tokenizer.
+        device: `cpu`, `cuda`, or `auto`: a GPU if there is one, but for a run that was trained with
+            `training.device: cpu`.
+        dtype: `fp32`, `bf16`, or `auto`: that of the files, and float32 for a run.
 
     Raises:
-        InputError: there are no such weights, they do not fit their configuration, or there is no
-            tokenizer.
+        InputError: there are no such weights, they do not fit their configuration, there is no
+            tokenizer, or no such device.
     """
-    return model_of(open_source(path, checkpoint=checkpoint, ema=ema), path)
+    source = open_source(path, checkpoint=checkpoint, ema=ema)
+    return model_of(source, path, device=device, dtype=dtype)
 
 
-def model_of(source: Source, path: Path) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
+def model_of(
+    source: Source, path: Path, *, device: str = "auto", dtype: str = "auto"
+) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
     """As `load_model`, for weights at `path` that `open_source` has opened."""
     tokenizer = tokenizer_of(source, path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if source.run is not None and load(source.run.path).config.training.device == "cpu":
-        device = "cpu"
-    model = empty_of(source, device)
+    if device == "auto" and source.run is not None:
+        trained = load(source.run.path).config.training.device
+        device = "cpu" if trained == "cpu" else "auto"
+    model = empty_of(source, device_of(device), DTYPES.get(dtype))
     source.read_into(named_weights(model))
     return model.eval(), tokenizer
 
 
-def empty_of(source: Source, device: torch.device | str) -> LlmNormForCausalLM:
-    """The model that the weights belong to, its tensors on `device` and uninitialised."""
-    dtype = torch.float32 if source.run else _widest(source.tensors)
-    return empty_model(source.config, device=device, dtype=dtype)
+def device_of(name: str) -> torch.device:
+    """The device of that name; `auto`: a GPU if there is one.
+
+    Raises:
+        InputError: there is no GPU.
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise InputError("device: cuda, and this machine has no GPU that torch can use; give cpu")
+    return torch.device("cuda" if name != "cpu" and there else "cpu")
+
+
+def empty_of(
+    source: Source, device: torch.device | str, dtype: torch.dtype | None = None
+) -> LlmNormForCausalLM:
+    """The model that the weights belong to, its tensors on `device` and uninitialised.
+
+    Args:
+        dtype: of its parameters; None: as wide as the files', float32 for a run.
+    """
+    own = torch.float32 if source.run else _widest(source.tensors)
+    return empty_model(source.config, device=device, dtype=dtype or own)
 
 
 def open_source(
@@ -290,14 +318,28 @@ def base_path(pretrained: Path, meta: Mapping[str, Any]) -> Path:
         meta: of a checkpoint of the run; empty before there is one.
 
     Returns:
-        What `meta` names, so that a base that is a run and was trained further is read at the step
-        that it had; else, where that is gone or the setting was changed, `pretrained`.
+        As `path_of_named`.
     """
-    named = meta.get("base")
-    if named is None or str(pretrained) != meta["config"]["model"].get("pretrained"):
-        return pretrained
+    then = meta["config"]["model"].get("pretrained") if meta else None
+    return path_of_named(meta.get("base"), then, pretrained)
+
+
+def path_of_named(named: Mapping[str, Any] | None, then: str | None, now: Path) -> Path:
+    """Where weights lie that a run reads at every start, and that its checkpoints name.
+
+    Args:
+        named: their path and hash in a checkpoint; None where it names none.
+        then: the setting that gave their directory, as the checkpoint holds it.
+        now: the same setting today.
+
+    Returns:
+        The path in `named`, so that weights of a run that was trained further are read at the step
+        that it had; else, where that is gone or the setting was changed, `now`.
+    """
+    if named is None or str(now) != then:
+        return now
     path = Path(named["path"])
-    return path if path.is_dir() else pretrained
+    return path if path.is_dir() else now
 
 
 def _hash(checksums: Mapping[str, str]) -> str:

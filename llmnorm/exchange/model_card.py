@@ -156,6 +156,8 @@ def _of_the_run(
                 if only_adapter
                 else "They are what was merged here."
             )
+    if teacher := meta.get("teacher"):
+        weights += f" They learned the distributions of {teacher['path']}."
     facts = (
         f"Trained for {meta['step']:,} steps on {meta['tokens']:,} tokens in "
         f"{meta['seconds'] / 60:,.1f} minutes, by llmnorm {meta['llmnorm']}."

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from llmnorm.nn.cache import RaggedCache
@@ -26,11 +27,15 @@ class Step(Protocol):
     Attributes:
         context: tokens that a row may have.
         vocabulary: tokens that the logits are of.
+        dtype: of keys and values, for `RaggedCache.reserve`.
+        device: where ids, logits and the cache are.
         says: what it does, in one line.
     """
 
     context: int
     vocabulary: int
+    dtype: torch.dtype
+    device: torch.device
     says: str
 
     def new_cache(self) -> RaggedCache:
@@ -142,12 +147,14 @@ class Chosen:
 class Verdict:
     """The tokens that a round commits to a row: the accepted drafts and the bonus token.
 
-    chosen: one for each token, where the request asks for log-probabilities.
+    chosen: one for each token, where the request asks for log-probabilities. fault: why the row
+    cannot go on; then nothing is committed.
     """
 
     tokens: list[int]
     accepted: int
     chosen: list[Chosen] | None = None
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,8 +162,8 @@ class Event:
     """What one row has gained in a round.
 
     request: the number that `Engine.add` gave. row: which of its n. text: complete UTF-8 that no
-    stop can take back any more. accepted: how many of the tokens, the first ones, were drafted.
-    finish: None while the row goes on.
+    stop can take back any more. accepted: how many of the tokens, the first ones, were drafted, of
+    `drafted` that were proposed. finish: None while the row goes on.
     """
 
     request: int
@@ -167,6 +174,7 @@ class Event:
     chosen: list[Chosen] | None = None
     finish: Finish | None = None
     message: str | None = None
+    drafted: int = 0
 
 
 class Chooser(Protocol):

@@ -18,13 +18,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmnorm.config.stock import all_tokens
 from llmnorm.data.settings import TOKENIZER_FILES
 from llmnorm.machine import reading
 from llmnorm.machine.files import write_whole
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER, CONFIG = TOKENIZER_FILES[:2]
 
@@ -63,9 +64,16 @@ def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     if not ids:
         alone = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
         if not alone:
-            raise InputError("--prompt: is empty, and the tokenizer has no token to begin with")
+            raise InputError("the prompt is empty, and the tokenizer has no token to begin with")
         ids = alone
     return ids
+
+
+def end_tokens(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """The tokens that end a text: the model's, or where it names none, the tokenizer's."""
+    own = config.eos_token_id
+    ends = all_tokens(tokenizer.eos_token_id if own is None else own)
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
 
 def beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

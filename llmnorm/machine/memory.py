@@ -45,6 +45,18 @@ def address_limit() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
+def available() -> int | None:
+    """Bytes of memory that are free now; None where nothing says so."""
+    most = limit()
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").split("\n")
+        free = next(line for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return most
+    there = int(free.split()[1]) * 1024  # MemAvailable: 8192 kB
+    return there if most is None else min(there, most)
+
+
 def refuse_what_cannot_fit(needed: int, what: str) -> None:
     """Refuse to allocate what is larger than all memory that this process may have.
 

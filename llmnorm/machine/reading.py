@@ -240,18 +240,23 @@ def json_lines(path: Path, key: str | None = None) -> Iterator[Line]:
         InputError: as `open_file`; or a line is longer than `MAX_LINE`.
     """
     with open_file(path, key) as file:
-        number = 0
-        while True:
-            try:
-                raw = file.readline(MAX_LINE + 1)
-            except OSError as error:
-                raise InputError(f"{path}: {reason(error)}") from None
-            if not raw:
-                return
-            number += 1
-            if len(raw) > MAX_LINE:
-                raise InputError(f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes")
-            yield Line(number, raw, *judge(raw))
+        yield from stream_lines(file, str(path))
+
+
+def stream_lines(file: IO[bytes], where: str) -> Iterator[Line]:
+    """As `json_lines`, of an open file, e.g. standard input; messages begin with `where`."""
+    number = 0
+    while True:
+        try:
+            raw = file.readline(MAX_LINE + 1)
+        except OSError as error:
+            raise InputError(f"{where}: {reason(error)}") from None
+        if not raw:
+            return
+        number += 1
+        if len(raw) > MAX_LINE:
+            raise InputError(f"{where}:{number}: the line is longer than {MAX_LINE:,} bytes")
+        yield Line(number, raw, *judge(raw))
 
 
 def judge(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:

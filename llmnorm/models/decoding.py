@@ -7,10 +7,10 @@
 
 The step runs the modules of the model itself, in a copy for inference that shares its parameters
 (nn/projections.py). On a CPU it is captured: the passes of few tokens are traced once, and then run
-without Python between the operators. What is traced is a pure function of tensors: ids, positions,
-which tokens are real, masks, the buffers of keys and values (written in place), recurrent states
-(old ones in, new ones out). All else, such as lengths, stays on the host. So one graph for a number
-of new tokens serves any number of rows and any length.
+without Python between the operators. What is traced is a pure function of tensors: ids, numbers of
+the rows (lengths, real tokens), the buffers of keys and values and of a recurrence's inputs (both
+written in place), recurrent states (old ones in, new ones out). What a rollback needs to know stays
+on the host. So one graph for a number of new tokens serves any number of rows and any length.
 
 When a step is captured is a rule and nothing that is timed: `captures`. Otherwise, and for prompts,
 the same modules run eagerly, with the same result up to rounding (tests/models/test_decoding.py).
@@ -32,13 +32,14 @@ from torch import Tensor
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.models.nf4 import NF4Linear
 from llmnorm.nn.cache import KeyValues, RaggedCache
-from llmnorm.nn.layer_cache import VERIFIED, LayerCache
+from llmnorm.nn.layer_cache import VERIFIED, LayerCache, rounded
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.nn.places import Places
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.projections import Layout, Product, for_inference, layout_for
-from llmnorm.nn.recurrent_cache import Inputs, RecurrentCache, State
+from llmnorm.nn.projections import Layout, Layouts, Product, for_inference, layout_for
+from llmnorm.nn.recurrent_cache import RING, RecurrentCache
+from llmnorm.nn.states import Inputs, State, write_inputs
 from llmnorm.nn.visibility import Cached
 from llmnorm.part import InputError
 
@@ -84,6 +85,8 @@ class Decoder:
     Attributes:
         context: tokens that a row may have.
         vocabulary: tokens that the logits are of.
+        dtype: of keys and values, for `RaggedCache.reserve`.
+        device: where ids, logits and the cache are.
         says: what it does, in one line.
 
     Raises:
@@ -91,7 +94,11 @@ class Decoder:
     """
 
     def __init__(
-        self, model: LlmNormForCausalLM, *, captured: bool = True, layout: Layout | None = None
+        self,
+        model: LlmNormForCausalLM,
+        *,
+        captured: bool = True,
+        layout: Layout | Layouts | None = None,
     ) -> None:
         if model.training:
             raise InputError("Decoder: the model is in training mode; call model.eval() first")
@@ -99,23 +106,28 @@ class Decoder:
         assert isinstance(weight, Tensor)
         ruled, about_weights = layout_for(weight)
         if layout is not None:
-            ruled, about_weights = layout, f"weights: {layout}, as asked for"
+            ruled = Layouts.of(layout)
+            about_weights = f"weights: {ruled.several}, as asked for"
         self._captured, about_steps = captures(model)
         if not captured:
             self._captured, about_steps = False, "steps run eagerly, as asked for"
         self.says = f"decoding: {about_steps}; {about_weights}"
         self.context: int = model.config.max_position_embeddings
         self.vocabulary: int = model.config.vocab_size
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
         with torch.no_grad():
             self._model = for_inference(model, ruled)
+        self._layouts = ruled
         # A graph cannot hold a packed weight, so these are inputs of it.
         self._packed = [
             module
             for module in self._model.modules()
-            if isinstance(module, Product) and module.layout == "packed"
+            if isinstance(module, Product) and "packed" in module.layouts
         ]
         # By the number of new tokens, and whether there is one row: an axis of one has strides of
         # its own, which a trace of it takes for granted.
+        self._columns = torch.empty(0, dtype=torch.long)
         self._graphs: dict[tuple[int, bool], Callable[..., tuple[Tensor, ...]]] = {}
 
     def new_cache(self) -> RaggedCache:
@@ -150,18 +162,22 @@ class Decoder:
         if not captured:
             hidden = hidden_states(self._model, ids, places, cache.layers)
             if last:
-                hidden = _last(hidden, places)
+                hidden = last_tokens(hidden, places)
             logits: Tensor = self._model.lm_head(hidden)
             return logits
-        inputs, layers = _graph_inputs(ids, places, cache.layers, self._model.dtype)
-        inputs += [product.weight for product in self._packed]
+        if len(self._columns) < places.width or self._columns.device != device:
+            self._columns = torch.arange(rounded(2 * places.width), device=device)
+        inputs, layers = _graph_inputs(ids, places, cache.layers, self._columns)
+        layout = self._layouts.one if rows == new == 1 else self._layouts.several
+        packed = self._packed if layout == "packed" else []
+        inputs += [product.weights["packed"] for product in packed]
         graph = self._graphs.get((new, rows == 1))
         if graph is None:
-            graph = _traced(_Step(self._model, layers, self._packed), inputs)
+            graph = _traced(_Step(self._model, layers, packed), inputs)
             self._graphs[new, rows == 1] = graph
-        logits, *more = graph(*inputs)
-        _take_in(cache.layers, layers, more, places)
-        return _last(logits, places) if last and new > 1 else logits
+        logits, *states = graph(*inputs)
+        _take_in(cache.layers, layers, states, places)
+        return last_tokens(logits, places) if last and new > 1 else logits
 
 
 def hidden_states(
@@ -171,15 +187,10 @@ def hidden_states(
     base = model.model
     hidden = base.embed_tokens(ids)
     context = Context(*base.rotary(places.index, wide_dtype(hidden.dtype)), Cached(places))
-    for norm in base.running_norms:
-        norm.begin(None, counts=False)
-    hidden = base.embedded(hidden, None)
-    for block, layer in zip(base.layers, layers, strict=True):
-        hidden = block(hidden, context, layer)
-    return hidden if base.norm is None else base.norm(hidden)
+    return base.hidden_states(hidden, context, layers)[-1]
 
 
-def _last(tokens: Tensor, places: Places) -> Tensor:
+def last_tokens(tokens: Tensor, places: Places) -> Tensor:
     """(rows, new, ...) -> (rows, 1, ...), those of each row's last real token."""
     last = (places.counted - 1).clamp(min=0)[:, None, None]
     return tokens.take_along_dim(last, 1)
@@ -188,93 +199,96 @@ def _last(tokens: Tensor, places: Places) -> Tensor:
 class _Layer(NamedTuple):
     """What a layer's part of a graph's inputs is.
 
-    kind: "keys" or "state". window: of keys. tensors: how many inputs it has.
+    window: of keys. tensors: how many inputs it has. states: how many of them are states, the first
+    ones; None: the layer keeps keys and values.
     """
 
-    kind: str
     window: int | None
     tensors: int
+    states: int | None
 
 
 def _graph_inputs(
-    ids: Tensor, places: Places, layers: Sequence[LayerCache], dtype: torch.dtype
+    ids: Tensor, places: Places, layers: Sequence[LayerCache], columns: Tensor
 ) -> tuple[list[Tensor], list[_Layer]]:
-    """A graph's inputs, in the order in which `_Step` reads them: numbers of the pass, for each
-    window its slots and mask, the layers' buffers and states."""
-    assert places.real is not None, "places of a width of the caller's"
-    inputs = [ids, places.index, places.counted, places.real, places.rows]
-    windows: dict[int | None, None] = {}
+    """A graph's inputs, in the order in which `_Step` reads them: the pass's ids and numbers, the
+    columns that are attended over in layers of each window, the layers' states and buffers.
+
+    `columns`: numbers from 0, as many as the widest layer attends over, or more.
+    """
+    inputs = [ids, places.numbers]
+    windows: set[int | None] = set()
     own: list[Tensor] = []
     described = []
     for layer in layers:
         if isinstance(layer, KeyValues):
             if layer.window not in windows:
-                windows[layer.window] = None
-                mask = layer.mask(places, dtype)
-                assert mask is not None
-                inputs += [places.slots(layer.window), mask]
+                windows.add(layer.window)
+                inputs.append(columns[: layer.width(places)])
             own += layer.buffers(places)
-            described.append(_Layer("keys", layer.window, 2))
+            described.append(_Layer(layer.window, 2, None))
         else:
             assert isinstance(layer, RecurrentCache)
             state = layer.before(places)
             assert state is not None
-            own += state
-            described.append(_Layer("state", None, len(state)))
+            own += [*state, *layer.buffers(places)]
+            described.append(_Layer(None, len(state) + len(layer.inputs), len(state)))
     return inputs + own, described
 
 
 def _take_in(
-    layers: Sequence[LayerCache], described: Sequence[_Layer], more: list[Tensor], places: Places
+    layers: Sequence[LayerCache], described: Sequence[_Layer], states: list[Tensor], places: Places
 ) -> None:
-    """The host's part of a captured pass: lengths, and the new inputs and states of recurrences."""
+    """The host's part of a captured pass: lengths, and the new states of recurrences."""
     for layer, what in zip(layers, described, strict=True):
         if isinstance(layer, KeyValues):
             layer.extend(places)
-            continue
-        assert isinstance(layer, RecurrentCache)
-        states, inputs = what.tensors, len(layer.inputs)
-        layer.append(tuple(more[:inputs]), tuple(more[inputs : inputs + states]), places)
-        more = more[inputs + states :]
+        else:
+            assert isinstance(layer, RecurrentCache)
+            layer.extend(tuple(states[: what.states]), places)
+            states = states[what.states :]
 
 
 class _Written(KeyValues):
     """Keys and values as a graph sees them: buffers, which it writes in place.
 
-    The mask has the number of slots to attend over.
+    The columns that the places were given have the number of slots to attend over.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, mask: Tensor, window: int | None) -> None:
-        self._buffers, self._mask, self.window = (keys, values), mask, window
+    def __init__(self, keys: Tensor, values: Tensor, window: int | None) -> None:
+        self._buffers, self.window = (keys, values), window
 
     def append(self, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """Write new tokens (rows, new, kv_heads, head_dim); all keys and values."""
-        slots, rows, width = places.slots(self.window), keys.shape[0], self._mask.shape[-1]
+        slots, rows = places.slots(self.window), keys.shape[0]
+        width = places.columns(self.window).shape[0]
         for kept, fresh in zip(self._buffers, (keys, values), strict=True):
             # An assignment would put the sizes of one row into the graph.
             kept.transpose(1, 2).index_put_((places.rows, slots), fresh.to(kept.dtype))
         kept_keys, kept_values = (kept[:rows].narrow(2, 0, width) for kept in self._buffers)
         return kept_keys, kept_values
 
-    def mask(self, places: Places, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores."""
-        return self._mask
+    def width(self, places: Places) -> int:
+        """No number of its own: that of the given columns."""
+        return 0
 
 
 class _Carried(RecurrentCache):
-    """A state as a graph sees it: the old one goes in, inputs and the new one come out."""
+    """A state as a graph sees it: the old one goes in, the new one comes out, and inputs are
+    written in place."""
 
-    def __init__(self, state: State) -> None:
-        self._state = state
-        self.out: list[Tensor] = []
+    def __init__(self, state: State, rings: Inputs) -> None:
+        self._state, self._rings = state, rings
+        self.out: State = ()
 
     def before(self, places: Places) -> State:
         """The state before the pass."""
         return self._state
 
     def append(self, inputs: Inputs, state: State, places: Places) -> None:
-        """Keep them for the graph's outputs."""
-        self.out = [*inputs, *state]
+        """Write the inputs, and keep the state for the graph's outputs."""
+        write_inputs(self._rings, inputs, places.ring(RING))
+        self.out = state
 
 
 class _Step:
@@ -287,37 +301,41 @@ class _Step:
         self._layers, self._packed = list(layers), list(packed)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Logits, and for each recurrent layer its inputs and its new state."""
-        kept = [product.weight for product in self._packed]
+        """Logits, and the new state of each recurrent layer."""
+        kept = [product.weights["packed"] for product in self._packed]
         given = inputs[len(inputs) - len(kept) :]
         try:
             for product, weight in zip(self._packed, given, strict=True):
-                product.weight = weight
+                product.weights["packed"] = weight
             return self._run(*inputs[: len(inputs) - len(kept)])
         finally:
             for product, weight in zip(self._packed, kept, strict=True):
-                product.weight = weight
+                product.weights["packed"] = weight
 
     def _run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ids, index, counted, real, rows, *rest = inputs
-        slots: dict[int | None, Tensor] = {}
-        masks: dict[int | None, Tensor] = {}
+        ids, numbers, *rest = inputs
+        rows, new = ids.shape
+        columns: dict[int | None, Tensor] = {}
         for layer in self._layers:
-            if layer.kind == "keys" and layer.window not in slots:
-                slots[layer.window], masks[layer.window], *rest = rest
-        # On the host nothing is known of the rows: numbers there would stay in the graph.
-        places = Places([], [], index, counted, None, 1, real, {}, True).with_slots(rows, slots)
-        caches: list[LayerCache] = []
+            if layer.states is None and layer.window not in columns:
+                columns[layer.window], *rest = rest
+        # On the host nothing is known of the rows: numbers there would stay in the graph. But the
+        # only new token of an only row sees all there is, as rows that start together do.
+        start = 0 if rows == new == 1 else None
+        windows = {window: 2 + n for n, window in enumerate(w for w in columns if w is not None)}
+        places = Places([], [], int(new), numbers, start, 0, True, windows, True)
+        places = places.with_columns(columns)
+        caches: list[_Written | _Carried] = []
         for layer in self._layers:
             own, rest = rest[: layer.tensors], rest[layer.tensors :]
-            if layer.kind == "keys":
+            if layer.states is None:
                 keys, values = own
-                caches.append(_Written(keys, values, masks[layer.window], layer.window))
+                caches.append(_Written(keys, values, layer.window))
             else:
-                caches.append(_Carried(tuple(own)))
+                caches.append(_Carried(tuple(own[: layer.states]), tuple(own[layer.states :])))
         logits = self.model.lm_head(hidden_states(self.model, ids, places, caches))
-        more = [t for cache in caches if isinstance(cache, _Carried) for t in cache.out]
-        return (logits, *more)
+        states = [t for cache in caches if isinstance(cache, _Carried) for t in cache.out]
+        return (logits, *states)
 
 
 def _traced(step: _Step, inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:

@@ -11,7 +11,7 @@ Surprises:
 - In `generate`, rows of a left-padded batch are stored without their padding, each at its length.
 """
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
@@ -36,13 +36,14 @@ from llmnorm.models.initialization import initialize
 from llmnorm.models.pretrained_model import (
     CausalKeywords,
     Keywords,
+    LastBlock,
     LlmNormPreTrainedModel,
     WithLanguageHead,
     check_keywords,
 )
 from llmnorm.models.recomputed import recomputable
-from llmnorm.models.row_features import Ending
 from llmnorm.nn.block import Block
+from llmnorm.nn.layer_cache import LayerCache
 from llmnorm.nn.loss import IGNORED, LanguageHead
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.contract import Context, Mixer
@@ -218,37 +219,71 @@ class LlmNormModel(LlmNormPreTrainedModel):
             visibility, position_ids, order = with_cache(
                 attention_mask, position_ids, cache, hidden, counts
             )
-        matrices: list[Tensor] | None = [] if output_attentions else None
         tables = self.rotary(position_ids, wide_dtype(hidden.dtype))
-        context = Context(*tables, visibility, matrices)
+        context = Context(*tables, visibility, [] if output_attentions else None)
         if loss_mask is None and attention_mask is not None and cache is None:
             loss_mask = attention_mask.bool()
+        states = self.hidden_states(
+            hidden,
+            context,
+            None if cache is None else cache.slots.layers,
+            token_type_ids=token_type_ids,
+            loss_mask=loss_mask,
+            order=order,
+            every=bool(output_hidden_states),
+            last_block=more.get("last_block"),
+        )
+        output = BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=cache,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=None if context.matrices is None else tuple(context.matrices),
+        )
+        return output if return_dict else output.to_tuple()
+
+    def hidden_states(
+        self,
+        hidden: Tensor,
+        context: Context,
+        layers: Sequence[LayerCache] | None,
+        *,
+        token_type_ids: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        order: Tensor | None = None,
+        every: bool = False,
+        last_block: LastBlock | None = None,
+    ) -> list[Tensor]:
+        """The hidden states (batch, length, hidden) behind the final norm, as the last item.
+
+        `forward` and the decode step (decoding.py) both run this.
+
+        Args:
+            hidden: embedded tokens (batch, length, hidden).
+            context: of the tokens, in `order`.
+            layers: the layers' caches; None: there is no cache.
+            token_type_ids, loss_mask: as in `forward`.
+            order: (batch, length), the order to take the tokens in; the result is in the first one.
+            every: put what entered each layer before it.
+            last_block: as in `Keywords`.
+        """
         for norm in self.running_norms:
             norm.begin(loss_mask, counts=torch.is_grad_enabled())
         hidden = self.embedded(hidden, token_type_ids)
         if order is not None:
             hidden = hidden.take_along_dim(order[..., None], 1)
         states = [hidden]
-        last_block = more.get("last_block")
-        for layer, block in enumerate(self.layers):
-            if last_block is not None and layer == len(self.layers) - 1:
+        for number, block in enumerate(self.layers):
+            if last_block is not None and number == len(self.layers) - 1:
                 hidden = last_block(block, hidden, context)
             else:
-                slots = None if cache is None else cache.slots.layers[layer]
-                hidden = block(hidden, context, slots)
-            states = [*states, hidden] if output_hidden_states else [hidden]
+                hidden = block(hidden, context, None if layers is None else layers[number])
+            states = [*states, hidden] if every else [hidden]
         if last_block is None:
             states[-1] = hidden if self.norm is None else self.norm(hidden)
         if order is not None:
             back = order.argsort(1)[..., None]
             states = [state.take_along_dim(back, 1) for state in states]
-        output = BaseModelOutputWithPast(
-            last_hidden_state=states[-1],
-            past_key_values=cache,
-            hidden_states=tuple(states) if output_hidden_states else None,
-            attentions=None if matrices is None else tuple(matrices),
-        )
-        return output if return_dict else output.to_tuple()
+        return states
 
     def embedded(self, hidden: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """What enters the first block: token types added, normed, dropped out."""
@@ -326,13 +361,14 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             logits_to_keep: logits of the last n positions (0: all), or of the positions given.
             loss_only: make no logits, whose memory is batch x length x vocabulary; the loss is the
                 same.
-            more: `CausalKeywords` (pretrained_model.py), shift_labels and label_positions among
-                them.
+            more: `CausalKeywords` (pretrained_model.py), shift_labels, label_positions and
+                soft_targets among them.
 
         The others are as in `LlmNormModel.forward`.
         """
         shift_labels = more.pop("shift_labels", None)
         positions = more.pop("label_positions", None)
+        soft_targets = more.pop("soft_targets", None)
         loss, logits, loss_mask = None, None, None
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -340,14 +376,17 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             raise InputError("loss_only: there is no loss without labels; give them")
         if positions is not None and shift_labels is None:
             raise InputError("label_positions: are those of shift_labels; give them too")
+        if soft_targets is not None and (shift_labels is None or positions is not None):
+            raise InputError("soft_targets: want shift_labels beside them, and no label_positions")
         if shift_labels is not None:
             loss_mask = shift_labels != IGNORED
         feature = more.pop("feature", None)
         if feature is not None:
-            if shift_labels is None or past_key_values is not None or use_cache:
-                raise InputError("feature: rows are measured by their labels, without a cache")
-            end = self._ending(shift_labels, positions)
-            more["last_block"] = lambda block, hidden, context: feature(block, hidden, context, end)
+            if past_key_values is not None or use_cache:
+                raise InputError(
+                    "feature: rows are measured without a cache; leave one of them out"
+                )
+            more["last_block"] = self._measured(feature, self.model.norm, shift_labels, positions)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -366,7 +405,7 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
         if feature is not None:
             return CausalLMOutputWithPast()
         if shift_labels is not None:
-            loss = self._loss(hidden, shift_labels, num_items_in_batch, positions)
+            loss = self._loss(hidden, shift_labels, num_items_in_batch, positions, soft_targets)
         if not loss_only:
             keep = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -380,12 +419,3 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             attentions=output.attentions,
         )
         return result if self._asked(None, return_dict)[1] else result.to_tuple()
-
-    def _ending(self, labels: Tensor, positions: Tensor | None) -> Ending:
-        """What stands behind the last block, for a feature of rows with these labels."""
-        norm, flat = self.model.norm, labels.flatten()
-        return Ending(
-            norm=(lambda hidden: hidden) if norm is None else norm,
-            losses=partial(self._token_losses, labels=flat, positions=positions),
-            labels=flat,
-        )

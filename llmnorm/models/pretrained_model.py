@@ -10,6 +10,7 @@ Surprises:
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -24,7 +25,11 @@ from llmnorm.models.row_features import Ending
 from llmnorm.nn import block as blocks
 from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
 from llmnorm.nn.mixers.contract import Context
+from llmnorm.nn.soft_targets import SoftTargets
 from llmnorm.part import InputError, nearest
+
+LastBlock = Callable[[nn.Module, Tensor, Context], Tensor]
+Measure = Callable[[nn.Module, Tensor, Context, Ending], Tensor]
 
 
 class Keywords(TypedDict, total=False):
@@ -51,7 +56,7 @@ class Keywords(TypedDict, total=False):
     of an attention_mask, and without its reordering or a question to a GPU (context.py)."""
     is_causal: bool | None
     """Whether no token sees later ones: what the mixers do, and nothing else."""
-    last_block: Callable[[nn.Module, Tensor, Context], Tensor] | None
+    last_block: LastBlock | None
     """Called with the last block, its input and its context, in the place of the block and of the
     final norm behind it."""
 
@@ -66,7 +71,10 @@ class CausalKeywords(Keywords, total=False):
     """(labels,) int64, the positions of all labels of `shift_labels` in the rows laid end to end,
     from a caller who knows them on the host. The loss's head then runs there alone, and nothing is
     read back from a GPU; a label at another position is not counted."""
-    feature: Callable[[nn.Module, Tensor, Context, Ending], Tensor] | None
+    soft_targets: SoftTargets | None
+    """A frozen model's distributions of all tokens, in the place of labels: `shift_labels` then say
+    which tokens count. The loss is the cross-entropy with them; not beside label_positions."""
+    feature: Measure | None
     """Measures the rows (row_features.py) in the last block's place; neither loss nor logits are
     made then."""
 
@@ -157,15 +165,35 @@ class WithLanguageHead(LlmNormPreTrainedModel):
         labels: Tensor,
         items: Tensor | float | None,
         positions: Tensor | None = None,
+        soft_targets: SoftTargets | None = None,
     ) -> Tensor:
         """The loss of hidden (..., hidden) against labels (...), at flat `positions` if given."""
         if positions is not None:
             hidden = hidden.flatten(0, -2).index_select(0, positions)
             labels = labels.flatten().index_select(0, positions)
         if isinstance(self.lm_head, LanguageHead):
-            return self.lm_head(hidden, labels, items)
+            return self.lm_head(hidden, labels, items, soft_targets)
+        if soft_targets is not None:
+            raise InputError(
+                "soft_targets: the head has an adapter around it, whose loss knows labels only"
+            )
         # An adapter around the head: its logits are more than hidden @ weight.
         return cross_entropy(self.lm_head(hidden), labels, items)
+
+    def _measured(
+        self,
+        feature: Measure,
+        norm: nn.Module | None,
+        labels: Tensor | None,
+        positions: Tensor | None,
+    ) -> LastBlock:
+        """A feature of rows with these labels (batch, length), to be called as the last block."""
+        if labels is None:
+            raise InputError("feature: rows are measured by their labels; give them")
+        flat = labels.flatten()
+        losses = partial(self._token_losses, labels=flat, positions=positions)
+        end = Ending(norm or nn.Identity(), losses, flat)
+        return lambda block, hidden, context: feature(block, hidden, context, end)
 
     def _token_losses(self, hidden: Tensor, labels: Tensor, positions: Tensor | None) -> Any:
         """The loss of every token (tokens,) of hidden (tokens, hidden), 0 without a label.

@@ -25,8 +25,15 @@ from typing import NamedTuple
 import torch
 
 from llmnorm.nn.key_values import KeyValues
-from llmnorm.nn.layer_cache import KEPT, PADDING, LayerCache, check_places, rounded
-from llmnorm.nn.places import Places, find_places
+from llmnorm.nn.layer_cache import (
+    KEPT,
+    PADDING,
+    LayerCache,
+    check_lengths,
+    check_places,
+    rounded,
+)
+from llmnorm.nn.places import Places, check_pass, find_places
 
 __all__ = ["KEPT", "KeyValues", "LayerCache", "Places", "RaggedCache", "check_places"]
 
@@ -132,16 +139,14 @@ class RaggedCache:
             counts = [new] * rows
         if self.free:
             counts = [0 if row in self.free else count for row, count in enumerate(counts)]
+        check_pass(lengths, new, counts, width)
         self._check_room(lengths, counts, new, width)
-        found = find_places(lengths, new, device, counts, width, {})
         if not self.lengths:
             for _ in range(rows):
                 self.admit()
-        for layer in self.layers:
-            check_places(layer, found)
         windowed = [n for n in self.layers if isinstance(n, KeyValues) and n.window is not None]
-        if not windowed:
-            return found
+        for layer in self.layers:
+            check_lengths(layer, lengths)
         for layer in windowed:
             layer.check_room(rows, new)
         for layer in windowed:

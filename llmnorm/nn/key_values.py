@@ -81,8 +81,8 @@ class KeyValues:
         kept_keys = self._room(self.keys, keys, width)
         kept_values = self._room(self.values, values, width)
         self.keys, self.values = kept_keys, kept_values
-        rows, start, new = len(places.lengths), places.start, keys.shape[1]
-        dropped = None if self.window is None else places.dropped[self.window]
+        rows, start, new = len(places.lengths), places.start, places.new
+        dropped = places.dropped(self.window)
         for kept, fresh in ((kept_keys, keys), (kept_values, values)):
             fresh = fresh.detach().to(kept.dtype)
             if start is not None and dropped is None:
@@ -95,10 +95,10 @@ class KeyValues:
     def buffers(self, places: Places) -> tuple[Tensor, Tensor]:
         """Both buffers (rows or more, kv_heads, width or more, head_dim), with room for a pass.
 
-        The caller writes there what `append` would, and then calls `extend`. Some row holds tokens.
+        The caller writes there what `append` would, and then calls `extend`. Some row holds tokens,
+        and the places are from `RaggedCache.places`, which has looked at the rows' lengths.
         """
         assert self.keys is not None and self.values is not None
-        check_places(self, places)
         width = self.width(places)
         if len(self.keys) < len(self.lengths) or self.keys.shape[2] < width:
             self.keys = self._room(self.keys, self.keys[:1].transpose(1, 2), width)
@@ -110,7 +110,7 @@ class KeyValues:
 
         Who runs a captured graph calls it: the graph writes to the buffers and knows no lengths.
         """
-        new = places.index.shape[1]
+        new = places.new
         for row, count in enumerate(places.counts):
             written = self.lengths[row] - self.dropped[row] + new
             self._written[row] = max(self._written[row], written)
@@ -120,12 +120,18 @@ class KeyValues:
         """What is added to the scores of a pass's queries; None: nothing (Places.mask)."""
         return places.mask(dtype, self.window, self.width(places))
 
+    def product_mask(
+        self, places: Places, dtype: torch.dtype, heads: tuple[int, int]
+    ) -> Tensor | None:
+        """The same for scores that are made of a product for each head (Places.product_mask)."""
+        return places.product_mask(dtype, self.window, self.width(places), heads)
+
     def width(self, places: Places) -> int:
         """Slots to attend over in a pass."""
         if self.window is None:
             return places.width
         used = zip(places.lengths, self.dropped, strict=False)
-        width = max((a - b for a, b in used), default=0) + places.index.shape[1]
+        width = max((a - b for a, b in used), default=0) + places.new
         if not places.fixed:
             return width
         reserved = self.keys.shape[2] if self.reserved and self.keys is not None else None

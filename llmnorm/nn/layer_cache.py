@@ -18,11 +18,16 @@ def check_places(layer: "LayerCache", places: Places) -> None:
     Raises:
         ValueError: the rows' lengths differ: the layer would overwrite, or skip, tokens.
     """
-    lengths = layer.lengths[: len(places.lengths)]
-    if lengths != places.lengths:
+    check_lengths(layer, places.lengths)
+
+
+def check_lengths(layer: "LayerCache", expected: list[int]) -> None:
+    """Refuse a layer whose first rows have other lengths than `expected` (`check_places`)."""
+    lengths = layer.lengths[: len(expected)]
+    if lengths != expected:
         raise ValueError(
             f"the cache's layer has rows of {lengths} tokens, and the new tokens' places are "
-            f"for rows of {places.lengths}; make the places from this cache, for every pass anew "
+            f"for rows of {expected}; make the places from this cache, for every pass anew "
             "(RaggedCache.places)"
         )
 

@@ -14,6 +14,9 @@ not to the logits; gradients are made only for inputs that want them.
 Some rows of the head may be parameters of their own beside a frozen weight (models/new_rows.py).
 Their logits take the place of the weight's; their gradient is that of these columns alone, so that
 nothing of the weight's size is made for them.
+
+In the place of the labels there may be the distributions of a frozen model (soft_targets.py). The
+labels then say which tokens count, and nothing else.
 """
 
 from collections.abc import Callable
@@ -33,6 +36,7 @@ from llmnorm.nn.linear import (
     sum_of_weight_gradients,
 )
 from llmnorm.nn.precision import product_dtype, wide_dtype
+from llmnorm.nn.soft_targets import SoftTargets, against
 
 IGNORED = -100
 
@@ -79,10 +83,13 @@ class LanguageHead(Linear):
         hidden: Tensor,
         labels: Tensor | None = None,
         items: Tensor | float | None = None,
+        soft_targets: SoftTargets | None = None,
         *,
         each: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (..., vocabulary) of hidden (..., hidden), or the loss against labels (...).
+
+        With soft targets of the same tokens, laid end to end, it is the loss against these.
 
         With `each`, which takes hidden (tokens, hidden) and labels (tokens,): the loss of every
         token and its gradient by the token's hidden state, or without gradients (`torch.no_grad`)
@@ -95,7 +102,8 @@ class LanguageHead(Linear):
             weight = self.weight.detach().to(hidden.dtype)
             bias = None if self.bias is None else self.bias.detach().to(hidden.dtype)
             return alone(hidden.detach(), weight, labels, bias=bias, new_rows=new)
-        if labels is None or torch.compiler.is_compiling():  # of the whole model, by somebody else
+        whole = torch.compiler.is_compiling() and soft_targets is None  # by somebody else
+        if labels is None or whole:
             logits = super().forward(hidden)
             if new is not None:
                 offset = None if self.bias is None else self.bias[new.place]
@@ -109,6 +117,7 @@ class LanguageHead(Linear):
             items,
             bias=self.bias,
             new_rows=new,
+            soft_targets=soft_targets,
             compiled=self.compiled and hidden.is_cuda,
         )
 
@@ -121,6 +130,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     new_rows: NewRows | None = None,
+    soft_targets: SoftTargets | None = None,
     chunk: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
@@ -134,8 +144,10 @@ def linear_cross_entropy(
             labels of this call if None (1 if there are none).
         bias: (vocabulary,), added to the logits.
         new_rows: rows that are used in the place of some of the weight's, which get no gradient.
+        soft_targets: distributions over the vocabulary that the tokens are held against; where a
+            label is -100, they count no more than it does.
         chunk: tokens at a time; `chunk_size` if None.
-        compiled: let torch's compiler fuse what is done to the logits.
+        compiled: let torch's compiler fuse what is done to the logits; not with soft targets.
     """
     device = hidden.device.type
     dtype = product_dtype(weight)
@@ -151,7 +163,8 @@ def linear_cross_entropy(
     first, rows = new_rows or (0, None)
     with torch.autocast(device, enabled=False):
         return _Loss.apply(
-            hidden, weight, bias, rows, first, labels, scale, chunk, dtype, wanted, compiled
+            *(hidden, weight, bias, rows, first, labels, scale, chunk, dtype, wanted, compiled),
+            soft_targets,
         )
 
 
@@ -311,6 +324,7 @@ class _Loss(torch.autograd.Function):
         dtype: torch.dtype,
         wanted: list[bool],
         compiled: bool,
+        soft: SoftTargets | None,
     ) -> Tensor:
         wide = wide_dtype(dtype)
         head = weight.to(dtype)
@@ -334,10 +348,14 @@ class _Loss(torch.autograd.Function):
             if own is not None:
                 own_offset = None if offset is None else offset[place]
                 logits[:, place] = _logits(hidden[part], own, own_offset)
-            if not any(wanted):
+            if soft is not None:
+                gradient, losses = against(soft.probabilities(part, wide), logits)
+                losses.masked_fill_(labels[part] == IGNORED, 0)
+            elif any(wanted):
+                gradient, losses = work(logits, labels[part])
+            else:
                 total += _softmax(logits, labels[part])[1].sum()
                 continue
-            gradient, losses = work(logits, labels[part])
             del logits
             total += losses.sum()
             if bias_grad is not None:
@@ -370,7 +388,7 @@ class _Loss(torch.autograd.Function):
         hidden_grad, weight_grad, bias_grad, rows_grad = ctx.saved_tensors
         # loss.backward() gives 1: nothing to scale. On a GPU, asking would wait for it.
         if grads[0].device.type == "cpu" and grads[0] == 1 and ctx.weight_dtype == grads[0].dtype:
-            return hidden_grad, weight_grad, bias_grad, rows_grad, *(None,) * 7
+            return hidden_grad, weight_grad, bias_grad, rows_grad, *(None,) * 8
         if hidden_grad is not None:
             hidden_grad = (hidden_grad * grads[0]).to(hidden_grad.dtype)
         if weight_grad is not None:
@@ -379,4 +397,4 @@ class _Loss(torch.autograd.Function):
             bias_grad = (bias_grad * grads[0]).to(ctx.weight_dtype)
         if rows_grad is not None:
             rows_grad = rows_grad * grads[0]
-        return hidden_grad, weight_grad, bias_grad, rows_grad, *(None,) * 7
+        return hidden_grad, weight_grad, bias_grad, rows_grad, *(None,) * 8

@@ -4,12 +4,17 @@ Shapes: x (..., in), weights (out, in), y (..., sum of the layers' out).
 
 `for_inference` copies a model whose parameters stay those of the original. In the copy every Linear
 is a `Product`, and the layers that a module names in `same_input` (queries, keys and values; gate
-and up) are one product. How a weight is laid out is a committed rule, `CHOICES`:
+and up) are one product. How a weight is laid out is a committed rule, `CHOICES`, by the processor
+and the number of threads:
 
     plain        as the parameter is, (out, in). Weights of one input are joined once and become
                  views of the joined one, so that no memory is added.
     transposed   a copy (in, out), which MKL multiplies faster by 4 rows and more.
     packed       a copy in oneDNN's own layout for few rows; one result for any number of rows.
+
+A pass of a single token, which only reads the weights, may go by the plain ones beside a copy for
+all other passes. A copy takes the weights' bytes once more (27M in float32: 104 MiB), so there is
+one at most.
 
 What would surprise: a copied layout does not follow later changes of the parameters. Make the copy
 again after training.
@@ -32,17 +37,29 @@ Layout = Literal["plain", "transposed", "packed"]
 ROWS = 8  # what oneDNN is told to pack for; 64 was as fast, 1 as slow as no packing
 
 
+class Layouts(NamedTuple):
+    """How weights are laid out for passes of several tokens, and for a pass of one."""
+
+    several: Layout
+    one: Layout
+
+    @classmethod
+    def of(cls, layout: "Layout | Layouts") -> "Layouts":
+        """One layout for both, if it is a layout."""
+        return layout if isinstance(layout, Layouts) else cls(layout, layout)
+
+
 class Choice(NamedTuple):
     """How float32 weights are laid out for decoding on one kind of processor.
 
     Attributes:
-        layout: which one.
+        layouts: with one thread, and with more.
         figures: milliseconds of all products of a 26M model by rows, torch's F.linear -> this.
         machine: where that was measured.
         date: when, as YYYY-MM-DD.
     """
 
-    layout: Layout
+    layouts: tuple[Layouts, Layouts]
     figures: str
     machine: str
     date: str
@@ -50,33 +67,41 @@ class Choice(NamedTuple):
 
 CHOICES: dict[Processor, Choice] = {
     Processor("Intel", 6, "AVX512"): Choice(
-        layout="transposed",
-        figures="1 row 12.6 -> 11.0, 2 13.8 -> 13.4, 4 16.2 -> 11.6, 8 27.6 -> 20.8, 16 23.2 -> "
-        "19.4, 40 39.1 -> 32.9 (one thread; packed 15.1, 16.5, 12.6, 18.8, 18.7, 33.8)",
+        layouts=(Layouts("transposed", "transposed"), Layouts("packed", "plain")),
+        figures="one thread, plain, transposed, packed: 1 row 8.2, 7.7, 9.1; 2 rows 8.7, 9.2, 9.4; "
+        "4 rows 14.7, 10.7, 10.8; 8 rows 19.1, 14.8, 12.4; 16 rows 18.5, 16.3, 14.9; 40 rows 27.2, "
+        "20.8, 23.5; two threads: 1 row 4.1, 4.1, 5.2; 4 rows 13.1, 10.5, 11.4; 8 rows 16.9, 15.5, "
+        "13.1; 16 rows 22.6, 18.8, 16.3 (4 rows and more beside other work)",
         machine="Xeon, family 6 model 207 (Emerald Rapids)",
         date="2026-11-30",
     ),
     Processor("AMD", 25, "AVX2"): Choice(
-        layout="packed",
-        figures="1 row 10.0 -> 9.7, 2 17.8 -> 10.5, 4 21.7 -> 15.5, 8 26.5 -> 17.9, 12 31.5 -> "
-        "22.2, 40 47.3 -> 41.8 (one thread); two threads 5 rows 17.6 -> 12.9, 8 16.3 -> 12.1",
+        layouts=(Layouts("packed", "packed"), Layouts("packed", "packed")),
+        figures="F.linear -> packed: 1 row 10.0 -> 9.7, 2 17.8 -> 10.5, 4 21.7 -> 15.5, 8 26.5 -> "
+        "17.9, 12 31.5 -> 22.2, 40 47.3 -> 41.8 (one thread); two threads 5 rows 17.6 -> 12.9, 8 "
+        "16.3 -> 12.1",
         machine="EPYC with AVX2 alone and 32 MiB of L3, which we take for Zen 3",
         date="2026-11-28",
     ),
 }
+PLAIN = Layouts("plain", "plain")
 
 
-def layout_for(weight: Tensor) -> tuple[Layout, str]:
-    """The layout of a weight like this one, and a sentence that says why."""
+def layout_for(weight: Tensor) -> tuple[Layouts, str]:
+    """The layouts of a weight like this one with torch's threads, and a clause that says why."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         kind = str(weight.dtype).removeprefix("torch.")
-        return "plain", f"weights stay as they are ({kind} on {weight.device.type})"
+        return PLAIN, f"weights stay as they are ({kind} on {weight.device.type})"
     found = choice()
     if found is None:
-        return "plain", f"weights stay as they are (not measured on {_name(processor())})"
-    if found.layout == "packed" and not has_packing():
-        return "plain", "weights stay as they are (this torch has no oneDNN operator to pack them)"
-    return found.layout, f"a {found.layout} copy of the weights ({_name(processor())})"
+        return PLAIN, f"weights stay as they are (not measured on {_name(processor())})"
+    threads = torch.get_num_threads()
+    layouts = found.layouts[threads > 1]
+    if "packed" in layouts and not has_packing():
+        return PLAIN, "weights stay as they are (this torch has no oneDNN operator to pack them)"
+    beside = ", beside them as they are for one token" if layouts.one != layouts.several else ""
+    on = f"{_name(processor())}, {threads} thread{'s' if threads > 1 else ''}"
+    return layouts, f"a {layouts.several} copy of the weights{beside} ({on})"
 
 
 def choice() -> Choice | None:
@@ -121,50 +146,62 @@ class Product(nn.Module):
 
     Attributes:
         sizes: outputs of each layer.
+        layouts: of its weights.
+        weights: by their layout; `packed` may be replaced, for a graph that has it as an input.
 
     Raises:
         ValueError: `packed`, where oneDNN cannot pack.
     """
 
-    def __init__(self, linears: Sequence[Linear], layout: Layout) -> None:
+    def __init__(self, linears: Sequence[Linear], layout: Layout | Layouts) -> None:
         super().__init__()
-        dtype = linears[0].weight.dtype
-        if layout == "packed" and not (has_packing() and dtype in (torch.float32, torch.bfloat16)):
-            raise ValueError(f"layout 'packed': oneDNN cannot pack {dtype} here; nearest: plain")
         self.sizes = [linear.out_features for linear in linears]
-        self.layout = layout
-        weights = [linear.weight for linear in linears]
+        self.inputs = linears[0].in_features
+        self.layouts = Layouts.of(layout)
+        # No buffers: copies of the module share them, and they are in no state dict.
+        parameters = [linear.weight for linear in linears]
+        self.weights = {layout: _laid_out(parameters, layout) for layout in set(self.layouts)}
         biases = [linear.bias for linear in linears]
-        weight = _one_tensor(weights) if layout == "plain" else torch.cat([w.data for w in weights])
-        if layout == "transposed":
-            weight = weight.t().contiguous()
-        if layout == "packed":
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-        # No buffer: copies of the module share it, and it is in no state dict.
-        self.weight = weight
         bias = [
             torch.zeros_like(w[:, 0]) if b is None else b.data
-            for w, b in zip(weights, biases, strict=True)
+            for w, b in zip(parameters, biases, strict=True)
         ]
         self.bias = None if all(b is None for b in biases) else torch.cat(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., sum of out)."""
-        if self.layout == "packed":
+        if x.numel() == self.inputs:
+            ones = [1] * (x.ndim - 1)  # numbers, so that a trace has no questions of shapes
+            return self._product(x.reshape(1, -1), self.layouts.one).view(*ones, -1)
+        return self._product(x, self.layouts.several)
+
+    def _product(self, x: Tensor, layout: Layout) -> Tensor:
+        weight = self.weights[layout]
+        if layout == "packed":
             if torch.jit.is_tracing():
-                return _scripted_packed_product()(x, self.weight, self.bias)
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self.weight, self.bias, "none", [], ""
-            )
-            return y
-        if self.layout == "transposed":
-            y = x @ self.weight
-            return y if self.bias is None else y + self.bias
-        return F.linear(x, self.weight, self.bias)
+                return _scripted_packed_product()(x, weight, self.bias)
+            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
+        if layout == "plain":
+            return F.linear(x, weight, self.bias)
+        y = x @ weight
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"{self.sizes}, {self.layout}"
+        return f"{self.sizes}, {self.layouts.several}, one token {self.layouts.one}"
+
+
+def _laid_out(weights: Sequence[nn.Parameter], layout: Layout) -> Tensor:
+    """The weights of layers of one input as one, in a layout."""
+    if layout == "plain":
+        return _one_tensor(weights)
+    joined = torch.cat([w.data for w in weights])
+    if layout == "transposed":
+        return joined.t().contiguous()
+    if not (has_packing() and joined.dtype in (torch.float32, torch.bfloat16)):
+        raise ValueError(f"layout 'packed': oneDNN cannot pack {joined.dtype} here; nearest: plain")
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(joined, ROWS)
+    return packed
 
 
 class InFirst(nn.Module):
@@ -178,12 +215,12 @@ class InFirst(nn.Module):
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def for_inference(model: Model, layout: Layout) -> Model:
+def for_inference(model: Model, layout: Layout | Layouts) -> Model:
     """A copy of `model` for passes without gradients, on the same memory.
 
     Layers of other classes (of adapters, or in four bits), and those with hooks, are as they were.
     """
-    if layout == "plain":
+    if "plain" in Layouts.of(layout):
         for module in model.modules():
             if group := _same_input(module):
                 _one_tensor([linear.weight for linear in group])
@@ -195,7 +232,8 @@ def for_inference(model: Model, layout: Layout) -> Model:
         if group := _same_input(module):
             product = Product(group, layout)
             for number, name in enumerate(_names(module)):
-                setattr(module, name, InFirst() if number else product)
+                parent, _, last = name.rpartition(".")
+                setattr(module.get_submodule(parent), last, InFirst() if number else product)
         for name, child in module.named_children():
             if isinstance(child, Linear) and _is_plain(child):
                 setattr(module, name, Product([child], layout))
@@ -204,14 +242,15 @@ def for_inference(model: Model, layout: Layout) -> Model:
 
 def _same_input(module: nn.Module) -> list[Linear]:
     """The layers that a module multiplies one input by, if all are linear layers of ours."""
-    layers = [getattr(module, name, None) for name in _names(module)]
+    layers = [module.get_submodule(name) for name in _names(module)]
     found = [layer for layer in layers if isinstance(layer, Linear) and _is_plain(layer)]
     return found if len(found) == len(layers) else []
 
 
-def _names(module: nn.Module) -> Sequence[str]:
+def _names(module: nn.Module) -> list[str]:
+    """Those of `same_input` that the module has: a gate, say, may be None."""
     names: Sequence[str] = getattr(module, "same_input", ())
-    return names
+    return [name for name in names if getattr(module, name.split(".")[0]) is not None]
 
 
 def _is_plain(module: object) -> bool:

@@ -39,6 +39,7 @@ from llmnorm.nn.states import (
     first_inputs,
     owned,
     rows_of,
+    write_inputs,
 )
 
 RING = 2 * (KEPT + VERIFIED)
@@ -114,26 +115,46 @@ class RecurrentCache:
         before = self._states_of(rows)
         assert before is not None, "there is room for it"
         whole = rows == len(self.lengths) and places.start is not None
-        if not whole or inputs[0].shape[1] > KEPT:
+        if not whole or places.new > KEPT:
             self._settle()
-        if inputs[0].shape[1] <= KEPT:
+        if places.new <= KEPT:
             slots = places.ring(RING)
         else:
             inputs, before, slots = self._end_of_pass(inputs, before, places)
+        write_inputs(self._slots, inputs, slots)
+        self._count(before, state, places)
+
+    def buffers(self, places: Places) -> Inputs:
+        """The rings of all rows, (all rows' slots, ...), in which the caller writes a pass's inputs
+        as `write_inputs` does, at `places.ring(RING)`; and then calls `extend`.
+
+        Of a pass of at most VERIFIED tokens, whose rows hold tokens; the places are from
+        `RaggedCache.places`, which has looked at the rows' lengths.
+        """
+        self._make_room(len(self.lengths), self._ring, self._states)
+        self._settle()
+        return self._slots
+
+    def extend(self, state: State, places: Places) -> None:
+        """Take in a pass whose inputs are written: its state, which is kept by reference."""
+        before = self._states_of(len(places.lengths))
+        assert before is not None, "its rows hold tokens"
+        self._count(before, owned(state), places)
+
+    def _count(self, before: State, state: State, places: Places) -> None:
+        """The host's part of a pass: lengths, snapshots of the states before it, marks."""
+        rows = len(places.lengths)
         tokens = enumerate(zip(places.lengths, places.counts, strict=True))
         due = [row for row, (start, count) in tokens if self._due(row, start, count)]
         self._take_snapshots(due, before)
         for row in self._rows[rows:]:
             row.began = None
         for number, homes in enumerate(self._homes or ()):
-            for token in range(
-                places.lengths[number], places.lengths[number] + places.counts[number]
-            ):
+            start = places.lengths[number]
+            for token in range(start, start + places.counts[number]):
                 homes[token % RING] = number
             if number in due:
                 homes[RING + self._rows[number].plane] = number
-        for kept, fresh in zip(self._slots, inputs, strict=True):
-            kept.index_copy_(0, slots, fresh.flatten(0, 1).to(kept.dtype))
         self._before, self._states = before, state
         counts = [*places.counts, *[0] * (len(self.lengths) - rows)]
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
@@ -378,22 +399,3 @@ class RecurrentCache:
         slots = (slots % RING + as_index(rows, device)[:, None] * (RING + 1)).flatten()
         inputs = (t.index_select(0, slots).unflatten(0, (-1, width)) for t in self._slots)
         return first_inputs(tuple(inputs), counts)
-
-
-def part(state: State | None, index: int) -> Tensor | None:
-    """One tensor of a state, if there is a state yet."""
-    return None if state is None else state[index]
-
-
-def last_inputs(window: Tensor | None, inputs: Tensor, counts: Tensor, width: int) -> Tensor:
-    """The last `width` inputs of every row, (rows, width, ...), zeros where it has had fewer.
-
-    `window` (rows, width, ...) are those before `inputs` (rows, new, ...), of which the first
-    `counts` are real. What a convolution over time carries.
-    """
-    if window is None:
-        window = inputs.new_zeros(len(inputs), width, *inputs.shape[2:])
-    both = torch.cat((window, inputs), 1)
-    index = counts.to(both.device)[:, None] + torch.arange(width, device=both.device)
-    # The shape and not len(), which a tracer takes for a number that stays.
-    return both[torch.arange(both.shape[0], device=both.device)[:, None], index]

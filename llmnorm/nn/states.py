@@ -76,3 +76,28 @@ def owned(state: State) -> State:
 def as_index(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Numbers from the host as a tensor that can index one."""
     return torch.tensor(list(numbers), dtype=torch.long, device=device)
+
+
+def write_inputs(rings: Inputs, inputs: Inputs, slots: Tensor) -> None:
+    """Write inputs (rows, new, ...) into rings that are laid end to end, at slots (rows new,)."""
+    for kept, fresh in zip(rings, inputs, strict=True):
+        kept.index_copy_(0, slots, fresh.flatten(0, 1).to(kept.dtype))
+
+
+def part(state: State | None, index: int) -> Tensor | None:
+    """One tensor of a state, if there is a state yet."""
+    return None if state is None else state[index]
+
+
+def last_inputs(window: Tensor | None, inputs: Tensor, counts: Tensor, width: int) -> Tensor:
+    """The last `width` inputs of every row, (rows, width, ...), zeros where it has had fewer.
+
+    `window` (rows, width, ...) are those before `inputs` (rows, new, ...), of which the first
+    `counts` are real. What a convolution over time carries.
+    """
+    if window is None:
+        window = inputs.new_zeros(len(inputs), width, *inputs.shape[2:])
+    both = torch.cat((window, inputs), 1)
+    index = counts.to(both.device)[:, None] + torch.arange(width, device=both.device)
+    # The shape and not len(), which a tracer takes for a number that stays.
+    return both[torch.arange(both.shape[0], device=both.device)[:, None], index]

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.conversations import Conversations, ConversationSource
-from llmnorm.generation.greedy import greedy
+from llmnorm.generation.continuations import continuations
+from llmnorm.generation.contract import Request, Sampling
 from llmnorm.generation.prompts import open_tokenizer
+from llmnorm.objectives.samples import refuse_long
 from llmnorm.parallel.processes import Parallel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from llmnorm.models.modeling import LlmNormForCausalLM
 
 # Tokens that an answer may have beyond its reference's: the same text may be spelled in more.
 SLACK = 8
@@ -78,7 +80,7 @@ class Answers:
 
     def exact_match(
         self,
-        model: "PreTrainedModel",
+        model: "LlmNormForCausalLM",
         source: ConversationSource,
         micro_batch: int,
         parallel: Parallel,
@@ -112,7 +114,7 @@ class Answers:
                 right += sum(a.is_right(q) for a, q in zip(found, batch, strict=True))
         return float(parallel.reduce(right)) / len(questions)
 
-    def texts(self, model: "PreTrainedModel", parallel: Parallel) -> list[dict[str, str]]:
+    def texts(self, model: "LlmNormForCausalLM", parallel: Parallel) -> list[dict[str, str]]:
         """Answers to the prompts of `evaluation`, or to `evaluation.samples` held-out examples.
 
         Every process must call it and generates the same. The model's mode is restored.
@@ -145,7 +147,9 @@ class Answers:
         if evaluation.prompts:
             render, longest = data.template.render, evaluation.sample_tokens
             turns = ([{"role": "user", "content": text}] for text in evaluation.prompts)
-            return [Question(render(t, generation_prompt=True), None, longest) for t in turns]
+            prompts = [render(turn, generation_prompt=True) for turn in turns]
+            refuse_long(prompts, self._config)
+            return [Question(prompt, None, longest) for prompt in prompts]
         each = [self._questions(source, evaluation.samples) for source in data.sources]
         found = (q for questions in zip_longest(*each) for q in questions if q is not None)
         return list(islice(found, evaluation.samples))
@@ -189,18 +193,19 @@ class Answers:
         return batches
 
     def _answer(
-        self, model: "PreTrainedModel", questions: Sequence[Question], parallel: Parallel
+        self, model: "LlmNormForCausalLM", questions: Sequence[Question], parallel: Parallel
     ) -> list[Answer]:
         own = model.config.eos_token_id  # those of the weights that it started from among them
         stops = self._stops | ({own} if isinstance(own, int) else set(own or ()))
+        longest = max(question.longest for question in questions)
+        greedy = Sampling(max_tokens=longest, temperature=0)
         # Shapes change with every token, so compiled blocks would be compiled again and again.
         with parallel.autocast(), torch.compiler.set_stance("force_eager"):
-            found = greedy(
+            found = continuations(
                 model,
-                [question.prompt for question in questions],
-                stops=stops,
-                pad=self._conversations.pad,
-                longest=max(question.longest for question in questions),
+                self._tokenizer,
+                [Request(tuple(question.prompt), greedy) for question in questions],
+                ends=stops,
                 together=parallel.spread,
             )
         answers = []

@@ -19,6 +19,7 @@ from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import TrainingSettings
 from llmnorm.data.prepared import Preparation
 from llmnorm.data.run_data import RunData
+from llmnorm.objectives.teacher import Teacher
 from llmnorm.parallel.processes import Parallel
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class MicroBatch(NamedTuple):
             labels of causal_lm, all tokens that masked_lm, classification and sft read.
         rows: (rows,) their numbers in the run; no two processes have the same. Of sft the numbers
             of its examples, of which it may have none.
+        teacher: the model whose distributions take the place of the labels, if there is one.
         spans: of each of `rows` where its tokens are in the inputs laid end to end: the first, and
             the one behind the last. Empty where an objective's rows are not selected.
     """
@@ -46,14 +48,21 @@ class MicroBatch(NamedTuple):
     labels: int
     tokens: int
     rows: Tensor
+    teacher: Teacher | None = None
     spans: Sequence[tuple[int, int]] = ()
 
     def inputs_on(self, device: torch.device) -> dict[str, Any]:
-        """The model's arguments with their tensors on `device`, without waiting for the copies."""
-        return {
+        """The model's arguments with their tensors on `device`, without waiting for the copies.
+
+        A teacher runs here, and its distributions are one of the arguments.
+        """
+        inputs: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in self.inputs.items()
         }
+        if self.teacher is not None:
+            inputs["soft_targets"] = self.teacher.soft_targets(inputs)
+        return inputs
 
 
 class Objective:
@@ -86,6 +95,10 @@ class Objective:
             world: the number of processes.
         """
         return training.micro_batch or max(1, training.rows // world)
+
+    def learn_from(self, teacher: Teacher) -> None:
+        """Take the model of `ObjectiveSettings.teacher_directory`; who trains calls it once."""
+        raise NotImplementedError
 
     def describe(self, rows: int) -> str:
         """What a run of `rows` rows reads of each source or file: a table, a line each."""

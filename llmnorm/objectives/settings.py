@@ -6,6 +6,7 @@ and evaluation use only the interface in contract.py.
 """
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llmnorm.objectives.classification import Classification
     from llmnorm.objectives.contract import Objective as Learned
     from llmnorm.objectives.contract import Preparation
+    from llmnorm.objectives.distill import Distill
     from llmnorm.objectives.masked_lm import MaskedLM
     from llmnorm.objectives.sft import SFT
 
@@ -57,6 +59,11 @@ class ObjectiveSettings(Settings):
 
     def refusal(self, config: "RunConfig") -> str | None:
         """Why a run with this configuration cannot have the objective; None if it can."""
+        return None
+
+    @property
+    def teacher_directory(self) -> Path | None:
+        """Where the frozen model lies that is learned from; None: there is none."""
         return None
 
     def uses(self, run: str) -> str:
@@ -292,9 +299,63 @@ class SFTSettings(ObjectiveSettings):
         return SFT.on_disk(config, self, alone=alone, command=command, trained_on=trained_on)
 
 
+class DistillSettings(ObjectiveSettings):
+    """The next token as a trained model expects it: distillation (Hinton et al. 2015,
+    arXiv 1503.02531), e.g. of a draft for speculative decoding (DistillSpec: Zhou et al. 2023,
+    arXiv 2310.08461)."""
+
+    name: Literal["distill"] = "distill"
+    architecture = "LlmNormForCausalLM"
+    teacher: LocalPath
+    """The model that is learned from, of the same tokens: a run (its newest checkpoint),
+    RUN/checkpoints/step_N, an exported model, or a Llama, Mistral, Qwen2 or Qwen3 with safetensors
+    files. Every process holds it whole, and it stays as it is."""
+
+    @property
+    def teacher_directory(self) -> Path:
+        """Where the teacher lies."""
+        return self.teacher
+
+    def refusal(self, config: "RunConfig") -> str | None:
+        """Refuse mixers that look at later tokens, conversations, and what changes the loss."""
+        if not config.model.causal:
+            return (
+                f"model.mixer '{_first_mixer(config.model)}' looks at later tokens and cannot "
+                "learn the next token; 'distill' trains a causal language model"
+            )
+        if "lm_head" in getattr(config.adapter, "targets", ()):
+            return (
+                "adapter.targets: 'distill' computes its loss from the head's weight, which an "
+                "adapter stands around; leave lm_head out"
+            )
+        if automatic := config.automatic():
+            return (
+                f"{automatic[0]}: auto: the Step Law is one of pretraining and says nothing about "
+                "'distill'; give a number"
+            )
+        return _conversations(config, self.name)
+
+    def uses(self, run: str) -> str:
+        """What to type next with a trained run at this path: a line."""
+        return f"draft with it: llmnorm generate {self.teacher} generation.draft={run}"
+
+    def build(
+        self,
+        config: "RunConfig",
+        *,
+        alone: bool,
+        command: str,
+        trained_on: "TrainedOn | None" = None,
+    ) -> "Distill":
+        """The objective on the run's data, without its teacher's weights."""
+        from llmnorm.objectives.distill import Distill
+
+        return Distill(config, self, alone=alone, command=command, trained_on=trained_on)
+
+
 # `llmnorm eval` of an exported model takes the first with the model's architecture.
 Objective = Annotated[
-    CausalLMSettings | MaskedLMSettings | ClassificationSettings | SFTSettings,
+    CausalLMSettings | MaskedLMSettings | ClassificationSettings | SFTSettings | DistillSettings,
     Part(ObjectiveSettings, default="causal_lm"),
 ]
 

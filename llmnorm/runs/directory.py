@@ -119,7 +119,8 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
     Args:
         going_on: whether the user has named the run directory itself (`llmnorm train RUN key=...`).
             Then length, intervals, logging, micro batch and sharding may differ from the run's,
-            and of a run that freezes weights the place of its base.
+            and of a run that freezes weights the place of its base, of one that learns from a
+            teacher the place of that.
 
     Raises:
         InputError: the directory cannot be made, or holds other files or another run, whose
@@ -176,13 +177,15 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
 def finished(run: RunDirectory, config: RunConfig) -> bool:
     """Whether the run has ended by itself, and `config` asks for nothing more of it.
 
-    A run that is told where its base was moved to is not finished: the base is compared first.
+    A run that is told where its base or its teacher was moved to is not finished: it is compared
+    first.
     """
     if not run.done.exists():
         return False
     there = load(run.path).config
     same_base = there.model.pretrained == config.model.pretrained
-    return same_base and _as_long(run, there, config)
+    same_teacher = there.objective.teacher_directory == config.objective.teacher_directory
+    return same_base and same_teacher and _as_long(run, there, config)
 
 
 def ended_early(run: RunDirectory) -> bool:

@@ -193,6 +193,8 @@ def save(run: Prepared, metrics: Metrics) -> None:
         meta["base"] = {"path": str(run.base.path), "hash": run.base.hash}
         if new := run.base.new_tokens:
             meta["base"]["new_tokens"] = [new.start, new.stop]
+    if run.teacher is not None:
+        meta["teacher"] = {"path": str(run.teacher.path), "hash": run.teacher.hash}
     with metrics.pause():
         run.checkpoints.save(progress.step, run.state, meta)
     run.saved = progress.step

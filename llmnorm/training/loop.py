@@ -166,7 +166,7 @@ def _already_finished(run: Prepared, dry_run: bool) -> int:
         )
     run.parallel.say(f"{path} is finished (step {step})")
     if run.parallel.is_main and not dry_run:
-        if run.base is not None:  # `model.pretrained=NEW`, which was found to be the same base
+        if run.base or run.teacher:  # a new place, where the same base or teacher was found
             run_directory.rewrite_settings(run.directory, run.config)
         run_directory.end(run.directory.done, step, early=step < run.steps)
         print(_ended(run))

@@ -3,7 +3,8 @@
     needed = memory(config)
     needed.peak          bytes at the step's worst moment
 
-The run's model is made on the meta device, so a base directory needs no weights. Then one step runs
+The run's model is made on the meta device, so a base directory needs no weights (the files of a
+teacher say in which numbers they are). Then one step runs
 on fake tensors (torch's FakeTensorMode), which have shapes and no numbers, and every storage is
 counted from its making to its end. So whatever a mixer, a norm, an adapter or recomputation keeps
 for the backward pass is counted by the code that keeps it; there is no second list of it here.
@@ -41,10 +42,12 @@ from llmnorm.models.frozen import narrow
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.loss import LanguageHead, chunk_size, linear_cross_entropy
 from llmnorm.nn.precision import wide_dtype
+from llmnorm.objectives.teacher import Teacher
 from llmnorm.optim.groups import split
 from llmnorm.optim.stacks import CHUNK_BYTES, RuleOptimizer
 from llmnorm.part import InputError
 from llmnorm.training.outline import outline
+from llmnorm.training.teacher import outline_of_teacher
 
 
 class Memory(NamedTuple):
@@ -52,6 +55,7 @@ class Memory(NamedTuple):
 
     Attributes:
         frozen: weights that are not trained, in the dtype or the bits that they are stored in.
+        teacher: weights of the model that is learned from, 0 where there is none.
         trained: weights that are trained: float32 masters.
         gradients: of those.
         state: of the optimizer, and the weights' moving average where there is one.
@@ -64,6 +68,7 @@ class Memory(NamedTuple):
     """
 
     frozen: int
+    teacher: int
     trained: int
     gradients: int
     state: int
@@ -79,7 +84,7 @@ def memory(config: RunConfig) -> Memory:
 
     Raises:
         InputError: the objective is not one of a causal language model, or how many rows it has at
-            once depends on the data.
+            once depends on the data; its teacher is not there.
     """
     if config.objective.architecture != "LlmNormForCausalLM":
         raise InputError(
@@ -93,9 +98,13 @@ def memory(config: RunConfig) -> Memory:
         block.forward = partial(  # type: ignore[method-assign]
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
-    micro_batch = _rows_at_once(config)
+    micro_batch, learned_from = _rows_at_once(config), outline_of_teacher(config)
     with FakeTensorMode(), Storages() as storages, fused_attention():
         give_storages(model)
+        teacher = None
+        if learned_from is not None:
+            give_storages(learned_from)
+            teacher = Teacher(learned_from, nullcontext)
         before = storages.live
         groups = split(model)
         # Kept alive until the end, as in a run.
@@ -106,7 +115,7 @@ def memory(config: RunConfig) -> Memory:
         activations, logits = 0, 0
         # A later micro-batch of a step finds the gradients of the first in memory.
         for _ in range(2 if config.training.rows > micro_batch else 1):
-            activations, logits = _forward_backward(model, config, micro_batch, storages)
+            activations, logits = _forward_backward(model, teacher, config, micro_batch, storages)
         scratch = scratch_of(optimizer, storages, _device(config))
         peak = storages.peak
         del optimizer, averages
@@ -116,6 +125,7 @@ def memory(config: RunConfig) -> Memory:
     gradients = _bytes(p.grad for p in model.parameters() if p.grad is not None)
     return Memory(
         frozen=everything - trained,
+        teacher=0 if learned_from is None else _bytes(learned_from.parameters()),
         trained=trained,
         gradients=gradients,
         state=state,
@@ -132,6 +142,7 @@ def memory_table(config: RunConfig) -> str:
     needed = memory(config)
     rows = [
         ("weights, frozen", needed.frozen),
+        *([("weights, teacher", needed.teacher)] if needed.teacher else []),
         ("weights, trained", needed.trained),
         ("gradients", needed.gradients),
         ("optimizer state", needed.state),
@@ -267,7 +278,11 @@ def give_storages(model: nn.Module) -> None:
 
 
 def _forward_backward(
-    model: LlmNormForCausalLM, config: RunConfig, rows: int, storages: Storages
+    model: LlmNormForCausalLM,
+    teacher: Teacher | None,
+    config: RunConfig,
+    rows: int,
+    storages: Storages,
 ) -> tuple[int, int]:
     """A micro-batch; returns what is kept before the head, and what the head takes beside it."""
     shape = (rows, config.data.context_length)
@@ -275,6 +290,7 @@ def _forward_backward(
     bf16 = config.training.precision == "bf16"
     before = storages.live
     with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
+        soft_targets = None if teacher is None else teacher.soft_targets({"input_ids": ids})
         hidden = model.model(input_ids=ids).last_hidden_state
         kept = storages.live - before
         highest, storages.peak = storages.peak, storages.live
@@ -287,13 +303,15 @@ def _forward_backward(
             labels.flatten(),
             1.0,
             bias=head.bias,
+            soft_targets=soft_targets,
             chunk=chunk,
         )
-    if not bf16 and _device(config) != "cpu":  # a CPU puts probabilities in the logits' place
+    # A CPU puts probabilities in the logits' place; soft targets have needed as much room before.
+    if not bf16 and _device(config) != "cpu" and teacher is None:
         storages.peak += 4 * min(chunk, labels.numel()) * len(head.weight)
     logits = storages.peak - storages.live
     storages.peak = max(highest, storages.peak)
-    del loss
+    del loss, soft_targets
     if head.weight.requires_grad and head.weight.grad is None:  # the loss has made it
         head.weight.grad = torch.zeros_like(head.weight)
     hidden.backward(torch.empty_like(hidden))  # type: ignore[no-untyped-call]

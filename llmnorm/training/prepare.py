@@ -40,6 +40,7 @@ from llmnorm.training.state import (
     without_selection,
 )
 from llmnorm.training.stretch import former_steps, stretched
+from llmnorm.training.teacher import NamedTeacher, give_teacher
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Prepared:
         objective: its rows, and what the model is asked about them.
         model: this process's part of the model.
         base: the weights that are not trained, if there are any; a checkpoint names them.
+        teacher: the model that is learned from, if there is one; a checkpoint names it.
         replica: what is called for a forward pass in training; `model`, wrapped or not.
         parameters: what is trained, as the optimizer sees it.
         hyperparameters: what a step's learning rates and momentum are.
@@ -72,6 +74,7 @@ class Prepared:
     objective: Objective
     model: LlmNormForCausalLM
     base: Base | None
+    teacher: NamedTeacher | None
     replica: nn.Module
     statistics: RunningStatistics
     parameters: list[nn.Parameter]
@@ -182,8 +185,10 @@ def prepare(
     if not dry_run:
         checkpoints.clean()
     start = starting_point(checkpoints, config.training.branch_from, parallel)
+    own = start is not None and start.path.parent == run.checkpoints
 
-    # Model, layout, optimizer, schedule.
+    # Model, layout, optimizer, schedule. A branch may learn from another teacher than its parent.
+    teacher = give_teacher(config, objective, parallel, start.meta if start and own else {})
     ends = end_tokens(config, start, objective.ends)
     model, fill, base = run_model(config, objective, parallel, start, ends)
     replica = parallel.prepare(model, fill)
@@ -227,6 +232,7 @@ def prepare(
         objective=objective,
         model=model,
         base=base,
+        teacher=teacher,
         replica=replica,
         statistics=statistics,
         parameters=[*groups.matrices.values(), *groups.auxiliary.values()],

@@ -11,7 +11,15 @@ from llmnorm.nn import projections
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mlp import GELU, SwiGLU
 from llmnorm.nn.norms.rms import RMSNorm
-from llmnorm.nn.projections import InFirst, Layout, Product, for_inference, layout_for
+from llmnorm.nn.projections import (
+    PLAIN,
+    InFirst,
+    Layout,
+    Layouts,
+    Product,
+    for_inference,
+    layout_for,
+)
 
 needs_packing = pytest.mark.skipif(
     not projections.has_packing(), reason="this torch has no oneDNN operator to pack weights"
@@ -31,9 +39,21 @@ def test_joined_layers_give_what_each_gives(layout: Layout, bias: bool) -> None:
     module = SwiGLU(24, 40, bias=bias)
     twin = for_inference(module, layout)
     assert isinstance(twin.gate_proj, Product) and twin.gate_proj.sizes == [40, 40]
-    for rows in (1, 2, 7):
-        x = torch.randn(rows, 3, 24)
+    for shape in [(1, 1), (1, 3), (7, 3)]:
+        x = torch.randn(*shape, 24)
         torch.testing.assert_close(twin(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_one_token_may_go_by_weights_of_its_own() -> None:
+    """Oracle: the layer; which weights were read shows where one of them is spoilt."""
+    torch.manual_seed(0)
+    linear, x = Linear(6, 3), torch.randn(2, 1, 6)
+    product = Product([linear], Layouts("transposed", "plain"))
+    assert product.weights["plain"].data_ptr() == linear.weight.data_ptr()
+    product.weights["transposed"].zero_()
+    torch.testing.assert_close(product(x[:1]), linear(x[:1]))
+    assert product(x).equal(linear.bias.expand(2, 1, 3))
 
 
 @torch.no_grad()
@@ -51,8 +71,8 @@ def test_joining_adds_no_memory_and_changes_no_number() -> None:
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     twin: Any = for_inference(module, "plain")
     again: Any = for_inference(module, "plain")
-    weight = twin.gate_proj.weight
-    storages = {t.untyped_storage().data_ptr() for t in (weight, again.gate_proj.weight)}
+    weight, other = (some.gate_proj.weights["plain"] for some in (twin, again))
+    storages = {t.untyped_storage().data_ptr() for t in (weight, other)}
     storages |= {p.untyped_storage().data_ptr() for p in (module.gate_proj.weight, weight)}
     assert len(storages) == 1 and weight.untyped_storage().nbytes() == weight.nbytes
     for name, tensor in module.state_dict().items():
@@ -61,7 +81,7 @@ def test_joining_adds_no_memory_and_changes_no_number() -> None:
     assert all(p.requires_grad for p in module.parameters())
     with torch.no_grad():
         module.up_proj.weight.fill_(3.0)
-    assert (again.gate_proj.weight[32:] == 3).all()
+    assert (other[32:] == 3).all()
 
 
 def test_what_is_no_linear_layer_of_ours_stays() -> None:
@@ -93,19 +113,28 @@ def test_a_layer_that_is_part_of_a_product_is_not_called_alone() -> None:
 def test_the_rule_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: by hand: device, dtype, an unknown processor, a missing operator, and one that is
     known."""
-    weight = torch.zeros(2, 2)
-    assert layout_for(weight.to("meta")) == ("plain", "weights stay as they are (float32 on meta)")
+    weight, threads = torch.zeros(2, 2), torch.get_num_threads()
+    assert layout_for(weight.to("meta")) == (PLAIN, "weights stay as they are (float32 on meta)")
     assert layout_for(weight.double())[1] == "weights stay as they are (float64 on cpu)"
     monkeypatch.setattr(projections, "processor", lambda: Processor("", 0, "none"))
     expected = "weights stay as they are (not measured on an unknown processor family 0, none)"
-    assert layout_for(weight) == ("plain", expected)
-    packs = Processor("AMD", 25, "AVX2")
-    assert projections.CHOICES[packs].layout == "packed"
-    monkeypatch.setattr(projections, "processor", lambda: packs)
+    assert layout_for(weight) == (PLAIN, expected)
+    intel = Processor("Intel", 6, "AVX512")
+    alone, beside = projections.CHOICES[intel].layouts
+    assert alone == ("transposed", "transposed") and beside == ("packed", "plain")
+    monkeypatch.setattr(projections, "processor", lambda: intel)
     monkeypatch.setattr(projections, "has_packing", lambda: False)
-    assert layout_for(weight)[0] == "plain" and "no oneDNN operator" in layout_for(weight)[1]
-    monkeypatch.setattr(projections, "has_packing", lambda: True)
-    assert layout_for(weight) == ("packed", "a packed copy of the weights (AMD family 25, AVX2)")
+    try:
+        torch.set_num_threads(1)
+        says = "a transposed copy of the weights (Intel family 6, AVX512, 1 thread)"
+        assert layout_for(weight) == (alone, says)
+        torch.set_num_threads(2)
+        assert layout_for(weight)[0] == PLAIN and "no oneDNN operator" in layout_for(weight)[1]
+        monkeypatch.setattr(projections, "has_packing", lambda: True)
+        says = "a packed copy of the weights, beside them as they are for one token (Intel family "
+        assert layout_for(weight) == (beside, says + "6, AVX512, 2 threads)")
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_packing

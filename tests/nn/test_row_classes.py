@@ -11,6 +11,7 @@ from torch import Tensor
 from llmnorm.machine.processor import processor
 from llmnorm.nn.linear import Linear
 from llmnorm.nn.mixers.rotary import rotate
+from llmnorm.nn.mixers.softmax import SoftmaxAttention
 from llmnorm.nn.norms.rms import rms_norm
 from llmnorm.nn.projections import Product, has_packing
 from llmnorm.nn.row_classes import FIRST_ROWS, MOST, OPERATORS, Operator
@@ -35,12 +36,15 @@ def attentions(by_products: bool) -> Iterator[OfRows]:
     q = torch.randn(MOST, 8, 1, 64)
     k, v = torch.randn(2, MOST, 8, 129, 64)
     mask = torch.zeros(MOST, 1, 1, 129)
-    mask[..., 100:] = -torch.inf
+    mask[1:, ..., 100:] = -torch.inf
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    mixer = SoftmaxAttention(512, **heads)
 
     def attend(rows: int) -> Tensor:
-        if by_products:
-            scores = (q[:rows] * 0.125) @ k[:rows].mT + mask[:rows]
-            return scores.softmax(-1) @ v[:rows]
+        if by_products:  # an only row has no mask (Places.mask)
+            of_heads = None if rows == 1 else mask[:rows, 0].repeat_interleave(8, 0)
+            queries = q[:rows].transpose(1, 2)
+            return mixer._attend_by_products(queries, k[:rows], v[:rows], of_heads)
         return F.scaled_dot_product_attention(q[:rows], k[:rows], v[:rows], attn_mask=mask[:rows])
 
     yield attend

@@ -217,8 +217,8 @@ def test_a_step_can_be_traced(mixer: dict[str, Any], new: int, full: bool) -> No
     def step(
         x: Tensor, index: Tensor, counted: Tensor, cos: Tensor, sin: Tensor, *state: Tensor
     ) -> Any:
-        real = None if full else torch.arange(new) < counted[:, None]
-        places = Places([], [], index, counted, None, 0, real)
+        numbers = torch.stack((index[:, 0], counted))
+        places = Places([], [], new, numbers, None, 0, padded=not full)
         carried: Any = Carried(state)
         out = built(x, Context(cos, sin, Cached(places)), carried)
         return (out, *carried.state)

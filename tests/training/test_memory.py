@@ -35,6 +35,7 @@ SHAPE |= {"vocab_size": 9496}
 OWN = [f"model.{key}={value}" for key, value in SHAPE.items()]
 RECOMPUTED = "parallel.activation_checkpointing=true"
 LORA = ["adapter=lora", "model=null", "tokenizer=null"]
+TAUGHT = ["objective.name=distill", "model.num_hidden_layers=1"]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,8 @@ def allocated(config: RunConfig) -> int:
         tensors = [*run.model.parameters(), *run.model.buffers()]
         tensors += [t for state in run.optimizer.state.values() for t in state.values()]
         tensors += list(run.ema.average.values()) if run.ema else []
+        if run.teacher:
+            tensors += run.objective._teacher._model.parameters()  # type: ignore[attr-defined]
         # Stacks of matrices are the storages of several states: each counts once.
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
         following = next(batches)
@@ -91,6 +94,8 @@ def most(found: profile) -> int:
         # Here the optimizer's step is the peak.
         [*OWN, RECOMPUTED, "optimizer=muon", "optimizer.precision=fp32", "training.ema=0.9"],
         [*OWN, "training.micro_batch=1", "model.mixer=gated_delta", "model.norm=layer"],
+        [*OWN, *TAUGHT],
+        [*OWN, *TAUGHT, "training.precision=bf16", RECOMPUTED, "training.micro_batch=1"],
         [*LORA],
         [*LORA, "training.precision=bf16", RECOMPUTED, "training.global_batch=1"],
         [*LORA, "adapter.name=dora", "training.precision=bf16"],
@@ -106,14 +111,16 @@ def test_planned_bytes_are_those_of_a_step(
         pytest.importorskip("bitsandbytes", reason="needs the extra quant")
     places = [f"data.dir={smoke_data}", f"run_dir={tmp_path / 'run'}"]
     places += [f"model.pretrained={base}"] if "model=null" in words else []
+    places += [f"objective.teacher={base}"] if TAUGHT[0] in words else []
     length = (
         "data.context_length=128"
         if "model.mixer=gated_delta" in words
         else "data.context_length=256"
     )
     config = load(SMOKE, [*COMMON, length, *words, *places]).config
-    planned, counted = memory(config).peak, allocated(config)
-    assert planned == pytest.approx(counted, rel=0.05)
+    planned, counted = memory(config), allocated(config)
+    assert planned.peak == pytest.approx(counted, rel=0.05)
+    assert bool(planned.teacher) == (TAUGHT[0] in words)
 
 
 @pytest.mark.parametrize("name", RULES)

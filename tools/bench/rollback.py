@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode_profile import MIXERS
 from report import Table, publish
 from torch import Tensor
 from tqdm import tqdm
@@ -29,15 +30,6 @@ from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import build_model
 from llmnorm.nn.recurrent_cache import RecurrentCache
 from tests.models.cache_rounds import held
-
-MIXERS: dict[str, Any] = {
-    "softmax": "softmax",
-    "linear": "linear",
-    "nala": "nala",
-    "ssd": {"name": "ssd", "expand": 1},
-    "gla": "gla",
-    "gated_delta": "gated_delta",
-}
 
 
 def measure(mixer: Any, given: argparse.Namespace) -> dict[str, list[float]]:

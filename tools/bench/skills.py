@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmnorm.data.chat import ChatTemplate
 from llmnorm.exchange.loading import model_of, open_source
-from llmnorm.generation.greedy import greedy
+from llmnorm.generation.continuations import continuations
+from llmnorm.generation.contract import Request, Sampling
 from llmnorm.runs.lines import read_lines
 
 RECIPE = ROOT / "configs" / "finetune" / "skills.yaml"
@@ -85,8 +86,9 @@ def ended_by_ours(run: Path, asked: list[Asked]) -> int:
     assert source.tokenizer is not None
     template = ChatTemplate(source.tokenizer)
     prompts = [template.render(turn(one), generation_prompt=True) for one in asked]
-    stops = template.stops
-    found = greedy(model, prompts, stops=stops, pad=tokenizer.pad_token_id, longest=LONGEST)
+    stops, greedy = template.stops, Sampling(max_tokens=LONGEST, temperature=0)
+    requests = [Request(tuple(prompt), greedy) for prompt in prompts]
+    found = continuations(model, tokenizer, requests, ends=stops)
     return sum(ids[-1] in stops for ids in found)
 
 

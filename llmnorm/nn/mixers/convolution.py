@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.mixers.steps import counts_of, takes_step
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.recurrent_cache import last_inputs
+from llmnorm.nn.states import last_inputs
 from llmnorm.nn.visibility import Cached
 from llmnorm.part import InputError
 

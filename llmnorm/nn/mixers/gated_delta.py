@@ -18,7 +18,7 @@ key_dim^-1/2; the projection is laid out by key heads, [q, k, v.., z..] for each
 head comes before the gate. With g = 0 it is the delta rule. Padding gets b = 0 and g = 0.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,9 @@ from llmnorm.nn.mixers.steps import (
 )
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
-from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
+from llmnorm.nn.projections import outputs
+from llmnorm.nn.recurrent_cache import RecurrentCache
+from llmnorm.nn.states import Inputs, InputShape, State, part
 from llmnorm.nn.visibility import Cached, Masked, visible_pairs
 
 CHUNK = 64
@@ -74,6 +76,7 @@ class DeltaParameters(NamedTuple):
 class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
     """The layer."""
 
+    same_input: ClassVar[tuple[str, ...]] = ("in_proj_qkvz", "in_proj_ba")
     causal = True
 
     def __init__(
@@ -131,14 +134,15 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
     ) -> DeltaParameters:
         """Project, convolve, norm q and k."""
         group = self.value_heads // self.key_heads
-        by_head = self.in_proj_qkvz(x).unflatten(-1, (self.key_heads, -1))
+        qkvz, ba = outputs(x, self.in_proj_qkvz, self.in_proj_ba)
+        by_head = qkvz.unflatten(-1, (self.key_heads, -1))
         values = group * self.value_dim
         *qkv, z = by_head.split([self.key_dim, self.key_dim, values, values], -1)
         if group == 1 and self.key_dim == self.value_dim:
             convolved = torch.cat(qkv, 2).flatten(2)
         else:
             convolved = torch.cat([t.flatten(2) for t in qkv], -1)
-        b, a = self.in_proj_ba(x).unflatten(-1, (self.key_heads, -1)).split(group, -1)
+        b, a = ba.unflatten(-1, (self.key_heads, -1)).split(group, -1)
         wide = wide_dtype(x.dtype)
         b = b.flatten(2).to(wide).sigmoid()
         step = F.softplus(a.flatten(2).to(wide) + self.dt_bias.to(wide))

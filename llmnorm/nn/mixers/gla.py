@@ -35,7 +35,8 @@ from llmnorm.nn.mixers.steps import (
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
 from llmnorm.nn.projections import outputs
-from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
+from llmnorm.nn.recurrent_cache import RecurrentCache
+from llmnorm.nn.states import Inputs, InputShape, State, part
 from llmnorm.nn.visibility import Cached, visible_pairs
 
 CHUNK = 16
@@ -55,7 +56,7 @@ class GLAParameters(NamedTuple):
 class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
     """The layer; projections carry fla's names."""
 
-    same_input: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+    same_input: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "gk_proj.0", "g_proj")
     causal = True
 
     def __init__(
@@ -94,14 +95,16 @@ class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
     ) -> GLAParameters:
         """Project; padding gets keys and gates of zero."""
         heads = (*x.shape[:-1], self.heads, -1)
-        q, k, v = (t.view(heads) for t in outputs(x, self.q_proj, self.k_proj, self.v_proj))
+        to_rank, from_rank = self.gk_proj
+        *qkv, low, gate = outputs(x, self.q_proj, self.k_proj, self.v_proj, to_rank, self.g_proj)
+        q, k, v = (t.view(heads) for t in qkv)
         wide = wide_dtype(x.dtype)
-        logits = self.gk_proj(x).view(heads).to(wide)
+        logits = from_rank(low).view(heads).to(wide)
         log_gate = F.logsigmoid(logits) / self.gate_logit_normalizer
         if context.real is not None:
             padding = ~context.real[..., None, None]
             k, log_gate = k.masked_fill(padding, 0), log_gate.masked_fill(padding, 0)
-        return GLAParameters(q * self.key_dim**-0.5, k, v, log_gate, self.g_proj(x))
+        return GLAParameters(q * self.key_dim**-0.5, k, v, log_gate, gate)
 
     def mix(
         self, parameters: GLAParameters, context: Context, cache: RecurrentCache | None = None

@@ -40,7 +40,8 @@ from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype, without_autocast
 from llmnorm.nn.projections import outputs
-from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
+from llmnorm.nn.recurrent_cache import RecurrentCache
+from llmnorm.nn.states import Inputs, InputShape, State, part
 from llmnorm.nn.visibility import Cached, Masked, visible_pairs, visible_tokens
 
 
@@ -79,7 +80,7 @@ class LinearBlock(TypedDict, total=False):
 class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
     """Linear attention; subclasses change `features`."""
 
-    same_input: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+    same_input: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "g_proj")
 
     def __init__(
         self,
@@ -140,8 +141,9 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
     ) -> LinearParameters:
         """Project, convolve the values."""
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = outputs(x, self.q_proj, self.k_proj, self.v_proj)
-        gate = None if self.g_proj is None else self.g_proj(x)
+        gates = [] if self.g_proj is None else [self.g_proj]
+        q, k, v, *gated = outputs(x, self.q_proj, self.k_proj, self.v_proj, *gates)
+        gate = gated[0] if gated else None
         if isinstance(context.visibility, Masked):  # behind a cache, no real token sees padding
             v = v.masked_fill(~context.visibility.real[..., None], 0)
         local, window = None, None

@@ -36,7 +36,7 @@ from llmnorm.nn.mixers.linear_recurrence import (
     state_by_head,
 )
 from llmnorm.nn.mixers.linear_step import recurrence_step, state_step
-from llmnorm.nn.recurrent_cache import part
+from llmnorm.nn.states import part
 
 # (q, k, cos, sin, real) -> phi(q), phi(k), phi'(q), phi'(k); `real` is False for padding.
 Features = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]

@@ -29,7 +29,8 @@ from llmnorm.nn.mixers.linear_step import recurrence_step, state_step
 from llmnorm.nn.mixers.steps import is_few, takes_step
 from llmnorm.nn.norms.rms import RMSNorm
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.recurrent_cache import Inputs, InputShape, RecurrentCache, State, part
+from llmnorm.nn.recurrent_cache import RecurrentCache
+from llmnorm.nn.states import Inputs, InputShape, State, part
 from llmnorm.nn.visibility import Cached, Masked, visible_pairs
 
 

@@ -78,7 +78,8 @@ def forward_only(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=epsilon.dtype)
     # A tracer would compute 1 / hidden in every step.
     r = torch.addcmul(epsilon, r, r, value=1 / int(x.shape[-1])).rsqrt()
-    return (x * r * gain).to(x.dtype)
+    y = x * r * gain
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 @cache

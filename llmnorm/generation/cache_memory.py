@@ -1,0 +1,66 @@
+"""Whether an engine's cache fits, answered before it is made; what would fit, where it does not."""
+
+import torch
+
+from llmnorm.config.tree import GenerationSettings
+from llmnorm.generation.contract import Step
+from llmnorm.machine.memory import available
+from llmnorm.nn.cache import KeyValues
+from llmnorm.nn.layer_cache import rounded
+from llmnorm.part import InputError
+
+GIB = 2**30
+BESIDE = 1  # rows that the cache has beside the slots: that in which prompts are run
+
+
+def refuse_what_does_not_fit(
+    step: Step, settings: GenerationSettings, context: int, padding: int
+) -> None:
+    """Refuse a cache of `settings.slots` rows that is larger than what is free, or than allowed.
+
+    Args:
+        step: the model.
+        settings: slots and cache_memory.
+        context: tokens of each row.
+        padding: columns behind a full row.
+
+    Raises:
+        InputError: names the largest number of slots that fits, and the longest context.
+    """
+    if settings.cache_memory is None:
+        there, name = _free_on(step.device), "free"
+    else:
+        there, name = int(settings.cache_memory * GIB), "allowed by generation.cache_memory"
+    rows, a_row = settings.slots + BESIDE, row_bytes(step, context, padding)
+    if there is None or rows * a_row <= there:
+        return
+    cures = []
+    if (slots := there // a_row - BESIDE) >= 1:
+        cures.append(f"generation.slots={slots}")
+    # Buffers are made for multiples of 64 tokens.
+    smaller = range(rounded(context) - 64, 0, -64)
+    fitting = (n for n in smaller if rows * row_bytes(step, n, padding) <= there)
+    if (tokens := next(fitting, None)) is not None:
+        cures.append(f"generation.context={tokens}")
+    fits = f"{' or '.join(cures)} would fit" if cures else "not even one row would fit"
+    raise InputError(
+        f"generation: {settings.slots} slots of {context} tokens need {rows * a_row / GIB:.3g} GiB "
+        f"of cache, and {there / GIB:.3g} GiB are {name}; {fits}"
+    )
+
+
+def row_bytes(step: Step, context: int, padding: int) -> int:
+    """Bytes of one row of a cache of the step. Its keys and values are not made for it."""
+    meta = torch.device("meta")
+    return sum(
+        layer.reserve(
+            1, context, padding, step.dtype, meta if isinstance(layer, KeyValues) else step.device
+        )
+        for layer in step.new_cache().layers
+    )
+
+
+def _free_on(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available()
