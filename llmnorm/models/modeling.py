@@ -272,6 +272,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         if order is not None:
             hidden = hidden.take_along_dim(order[..., None], 1)
         states = [hidden]
+        assert layers is None or last_block is None, "rows are measured without a cache"
         for number, block in enumerate(self.layers):
             if last_block is not None and number == len(self.layers) - 1:
                 hidden = last_block(block, hidden, context)
@@ -382,10 +383,6 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             loss_mask = shift_labels != IGNORED
         feature = more.pop("feature", None)
         if feature is not None:
-            if past_key_values is not None or use_cache:
-                raise InputError(
-                    "feature: rows are measured without a cache; leave one of them out"
-                )
             more["last_block"] = self._measured(feature, self.model.norm, shift_labels, positions)
         output = self.model(
             input_ids=input_ids,

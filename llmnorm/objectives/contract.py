@@ -39,17 +39,17 @@ class MicroBatch(NamedTuple):
             labels of causal_lm, all tokens that masked_lm, classification and sft read.
         rows: (rows,) their numbers in the run; no two processes have the same. Of sft the numbers
             of its examples, of which it may have none.
-        teacher: the model whose distributions take the place of the labels, if there is one.
         spans: of each of `rows` where its tokens are in the inputs laid end to end: the first, and
             the one behind the last. Empty where an objective's rows are not selected.
+        teacher: the model whose distributions take the place of the labels, if there is one.
     """
 
     inputs: Mapping[str, Tensor | int]
     labels: int
     tokens: int
     rows: Tensor
-    teacher: Teacher | None = None
     spans: Sequence[tuple[int, int]] = ()
+    teacher: Teacher | None = None
 
     def inputs_on(self, device: torch.device) -> dict[str, Any]:
         """The model's arguments with their tensors on `device`, without waiting for the copies.
