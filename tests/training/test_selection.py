@@ -17,6 +17,7 @@ from llmnorm.config.file import load
 from llmnorm.part import InputError
 from llmnorm.runs import directory as run_directory
 from llmnorm.training.prepare import Prepared, prepare
+from llmnorm.training.selecting import _check_pool
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.step import step
 from tests.objectives.examples import on_disk
@@ -283,6 +284,22 @@ def test_what_does_not_fit_the_sources_is_refused(
         prepared(tmp_path / "run", smoke_data, *COLM, *words),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("pool", "world", "even", "message"),
+    [
+        (13, 2, True, "pool: 13 rows do not divide over 2 processes; the nearest that does is 12"),
+        (2, 1, True, "pool 2 is less than the training.global_batch 4"),
+        (13, 2, False, ""),  # examples are laid into rows, and these dealt out
+    ],
+)
+def test_a_pool_is_shared_out(pool: int, world: int, even: bool, message: str) -> None:
+    """Oracle: the message."""
+    if not message:
+        return _check_pool(pool, 4, world, even)
+    with pytest.raises(InputError, match=message):
+        _check_pool(pool, 4, world, even)
 
 
 def test_a_run_cannot_change_its_selection(tmp_path: Path, smoke_data: Path) -> None:
