@@ -24,7 +24,7 @@ one after training. What a Decoder does it says in `says`.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class Decoder:
         if not captured:
             self._captured, about_steps = False, "steps run eagerly, as asked for"
         self.says = f"decoding: {about_steps}; {about_weights}"
-        self.context: int = model.config.max_position_embeddings
+        self.context: int = longest_row(model)
         self.vocabulary: int = model.config.vocab_size
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
@@ -180,13 +180,26 @@ class Decoder:
         return last_tokens(logits, places) if last and new > 1 else logits
 
 
+def longest_row(model: LlmNormForCausalLM) -> int:
+    """Tokens that a row may have, so that none changes its neighbours.
+
+    With longrope a call turns all of its rows by other frequencies as soon as one is longer than
+    the context before it was extended.
+    """
+    longest, reach = model.config.max_position_embeddings, model.model.rotary.reach
+    return longest if reach is None else min(longest, reach)
+
+
 def hidden_states(
     model: LlmNormForCausalLM, ids: Tensor, places: Places, layers: Sequence[LayerCache]
 ) -> Tensor:
     """The model's last hidden states (rows, new, hidden) of ids (rows, new) behind a cache."""
     base = model.model
     hidden = base.embed_tokens(ids)
-    context = Context(*base.rotary(places.index, wide_dtype(hidden.dtype)), Cached(places))
+    positions = places.index
+    if base.rotary.reach is not None and places.real is not None:
+        positions = positions.masked_fill(~places.real, 0)  # padding may not turn the rows
+    context = Context(*base.rotary(positions, wide_dtype(hidden.dtype)), Cached(places))
     return base.hidden_states(hidden, context, layers)[-1]
 
 
@@ -348,4 +361,14 @@ def _traced(step: _Step, inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor
         graph: Callable[..., tuple[Tensor, ...]] = torch.jit.trace(
             step.__call__, copies, check_trace=False
         )
+    _remove_casts_to_the_same(graph)
     return graph
+
+
+def _remove_casts_to_the_same(graph: Any) -> None:
+    """Take out of a traced graph what gives its own input back; a step has up to 15 a layer."""
+    for node in graph.graph.findAllNodes("aten::to"):
+        given, made = node.inputsAt(0), node.output()
+        if given.type().dtype() == made.type().dtype():
+            made.replaceAllUsesWith(given)
+            node.destroy()

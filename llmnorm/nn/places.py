@@ -55,7 +55,7 @@ class Places:
     @property
     def index(self) -> Tensor:
         """(rows, new), the position of every new token: the row's length and those before it."""
-        return self._once("index", lambda: self.numbers[0][:, None] + self._behind())
+        return self._once("index", lambda: self.numbers[0].unsqueeze(1) + self._behind())
 
     @property
     def counted(self) -> Tensor:
@@ -68,6 +68,17 @@ class Places:
         if not self.padded:
             return None
         return self._once("real", lambda: self._behind() < self.counted[:, None])
+
+    @property
+    def padding(self) -> Tensor | None:
+        """(rows, new), True for padding; None: all are real."""
+        real = self.real
+        return None if real is None else self._once("padding", lambda: ~real)
+
+    @property
+    def seen(self) -> Tensor:
+        """(rows, new), how many tokens each one sees, itself included."""
+        return self._once("seen", lambda: self.index + 1)
 
     def _behind(self) -> Tensor:
         return self._once("behind", lambda: torch.arange(self.new, device=self.numbers.device))
@@ -112,8 +123,8 @@ class Places:
 
         def make() -> Tensor:
             slots = self.index % size
-            if self.real is not None:
-                slots = slots.masked_fill(~self.real, size)
+            if self.padding is not None:
+                slots = slots.masked_fill(self.padding, size)
             return (slots + self.rows * (size + 1)).flatten()
 
         return self._once(("ring", size), make)

@@ -191,7 +191,7 @@ class Product(nn.Module):
         return f"{self.sizes}, {self.layouts.several}, one token {self.layouts.one}"
 
 
-def _laid_out(weights: Sequence[nn.Parameter], layout: Layout) -> Tensor:
+def _laid_out(weights: Sequence[Tensor], layout: Layout) -> Tensor:
     """The weights of layers of one input as one, in a layout."""
     if layout == "plain":
         return _one_tensor(weights)

@@ -99,7 +99,7 @@ def visible_tokens(like: Tensor, visibility: Visibility, *, causal: bool) -> Ten
     batch, length = like.shape[:2]
     match visibility:
         case Cached(places=places):
-            return places.index + 1
+            return places.seen
         case Plain():
             count = torch.arange(1, length + 1, device=like.device)
             return (count if causal else count.new_full((length,), length)).unsqueeze(0)

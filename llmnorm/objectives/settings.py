@@ -337,7 +337,7 @@ class DistillSettings(ObjectiveSettings):
 
     def uses(self, run: str) -> str:
         """What to type next with a trained run at this path: a line."""
-        return f"draft with it: llmnorm generate {self.teacher} generation.draft={run}"
+        return f"draft with it: llmnorm generate {self.teacher} --draft {run}"
 
     def build(
         self,

@@ -245,3 +245,59 @@ def test_every_method_gives_the_same_file(
         [{k: json.loads(line)[k] for k in kept} for line in t.splitlines()] for t in (plain, out)
     ]
     assert texts[0] == texts[1] and len(texts[0]) == 9
+
+
+def test_a_deterministic_text_does_not_depend_on_its_company(
+    exported: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Oracle: the bits of each request alone in its slots, told by the tokens and by the mode."""
+    asked = prompts(tmp_path / "p.jsonl", 4, seed=5)
+    words = ["generation.deterministic=true", "generation.slots=2", "generation.context=64"]
+    found = []
+    for more in ([], ["--draft", "lookup", "generation.draft_tokens=3"]):
+        code, out, err = answer(capsys, exported, "--prompts", asked, *words, *more)
+        assert code == 0 and "bit-equal in any batch, as a self-test has shown" in err
+        found.append([json.loads(line)["tokens"] for line in out.splitlines()])
+    assert found[0] == found[1] and len(found[0]) == 4
+
+
+def test_a_decoder_of_transformers_is_served_as_it_is(tmp_path: Path, capsys: Any) -> None:
+    """Oracle: the stock class's greedy tokens; with itself for a draft."""
+    import torch
+    import transformers
+    from transformers import AutoTokenizer
+
+    directory = save_tokenizer(tmp_path / "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(directory)
+    ids = tokenizer("It is", return_tensors="pt").input_ids
+    keys = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    out = model.generate(ids, max_new_tokens=9, do_sample=False, **keys)
+    text = tokenizer.decode(out[0], skip_special_tokens=True) + "\n"
+    capsys.readouterr()
+    words = [directory, "--prompt", "It is", "--max-tokens", "9", "--temperature", "0"]
+    assert answer(capsys, *words)[:2] == (0, text)
+    draft = ["--draft", directory, "generation.draft_tokens=3"]
+    assert answer(capsys, *words, *draft)[:2] == (0, text)
+    for more, complaint in (
+        (["generation.deterministic=true"], "for models of this package alone, and this is a GPT2"),
+        (["--checkpoint", "3"], "--checkpoint: "),
+        (["--adapter", tmp_path], "--adapter: "),
+    ):
+        code, out, err = answer(capsys, *words, *more)
+        assert (code, out) == (2, "") and complaint in err
+    tree = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "num_hidden_layers": 1}
+    (directory / "config.json").write_text(json.dumps(tree))
+    code, out, err = answer(capsys, *words)
+    assert (code, out, err.count("error: ")) == (2, "", 1) and "it carries a recurrent state" in err

@@ -1,6 +1,7 @@
 """The decode step: captured and eager equal each other and passes without a cache, every mixer."""
 
 import copy
+import random
 from typing import Any, NamedTuple
 
 import pytest
@@ -222,3 +223,81 @@ def test_norms_with_statistics_are_decoded_eagerly() -> None:
     found = [decoder.step(part, cache) for part in ids.split([4, 1, 4], 1)]
     whole = model(ids).logits
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rows_do_not_depend_on_the_longest_one_where_positions_follow_it(kind: str) -> None:
+    """Oracle: passes without a cache over each row; `dynamic` and `longrope` turn all rows of a
+    call as its longest position says, so rows and their padding stay within what does not."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 100.0, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+        rope |= {"original_max_position_embeddings": 12}
+    config = LlmNormConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.1,
+        max_position_embeddings=24,
+        rope_parameters=rope,
+    )
+    model = build_model(config, seed=1).double().eval()
+    decoder = Decoder(model, captured=False)
+    cache, short = decoder.new_cache(), [9, 4, 7, 1, 8]
+    assert decoder.context == (12 if kind == "longrope" else 24)
+    long = list(range(decoder.context))
+    decoder.step(torch.tensor([long[:-1], [*short[:2], *long[3:]]]), cache, [len(long) - 1, 2])
+    found = decoder.step(torch.tensor([long[-1:] * 3, short[2:]]), cache, [1, 3])
+    for row, ids in ((found[0, :1], long), (found[1], short)):
+        with torch.no_grad():
+            whole = model(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(row, whole[-len(row) :], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["softmax", "nala", "gated_delta, ssd, window"])
+@torch.no_grad()
+def test_what_a_captured_pass_leaves_serves_every_verb(name: str) -> None:
+    """Oracle: a cache that eager passes fill (held to passes without a cache by
+    test_cache_promises.py), under the same verbs: deep rollbacks, copies, releases, selections."""
+    model, chance = build(name), random.Random(3)
+    decoders = Decoder(model, captured=False), Decoder(model)
+    caches = [decoder.new_cache() for decoder in decoders]
+    generator = torch.Generator().manual_seed(0)
+    for decoder, cache in zip(decoders, caches, strict=True):
+        decoder.step(torch.ones(3, 5, dtype=torch.long), cache)
+    passed = [5] * 3  # tokens since the row began, of which 64 can be taken back
+    for number in range(60):
+        verb = chance.choice(["back", "deep", "copy", "select", "none", "none"])
+        if verb == "back":
+            counts = [chance.randint(0, min(2, n)) for n in passed]
+        elif verb == "deep":
+            counts = [chance.randint(0, min(40, n)) for n in passed]
+        else:
+            counts = [0, 0, 0]
+        rows = [chance.randrange(3) for _ in range(3)] if verb == "select" else [0, 1, 2]
+        source, target = chance.sample(range(3), 2)
+        for cache in caches:
+            cache.rollback(counts)
+            cache.select(rows)
+            if verb == "copy":
+                cache.release(target)
+                assert cache.admit(cache, source) == target
+        passed = [passed[row] - counts[row] for row in rows]
+        if verb == "copy":
+            passed[target] = passed[source]
+        new, taking = chance.choice([1, 1, 3]), chance.choice([1, 3, 3])
+        real = [chance.randint(0, new) for _ in range(taking)]
+        ids = torch.randint(VOCABULARY, (taking, new), generator=generator)
+        if not any(caches[0].lengths[:taking]):
+            real = [new] * taking  # so that the next pass is captured
+        found = [
+            decoder.step(ids, cache, real) for decoder, cache in zip(decoders, caches, strict=True)
+        ]
+        passed = [min(64, n + more) for n, more in zip(passed, [*real, 0, 0], strict=False)]
+        for row, count in enumerate(real):
+            eager, captured = (logits[row, :count] for logits in found)
+            torch.testing.assert_close(captured, eager, rtol=0, atol=1e-12, msg=f"{number} {verb}")
+        assert caches[0].lengths == caches[1].lengths
+    assert len(decoders[1]._graphs) == 4

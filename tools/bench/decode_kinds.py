@@ -16,8 +16,9 @@ import json
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -41,7 +42,8 @@ KINDS: list[tuple[str, tuple[str, ...]]] = [
     ("state", ("nn/mixers/", "nn/recurrent_cache.py", "nn/states.py")),
 ]
 Frame = tuple[str, str]  # path and function
-Figures = tuple[Counter[str], Counter[str]]  # calls and microseconds by kind
+Numbers = defaultdict[str, float]  # by kind
+Figures = tuple[Numbers, Numbers]  # calls and microseconds
 
 
 def kind_of(frames: Sequence[Frame]) -> str:
@@ -66,7 +68,7 @@ class Noting(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.us = Counter[str](), Counter[str]()
+        self.calls, self.us = Numbers(float), Numbers(float)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -108,9 +110,9 @@ def captured_figures(step: Callable[[], object], steps: int) -> Figures:
     nodes = list(torch.jit.last_executed_optimized_graph().nodes())
     names = [node.kind().replace("prim::ConstantChunk", "aten::chunk") for node in nodes]
     kinds = [_kind_of_node(node) for node in nodes]
-    calls, times = Counter[str](), []
+    calls, times = Numbers(float), []
     for graph in (e for e in profiler.events() if e.name == "__call__" and e.cpu_children):
-        calls, us, last = Counter[str](), Counter[str](), 0
+        calls, us, last = Numbers(float), Numbers(float), 0
         for event in sorted(graph.cpu_children, key=lambda e: e.time_range.start):
             at = next((n for n in range(last, len(names)) if names[n] == event.name), None)
             kind = "rest"
@@ -132,9 +134,10 @@ def _kind_of_node(node: Any) -> str:
     return kind_of(frames)
 
 
-def _medians(some: list[Counter[str]]) -> Counter[str]:
+def _medians(some: list[Numbers]) -> Numbers:
     kinds = {kind for each in some for kind in each}
-    return Counter({kind: statistics.median(each[kind] for each in some) for kind in kinds})
+    found = {kind: statistics.median(each[kind] for each in some) for kind in kinds}
+    return Numbers(float, found)
 
 
 def main() -> None:
@@ -190,10 +193,8 @@ def _ways(model: Any, token: torch.Tensor) -> dict[str, Way]:
         decoder = Decoder(model, captured=way == "captured")
         cache = decoder.new_cache()
 
-        def decoded(ids: torch.Tensor, decoder: Any = decoder, cache: Any = cache) -> object:
-            return decoder.step(ids, cache)
-
-        ways[way] = decoded, lambda decoded=decoded: decoded(token)
+        decoded = partial(decoder.step, cache=cache)
+        ways[way] = decoded, partial(decoded, token)
     return ways
 
 

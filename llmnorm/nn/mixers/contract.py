@@ -52,6 +52,16 @@ class Context:
         return None
 
     @property
+    def padding(self) -> Tensor | None:
+        """(batch, length), True for padding; None: there is none."""
+        match self.visibility:
+            case Masked(real=real):
+                return ~real
+            case Cached(places=places):
+                return places.padding
+        return None
+
+    @property
     def places(self) -> Places:
         """Where the new tokens go; there is a cache if this is asked."""
         assert isinstance(self.visibility, Cached)

@@ -147,8 +147,8 @@ class GatedDeltaNet(Mixer[DeltaParameters, RecurrentCache]):
         b = b.flatten(2).to(wide).sigmoid()
         step = F.softplus(a.flatten(2).to(wide) + self.dt_bias.to(wide))
         log_decay = -self.A_log.to(wide).exp() * step
-        if context.real is not None:
-            padding = ~context.real[..., None]
+        if context.padding is not None:
+            padding = context.padding[..., None]
             b, log_decay = b.masked_fill(padding, 0), log_decay.masked_fill(padding, 0)
             if isinstance(context.visibility, Masked):  # behind a cache, no real token sees padding
                 convolved = convolved.masked_fill(padding, 0)

@@ -101,8 +101,8 @@ class GatedLinearAttention(ProjectedMixer[GLAParameters, RecurrentCache]):
         wide = wide_dtype(x.dtype)
         logits = from_rank(low).view(heads).to(wide)
         log_gate = F.logsigmoid(logits) / self.gate_logit_normalizer
-        if context.real is not None:
-            padding = ~context.real[..., None, None]
+        if context.padding is not None:
+            padding = context.padding[..., None, None]
             k, log_gate = k.masked_fill(padding, 0), log_gate.masked_fill(padding, 0)
         return GLAParameters(q * self.key_dim**-0.5, k, v, log_gate, gate)
 

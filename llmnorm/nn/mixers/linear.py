@@ -200,13 +200,14 @@ class LinearAttention(ProjectedMixer[LinearParameters, RecurrentCache]):
         assert isinstance(context.visibility, Cached)
         places, wide, heads = context.visibility.places, wide_dtype(p.v.dtype), self.heads
         kept, v = cache.before(context.places), p.v.to(wide)
+        by_use = [heads, self.kv_heads]
         with without_autocast(v.device.type):
             made = self.step_features(p.q.to(wide), p.k.to(wide))
-            if context.real is not None:
-                made[:, :, heads:].masked_fill_(~context.real[..., None, None], 0)
+            q, k = made.split(by_use, 2)
+            if context.padding is not None:
+                k.masked_fill_(context.padding[..., None, None], 0)
             turned = self._turned(made, context.cos, context.sin) if self.rotary else made
-        by_use = [heads, self.kv_heads]
-        (q, k), (turned_q, turned_k) = made.split(by_use, 2), turned.split(by_use, 2)
+        turned_q, turned_k = turned.split(by_use, 2)
         y, total, *after = sums_step(q, k, turned_q, turned_k, v, kept)
         cache.append((turned_k, k, p.v), (*after, *p.windows), places)
         count = visible_tokens(v, context.visibility, causal=True)[..., None, None]

@@ -79,8 +79,9 @@ class NaLa(LinearAttention):
         length = length.square_().add_(self.query_eps**2).sqrt_()
         scaled = length if self.norm_scale == 1 else length / self.norm_scale
         power = scaled.tanh().add_(self.tau).mul_(self.lam)
-        parts[:, :, :heads].div_(length).pow_(power)
-        parts[:, :, heads:].pow_(self.lam)
+        of_q, of_k = parts.split([heads, k.shape[2]], 2)
+        of_q.div_(length).pow_(power)
+        of_k.pow_(self.lam)
         return parts
 
     def _angles(self, size: Tensor, direction: Tensor) -> Tensor:

@@ -43,6 +43,13 @@ class Rotary:
             scale = self.attention_scaling()
             return (angles.cos() * scale).unsqueeze(-2), (angles.sin() * scale).unsqueeze(-2)
 
+    @property
+    def reach(self) -> int | None:
+        """Tokens up to which a call's tables do not depend on its longest row; None: any."""
+        if self.parameters.rope_type == "longrope":
+            return self.parameters.original_max_position_embeddings
+        return self.max_position_embeddings if self.parameters.rope_type == "dynamic" else None
+
     def _frequencies(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         if self.parameters.rope_type in ("dynamic", "longrope"):
             return self.frequencies(dtype, positions.max() + 1)
@@ -110,11 +117,12 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (a, b), (first, second) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=second).addcmul_(a, sin)
-    return out
+    halves = x.unflatten(-1, (2, -1))
+    out = halves * cos.unsqueeze(-2)
+    (a, b), (first, second) = halves.unbind(-2), out.unbind(-2)
+    first.addcmul_(b, sin, value=-1)
+    second.addcmul_(a, sin)
+    return out.flatten(-2)
 
 
 def _exponents(rotary: Rotary, dtype: torch.dtype, longest: Tensor) -> Tensor:
