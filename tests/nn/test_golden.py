@@ -57,7 +57,7 @@ def test_every_recorded_vector_is_reproduced(capsys: pytest.CaptureFixture[str])
         ("colm_facility_location", "1/gains", 1e-2),
         ("colm_facility_location", "4/order", 1),
         ("colm_facility_location", "2/weights", 1),
-        ("colm_facility_location", "2/similarity", 1e-3),
+        ("colm_facility_location", "1/similarity", 1e-2),
         ("colm_sparsify", "1/kept_dimensions", 1),
         ("colm_budgets", "1/budgets", 1),
         ("colm_adam_normalisation", "3/v", 1e-2),
@@ -157,7 +157,7 @@ def test_a_window_of_another_start_is_not_served(
         ("lightning/module", "MiniMax"),
         ("norm/evonorm_s0", "EvoNorm"),
         ("placement/ngpt", "nGPT"),
-        ("colm/budgets", "CoLM"),
+        ("loss/rank_mixup", "RankMixup"),
         ("room/nosuch", "knows the kind room/nosuch"),
     ],
 )
