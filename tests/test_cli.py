@@ -80,8 +80,8 @@ def test_an_unknown_option_is_answered_by_the_commands_own(
     """Oracle: the options of `generate`, written out; those that it requires come later."""
     code, _, err = answer(capsys, "generate", *words)
     own = (
-        "--adapter, --chat, --checkpoint, --draft, --ema, --help, --import, --max-tokens, --output, "
-        "--prompt, --prompts, --seed, --temperature, --user"
+        "--adapter, --chat, --checkpoint, --draft, --ema, --help, --import, --max-tokens, "
+        "--output, --prompt, --prompts, --seed, --temperature, --user"
     )
     assert code == 2
     assert f"there is no option --foo; valid: {own} (`llmnorm generate --help`" in err

@@ -251,8 +251,11 @@ def _answer_file(
 def _engine(
     target: "Target", settings: "GenerationSettings", requests: "Sequence[Request]" = ()
 ) -> "Engine | Grouped":
-    """The engine, with no more slots and context than `requests` need, if all are known."""
-    if requests:
+    """The engine, with no more slots and context than `requests` need, if all are known.
+
+    A deterministic one keeps them: bits depend on how wide the cache is.
+    """
+    if requests and not settings.deterministic:
         rows = sum(request.n for request in requests)
         longest = max(len(r.prompt) + r.sampling.max_tokens for r in requests)
         context = min(settings.context or target.context, longest)

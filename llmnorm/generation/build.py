@@ -20,6 +20,7 @@ from llmnorm.generation.contract import Draft, Step
 from llmnorm.generation.costs import DraftLengths, costs_for, size_of
 from llmnorm.generation.draft import Lookup
 from llmnorm.generation.engine import Engine
+from llmnorm.generation.exact import ExactStep
 from llmnorm.generation.grouped import Grouped, draft_slots
 from llmnorm.generation.model_draft import ModelDraft, check_draft
 from llmnorm.models.decoding import Decoder
@@ -61,7 +62,7 @@ def engine_of(
     Raises:
         InputError: the model, the draft or the settings are such that they cannot be served.
     """
-    step = step_of(model, deterministic=settings.deterministic)
+    step = _exact(model, settings) if settings.deterministic else step_of(model)
     grouped = settings.method in ("eqspec", "exspec")
     context = settings.context or step.context
     says = [step.says]
@@ -100,20 +101,26 @@ def engine_of(
     return Built(engine, says)
 
 
-def step_of(model: "PreTrainedModel", *, deterministic: bool = False) -> Step:
+def step_of(model: "PreTrainedModel") -> Step:
     """What runs a model behind caches.
 
     Raises:
         InputError: it cannot be run so.
     """
-    if isinstance(model, LlmNormForCausalLM):
-        return Decoder(model)
-    if deterministic:
+    return Decoder(model) if isinstance(model, LlmNormForCausalLM) else ForeignStep(model)
+
+
+def _exact(model: "PreTrainedModel", settings: GenerationSettings) -> Step:
+    """As `step_of`, bit-equal in any batch of these settings."""
+    if not isinstance(model, LlmNormForCausalLM):
         raise InputError(
             "generation.deterministic: is shown for models of this package alone, and this is a "
             f"{type(model).__name__}; leave it out"
         )
-    return ForeignStep(model)
+    longest: int = model.config.max_position_embeddings
+    context = min(settings.context or longest, longest)
+    drafts = settings.draft != "none"
+    return ExactStep(model, context=context, rows=settings.slots, drafts=drafts)
 
 
 def _size(count: int) -> str:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from llmnorm.models.modeling import LlmNormForCausalLM
 
+PAD = 0  # any token: no row sees it, and none is told it
+
 
 def continuations(
     model: "LlmNormForCausalLM",
@@ -44,7 +46,7 @@ def continuations(
 
     Args:
         model: in evaluation mode.
-        tokenizer: for stop strings, and for padding where `together`.
+        tokenizer: for stop strings.
         requests: of one row each.
         ends: the model's end tokens.
         together: the model is spread over processes, all of which make this call, each with
@@ -74,7 +76,7 @@ def _together(
     ends: Collection[int],
 ) -> list[list[int]]:
     """As `continuations`, by Hugging Face's `generate`."""
-    config, pad = model.config, tokenizer.pad_token_id
+    config = model.config
     made = [
         rows_of(
             number,
@@ -88,12 +90,12 @@ def _together(
     ]
     rows = [row for (row,) in made]
     width = max(row.prompt for row in rows)
-    ids = torch.full((len(rows), width), pad)
+    ids = torch.full((len(rows), width), PAD)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         ids[number, width - row.prompt :] = torch.tensor(row.ids)
         mask[number, width - row.prompt :] = 1
-    chosen = _Chosen(rows, pad)
+    chosen = _Chosen(rows)
     model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -101,7 +103,7 @@ def _together(
         do_sample=False,
         temperature=None,
         eos_token_id=None,
-        pad_token_id=pad,
+        pad_token_id=PAD,
         logits_processor=[chosen],
         stopping_criteria=[_Ended(chosen)],
         synced_gpus=True,
@@ -114,15 +116,15 @@ def _together(
 class _Chosen(LogitsProcessor):
     """Leaves `generate` one token a row to choose: what the row's own chooser has chosen."""
 
-    def __init__(self, rows: Sequence[Row], pad: int) -> None:
-        self._rows, self._pad = rows, pad
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
         self.ended = [False] * len(rows)
         self.fault: str | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (rows, vocabulary) -> the same, -inf but for one token of each row."""
         going = [number for number, ended in enumerate(self.ended) if not ended]
-        tokens = [self._pad] * len(self._rows)
+        tokens = [PAD] * len(self._rows)
         verdicts = verify(
             [self._rows[number].chooser for number in going],
             scores[going].unsqueeze(1),

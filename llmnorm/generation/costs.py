@@ -13,6 +13,9 @@ each layer and so much for each million of weights; both depend on the rows and 
 
     Example: 1 row, 1 token, (0.06, 0.5): a model of 8 layers and 26M weights takes 13.5 ms.
 
+What the host does beside the passes is added: DRAWN for a token that is drawn by temperature, PASS
+for a pass of the draft. At 8 rows of 4 drafts the draws alone are a sixth of a 23M model's step.
+
 Surprise: figures are those of our captured step in float32 with softmax attention. Recurrent layers
 replay what is rolled back, for which ROLLBACK is added; other costs of theirs are not in the table.
 """
@@ -31,22 +34,27 @@ from llmnorm.machine.processor import Processor, processor
 Times = Mapping[int, Mapping[int, tuple[float, float]]]
 """batch -> tokens a row -> milliseconds (for a layer, for a million weights)."""
 
-UNMEASURED: Times = {1: {1: (1.0, 0.0)}}  # a GPU: as many launches, however many tokens
-LENGTHS = (1, 2, 3, 4, 6, 8, 16)  # that are chosen from: the pass of each is a graph of its own
+UNMEASURED: Times = {1: {1: (0.2, 0.0)}}  # a GPU: as many launches, however many tokens
+LENGTHS = (1, 2, 3, 4, 8, 16)  # that are chosen from; the pass of each is traced once, in 30 steps
 ON, OFF = 1.08, 1.05  # the speed-up from which drafting begins, and under which it ends
 BETTER = 1.03  # by how much another length must be better than the one in use
 LEAST = 0.02  # chance that a token is accepted, under which it is not drafted
 RETRY = 32  # rounds without drafts, after which one token is drafted to see
 OF_ROW, OF_ALL = 64, 240  # drafted tokens that an acceptance remembers, of a row and of all rows
-PRIOR = 16  # drafted tokens that the acceptance of all rows counts for in a row's own
+PRIOR = 32  # drafted tokens that the acceptance of all rows counts for in a row's own
+FIRST = 20  # drafted tokens that the acceptance assumed at the start counts for
+ASSUMED, OF_LOOKUP = 0.5, 0.2  # that acceptance, of a model's drafts and of a lookup's
+DRAWN = 0.015  # ms of choosing a token by temperature, a thousand tokens of the vocabulary
+PASS = 0.15  # ms of a pass of the draft beside its step, all rows
 ROLLBACK = 0.27  # of a verification, median of the mixers with a state (tools/bench/rollback.py)
 
 
 class Size(NamedTuple):
-    """Of a model: layers, and millions of weights that a pass reads."""
+    """Of a model: layers, millions of weights that a pass reads, and tokens of the vocabulary."""
 
     layers: int
     millions: float
+    vocabulary: int = 0
 
 
 def size_of(model: nn.Module) -> Size:
@@ -56,7 +64,7 @@ def size_of(model: nn.Module) -> Size:
     embeddings, head = parts.get_input_embeddings(), parts.get_output_embeddings()
     if head is not None and head.weight is not embeddings.weight:
         weights -= embeddings.weight.numel()
-    return Size(parts.config.num_hidden_layers, weights / 1e6)
+    return Size(parts.config.num_hidden_layers, weights / 1e6, embeddings.weight.shape[0])
 
 
 @dataclass(frozen=True)
@@ -76,22 +84,37 @@ class Costs:
     draft: Size | None = None
     recurrent: bool = False
     says: str = ""
-    _known: dict[tuple[int, int], float] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[tuple[bool, int, int, int], float] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
-    def v(self, batch: int, tokens: int) -> float:
-        """Time of a target's pass of so many tokens in each of `batch` rows over that of one."""
-        if (batch, tokens) not in self._known:
-            ratio = max(_ratio(t, self.target, self.target, batch, tokens) for t in self.tables)
-            # Measured times are noisy; more tokens are never cheaper.
-            ratio = max(ratio, 1.0) * (1 + ROLLBACK * (self.recurrent and tokens > 1))
-            self._known[batch, tokens] = ratio
-        return self._known[batch, tokens]
+    def v(self, batch: int, tokens: int, drawn: int = 0) -> float:
+        """Time of a target's pass of so many tokens in each of `batch` rows over that of one.
 
-    def c(self, batch: int) -> float:
-        """Time of a draft's step of `batch` rows over that of a target's step."""
-        if self.draft is None:
-            return 0.0
-        return max(_ratio(times, self.draft, self.target, batch, 1) for times in self.tables)
+        Args:
+            drawn: rows whose tokens are drawn by temperature; the others are greedy.
+        """
+        # Measured times are noisy; more tokens are never cheaper.
+        ratio = max(1.0, self._over_a_step(False, batch, tokens, drawn))
+        return ratio * (1 + ROLLBACK * (self.recurrent and tokens > 1))
+
+    def c(self, batch: int, drawn: int = 0) -> float:
+        """Time of a draft's pass of `batch` rows over that of a target's step."""
+        return self._over_a_step(True, batch, 1, drawn) if self.draft is not None else 0.0
+
+    def _over_a_step(self, draft: bool, batch: int, tokens: int, drawn: int) -> float:
+        """Time of a pass with what the host does for it, over that of a plain step."""
+        key = draft, batch, tokens, drawn
+        if key not in self._known:  # rounds ask for few of them, again and again
+            choice = DRAWN * self.target.vocabulary / 1000 * drawn
+            size = (self.draft or self.target) if draft else self.target
+            host = choice * tokens + PASS * draft
+            self._known[key] = max(
+                (_time(times, size, batch, tokens) + host)
+                / (_time(times, self.target, batch, 1) + choice)
+                for times in self.tables
+            )
+        return self._known[key]
 
 
 def costs_for(
@@ -126,11 +149,6 @@ def _name(found: Processor) -> str:
     return f"{found.vendor or 'an unknown processor'} family {found.family}, {found.instructions}"
 
 
-def _ratio(times: Times, size: Size, unit: Size, batch: int, tokens: int) -> float:
-    """Time of a pass of a model of `size` over that of one token a row of one of size `unit`."""
-    return _time(times, size, batch, tokens) / _time(times, unit, batch, 1)
-
-
 def _time(times: Times, size: Size, batch: int, tokens: int) -> float:
     """Milliseconds of a pass, between measured batches and tokens on a straight line."""
     by_batch = {
@@ -155,24 +173,28 @@ def _between(known: Mapping[int, float], at: int) -> float:
 
 def expected_tokens(acceptance: float, drafted: int) -> float:
     """Tokens that a round of so many drafts commits to a row, the bonus token among them."""
-    return sum(acceptance**k for k in range(drafted + 1))
+    if acceptance == 1:
+        return drafted + 1.0
+    return (1 - acceptance ** (drafted + 1)) / (1 - acceptance)
 
 
-def speed_up(acceptance: float, drafted: int, batch: int, costs: Costs) -> float:
-    """Of rounds of so many drafts a row over plain decoding of the same batch, passes alone."""
-    return _gain([acceptance] * batch, drafted, costs)
+def speed_up(acceptance: float, drafted: int, batch: int, costs: Costs, drawn: int = 0) -> float:
+    """Of rounds of so many drafts a row over plain decoding of the same batch."""
+    return _gain([acceptance] * batch, drafted, costs, drawn=drawn)
 
 
-def _gain(acceptances: Sequence[float], drafted: int, costs: Costs, riding: int = 0) -> float:
+def _gain(
+    acceptances: Sequence[float], drafted: int, costs: Costs, *, riding: int = 0, drawn: int = 0
+) -> float:
     """The speed-up of a round in which these rows draft and `riding` others do not."""
     batch = len(acceptances) + riding
     tokens = sum(expected_tokens(p, drafted) for p in acceptances) + riding
-    time = drafted * costs.c(batch) + costs.v(batch, drafted + 1)
+    time = drafted * costs.c(batch, drawn) + costs.v(batch, drafted + 1, drawn)
     return tokens / batch / time
 
 
 def best_length(
-    acceptances: Sequence[float], costs: Costs, *, riding: int = 0, now: int = 0
+    acceptances: Sequence[float], costs: Costs, *, riding: int = 0, drawn: int = 0, now: int = 0
 ) -> int:
     """How many tokens a round should draft at most; 0: none, since it does not pay.
 
@@ -184,11 +206,14 @@ def best_length(
         acceptances: of the rows that draft.
         costs: of the models.
         riding: rows of the pass that do not draft.
+        drawn: rows whose tokens are drawn by temperature.
         now: the length in use.
     """
     if not acceptances:
         return 0
-    gains = {length: _gain(acceptances, length, costs, riding) for length in LENGTHS}
+    gains = {
+        length: _gain(acceptances, length, costs, riding=riding, drawn=drawn) for length in LENGTHS
+    }
     best = max(LENGTHS, key=lambda length: gains[length])
     if not now:
         return best if gains[best] >= ON else 0
@@ -231,22 +256,20 @@ class DraftLengths:
     Args:
         costs: of the models.
         draft_tokens: a number, or "auto".
-        prior: acceptance that is assumed before the first drafts.
     """
 
-    def __init__(
-        self, costs: Costs, draft_tokens: int | Literal["auto"] = "auto", prior: float = 0.5
-    ) -> None:
-        self.costs, self._fixed, self._prior = costs, draft_tokens, prior
+    def __init__(self, costs: Costs, draft_tokens: int | Literal["auto"] = "auto") -> None:
+        self.costs, self._fixed = costs, draft_tokens
         self.length = 0
         self._all = _Acceptance(OF_ALL)
         self._rows: dict[int, _Acceptance] = {}
-        self._waited = 0  # rounds since the last one with drafts
+        self._waited = RETRY  # rounds since the last one with drafts; at the start one is due
         self._tried = [0, 0]  # drafted and accepted tokens of the round that was tried
 
     def acceptance(self, slot: int) -> float:
         """The chance that a row's drafted token is accepted, as it is estimated now."""
-        common = self._all.estimate(self._prior, PRIOR)
+        assumed = OF_LOOKUP if self.costs.draft is None else ASSUMED
+        common = self._all.estimate(assumed, FIRST)
         own = self._rows.get(slot)
         return common if own is None else own.estimate(common, PRIOR)
 
@@ -261,7 +284,11 @@ class DraftLengths:
             if some
         }
         self.length = best_length(
-            list(found.values()), self.costs, riding=len(rows) - len(found), now=self.length
+            list(found.values()),
+            self.costs,
+            riding=len(rows) - len(found),
+            drawn=sum(row.chooser.sampling.temperature > 0 for row in rows),
+            now=self.length,
         )
         if not self.length:
             return self._retried(wanted)
@@ -278,13 +305,13 @@ class DraftLengths:
         self._waited += 1
         if self._waited < RETRY and not (drafted and 2 * accepted >= drafted):
             return [0] * len(wanted)
-        self._waited = 0
         return [int(some) for some in wanted]
 
     def observe(self, slot: int, drafted: int, accepted: int) -> None:
         """What came of a row's drafts in the last round."""
         if not drafted:
             return
+        self._waited = 0  # a try in which a lookup has found nothing is none
         self._tried[0] += drafted
         self._tried[1] += accepted
         self._all.observe(drafted, accepted)

@@ -15,7 +15,7 @@ are admitted first come first served, a row to a slot (slots.py).
 Nothing here runs by itself: no threads, and every change is made by the caller's `add`, `step` and
 `abort`. A row that fails (its logits are not finite, a processor of its own raises) ends alone,
 with an event that says why. An exception that is no row's own leaves `step`; the rows that ran have
-then failed, and the engine goes on with the waiting ones if it is asked to.
+then failed, and the next `step` goes on with those that wait.
 
 What would surprise: all buffers are made at the start, for as many rows of as many tokens as the
 settings say, and what does not fit is refused there.
@@ -70,7 +70,8 @@ class Counters:
         rows: rows in all of them; rows / rounds is the mean batch.
         tokens: generated.
         prompt_tokens: of admitted prompts. cached_tokens: those that an earlier row's cache saved.
-        drafted, accepted: tokens, by their place in the proposal, from 0.
+        drafted, accepted: tokens, by their place in the proposal, from 0, those behind the end of
+            a row too.
         finished: rows, by how they ended.
     """
 
@@ -98,7 +99,6 @@ class Engine:
 
     Attributes:
         counters: what it has done.
-        bytes: of the target's caches.
 
     Raises:
         InputError: the settings ask for what cannot be: a context beyond the model's, a cache that
@@ -142,7 +142,7 @@ class Engine:
 
     @property
     def bytes(self) -> int:
-        """Of the target's caches."""
+        """Of the target's caches; a draft's own is not counted, nor limited by cache_memory."""
         return self._slots.bytes
 
     @property
@@ -228,6 +228,7 @@ class Engine:
             if not self.idle:
                 for number in places:
                     self.abort(number)
+                self._events = []
 
     def step(self) -> list[Event]:
         """Admit what fits, run a round, and tell what each row has gained, in the rows' order.
@@ -254,15 +255,14 @@ class Engine:
                     return
                 self._filling = self._waiting.popleft()
                 self._filling.cached = self._slots.begin(self._filling.ids)
-            row = self._filling
-            while piece := self._slots.piece(self._chunk):
+            row, finite = self._filling, True
+            while finite and (piece := self._slots.piece(self._chunk)):
                 if piece > budget:
                     return
                 budget -= piece
-                if not self._slots.run(self._chunk):
-                    break
+                finite = self._slots.run(self._chunk)
             self._filling = None
-            if self._slots.left:
+            if not finite:
                 self._slots.drop()
                 self._slots.forget()
                 message = "the model's logits of the prompt are not finite"
@@ -283,7 +283,7 @@ class Engine:
         verdicts = verify([row.chooser for row in rows], logits, [0] * len(rows), proposals)
         self.counters.rounds += 1
         self.counters.rows += len(rows)
-        back, events = [], []
+        back, ended = [], []
         for row, block, verdict in zip(rows, blocks, verdicts, strict=True):
             drafted = len(block) - 1
             if verdict.fault is not None:
@@ -293,13 +293,13 @@ class Engine:
                 self._observe(row, drafted, verdict.accepted)
             self.counters.tokens += len(event.tokens)
             back.append(len(block) - len(event.tokens))
-            events.append(event)
-        self._slots.rollback(back)
-        self._events += [self._closed(event) for event in events]
-        # From the last one on, so that no row moves that is about to leave.
-        for row, event in reversed(list(zip(rows, events, strict=True))):
+            self._events.append(self._closed(event))
             if event.finish is not None:
-                self._leave(row, failed=event.finish == "error")
+                ended.append((row, event.finish))
+        self._slots.rollback(back)
+        # From the last one on, so that no row moves that is about to leave.
+        for row, finish in reversed(ended):
+            self._leave(row, failed=finish == "error")
 
     def _proposals(self, rows: list[Row]) -> list[Proposal]:
         """The drafts of a round, none where a draft is not wanted or would pass the row's end."""
@@ -366,8 +366,9 @@ class Engine:
         for row in self._rows:
             for follower in self._followers:
                 follower.release(row.slot)
+        told = {(event.request, event.row) for event in self._events if event.finish is not None}
         for row in [*self._rows, *([self._filling] if self._filling else [])]:
-            if row.finish is None:
+            if (row.request, row.row) not in told:
                 self._events.append(self._closed(row.end("error", message)))
         self._rows, self._filling = [], None
         self._slots.clear()

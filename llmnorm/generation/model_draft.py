@@ -133,8 +133,11 @@ class ModelDraft:
         blocks = {row.slot: row.ids[len(self._rows[row.slot].tokens) :] for row, _ in drafted}
         for number in range(max(counts, default=0)):
             wanting = [row for row, count in drafted if count > number]
-            logits = self._feed({row.slot: blocks[row.slot] for row in wanting})
-            logits = self._fitted(logits[[row.slot for row in wanting], 0])
+            slots = [row.slot for row in wanting]
+            logits = self._feed({slot: blocks[slot] for slot in slots})[:, 0]
+            if slots != list(range(len(logits))):
+                logits = logits[slots]
+            logits = self._fitted(logits)
             chosen, distributions = draw([row.chooser for row in wanting], logits)
             for row, token, distribution in zip(wanting, chosen, distributions, strict=True):
                 tokens[row.slot].append(token)
@@ -160,7 +163,8 @@ class ModelDraft:
         for row in rows:
             own = self._rows[row.slot]
             back[row.slot] = len(own.tokens) - own.common(row.ids)
-        self._take_back(back)
+        if any(back):
+            self._take_back(back)
         for row in rows:
             own = self._rows[row.slot]
             own.ids, own.sure = row.ids, len(row.ids)

@@ -43,7 +43,6 @@ class Row:
         prompt: how many of `ids` are the prompt's.
         cached: of the prompt's tokens, those that an earlier row's cache has saved.
         drafted, accepted: tokens.
-        finish: how it has ended; None: it goes on.
     """
 
     def __init__(
@@ -64,7 +63,6 @@ class Row:
         self.chooser: Chooser = chooser
         self.slot = -1
         self.cached = self.drafted = self.accepted = 0
-        self.finish: Finish | None = None
         self._ends, self._text = ends, text
 
     @property
@@ -106,7 +104,6 @@ class Row:
         return self._closed(Event(self.request, self.row, [], "", 0), finish, message)
 
     def _closed(self, event: Event, finish: Finish, message: str | None = None) -> Event:
-        self.finish = finish
         rest = "" if self._text is None else self._text.finish()
         return replace(event, text=event.text + rest, finish=finish, message=message)
 

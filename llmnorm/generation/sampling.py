@@ -23,6 +23,7 @@ nothing; from a GPU the logits come over in one piece, or where every row is gre
 the tokens alone: one synchronisation in both cases.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,8 +52,8 @@ def draw(choosers: Sequence[Chooser], logits: Tensor) -> tuple[list[int], list[T
         logits: of the draft, (rows, vocabulary).
 
     Returns:
-        The tokens; and the distributions (vocabulary,) of float32 that they were drawn from, or
-        None where a token was certain (greedy, seeded).
+        The tokens; and the distributions (vocabulary,) that they were drawn from, float32 on the
+        CPU, or None where a token was certain (greedy, seeded).
     """
     rows = _rows(choosers)
     lines = _Lines([(row, []) for row in rows], _on_cpu(rows, logits))
@@ -74,7 +75,7 @@ def draw(choosers: Sequence[Chooser], logits: Tensor) -> tuple[list[int], list[T
             token = _drawn(law, row.uniform())
         row.suppose(token)
         tokens.append(token)
-        laws.append(None if law is None else torch.from_numpy(law).to(logits.device))
+        laws.append(None if law is None else torch.from_numpy(law))
     return tokens, laws
 
 
@@ -131,13 +132,17 @@ def verify(
 def _accepted(
     row: RowChooser, proposal: Proposal, lines: "_Lines", start: int
 ) -> tuple[list[int], str | None]:
-    """The accepted tokens and the bonus, of the row whose lines begin at `start`; or a fault."""
+    """The accepted tokens and the bonus, of the row whose lines begin at `start`; or a fault.
+
+    Where the fault comes behind accepted drafts these are committed, the last one in the place of
+    the bonus: it is the next round that cannot begin.
+    """
     tokens: list[int] = []
     for i, drafted in enumerate([*proposal.tokens, None]):
         line = start + i
         fault = lines.faults[line]
         if fault is not None:
-            return [], fault
+            return tokens, None if tokens else fault
         if row.decides:
             token = int(lines.decided[line])
         else:
@@ -295,7 +300,7 @@ def _changed(rows: Sequence[tuple[RowChooser, Sequence[int]]], raw: Tensor) -> T
 def _faults(largest: NDArray[np.floating]) -> list[str | None]:
     """What is wrong with lines whose largest logits are these."""
     return [
-        None if np.isfinite(value) else NO_TOKEN if value == -np.inf else NOT_FINITE
+        None if math.isfinite(value) else NO_TOKEN if value == -math.inf else NOT_FINITE
         for value in largest.tolist()
     ]
 

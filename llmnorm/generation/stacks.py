@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llmnorm.generation.contract import Step
-from llmnorm.models.foreign_decoding import refuse_foreign
+from llmnorm.models.foreign_decoding import longest_row, refuse_foreign
 from llmnorm.nn.cache import RaggedCache
 
 if TYPE_CHECKING:
@@ -175,8 +175,8 @@ class PaddedStacks(Stacks):
     def __init__(self, model: "PreTrainedModel") -> None:
         refuse_foreign(model.config, type(model), type(model).__name__)
         self._model = model
-        decoder = model.config.get_text_config(decoder=True)
-        self.context, self.vocabulary = decoder.max_position_embeddings, decoder.vocab_size
+        self.context = longest_row(model.config)
+        self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
 
     def prompt(self, ids: Sequence[int]) -> "PaddedStack":
         """A batch of one row, in which these tokens, or none, have been run."""
@@ -236,7 +236,7 @@ class PaddedStack(Stack):
         self, model: "PreTrainedModel", cache: DynamicCache, lengths: Sequence[int]
     ) -> None:
         self._model, self.cache, self.lengths = model, cache, list(lengths)
-        self._last = model.config.get_text_config(decoder=True).max_position_embeddings - 1
+        self._last = longest_row(model.config) - 1
         self.padding = [max(lengths) - length for length in lengths]
 
     @property

@@ -118,6 +118,5 @@ def _border(weights: Line, mass: float) -> float | None:
 
 
 def _scores(logits: Line, largest: float, temperature: float) -> NDArray[np.float64]:
-    with np.errstate(over="ignore"):  # a cold row's far tokens: -inf
-        scores: NDArray[np.float64] = (logits.astype(np.float64) - largest) / temperature
+    scores: NDArray[np.float64] = (logits.astype(np.float64) - largest) / temperature
     return scores

@@ -112,7 +112,7 @@ class Decoder:
         if not captured:
             self._captured, about_steps = False, "steps run eagerly, as asked for"
         self.says = f"decoding: {about_steps}; {about_weights}"
-        self.context: int = model.config.max_position_embeddings
+        self.context: int = longest_row(model)
         self.vocabulary: int = model.config.vocab_size
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
@@ -180,13 +180,26 @@ class Decoder:
         return last_tokens(logits, places) if last and new > 1 else logits
 
 
+def longest_row(model: LlmNormForCausalLM) -> int:
+    """Tokens that a row may have, so that none changes its neighbours.
+
+    With longrope a call turns all of its rows by other frequencies as soon as one is longer than
+    the context before it was extended.
+    """
+    longest, reach = model.config.max_position_embeddings, model.model.rotary.reach
+    return longest if reach is None else min(longest, reach)
+
+
 def hidden_states(
     model: LlmNormForCausalLM, ids: Tensor, places: Places, layers: Sequence[LayerCache]
 ) -> Tensor:
     """The model's last hidden states (rows, new, hidden) of ids (rows, new) behind a cache."""
     base = model.model
     hidden = base.embed_tokens(ids)
-    context = Context(*base.rotary(places.index, wide_dtype(hidden.dtype)), Cached(places))
+    positions = places.index
+    if base.rotary.reach is not None and places.real is not None:
+        positions = positions.masked_fill(~places.real, 0)  # padding may not turn the rows
+    context = Context(*base.rotary(positions, wide_dtype(hidden.dtype)), Cached(places))
     return base.hidden_states(hidden, context, layers)[-1]
 
 

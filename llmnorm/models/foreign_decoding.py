@@ -75,7 +75,7 @@ class ForeignStep:
         self._model, self._name = model, name
         self.dtype, self.device = model.dtype, model.device
         decoder = model.config.get_text_config(decoder=True)
-        self.context: int = decoder.max_position_embeddings
+        self.context: int = longest_row(model.config)
         self._layers: int = decoder.num_hidden_layers
         self._some_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._shape: tuple[int, int] | None = None
@@ -227,6 +227,20 @@ def refuse_foreign(config: "PreTrainedConfig", kind: "type[PreTrainedModel]", wh
         _refuse(who, "its positions cannot be told by position_ids", config)
     if not isinstance(getattr(decoder, "max_position_embeddings", None), int):
         _refuse(who, "its configuration names no longest context (max_position_embeddings)", config)
+
+
+def longest_row(config: "PreTrainedConfig") -> int:
+    """Tokens that a row of a stock decoder may have.
+
+    With longrope all rows of a pass get other frequencies as soon as one of them is longer than the
+    context before it was extended, so rows stay within that: none may depend on its neighbours.
+    """
+    decoder = config.get_text_config(decoder=True)
+    longest: int = decoder.max_position_embeddings
+    rope = getattr(decoder, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        longest = min(longest, rope["original_max_position_embeddings"])
+    return longest
 
 
 def _refuse(who: str, why: str, config: "PreTrainedConfig") -> NoReturn:

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer
 
 from llmnorm import cli
 from tests.running import PATIENCE, Child
@@ -114,10 +117,6 @@ def test_a_draft_changes_no_text(
 @pytest.fixture(scope="module")
 def chat(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that answers messages."""
-    import torch
-    import transformers
-    from transformers import AutoTokenizer
-
     directory = save_tokenizer(tmp_path_factory.mktemp("chat") / "stock")
     config = transformers.LlamaConfig(
         vocab_size=len(AutoTokenizer.from_pretrained(directory)),
@@ -219,6 +218,8 @@ def test_what_is_refused(
         assert "generation.deterministic is shown on a CPU in float32" in refused(
             exported, "generation.deterministic=true", *words
         )
+    if not torch.cuda.is_available():
+        assert "has no GPU that torch can use" in refused(exported, "generation.device=cuda")
     assert "--output: holds the answers to --prompts" in refused(
         exported, "--prompt", "a", "--output", tmp_path / "o.jsonl"
     )
@@ -245,3 +246,66 @@ def test_every_method_gives_the_same_file(
         [{k: json.loads(line)[k] for k in kept} for line in t.splitlines()] for t in (plain, out)
     ]
     assert texts[0] == texts[1] and len(texts[0]) == 9
+
+
+def test_a_deterministic_text_does_not_depend_on_its_company(
+    exported: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Oracle: the bits of each request alone in its slots, told by the tokens and by the mode."""
+    asked = prompts(tmp_path / "p.jsonl", 4, seed=5)
+    words = ["generation.deterministic=true", "generation.slots=2", "generation.context=64"]
+    found = []
+    for more in ([], ["--draft", "lookup", "generation.draft_tokens=3"]):
+        code, out, err = answer(capsys, exported, "--prompts", asked, *words, *more)
+        assert code == 0 and "bit-equal in any batch, as a self-test has shown" in err
+        found.append([json.loads(line)["tokens"] for line in out.splitlines()])
+    assert found[0] == found[1] and len(found[0]) == 4
+
+
+def test_a_decoder_of_transformers_is_served_as_it_is(tmp_path: Path, capsys: Any) -> None:
+    """Oracle: the stock class's greedy tokens; with itself for a draft."""
+    directory = save_tokenizer(tmp_path / "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(directory)
+    ids = tokenizer("It is", return_tensors="pt").input_ids
+    keys = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    out = model.generate(ids, max_new_tokens=9, do_sample=False, **keys)
+    text = tokenizer.decode(out[0], skip_special_tokens=True) + "\n"
+    capsys.readouterr()
+    words = [directory, "--prompt", "It is", "--max-tokens", "9", "--temperature", "0"]
+    assert answer(capsys, *words)[:2] == (0, text)
+    draft = ["--draft", directory, "generation.draft_tokens=3"]
+    assert answer(capsys, *words, *draft)[:2] == (0, text)
+    for more, complaint in (
+        (["generation.deterministic=true"], "for models of this package alone, and this is a GPT2"),
+        (["--checkpoint", "3"], "--checkpoint: "),
+        (["--adapter", tmp_path], "--adapter: "),
+    ):
+        code, out, err = answer(capsys, *words, *more)
+        assert (code, out) == (2, "") and complaint in err
+    tree = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "num_hidden_layers": 1}
+    (directory / "config.json").write_text(json.dumps(tree))
+    code, out, err = answer(capsys, *words)
+    assert (code, out, err.count("error: ")) == (2, "", 1) and "it carries a recurrent state" in err
+
+
+def test_numbers_and_place_are_those_asked_for(exported: Path, capsys: Any) -> None:
+    """Oracle: what the step says that it runs, and the bytes of a cache of half as wide numbers."""
+    words = [exported, "--prompt", "The", "--max-tokens", "5", "generation.device=cpu"]
+    sizes = []
+    for dtype, name in (("fp32", "float32 on cpu"), ("bf16", "bfloat16 on cpu")):
+        code, _, err = answer(capsys, *words, f"generation.dtype={dtype}")
+        assert code == 0 and name in err
+        sizes.append(float(err.partition(" tokens, ")[2].partition(" MiB")[0]))
+    assert sizes[0] == pytest.approx(2 * sizes[1], abs=0.2)

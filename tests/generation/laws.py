@@ -107,7 +107,7 @@ def law(s: Sampling, logits: Tensor, answer: Sequence[int]) -> Tensor:
     counts = torch.bincount(
         torch.tensor([*answer], dtype=torch.long), minlength=len(logits)
     ).double()
-    taken = s.frequency_penalty * counts + s.presence_penalty * (counts > 0)
+    taken = s.frequency_penalty * counts + s.presence_penalty * (counts > 0).double()
     steps.append(lambda _, scores: scores - taken)
     if s.min_tokens:
         steps.append(hf.MinNewTokensLengthLogitsProcessor(len(PROMPT), s.min_tokens, END))

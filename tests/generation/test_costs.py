@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 from llmnorm.generation import costs as module
+from llmnorm.generation.contract import Sampling
 from llmnorm.generation.cost_table import MACHINES, TABLE
 from llmnorm.generation.costs import (
     LENGTHS,
@@ -44,7 +45,7 @@ class Row:
 
     @property
     def chooser(self) -> Any:
-        return SimpleNamespace(sampling=SimpleNamespace(speculative=self.speculative))
+        return SimpleNamespace(sampling=Sampling(temperature=0, speculative=self.speculative))
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.9, 1.0])
@@ -57,7 +58,7 @@ def test_expected_tokens_are_those_of_every_outcome(acceptance: float) -> None:
         assert expected_tokens(acceptance, drafted) == pytest.approx(expected)
 
 
-def test_costs_between_measured_points_lie_on_lines() -> None:
+def test_costs_between_measured_points_lie_on_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: by hand: 10 layers and 100 million weights at 2 batches and 2 numbers of tokens."""
     times = {1: {1: (1.0, 0.1), 5: (2.0, 0.2)}, 3: {1: (2.0, 0.3), 5: (4.0, 0.9)}}
     some = Costs([times], Size(10, 100.0), Size(2, 10.0))
@@ -68,13 +69,19 @@ def test_costs_between_measured_points_lie_on_lines() -> None:
     assert some.v(5, 1) == 1.0
     assert some.v(1, 9) == pytest.approx(3.0)
     assert some.v(5, 5) == pytest.approx(220 / 80)
-    assert some.c(1) == pytest.approx(3 / 20)
-    assert some.c(3) == pytest.approx(7 / 50)
+    assert some.c(1) == pytest.approx((3 + module.PASS) / 20)
+    assert some.c(3) == pytest.approx((7 + module.PASS) / 50)
     assert Costs([times], Size(10, 100.0)).c(3) == 0
     again = Costs([times], Size(10, 100.0), recurrent=True)
     assert again.v(1, 5) == pytest.approx(2.0 * (1 + module.ROLLBACK)) and again.v(1, 1) == 1
     assert Costs([times, FLAT], Size(10, 100.0)).v(1, 5) == pytest.approx(2.0), "the dearest"
     assert Costs([{1: {1: (1.0, 0), 5: (0.9, 0)}}], Size(1, 1)).v(1, 5) == 1.0, "noise"
+    monkeypatch.setattr(module, "DRAWN", 0.5)
+    drawn = Costs([times], Size(10, 100.0, 2000), Size(2, 10.0, 2000))
+    assert drawn.v(1, 5) == pytest.approx(2.0)
+    assert drawn.v(1, 5, 1) == pytest.approx((40 + 5) / (20 + 1))
+    assert drawn.v(3, 5, 2) == pytest.approx((130 + 10) / (50 + 2))
+    assert drawn.c(3, 2) == pytest.approx((7 + module.PASS + 2) / (50 + 2))
 
 
 times = st.builds(
@@ -99,7 +106,7 @@ def test_the_best_length_is_that_of_all_ways_to_draft(
 ) -> None:
     """Oracle: every combination of lengths of the rows; a pass is as wide as its longest row."""
     some = Costs([table], Size(1, 0.0), Size(1, 0.0))
-    object.__setattr__(some, "c", lambda batch: share)
+    object.__setattr__(some, "c", lambda batch, drawn: share)
     batch = len(acceptances) + riding
 
     def gain(lengths: tuple[int, ...]) -> float:
@@ -180,7 +187,7 @@ def test_what_does_not_pay_is_tried_again_and_comes_back() -> None:
     """Oracle: the rounds, counted: one of RETRY while nothing is accepted, soon all afterwards."""
     lengths, rows = DraftLengths(Costs([STEEP], Size(1, 0)), "auto"), [Row(0)]
     drafted = []
-    for _ in range(4 * RETRY):
+    for _ in range(3 * RETRY + 1):
         (count,) = lengths.counts(rows)
         lengths.observe(0, count, 0)
         drafted.append(count)
@@ -194,6 +201,22 @@ def test_what_does_not_pay_is_tried_again_and_comes_back() -> None:
         lengths.observe(0, count, count)
         rounds += 1
     assert lengths.length >= 6
+
+
+def test_a_lookup_is_tried_until_it_finds_something() -> None:
+    """Oracle: the rounds, counted: a try without a match costs nothing and is made again."""
+    table = {1: {1: (1.0, 0.0), 2: (1.3, 0.0), 17: (2.0, 0.0)}}
+    lengths, rows = DraftLengths(Costs([table], Size(1, 0))), [Row(0)]
+    for _ in range(5):
+        assert lengths.counts(rows) == [1]
+        lengths.observe(0, 0, 0)
+    lengths.counts(rows)
+    lengths.observe(0, 1, 0)
+    assert [lengths.counts(rows)[0] for _ in range(RETRY)] == [0] * (RETRY - 1) + [1]
+    for _ in range(30):
+        (count,) = lengths.counts(rows)
+        lengths.observe(0, count, count)
+    assert lengths.length >= 8
 
 
 def test_rows_have_lengths_of_their_own() -> None:
@@ -247,7 +270,7 @@ def test_which_table_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unknown.v(4, 5) == max(costs_of(k).v(4, 5) for k in TABLE) or len(unknown.tables) > 2
     assert "an unknown processor family 0, none has none" in unknown.says
     gpu = costs_for(TARGET, DRAFT, device="cuda")
-    assert (gpu.v(8, 5), gpu.c(8)) == (1, 1 / 8)
+    assert gpu.v(8, 5) == 1 and 1 / 8 < gpu.c(8) < 1 / 4
     assert "nothing is measured on cuda" in gpu.says
 
 
@@ -263,4 +286,4 @@ def test_a_size_counts_what_a_pass_reads(tied: bool) -> None:
         tie_word_embeddings=tied,
     )
     weights = 50 * 8 + 3 * (4 * 8 * 8 + 3 * 8 * 16 + 2 * 8) + 8
-    assert size_of(build_model(config, seed=0)) == Size(3, weights / 1e6)
+    assert size_of(build_model(config, seed=0)) == Size(3, weights / 1e6, 50)

@@ -48,7 +48,7 @@ SETTINGS = st.fixed_dictionaries(
 TOKENS = st.lists(st.integers(0, 29), max_size=4)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(given=SETTINGS, answer=TOKENS, drafts=TOKENS, seed=st.integers(0, 99))
 def test_every_draft_position_has_the_law_of_transformers_processors(
     given: dict[str, Any], answer: list[int], drafts: list[int], seed: int

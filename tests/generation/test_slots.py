@@ -88,14 +88,16 @@ def test_the_next_turn_takes_a_finished_row_over(name: str, ended_by: str) -> No
         if text[30 + n] not in text[30 : 30 + n] and n % 5 != 4
     )
     answer = next(text[30:] for text in known if text[:30] == start)
-    made = Watched(model, KnownDraft(known, lambda: True), slots=3)
-    made.add(other, max_tokens=30)  # runs beside, so that places are changed
+    # The row leaves a gap in front, and changes places by way of a free slot or the side cache.
+    made = Watched(model, KnownDraft(known, lambda: True), slots=3 if ended_by == "stop" else 2)
     stop = {answer[end]} if ended_by == "stop" else set()
     made.add(start, stop_tokens=frozenset(stop), max_tokens=40 if stop else end + 1)
-    while made.answers[1, 0].finish is None:
+    made.add(other, max_tokens=30)
+    while made.answers[0, 0].finish is None:
         made.step()
-    turn = [*start, *made.answers[1, 0].tokens, 5, 6, 7]
-    assert made.answers[1, 0].finish == ended_by and len(turn) == 30 + end + 4
+    assert made.engine.running == 1
+    turn = [*start, *made.answers[0, 0].tokens, 5, 6, 7]
+    assert made.answers[0, 0].finish == ended_by and len(turn) == 30 + end + 4
     made.add(turn, max_tokens=12)
     made.run()
     made.check()
@@ -145,6 +147,28 @@ def test_a_finished_row_stays_until_its_slot_is_needed() -> None:
         seen.append(made.engine.counters.cached_tokens - before)
     made.check()
     assert seen == [19, 19, 0]
+
+
+def test_a_finished_row_makes_room_for_the_prompt_that_is_being_run() -> None:
+    """Oracle: full passes; three slots hold a row that runs, one that has just finished in front
+    of it, and an older one, which goes: a prompt is in the side cache and needs a slot."""
+    made = Watched(model_of("softmax"), slots=3, prefill_chunk=8)
+    first, second, third, fourth = (prompts(2, 20, seed=seed)[1] for seed in range(30, 34))
+    made.add(first, max_tokens=1)
+    made.run()
+    made.add(second, max_tokens=7)
+    made.add(third, max_tokens=30)
+    while made.engine.running < 2:
+        made.step()
+    made.add((fourth * 2)[:39], max_tokens=2)  # in five pieces
+    while made.answers[1, 0].finish is None:
+        made.step()
+    slots = made.engine._slots
+    assert (made.engine.running, made.engine.waiting, len(slots._finished)) == (1, 1, 1)
+    made.add([*second, *made.answers[1, 0].tokens, 7], max_tokens=3)
+    made.run()
+    made.check()
+    assert made.engine.counters.cached_tokens == 20 + 6
 
 
 def test_without_reuse_a_deterministic_engine_runs_every_prompt() -> None:

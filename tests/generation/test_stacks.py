@@ -12,6 +12,7 @@ from llmnorm.generation.stacks import PaddedStack, PaddedStacks, SlotStacks
 from llmnorm.models.decoding import Decoder
 from llmnorm.part import InputError
 from tests.generation.stacked import (
+    CONTEXT,
     KINDS,
     VOCABULARY,
     CheckedStack,
@@ -67,6 +68,14 @@ def rounds(stacks: CheckedStacks, chance: random.Random, count: int) -> None:
 def test_rows_keep_what_they_hold_in_any_batch(kind: str) -> None:
     """Oracle: passes without a cache over each row's own tokens, 1e-12 and 1e-10."""
     rounds(target(kind).stacks, random.Random(0), 10)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "GPT2, padded", "GPT2, foreign"])
+def test_padding_behind_a_row_of_full_context_does_no_harm(kind: str) -> None:
+    """Oracle: passes without a cache; a model with learned positions has none beyond them."""
+    stacks = target(kind).stacks
+    batch = stacks.stack([(stacks.prompt([1] * (CONTEXT - 1)), 0), (stacks.prompt([2, 3]), 0)])
+    batch.feed([[4], [5, 6, 7, 8, 9]])
 
 
 @pytest.mark.parametrize("error", ["positions", "padding seen", "copied from", "kept"])

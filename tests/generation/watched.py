@@ -70,7 +70,7 @@ class Watched:
     def _watch(self, blocks: Sequence[Sequence[int]]) -> Tensor:
         logits = self._feed(blocks)
         rows = self.engine._rows
-        self._fed = {(r.request, r.row): some for r, some in zip(rows, logits, strict=True)}
+        self._fed |= {(r.request, r.row): some for r, some in zip(rows, logits, strict=True)}
         return logits
 
     def add(self, prompt: Sequence[int], n: int = 1, **sampling: Any) -> int:
@@ -100,8 +100,8 @@ class Watched:
             answer.tokens += event.tokens
             if event.tokens:
                 answer.logits += list(self._fed[event.request, event.row][: len(event.tokens)])
-            if event.finish is None:
-                assert len(event.tokens) == event.accepted + 1, "the accepted ones and the bonus"
+            if event.finish is None and len(event.tokens) != event.accepted + 1:
+                raise WrongTextError(f"{event}: not the accepted tokens and the bonus")
             answer.accepted += event.accepted
             answer.finish, answer.message = event.finish, event.message
         self.rounds.append(events)
@@ -216,6 +216,7 @@ def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
 
 
 _BUILT: dict[str, LlmNormForCausalLM] = {}
+_TEXTS: dict[Any, list[list[int]]] = {}
 
 
 def model_of(name: str) -> LlmNormForCausalLM:
@@ -228,13 +229,16 @@ def model_of(name: str) -> LlmNormForCausalLM:
 def texts(
     model: LlmNormForCausalLM, starts: Sequence[Sequence[int]], most: int = 20
 ) -> list[list[int]]:
-    """Each prompt with its greedy continuation, by plain rounds."""
-    plain = Watched(model, slots=8)
-    for start in starts:
-        plain.add(start, max_tokens=most)
-    plain.run()
-    plain.check()
-    return [[*a.request.prompt, *a.tokens] for a in plain.answers.values()]
+    """Each prompt with its greedy continuation, by plain rounds; of a model that is kept."""
+    key = id(model), most, tuple(map(tuple, starts))
+    if key not in _TEXTS:
+        plain = Watched(model, slots=8)
+        for start in starts:
+            plain.add(start, max_tokens=most)
+        plain.run()
+        plain.check()
+        _TEXTS[key] = [[*a.request.prompt, *a.tokens] for a in plain.answers.values()]
+    return _TEXTS[key]
 
 
 def mixed(seed: int) -> Callable[[], bool]:

@@ -225,6 +225,37 @@ def test_norms_with_statistics_are_decoded_eagerly() -> None:
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rows_do_not_depend_on_the_longest_one_where_positions_follow_it(kind: str) -> None:
+    """Oracle: passes without a cache over each row; `dynamic` and `longrope` turn all rows of a
+    call as its longest position says, so rows and their padding stay within what does not."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 100.0, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+        rope |= {"original_max_position_embeddings": 12}
+    config = LlmNormConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.1,
+        max_position_embeddings=24,
+        rope_parameters=rope,
+    )
+    model = build_model(config, seed=1).double().eval()
+    decoder = Decoder(model, captured=False)
+    cache, short = decoder.new_cache(), [9, 4, 7, 1, 8]
+    assert decoder.context == (12 if kind == "longrope" else 24)
+    long = list(range(decoder.context))
+    decoder.step(torch.tensor([long[:-1], [*short[:2], *long[3:]]]), cache, [len(long) - 1, 2])
+    found = decoder.step(torch.tensor([long[-1:] * 3, short[2:]]), cache, [1, 3])
+    for row, ids in ((found[0, :1], long), (found[1], short)):
+        with torch.no_grad():
+            whole = model(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(row, whole[-len(row) :], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["softmax", "nala", "gated_delta, ssd, window"])
 @torch.no_grad()
 def test_what_a_captured_pass_leaves_serves_every_verb(name: str) -> None:

@@ -103,6 +103,24 @@ def test_ragged_rows_have_the_logits_of_full_passes(name: str) -> None:
     assert KEPT > CONTEXT or cache.lengths[1] == CONTEXT
 
 
+def test_rows_of_longrope_stay_within_the_context_that_was_extended() -> None:
+    """Oracle: passes without a cache; beyond it the class turns all rows by other frequencies."""
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "factor": 2.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    rope |= {"original_max_position_embeddings": CONTEXT // 2}
+    keys = {"rope_parameters": rope, "num_attention_heads": 2}
+    model = stock("Llama", **keys)
+    step = ForeignStep(model)
+    assert step.context == CONTEXT // 2
+    cache, long, short = step.new_cache(), list(range(step.context)), [9, 4, 7, 1, 8, 2]
+    first = torch.tensor([long[:-1], [*short[:2], *long[3:]]])
+    step.step(first, cache, [len(long) - 1, 2])
+    found = step.step(torch.tensor([long[-1:] * 4, short[2:]]), cache, [1, 4])
+    for row, ids in ((found[0, :1], long), (found[1], short)):
+        assert float((row - full(model, ids)[-len(row) :]).abs().max()) <= 1e-12
+    assert float((full(model, [*long, 3])[-2] - found[0, 0]).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("error", ["position", "mask", "padding"])
 def test_a_planted_error_fails_the_proof(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: none needed: a hole in the positions, later slots in sight, padding that stays."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_step import SIZES, VOCABULARY, Clock
+from decode_candidates import SIZES, VOCABULARY, Clock
 from report import RESULTS, ROOT, Table, machine, publish
 from tqdm import tqdm
 

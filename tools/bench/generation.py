@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_step import Clock, write_gguf
+from decode_candidates import Clock, write_gguf
 from generation_ours import (
     SHORTEST,
     Copies,
@@ -67,11 +67,11 @@ def turns(
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Seconds of every candidate in each round, and what it returned in the last one.
 
-    Before the first round each runs a part of the work, which is not counted.
+    Before the first round each runs the first prompts: graphs are traced then.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     found = {}
-    part = Work(work.prompts[: work.batch], max(2, work.new // 4), work.batch, work.temperature)
+    part = Work(work.prompts[: work.batch], work.new, work.batch, work.temperature)
     for run in candidates.values():
         run(part)
     for _ in range(rounds):

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from decode_step import Clock, models  # noqa: E402
+from decode_candidates import Clock, models  # noqa: E402
 from draft_costs import timed  # noqa: E402
 from generation_peers import Answers, Work, without_ends  # noqa: E402
 

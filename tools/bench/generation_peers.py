@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_step import Clock, LlamaCpp
+from decode_candidates import Clock, LlamaCpp
 
 from llmnorm.generation.contract import Sampling
 

@@ -34,18 +34,12 @@ def tables(figures: dict[str, Any], options: argparse.Namespace) -> list[Table]:
             ],
         )
     )
-    peers = figures.get("llama.cpp", {})
     for temperature in dict.fromkeys(e["temperature"] for e in figures.get("drafts", [])):
         rows = []
         for e in figures["drafts"]:
             if e["temperature"] != temperature:
                 continue
             rows.append([f"{e['name']}, {e['batch']}", *cells(e)])
-        if not temperature:
-            rows += [
-                [f"llama.cpp, {batch} (steps alone)", f"{rate:.1f}", *[""] * (len(COLUMNS) - 1)]
-                for batch, rate in peers.items()
-            ]
         how = f"temperature {temperature}, seeded" if temperature else "greedy"
         made.append(Table(f"tokens a second by rows, {how}, {kind}", ["", *COLUMNS], rows))
     if "methods" in figures:
@@ -78,6 +72,14 @@ def tables(figures: dict[str, Any], options: argparse.Namespace) -> list[Table]:
         ]
         title = f"{figures['continuous'][0]['prompts']} prompts of uneven length at once, {kind}"
         made.append(Table(title, ["", "tokens/s", "over plain", "rows as plain"], rows))
+    if "llama.cpp" in figures:
+        plain = {e["batch"]: 1e3 * e["batch"] / e["milliseconds"] for e in figures["costs"]}
+        rows = [
+            [str(batch), f"{rate:.1f}", f"{plain[batch]:.1f}", f"{plain[batch] / rate:.2f}"]
+            for batch, rate in figures["llama.cpp"].items()
+        ]
+        title = f"greedy steps alone, without prompts and scheduling, tokens a second, {kind}"
+        made.append(Table(title, ["rows", "llama.cpp", "ours", "ours over it"], rows))
     return made
 
 

@@ -43,6 +43,13 @@ class Rotary:
             scale = self.attention_scaling()
             return (angles.cos() * scale).unsqueeze(-2), (angles.sin() * scale).unsqueeze(-2)
 
+    @property
+    def reach(self) -> int | None:
+        """Tokens up to which a call's tables do not depend on its longest row; None: any."""
+        if self.parameters.rope_type == "longrope":
+            return self.parameters.original_max_position_embeddings
+        return self.max_position_embeddings if self.parameters.rope_type == "dynamic" else None
+
     def _frequencies(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         if self.parameters.rope_type in ("dynamic", "longrope"):
             return self.frequencies(dtype, positions.max() + 1)
