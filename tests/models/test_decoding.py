@@ -15,6 +15,7 @@ from llmnorm.models.modeling import build_model
 from llmnorm.models.nf4 import NF4Linear
 from llmnorm.nn import projections
 from llmnorm.nn.cache import KeyValues
+from llmnorm.nn.layer_cache import VERIFIED
 from llmnorm.nn.projections import Layouts
 from llmnorm.part import InputError
 from tests.models.cache_rounds import MODELS, VOCABULARY, build
@@ -89,6 +90,37 @@ def test_captured_and_eager_steps_are_passes_without_a_cache(name: str) -> None:
         (17, False),
     }
     assert not decoders["eager"]._graphs
+
+
+@pytest.mark.parametrize("name", ["softmax", "nala"])
+@pytest.mark.parametrize("padding", [None, VERIFIED, 0])
+@torch.no_grad()
+def test_passes_of_other_numbers_of_tokens_are_padded_to_a_graph(
+    name: str, padding: int | None
+) -> None:
+    """Oracle: eager passes. Near the end of what is reserved nothing is padded."""
+    model = build(name)
+    decoders = Decoder(model, captured=False), Decoder(model)
+    caches = [decoder.new_cache() for decoder in decoders]
+    if padding is not None:
+        for cache in caches:
+            cache.reserve(2, 30, padding, dtype=torch.float64, device=torch.device("cpu"))
+    ids = torch.arange(2 * 30).reshape(2, 30) % VOCABULARY
+    start = 0
+    for new, counts in ((4, None), (6, None), (7, [7, 3]), (8, None), (5, [0, 5])):
+        found = [
+            decoder.step(ids[:, start : start + new], cache, counts)
+            for decoder, cache in zip(decoders, caches, strict=True)
+        ]
+        assert found[1].shape == (2, new, VOCABULARY)
+        for row, count in enumerate(counts or [new] * 2):
+            torch.testing.assert_close(
+                found[1][row, :count], found[0][row, :count], rtol=0, atol=1e-12
+            )
+        start += new
+    assert caches[0].lengths == caches[1].lengths == [25, 26]
+    widths = {new for new, _ in decoders[1]._graphs}
+    assert widths == ({5, 9} if padding != 0 else {5, 8, 9})
 
 
 class Foreign(torch.nn.Module):
