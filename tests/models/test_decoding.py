@@ -333,3 +333,22 @@ def test_what_a_captured_pass_leaves_serves_every_verb(name: str) -> None:
             torch.testing.assert_close(captured, eager, rtol=0, atol=1e-12, msg=f"{number} {verb}")
         assert caches[0].lengths == caches[1].lengths
     assert len(decoders[1]._graphs) == 4
+
+
+@torch.no_grad()
+def test_captured_passes_of_one_row_leave_its_copies_inputs() -> None:
+    """Oracle: eager passes. Copies of a row share its inputs until one of them goes on alone and
+    would overwrite those that the others may still replay."""
+    model = build("nala")
+    ids = torch.randint(VOCABULARY, (1, 150), generator=torch.Generator().manual_seed(0))
+    found = []
+    for captured in (False, True):
+        decoder = Decoder(model, captured=captured)
+        cache = decoder.new_cache()
+        decoder.step(ids, cache)
+        cache.select([0, 0])
+        for _ in range(9):
+            decoder.step(ids[:, :17], cache)  # of the first row
+        cache.rollback([0, 60])
+        found.append(decoder.step(ids[:, :1].expand(2, 1), cache))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
