@@ -186,7 +186,7 @@ class Selecting:
     def _cost(self) -> str:
         """What a step costs in plain steps, by the operations of this model."""
         pool, batch = self._pool, self._batch
-        a_row = _forwards(self._model, self._objective, self._settings)
+        a_row = forwards(self._model, self._objective, self._settings)
         of_batch = (pool * a_row + 3 * batch) / (3 * batch)
         if a_row == 0:
             return "a step costs what a plain one does"
@@ -307,13 +307,18 @@ def _feature(
     return Gradient(at, drawn), name
 
 
-def _forwards(
+def forwards(
     model: "LlmNormForCausalLM", objective: Objective, settings: SelectionSettings
 ) -> float:
     """What measuring a row costs, in forward passes of a row.
 
     A pass of L layers and a head that is worth h of them is L + h; the layers below the last one
     run once, the last one and the head twice for each probe.
+
+    Args:
+        model: its layers and head; their weights are not read.
+        objective: says for how many tokens the head runs.
+        settings: what is measured.
     """
     if settings.reads == "numbers":
         return 0.0
