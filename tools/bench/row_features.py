@@ -108,12 +108,12 @@ def error(products: Tensor, picks: Tensor) -> float:
     return math.sqrt(float(gap @ products @ gap) / float(every @ products @ every))
 
 
-def read_pool(model: Any, objective: Objective, first: int, count: int, at: nn.Module) -> Pool:
-    """The rows' gradients, by one backward pass for each row."""
+def read_pool(model: Any, objective: Objective, first: int, count: int, weight: Tensor) -> Pool:
+    """Rows from number `first` on; `weight` is that of the last values' projection."""
     numbers = np.arange(first, first + count)
     weights = [p for p in model.parameters() if p.requires_grad]
     rows = torch.empty(count, sum(p.numel() for p in weights))
-    exact = torch.empty(count, at.weight.numel())
+    exact = torch.empty(count, weight.numel())
     losses = torch.empty(count)
     for place in range(count):
         (batch,) = objective.read(numbers[place : place + 1], rank=0, world=1, micro_batch=1)
@@ -123,9 +123,7 @@ def read_pool(model: Any, objective: Objective, first: int, count: int, at: nn.M
             p.new_zeros(p.shape) if g is None else g for p, g in zip(weights, grads, strict=True)
         ]
         torch.cat([g.flatten() for g in found], out=rows[place])
-        exact[place] = next(
-            g.flatten() for p, g in zip(weights, found, strict=True) if p is at.weight
-        )
+        exact[place] = next(g.flatten() for p, g in zip(weights, found, strict=True) if p is weight)
         losses[place] = loss.detach()
     sources = torch.from_numpy(objective.sources(numbers))
     return Pool(
@@ -239,13 +237,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     objective = config.objective.build(config, alone=True, command="llmnorm data")
     model, _ = load_model(given.run, device="cpu")
     at = projection(model.model.layers[-1])[1]
+    assert isinstance(at.weight, Tensor)
     sources = objective.data.sources
     kept = small_sources([source.rows for source in sources]) if len(sources) > 1 else set()
     behind = config.total_steps(objective.data.rows) * config.pool
     found = []
     for number in range(given.pools):
         first = behind + (number + 1) * given.pool
-        pool = read_pool(model, objective, first, given.pool, at)
+        pool = read_pool(model, objective, first, given.pool, at.weight)
         before = pool.numbers - given.pool
         seen = features_of(model, objective, at, pool.numbers, before, config.seed)
         found.append(figures(pool, seen, kept, given.picks, config.seed))
