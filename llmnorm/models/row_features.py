@@ -194,8 +194,8 @@ class ZerothOrder(Feature):
         eps: float,
     ) -> Tensor:
         with perturbed(self._at, direction, eps):
-            out = block(hidden, context)
-        return self._means(end.losses(end.norm(out).flatten(0, -2)), end.labels)
+            last = end.norm(block(hidden, context))  # what leaves the block is not kept
+        return self._means(end.losses(last.flatten(0, -2)), end.labels)
 
 
 class Gradient(Feature):

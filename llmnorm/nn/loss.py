@@ -228,14 +228,17 @@ def _each_token(
             logits[:, new_rows.place] = _logits(hidden[part], own, offset)
         if gradient is None:
             parts.append(_softmax(logits, labels[part])[1])
+            del logits  # before the next chunk's are made
             continue
         by_logits, losses = _by_parts(logits, labels[part])
+        del logits
         by_logits.mul_((labels[part] != IGNORED).to(by_logits.dtype).unsqueeze(1))
         if new_rows is not None and own is not None:
             gradient[part] += product(by_logits[:, new_rows.place], own.t())
             by_logits[:, new_rows.place] = 0
         gradient[part] += product(by_logits, weight.t())
         parts.append(losses)
+        del by_logits
     return torch.cat(parts) if parts else hidden.new_zeros(0)
 
 

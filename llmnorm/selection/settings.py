@@ -194,7 +194,8 @@ class ColmSettings(KeepSettings, FeatureSettings):
     metric: Literal["l1", "l2", "cosine"] | None = None
     """How features are compared; left out, `l1` for `zeroth_order`, as in the paper, else `l2`."""
     dimensions: Rows = 2560
-    """Coordinates of a feature that are compared: of each source those with the largest mean."""
+    """How many numbers of a feature are compared, if it has more: of each source those whose mean
+    is farthest from 0."""
 
     def refusal(self, config: "RunConfig") -> str | None:
         """Refuse angles of single numbers too."""

@@ -171,7 +171,7 @@ class Selecting:
             f"{self._cost()}"
         ]
         if self._at:
-            lines.append(f"rows are measured at {self._at} of the last layer")
+            lines.append(f"rows are measured at the weight of {self._at} in the last layer")
         if self._kept is not None:
             data = self._objective.data
             weights = [source.weight for source in data.sources]
@@ -180,20 +180,24 @@ class Selecting:
             trained = ", ".join(
                 f"{n}: {max(1, round(1000 * s))}" for n, s in zip(self._names, shares, strict=True)
             )
-            lines.append(f"the mixture that is trained on is about data.weights={{{trained}}}")
+            lines.append(
+                "the rows that are trained on are a mixture that plain training has with about "
+                f"data.weights={{{trained}}}"
+            )
         return "\n".join(lines)
 
     def _cost(self) -> str:
         """What a step costs in plain steps, by the operations of this model."""
         pool, batch = self._pool, self._batch
-        a_row = _forwards(self._model, self._objective, self._settings)
+        a_row = forwards(self._model, self._objective, self._settings)
         of_batch = (pool * a_row + 3 * batch) / (3 * batch)
         if a_row == 0:
             return "a step costs what a plain one does"
         return (
-            f"a step costs {of_batch:.2f} plain steps of {batch} rows, "
+            f"a step costs as much as {of_batch:.2f} plain steps of {batch} rows, or "
             f"{of_batch * batch / pool:.2f} of {pool}; it pays if it needs less than "
-            f"{100 / of_batch:.0f} % of the steps of {batch}, or where {pool} do not fit"
+            f"{100 / of_batch:.0f} % of the plain steps of {batch} rows, or where {pool} rows do "
+            "not fit into memory"
         )
 
     def _measure(self, numbers: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -307,13 +311,18 @@ def _feature(
     return Gradient(at, drawn), name
 
 
-def _forwards(
+def forwards(
     model: "LlmNormForCausalLM", objective: Objective, settings: SelectionSettings
 ) -> float:
     """What measuring a row costs, in forward passes of a row.
 
     A pass of L layers and a head that is worth h of them is L + h; the layers below the last one
     run once, the last one and the head twice for each probe.
+
+    Args:
+        model: its layers and head; their weights are not read.
+        objective: says for how many tokens the head runs.
+        settings: what is measured.
     """
     if settings.reads == "numbers":
         return 0.0

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from llmnorm.nn.loss import (
     token_gradients,
     token_losses,
 )
+from llmnorm.training.memory import Storages
 
 
 def data(tokens: int, width: int, vocabulary: int, ignored: float = 0.3) -> tuple[Tensor, ...]:
@@ -302,3 +303,18 @@ def test_importing_the_loss_does_not_load_the_compiler() -> None:
     """Oracle: sys.modules of a fresh interpreter. The compiler takes a second to import."""
     code = "import sys, llmnorm.nn.loss; sys.exit('torch._inductor' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("function", [token_losses, token_gradients])
+def test_the_logits_of_one_chunk_are_there_at_a_time(
+    function: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the bytes of a chunk's logits, which are nearly all that a call needs."""
+    vocabulary, chunk = 512, 64
+    monkeypatch.setattr(loss_module, "chunk_size", lambda weight: chunk)
+    hidden, weight = torch.randn(4 * chunk, 8), torch.randn(vocabulary, 8)
+    labels = torch.zeros(4 * chunk, dtype=torch.int64)
+    storages = Storages()
+    with storages:
+        function(hidden, weight, labels)
+    assert 1 <= storages.peak / (4 * chunk * vocabulary) < 1.5

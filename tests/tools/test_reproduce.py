@@ -3,14 +3,17 @@
 import importlib.util
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import IO, Any
 
 import pytest
 import torch
 
+from llmnorm.analysis.compare import runs
 from llmnorm.analysis.compare.arms import read_arms, read_protocol
-from tests.running import ROOT
+from tests.running import ROOT, SMOKE
 
 
 def script(name: str) -> ModuleType:
@@ -111,3 +114,74 @@ def test_the_share_of_the_own_token() -> None:
     assert share(torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]]), v) == 0
     mixed = torch.tensor([[[[3.0, 4.0], [0.0, 1.0]]]])  # own 9 * 5 + 5, others' 16 * 5
     assert share(mixed, v) == pytest.approx(50 / 130)
+
+
+class Finished:
+    """A run that has ended before it is asked."""
+
+    def poll(self) -> int:
+        return 0
+
+    def terminate(self) -> None:
+        raise AssertionError
+
+
+def test_selections_are_compared_at_equal_steps(
+    tmp_path: Path, smoke_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Oracle: losses that are a function of the arm and the seed, written as a run writes them: the
+    differences are those of the function, and a wider arm takes the rate that is better."""
+    module = script("colm")
+    monkeypatch.setitem(module.TASKS, "pretraining", module.Task(SMOKE))
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    better = {arm: 0.1 * place for place, arm in enumerate(module.ARMS)}
+    monkeypatch.setattr(module, "RANDOM_SEEDS", 1)
+    monkeypatch.setattr(runs, "POLL_SECONDS", 0)
+    started: list[str] = []
+
+    def start(arguments: Sequence[str], log: IO[bytes], _: Mapping[str, str]) -> Finished:
+        words = dict(word.partition("=")[::2] for word in arguments[1:])
+        directory, arm = Path(words["run_dir"]), Path(words["run_dir"]).parent.name
+        wide = float(words.get("optimizer.lr", 0)) > 3.1e-3
+        loss = 4 + 0.01 * int(words["seed"]) - better[arm]
+        loss += {"plain_2b": 0.2, "plain_4b": -0.5}.get(arm, 0) * wide
+        sources = {"prose": {"loss": loss}, "notes": {"loss": loss + 0.3}}
+        figures = {"loss": loss, "perplexity": 1.0, "sources": sources}
+        common = {"step": 30, "tokens": 9, "seconds": 2.0}
+        rates = {"loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "tokens_per_second": 1e6}
+        lines = [{**common, **rates, "memory_bytes": 2**20}, {**common, "validation": figures}]
+        directory.mkdir(parents=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / "metrics.jsonl").write_text(text)
+        (directory / "DONE").touch()
+        started.append(str(directory.relative_to(tmp_path / "runs" / "colm_pretraining")))
+        return Finished()
+
+    words = ["pretraining", "--parallel", "1", "--seeds", "2", "--set", f"data.dir={smoke_data}"]
+    assert module.main([*words, "--plan"], start) == 0
+    assert "21 of 21 runs to make" in capsys.readouterr().out and not started
+    assert module.main([*words, "--pilot"], start) == 0
+    assert "standard deviation 0.0071; " in capsys.readouterr().out
+    assert started == ["plain/seed1-x1", "random/seed1-x1", "plain/seed2-x1"]
+    assert module.main(words, start) == 0
+    assert len(started) == len(set(started)) == 21
+    results = tmp_path / "results" / "colm_pretraining"
+    assert (results / "comparison.png").is_file()
+    found = json.loads((results / "result.json").read_text())
+    assert (results / "table.md").read_text() == module.table(found) + "\n"
+    assert found["mixture"] == pytest.approx({"prose": 2 / 3, "notes": 1 / 3})
+    arms = found["arms"]
+    assert list(arms) == list(module.ARMS)
+    assert arms["plain_2b"]["lr"] == 3e-3 and arms["plain_4b"]["lr"] == pytest.approx(6e-3)
+    first = arms["plain"]["runs"]["1"]
+    assert first["figures"] == pytest.approx({"mixture": 4.11, "mean": 4.16})
+    assert list(arms["random"]["runs"]) == ["1"] and list(arms["colm"]["runs"]) == ["1", "2"]
+    rows = {arm: (arms[arm]["rows_read"], arms[arm]["rows_trained"]) for arm in arms}
+    assert rows["colm"] == (960, 480) and rows["plain_2b"] == (960, 960)
+    plain, twice, chosen = (arms[arm]["operations"] for arm in ("plain", "plain_2b", "stratified"))
+    assert twice == 2 * plain and chosen == plain  # uniform picks read nothing in vain
+    assert plain < arms["loss"]["operations"] < arms["colm"]["operations"]
+    gaps = {(pair["arm"], pair["other"]): pair["mixture"] for pair in found["differences"]}
+    assert gaps["colm", "stratified"] == pytest.approx({"value": -0.2, "low": -0.2, "high": -0.2})
+    assert gaps["plain", "plain_2b"]["value"] == pytest.approx(0.1)

@@ -127,7 +127,7 @@ def write(found: Mapping[str, Any], directory: Path, command: str) -> None:
     for name, text in (
         ("report.md", page),
         ("table.csv", report.csv_table(found)),
-        ("result.json", json.dumps(_json_value(numbers), indent=1, allow_nan=False) + "\n"),
+        ("result.json", json.dumps(json_value(numbers), indent=1, allow_nan=False) + "\n"),
     ):
         write_whole(directory / name, text)
 
@@ -171,12 +171,12 @@ def _without_curves(arm: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arm.items() if key != "curves"}
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """The value with null for nan and text for infinities, which JSON lacks."""
     if isinstance(value, Mapping):
-        return {key: _json_value(item) for key, item in value.items()}
+        return {key: json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else f"{'-' * (value < 0)}infinity"
     return value

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ class Record:
         tokens_per_second: median of the logged rates, evaluation and saving left out.
         place: device, threads and runs at a time; speeds are comparable at equal places only.
         version: version of the code.
+        figures: those of the last evaluation, of every source too (objectives/figures.py).
+        seconds: of the run, its evaluations included.
+        memory_bytes: the most that it used: on a GPU what torch allocated, on a CPU the process.
+
+    Lines that were written before the last three were kept lack them.
     """
 
     run: str
@@ -37,6 +42,9 @@ class Record:
     tokens_per_second: float | None
     place: str
     version: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    memory_bytes: int | None = None
 
     @property
     def final(self) -> float:
@@ -100,11 +108,17 @@ class Ledger:
 
 
 _CHECKED = TypeAdapter(Record)
+_KEYS = {key.name for key in fields(Record)}
+_OPTIONAL = {
+    key.name
+    for key in fields(Record)
+    if key.default is not MISSING or key.default_factory is not MISSING
+}
 
 
 def _record(value: dict[str, Any] | None) -> Record | None:
     """A line's value as a record; None if it is none."""
-    if value is None or value.keys() != {field.name for field in fields(Record)}:
+    if value is None or not _KEYS - _OPTIONAL <= value.keys() <= _KEYS:
         return None
     try:
         record = _CHECKED.validate_python(value)

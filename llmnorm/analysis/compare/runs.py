@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from llmnorm.analysis.compare.estimate import duration
 from llmnorm.analysis.compare.launch import Launch, Process, Slots, launch
@@ -30,6 +31,7 @@ from llmnorm.machine.doctor import version
 from llmnorm.machine.failures import DIVERGED
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory, step_in
+from llmnorm.runs.lines import read_lines
 from llmnorm.runs.lock import is_locked
 from llmnorm.runs.record import read_metrics
 from llmnorm.training.signals import EXIT_CODES, StopRequest
@@ -158,6 +160,9 @@ def _record(job: _Job, run: RunDirectory, protocol: Protocol, slots: Slots) -> R
             "are kept, and the same command continues"
         )
     loss, bits, curve, rates = None, None, [], []
+    figures: dict[str, Any] = {}
+    seconds: float | None = None
+    memory: int | None = None
     step, tokens = protocol.steps_of(job.run), protocol.tokens_of(job.run)
     if diverged:
         step = step_in(run.diverged) or step
@@ -172,6 +177,11 @@ def _record(job: _Job, run: RunDirectory, protocol: Protocol, slots: Slots) -> R
         # step; then the run counts as diverged.
         if metrics.validation["step"] and metrics.validation["step"][-1] == step:
             loss, bits = metrics.validation["loss"][-1], metrics.bits_per_byte.get("all")
+        entries = [entry.value for entry in read_lines(run.metrics).entries]
+        if loss is not None:
+            figures = next(e["validation"] for e in reversed(entries) if "validation" in e)
+        memory = next((e["memory_bytes"] for e in reversed(entries) if "memory_bytes" in e), None)
+        seconds = max(entry["seconds"] for entry in entries)
     return Record(
         run=job.run.key,
         steps=step,
@@ -182,6 +192,9 @@ def _record(job: _Job, run: RunDirectory, protocol: Protocol, slots: Slots) -> R
         tokens_per_second=float(f"{median(rates):.6g}") if rates else None,
         place=slots.describe(),
         version=version(),
+        figures=figures,
+        seconds=seconds,
+        memory_bytes=memory,
     )
 
 

@@ -223,6 +223,17 @@ def test_a_torn_line_is_cut_off_and_written_again(tmp_path: Path) -> None:
         assert path.read_bytes() == first_line + broken + b"\n"
 
 
+def test_lines_of_older_versions_are_read(tmp_path: Path) -> None:
+    """Oracle: the same record; the keys that were added since are left out of its line."""
+    path = tmp_path / "runs.jsonl"
+    Ledger(path).add(RECORD)
+    line = json.loads(path.read_text())
+    for key in ("figures", "seconds", "memory_bytes"):
+        del line[key]
+    path.write_text(json.dumps(line) + "\n")
+    assert Ledger(path).records == {RECORD.run: RECORD}
+
+
 def test_another_meaning_of_an_arm_is_refused_and_more_seeds_are_not(tmp_path: Path) -> None:
     """Oracle: the message names arm and key."""
     save_arms(read_protocol(arms("a model.norm=layer")), tmp_path)
@@ -391,11 +402,15 @@ def test_divergence_loses_and_is_named(whole: Path) -> None:
 
 def test_the_results_agree_with_the_runs_own_files(whole: Path) -> None:
     """Oracle: the last validation line of each run directory."""
-    result = found(whole)
+    result, records = found(whole), Ledger(whole / "runs.jsonl").records
     for arm in ("rms", "layer"):
         for seed, loss in zip((1, 2), result["arms"][arm]["losses"], strict=True):
             lines = (whole / f"runs/{arm}/seed{seed}-x1/metrics.jsonl").read_text().splitlines()
-            assert json.loads(lines[-1])["validation"]["loss"] == loss
+            last = json.loads(lines[-1])
+            assert last["validation"]["loss"] == loss
+            record = records[f"{arm}/seed{seed}-x1"]
+            assert record.figures == last["validation"] and record.seconds == last["seconds"]
+            assert record.memory_bytes
             assert not (whole / f"runs/{arm}/seed{seed}-x1/checkpoints").exists()
     rows = (whole / "table.csv").read_text().splitlines()
     assert [row.split(",")[1] for row in rows[1:]] == ["same", "wild", "layer"]
