@@ -23,6 +23,7 @@ import httpx
 from tests.serving.served import Served, save_model, serving
 
 PROMPTS = ["It is 4.", "2+2?", "final thoughts\n", "été 日本", "a " * 40, "user 3+3? assistant"]
+SOAK = 200  # requests of a client from which on its memory is judged
 LEFT = 0.2  # of the streams
 
 
@@ -143,7 +144,7 @@ def _compare(one: Known, text: str, finish: str, outcome: Outcome, kind: str) ->
 
 
 def main(words: list[str]) -> int:
-    """One load; 1 where an answer is lost or wrong."""
+    """One load; 1 where an answer is lost or wrong, or memory grows."""
     clients, requests, seed = map(int, words)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -162,7 +163,8 @@ def main(words: list[str]) -> int:
         f"({dict(outcome.kinds)}), {outcome.left} left, {len(outcome.wrong)} wrong; memory of the "
         f"last quarter over the second: {grown:+.1%}"
     )
-    return int(total != clients * requests or bool(outcome.wrong))
+    swollen = len(outcome.memory) >= SOAK and grown > 0.02
+    return int(total != clients * requests or bool(outcome.wrong) or swollen)
 
 
 if __name__ == "__main__":
