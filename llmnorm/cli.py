@@ -27,6 +27,7 @@ from llmnorm.commands import (
     parts,
     plot,
     runs,
+    serve,
     train,
 )
 from llmnorm.commands.arguments import Command, Parser, split_overrides
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "configs": configs,
     "parts": parts,
     "generate": generate,
+    "serve": serve,
     "export": export,
     "convert": convert,
     "eval": eval,

@@ -11,7 +11,7 @@ even if YAML takes it for a number.
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -317,13 +317,51 @@ def section(name: str, overrides: Iterable[str]) -> Any:
     Raises:
         InputError: an override is not valid, or belongs to another section.
     """
-    cls = settings_in(RunConfig.model_fields[name].annotation)[0]
-    written = Node({name: Node({}, "", COMMAND_LINE)}, "", COMMAND_LINE)
+    return sections((name,), overrides)[0]
+
+
+def sections(
+    names: Sequence[str],
+    overrides: Iterable[str],
+    *,
+    run: Path | None = None,
+    file: Path | None = None,
+) -> list[Any]:
+    """Some sections of settings: those of a run, under those of a file, under overrides.
+
+    Args:
+        names: of the sections.
+        run: a run directory; its other sections are not looked at.
+        file: a YAML file with no other sections.
+
+    Raises:
+        InputError: a setting is not valid, or belongs to another section.
+    """
+    written = Node({}, "", COMMAND_LINE)
+    if run is not None:
+        written = _Files().read(run / "config.yaml", ())
+        written = written._replace(value={k: n for k, n in written.value.items() if k in names})
+    if file is not None:
+        patch = _Files().read(file, ())
+        _check_sections(patch, names, str(file))
+        written = merge(written, patch, [RunConfig])
     for text in overrides:
-        written = merge(written, with_names(override(text), [RunConfig], written), [RunConfig])
-    if foreign := [key for key in written.value if key != name]:
-        raise InputError(f"{COMMAND_LINE}: {foreign[0]}: only {name}.* is read here")
-    node = written.value[name]
+        patch = with_names(override(text), [RunConfig], written)
+        _check_sections(patch, names, COMMAND_LINE)
+        written = merge(written, patch, [RunConfig])
+    return [_section(name, written) for name in names]
+
+
+def _check_sections(patch: Node, names: Sequence[str], where: str) -> None:
+    if foreign := [key for key in patch.value if key not in names]:
+        read = " and ".join(f"{name}.*" for name in names)
+        are = "is" if len(names) == 1 else "are"
+        raise InputError(f"{where}: {foreign[0]}: only {read} {are} read here")
+
+
+def _section(name: str, written: Node) -> Any:
+    cls = settings_in(RunConfig.model_fields[name].annotation)[0]
+    node = written.value.get(name, Node({}, "", COMMAND_LINE))
     try:
         return cls.model_validate(plain(node))
     except ValidationError as error:

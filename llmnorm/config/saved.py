@@ -24,6 +24,7 @@ CHANGEABLE = (
     "parallel",
     "logging",
     "generation",
+    "serving",
     "run_dir",
 )
 

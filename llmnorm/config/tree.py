@@ -16,6 +16,7 @@ from llmnorm.config.adapter import (
     NoAdapterSettings,
     frozen_refusal,
 )
+from llmnorm.config.serving import ServingSettings
 from llmnorm.config.values import Count, LocalPath, Rows, Seed
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.nn.mixers.settings import MixerSettings
@@ -375,6 +376,8 @@ class RunConfig(Settings):
     """Metrics."""
     generation: GenerationSettings = GenerationSettings()
     """Sampling."""
+    serving: ServingSettings = ServingSettings()
+    """The HTTP server."""
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -24,6 +24,7 @@ What would surprise:
   begins the next turn then is the end of the answer; after the last answer there is none.
 """
 
+import copy
 import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -124,6 +125,25 @@ class ChatTemplate:
         text = self._text(given, tools, generation_prompt)[0]
         (tokens,) = self.encode([Rendering(text, [])])
         return [int(number) for number in tokens.ids]
+
+    def begun(self, messages: Messages) -> list[int]:
+        """The token ids of messages whose last one, an answer, is to be continued.
+
+        Raises:
+            Refused: as `render`.
+        """
+        *before, last = self._given(messages)
+        raw = self._raw(before, None, True, plain=self._is_plain(before, None))[0]
+        text = self._speller.respell(raw + str(last["content"]))[0]
+        (tokens,) = self.encode([Rendering(text, [])])
+        return [int(number) for number in tokens.ids]
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> "ChatTemplate":
+        """The same template, with more values in the place of its defaults."""
+        other = copy.copy(self)
+        other._arguments = {**self._arguments, **arguments}
+        other.__dict__.pop("_compiled", None)
+        return other
 
     def examples(
         self, messages: Messages, answers: Collection[int], tools: Sequence[Any] | None = None

@@ -28,6 +28,9 @@ class Asker:
         directory: of the tokenizer; its chat template renders messages as in training.
         vocabulary: tokens that the model has.
         key: what asked for answers to messages, for the template's errors.
+
+    Attributes:
+        directory, vocabulary: as given.
     """
 
     def __init__(
@@ -37,8 +40,8 @@ class Asker:
         vocabulary: int,
         key: str = "messages",
     ) -> None:
-        self._tokenizer, self._directory, self._key = tokenizer, directory, key
-        self._vocabulary = vocabulary
+        self._tokenizer, self.directory, self._key = tokenizer, directory, key
+        self.vocabulary = vocabulary
 
     @property
     def stops(self) -> frozenset[int]:
@@ -68,12 +71,12 @@ class Asker:
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        return ChatTemplate(self._directory, key=self._key)
+        return ChatTemplate(self.directory, key=self._key)
 
     def _known(self, tokens: list[int]) -> list[int]:
-        if max(tokens) >= self._vocabulary:
+        if max(tokens) >= self.vocabulary:
             raise InputError(
-                f"{self._key}: {self._directory} has a token with the id {max(tokens)}, the model "
-                f"has {self._vocabulary}; give the adapter that was trained with it (--adapter)"
+                f"{self._key}: {self.directory} has a token with the id {max(tokens)}, the model "
+                f"has {self.vocabulary}; give the adapter that was trained with it (--adapter)"
             )
         return tokens

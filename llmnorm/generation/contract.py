@@ -84,8 +84,10 @@ class Sampling:
     (seed, position, token), the same with or without drafts; None: drafts are verified by rejection
     and the noise is new each time. stop: texts that end an answer and are no part of it.
     stop_tokens: beside the model's own end tokens. logprobs: how many alternatives are told with
-    each token; None: none, and no log-probability either. speculative: whether drafts may be used.
-    processors: further ones, e.g. of a grammar, one set a row.
+    each token; None: none, and no log-probability either. prompt_logprobs: the same of the tokens
+    of the prompt, which is run from its beginning then; with it, max_tokens may be 0. skip_special:
+    special tokens are no part of the text. speculative: whether drafts may be used. processors:
+    further ones, e.g. of a grammar, one set a row.
     """
 
     max_tokens: int = 64
@@ -104,6 +106,8 @@ class Sampling:
     stop_tokens: frozenset[int] = frozenset()
     ignore_end: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special: bool = True
     speculative: bool = True
     processors: Sequence[Processor] = ()
 
@@ -163,7 +167,9 @@ class Event:
 
     request: the number that `Engine.add` gave. row: which of its n. text: complete UTF-8 that no
     stop can take back any more. accepted: how many of the tokens, the first ones, were drafted, of
-    `drafted` that were proposed. finish: None while the row goes on.
+    `drafted` that were proposed. finish: None while the row goes on. cached: how many of the
+    prompt's tokens an earlier row's cache has saved. prompt: of the prompt's tokens from the second
+    on, where the request asks for it, in one event of its first row.
     """
 
     request: int
@@ -175,6 +181,8 @@ class Event:
     finish: Finish | None = None
     message: str | None = None
     drafted: int = 0
+    cached: int = 0
+    prompt: list[Chosen] | None = None
 
 
 class Chooser(Protocol):
@@ -218,3 +226,23 @@ class DraftedRow(Protocol):
     slot: int
     ids: list[int]
     chooser: Chooser
+
+
+class Lengths(Protocol):
+    """Decides how many tokens are drafted for each row (costs.py)."""
+
+    def counts(self, rows: Sequence[DraftedRow]) -> list[int]:
+        """Tokens to be drafted for each row in the next round."""
+        ...
+
+    def observe(self, slot: int, drafted: int, accepted: int) -> None:
+        """What became of a row's drafts."""
+        ...
+
+    def move(self, source: int, row: int) -> None:
+        """The row `source` has become the row `row`, which was free."""
+        ...
+
+    def release(self, row: int) -> None:
+        """The row is free."""
+        ...

@@ -22,13 +22,13 @@ settings say, and what does not fit is refused there.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from llmnorm.config.tree import GenerationSettings
 from llmnorm.generation.cache_memory import refuse_what_does_not_fit
-from llmnorm.generation.contract import Draft, DraftedRow, Event, Proposal, Request, Step
+from llmnorm.generation.contract import Draft, Event, Lengths, Proposal, Request, Step
 from llmnorm.generation.row import Row, rows_of
 from llmnorm.generation.sampling import verify
 from llmnorm.generation.slots import Slots
@@ -39,26 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NONE = Proposal([])
-
-
-class Lengths(Protocol):
-    """Decides how many tokens are drafted for each row (costs.py)."""
-
-    def counts(self, rows: Sequence[DraftedRow]) -> list[int]:
-        """Tokens to be drafted for each row in the next round."""
-        ...
-
-    def observe(self, slot: int, drafted: int, accepted: int) -> None:
-        """What became of a row's drafts."""
-        ...
-
-    def move(self, source: int, row: int) -> None:
-        """The row `source` has become the row `row`, which was free."""
-        ...
-
-    def release(self, row: int) -> None:
-        """The row is free."""
-        ...
 
 
 @dataclass
@@ -170,13 +150,32 @@ class Engine:
         """Rows that wait for a slot, or whose prompt is being run."""
         return len(self._waiting) + (self._filling is not None)
 
+    @property
+    def usage(self) -> float:
+        """The share of the cache's tokens that running rows hold."""
+        return sum(self._slots.lengths) / (self._slots.rows * self._context)
+
+    @property
+    def queued(self) -> set[int]:
+        """The requests that have rows waiting for a slot."""
+        return {row.request for row in self._waiting}
+
     def add(self, request: Request) -> int:
         """Queue a request; its number, which its events have.
 
         Raises:
             InputError: it asks for what cannot be.
         """
-        rows = rows_of(
+        self._waiting += self._rows_of(request)
+        self._next += 1
+        return self._next - 1
+
+    def check(self, request: Request) -> None:
+        """Raise what `add` would raise, and do nothing; any thread may ask."""
+        self._rows_of(request)
+
+    def _rows_of(self, request: Request) -> list[Row]:
+        return rows_of(
             self._next,
             request,
             tokenizer=self._tokenizer,
@@ -184,9 +183,6 @@ class Engine:
             vocabulary=self._step.vocabulary,
             context=self._context,
         )
-        self._waiting += rows
-        self._next += 1
-        return self._next - 1
 
     def abort(self, number: int) -> list[Event]:
         """End a request's rows, whatever they do now; returns their last events.
@@ -254,13 +250,17 @@ class Engine:
                 if not self._waiting or not self._slots.spare:
                     return
                 self._filling = self._waiting.popleft()
-                self._filling.cached = self._slots.begin(self._filling.ids)
+                filling = self._filling
+                filling.cached = self._slots.begin(filling.ids, whole=filling.scores is not None)
             row, finite = self._filling, True
             while finite and (piece := self._slots.piece(self._chunk)):
                 if piece > budget:
                     return
                 budget -= piece
-                finite = self._slots.run(self._chunk)
+                logits = self._slots.run(self._chunk, every=row.scores is not None)
+                finite = bool(logits.isfinite().all())
+                if finite and row.scores is not None:
+                    row.score(logits[0])
             self._filling = None
             if not finite:
                 self._slots.drop()
@@ -268,10 +268,16 @@ class Engine:
                 message = "the model's logits of the prompt are not finite"
                 self._events.append(self._closed(row.end("error", message)))
                 continue
-            row.slot = self._slots.admit(row.ids)
-            self._rows.append(row)
             self.counters.prompt_tokens += row.prompt
             self.counters.cached_tokens += row.cached
+            if not row.limit:  # it was the prompt that was asked about
+                self._slots.drop()
+                self._events.append(self._closed(row.end("length")))
+                continue
+            if row.scores is not None:
+                self._events.append(row.begun())
+            row.slot = self._slots.admit(row.ids)
+            self._rows.append(row)
 
     def _round(self) -> None:
         rows = list(self._rows)

@@ -15,8 +15,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llmnorm.generation.contract import Chooser, Event, Finish, Request, Sampling, Verdict
-from llmnorm.generation.sampling import RowChooser
+import torch
+from torch import Tensor
+
+from llmnorm.generation.contract import (
+    Chooser,
+    Chosen,
+    Event,
+    Finish,
+    Request,
+    Sampling,
+    Verdict,
+)
+from llmnorm.generation.sampling import RowChooser, chosen_of
 from llmnorm.generation.text import TextStream
 from llmnorm.part import InputError
 
@@ -43,6 +54,8 @@ class Row:
         prompt: how many of `ids` are the prompt's.
         cached: of the prompt's tokens, those that an earlier row's cache has saved.
         drafted, accepted: tokens.
+        scores: log-probabilities of the prompt's tokens from the second on, as far as it was run;
+            None where the request does not ask for them.
     """
 
     def __init__(
@@ -63,7 +76,9 @@ class Row:
         self.chooser: Chooser = chooser
         self.slot = -1
         self.cached = self.drafted = self.accepted = 0
+        self.scores: list[Chosen] | None = None if sampling.prompt_logprobs is None else []
         self._ends, self._text = ends, text
+        self._told = False  # whether an event had the scores
 
     @property
     def remaining(self) -> int:
@@ -96,12 +111,28 @@ class Row:
         self.drafted += drafted
         self.accepted += accepted
         chosen = None if verdict.chosen is None else verdict.chosen[: len(tokens)]
-        event = Event(self.request, self.row, tokens, text, accepted, chosen, drafted=drafted)
+        event = Event(
+            *(self.request, self.row, tokens, text, accepted, chosen),
+            drafted=drafted,
+            cached=self.cached,
+        )
         return event if finish is None else self._closed(event, finish)
 
     def end(self, finish: Finish, message: str | None = None) -> Event:
         """The event of a row that ends without a further token: it was aborted, or has failed."""
-        return self._closed(Event(self.request, self.row, [], "", 0), finish, message)
+        return self._closed(self.begun(), finish, message)
+
+    def begun(self) -> Event:
+        """The event of a row that has no token yet; what is known of its prompt is told once."""
+        scores, self._told = None if self._told else self.scores, True
+        return Event(self.request, self.row, [], "", 0, cached=self.cached, prompt=scores)
+
+    def score(self, logits: Tensor) -> None:
+        """Take in the logits (tokens, vocabulary) of the next piece of the prompt."""
+        assert self.scores is not None and self.sampling.prompt_logprobs is not None
+        following = self.ids[len(self.scores) + 1 :][: len(logits)]
+        wide = logits.double() if logits.dtype == torch.float64 else logits.float()
+        self.scores += chosen_of(wide.cpu(), following, self.sampling.prompt_logprobs)
 
     def _closed(self, event: Event, finish: Finish, message: str | None = None) -> Event:
         rest = "" if self._text is None else self._text.finish()
@@ -138,6 +169,8 @@ def rows_of(
     for row in range(request.n):
         seed = None if sampling.seed is None else sampling.seed + row
         own = replace(sampling, seed=seed)
+        if row:  # one of them tells what the prompt's tokens are worth
+            own = replace(own, prompt_logprobs=None)
         rows.append(
             Row(
                 number,
@@ -149,7 +182,9 @@ def rows_of(
                 chooser=RowChooser(own, prompt, known, vocabulary),
                 text=None
                 if tokenizer is None
-                else TextStream(tokenizer, sampling.stop, before=prompt),
+                else TextStream(
+                    tokenizer, sampling.stop, skip_special=sampling.skip_special, before=prompt
+                ),
             )
         )
     return rows
@@ -169,11 +204,9 @@ def _check(request: Request, vocabulary: int, context: int, *, with_text: bool) 
         raise InputError(f"prompt: token {wrong} is none of the model's {vocabulary} tokens")
     if request.n < 1:
         raise InputError(f"n: must be at least 1, got {request.n}")
-    if sampling.max_tokens < 1:
-        raise InputError(
-            f"max_tokens: must be at least 1, got {sampling.max_tokens}; a prompt is not scored "
-            "without an answer"
-        )
+    least = 1 if sampling.prompt_logprobs is None else 0
+    if sampling.max_tokens < least:
+        raise InputError(f"max_tokens: must be at least {least}, got {sampling.max_tokens}")
     if sampling.stop and not with_text:
         raise InputError("stop: needs the engine's tokenizer; stop_tokens needs none")
     if sampling.processors and request.n > 1:

@@ -37,7 +37,7 @@ from llmnorm.generation.noise import Racing, race, race_of_all
 from llmnorm.generation.processors import Changes
 from llmnorm.generation.truncation import Law, Line, largest_of, law_of, truncates
 
-__all__ = ["RowChooser", "draw", "verify"]
+__all__ = ["RowChooser", "chosen_of", "draw", "verify"]
 
 BLOCK = 256  # tokens, when one of a whole vocabulary is looked for
 NO_TOKEN = "no token is left that the row's limits allow"
@@ -121,7 +121,10 @@ def verify(
             row.commit(token)
         fault = fault or row.fault
         if fault is None:
-            chosen = _chosen(raw[start : start + len(tokens)], tokens, row.sampling.logprobs)
+            chosen = None
+            if row.sampling.logprobs is not None:
+                given = raw[start : start + len(tokens)]
+                chosen = chosen_of(given, tokens, row.sampling.logprobs)
             verdicts.append(Verdict(tokens, len(tokens) - 1, chosen))
         else:
             verdicts.append(Verdict([], 0, fault=fault))
@@ -203,10 +206,9 @@ def _drawn(weights: Line, uniform: float) -> int:
     return start + int(np.searchsorted(mass, share, side="right"))
 
 
-def _chosen(raw: Tensor, tokens: Sequence[int], alternatives: int | None) -> list[Chosen] | None:
-    """Log-probabilities of raw logits (tokens, vocabulary): the tokens' own, and the likeliest."""
-    if alternatives is None:
-        return None
+def chosen_of(raw: Tensor, tokens: Sequence[int], alternatives: int) -> list[Chosen]:
+    """Log-probabilities of raw logits (tokens, vocabulary), float32 or float64 on the CPU: the
+    tokens' own, and so many of the likeliest."""
     found = []
     for line, token in zip(raw.numpy(), tokens, strict=True):
         largest = line.max()

@@ -97,11 +97,15 @@ class Slots:
         """Tokens of the prompt that are still to be run."""
         return 0 if self._prompt is None else len(self._prompt) - self._side.lengths[0]
 
-    def begin(self, ids: list[int]) -> int:
-        """Start a prompt in the side cache; how many of its tokens an earlier row has saved."""
+    def begin(self, ids: list[int], *, whole: bool = False) -> int:
+        """Start a prompt in the side cache; how many of its tokens an earlier row has saved.
+
+        Args:
+            whole: all of it is to be run; no row saves any.
+        """
         assert self._prompt is None, "one prompt at a time"
         self._prompt, self._within = ids[:-1], None
-        found = self._source()
+        found = None if whole else self._source()
         if found is None:
             self._empty_side()
             self._side.admit()
@@ -145,14 +149,17 @@ class Slots:
         self.lost += bool(found)
         return None
 
-    def run(self, most: int) -> bool:
-        """Run the next piece of the prompt, at most so many tokens; whether all is finite."""
+    def run(self, most: int, *, every: bool = False) -> Tensor:
+        """Run the next piece of the prompt, at most so many tokens.
+
+        Returns:
+            Logits (1, tokens, vocabulary) of `every` token, or (1, 1, vocabulary) of the last one.
+        """
         assert self._prompt is not None and self.left
         start = self._side.lengths[0]
         self._side_ids = self._prompt
         ids = torch.tensor([self._prompt[start : start + self.piece(most)]])
-        logits = self.step.step(ids.to(self.step.device), self._side, last=True)
-        return bool(logits.isfinite().all())
+        return self.step.step(ids.to(self.step.device), self._side, last=not every)
 
     def piece(self, most: int) -> int:
         """Tokens that `run(most)` would run: what is left, in as few pieces of one size.

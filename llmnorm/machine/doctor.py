@@ -41,10 +41,11 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "quant": ("bitsandbytes",),
     "gguf": ("gguf",),
     "eval": ("lm_eval",),
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "structured": ("llguidance",),
     "track": ("tensorboard", "wandb", "trackio"),
     "docs": ("mkdocs", "material"),
-    "dev": ("pytest", "hypothesis", "jsonschema", "mypy", "ruff", "hatchling"),
+    "dev": ("pytest", "hypothesis", "jsonschema", "mypy", "openai", "ruff", "hatchling"),
 }
 _ABOVE = Path(__file__).resolve().parents[2]  # of the package: the checkout, or site-packages
 # Extras with compiled parts, which break at import, not at installation: the report imports them.

@@ -1,0 +1,53 @@
+"""The access log: a line of JSON for each request, which never holds text of it.
+
+    log = AccessLog(settings.access_log, lost)
+    log.write({"id": ..., "route": ..., "status": 200, "tokens": 31, ...})
+
+A line that cannot be written, for example on a full disk, is counted as lost and costs its request
+nothing.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmnorm.part import InputError
+
+STDOUT = 1
+
+
+class AccessLog:
+    """Writes the lines.
+
+    Args:
+        where: a file, which is appended to, `stdout` or `none`.
+        lost: called for each line that could not be written.
+
+    Raises:
+        InputError: the file cannot be opened.
+    """
+
+    def __init__(self, where: Path | str, lost: Callable[[], None]) -> None:
+        self._lost = lost
+        self._file: int | None = None
+        if where == "stdout":
+            self._file = STDOUT
+        elif where != "none":
+            try:
+                self._file = os.open(where, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(f"serving.access_log: {where}: {reason}") from None
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write one request's line, with the time."""
+        if self._file is None:
+            return
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        try:
+            os.write(self._file, (json.dumps({"time": stamp, **line}) + "\n").encode())
+        except OSError:
+            self._lost()

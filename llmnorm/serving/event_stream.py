@@ -1,0 +1,90 @@
+"""A stream of server-sent events: an answer's pieces as they come.
+
+    response = event_stream(pieces(ticket, answers, usage), ticket)
+
+Each event is one line `data: {JSON}` and an empty line; the last one is `data: [DONE]`. An error
+behind the headers is an event of its own, and there is no [DONE] then: OpenAI's client raises it.
+
+What would surprise: JSON is written in ASCII, since some clients split lines at U+2028, which may
+stand in a text. And a generator that was never begun runs none of its `finally`, so it is the
+response that closes the ticket.
+"""
+
+import asyncio
+import json
+import sys
+import traceback
+from collections.abc import AsyncIterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from llmnorm.serving.answers import Answers
+from llmnorm.serving.edge import Receive, Record, Scope, Send, internal
+from llmnorm.serving.refusals import Refusal
+from llmnorm.serving.service import Ticket
+
+if TYPE_CHECKING:
+    from starlette.responses import StreamingResponse
+
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def pieces(
+    ticket: Ticket, answers: Answers, record: Record, *, usage: bool
+) -> AsyncIterator[bytes]:
+    """Yield an answer's events, those of a round together."""
+    for told in answers.roles():
+        yield event(told)
+    try:
+        async for gained in ticket.events():
+            found = [answers.piece(number, some) for number, some in gained]
+            if joined := b"".join(event(piece) for piece in found if piece is not None):
+                yield joined
+    except Refusal as refusal:
+        record.error = refusal.code
+        yield event(refusal.body())
+        return
+    except Exception:
+        print(f"request {record.id} has failed:", file=sys.stderr)
+        traceback.print_exc(file=sys.stderr)
+        record.error = "internal_error"
+        yield event(internal(record.id).body())
+        return
+    if usage:
+        yield event(answers.last(ticket))
+    yield DONE
+
+
+def event_stream(content: AsyncIterator[bytes], ticket: Ticket) -> "StreamingResponse":
+    """The response that sends events, and closes the ticket at its end, whatever ends it."""
+    response: StreamingResponse = _class()(content, ticket)
+    return response
+
+
+@cache
+def _class() -> Any:
+    from starlette.responses import StreamingResponse
+
+    class EventStream(StreamingResponse):
+        def __init__(self, content: AsyncIterator[bytes], ticket: Ticket) -> None:
+            super().__init__(content, headers=HEADERS, media_type="text/event-stream")
+            self._ticket = ticket
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self._ticket.task = task = asyncio.current_task()
+            try:
+                await super().__call__(scope, receive, send)
+            except asyncio.CancelledError:
+                # By `Ticket.fail`, of a client that reads nothing: its connection is closed.
+                if task is not None and task.cancelling():
+                    task.uncancel()
+            finally:
+                self._ticket.close()
+
+    return EventStream
