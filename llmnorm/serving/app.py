@@ -12,15 +12,21 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
 from llmnorm.config.serving import ServingSettings
 from llmnorm.machine.doctor import version
-from llmnorm.serving import asking, event_stream
+from llmnorm.serving import asking
 from llmnorm.serving import metrics as metrics_module
 from llmnorm.serving.access import AccessLog
 from llmnorm.serving.answers import Answers
 from llmnorm.serving.asking import Asked, Model
 from llmnorm.serving.documented import describe, route_extra, write_document
 from llmnorm.serving.edge import RECORD, App, Edge, Receive, Record, internal
+from llmnorm.serving.event_stream import EventStream, pieces
 from llmnorm.serving.fields import (
     ChatFields,
     CompletionFields,
@@ -38,8 +44,7 @@ from llmnorm.serving.service import Service, Ticket
 from llmnorm.serving.tokens import detokenize, tokenize, tokenizer_info
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI, Request
-    from starlette.responses import Response
+    from fastapi import FastAPI
 
 
 def make_app(
@@ -58,7 +63,6 @@ def make_app(
         metrics: of this app; the service's engine is watched by it.
     """
     from fastapi import FastAPI
-    from starlette.middleware.cors import CORSMiddleware
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -95,19 +99,17 @@ def make_app(
 
 def _refuse(app: "FastAPI") -> None:
     """Errors of every kind in one shape."""
-    from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse
 
-    def refused(request: "Request", refusal: Refusal, **headers: str) -> JSONResponse:
+    def refused(request: Request, refusal: Refusal, **headers: str) -> JSONResponse:
         request.scope[RECORD].error = refusal.code
         return JSONResponse(refusal.body(), refusal.status, refusal.headers() | headers)
 
     @app.exception_handler(Refusal)
-    async def of_ours(request: "Request", error: Refusal) -> JSONResponse:
+    async def of_ours(request: Request, error: Refusal) -> JSONResponse:
         return refused(request, error)
 
     @app.exception_handler(HTTPException)
-    async def of_routing(request: "Request", error: HTTPException) -> JSONResponse:
+    async def of_routing(request: Request, error: HTTPException) -> JSONResponse:
         path = request.url.path[:80]
         if error.status_code == 405:
             message = f"{path} does not take {request.method[:20]}"
@@ -117,18 +119,16 @@ def _refuse(app: "FastAPI") -> None:
         return refused(request, Refusal(404, f"there is no {path}", "not_found"))
 
     @app.exception_handler(Exception)
-    async def of_a_defect(request: "Request", error: Exception) -> JSONResponse:
+    async def of_a_defect(request: Request, error: Exception) -> JSONResponse:
         return refused(request, internal(request.scope[RECORD].id))  # Edge prints the trace
 
 
 def _answering(app: "FastAPI", model: Model, service: Service, settings: ServingSettings) -> None:
-    from starlette.responses import JSONResponse
-
     async def answer(
-        request: "Request",
+        request: Request,
         fields: CompletionFields | ChatFields,
         asked: Asked,
-    ) -> "Response":
+    ) -> Response:
         record: Record = request.scope[RECORD]
         ticket = service.open(asked.requests)
         record.ticket, record.stream = ticket, fields.stream
@@ -136,42 +136,37 @@ def _answering(app: "FastAPI", model: Model, service: Service, settings: Serving
         answers = Answers(model, fields, asked)
         if fields.stream:
             usage = fields.stream_options is not None and fields.stream_options.include_usage
-            content = event_stream.pieces(ticket, answers, record, usage=usage)
-            return event_stream.event_stream(content, ticket)
+            return EventStream(pieces(ticket, answers, record, usage=usage), ticket)
         with ticket:
             await _unless_gone(_collect(ticket, answers), request.receive)
             return JSONResponse(answers.whole(ticket))
 
     @app.post("/v1/completions", **route_extra("Continue a text", CompletionFields))
-    async def completions(request: "Request") -> "Response":
+    async def completions(request: Request) -> Response:
         fields = await _fields(CompletionFields, request, settings, service)
         return await answer(request, fields, await asking.completions(model, fields))
 
     @app.post("/v1/chat/completions", **route_extra("Answer messages", ChatFields))
-    async def chat(request: "Request") -> "Response":
+    async def chat(request: Request) -> Response:
         fields = await _fields(ChatFields, request, settings, service)
         return await answer(request, fields, await asking.chat(model, fields))
 
 
 def _about_tokens(app: "FastAPI", model: Model, settings: ServingSettings) -> None:
-    from starlette.responses import JSONResponse
-
     @app.post("/tokenize", **route_extra("The tokens of a text", TokenizeFields))
-    async def tokenize_(request: "Request") -> "Response":
+    async def tokenize_(request: Request) -> Response:
         return JSONResponse(await tokenize(model, await _fields(TokenizeFields, request, settings)))
 
     @app.post("/detokenize", **route_extra("The text of tokens", DetokenizeFields))
-    async def detokenize_(request: "Request") -> "Response":
+    async def detokenize_(request: Request) -> Response:
         return JSONResponse(detokenize(model, await _fields(DetokenizeFields, request, settings)))
 
     @app.get("/tokenizer_info", **describe("The tokenizer's special tokens, for lm-eval"))
-    async def info(request: "Request") -> "Response":
+    async def info(request: Request) -> Response:
         return JSONResponse(tokenizer_info(model))
 
 
 def _about_the_server(app: "FastAPI", model: Model, service: Service, metrics: Metrics) -> None:
-    from starlette.responses import JSONResponse, Response
-
     card = {
         "id": model.name,
         "object": "model",
@@ -181,37 +176,37 @@ def _about_the_server(app: "FastAPI", model: Model, service: Service, metrics: M
     }
 
     @app.get("/v1/models", **describe("The models that are served"))
-    async def models(request: "Request") -> Response:
+    async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
 
     @app.get("/v1/models/{name:path}", **describe("A model that is served", name=True))
-    async def named(request: "Request") -> Response:
+    async def named(request: Request) -> Response:
         model.check_name(Fields(model=request.path_params["name"]))
         return JSONResponse(card)
 
     @app.get("/health", **describe("Whether the engine lives"))
-    async def health(request: "Request") -> Response:
+    async def health(request: Request) -> Response:
         if service.dead:
             service.check_open()
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready", **describe("Whether requests are taken"))
-    async def ready(request: "Request") -> Response:
+    async def ready(request: Request) -> Response:
         service.check_open()
         return JSONResponse({"status": "ok"})
 
     @app.get("/version", **describe("The version of the server"))
-    async def about(request: "Request") -> Response:
+    async def about(request: Request) -> Response:
         return JSONResponse({"version": version()})
 
     @app.get("/metrics", **describe("Metrics in Prometheus' text format"))
-    async def measured(request: "Request") -> Response:
+    async def measured(request: Request) -> Response:
         return Response(metrics.text(), media_type=metrics_module.CONTENT_TYPE)
 
 
 async def _fields(
     cls: type[Any],
-    request: "Request",
+    request: Request,
     settings: ServingSettings,
     service: Service | None = None,
 ) -> Any:

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from llmnorm.serving.access import AccessLog
 from llmnorm.serving.json_body import ClientGone
 from llmnorm.serving.keys import Keys
@@ -152,8 +154,6 @@ def internal(number: str) -> Refusal:
 
 async def send_refusal(refusal: Refusal, send: Send) -> None:
     """Answer with an error, where nothing was answered yet."""
-    from starlette.responses import JSONResponse
-
     response = JSONResponse(refusal.body(), refusal.status, refusal.headers())
     await send(
         {

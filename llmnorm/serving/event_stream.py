@@ -1,6 +1,6 @@
 """A stream of server-sent events: an answer's pieces as they come.
 
-    response = event_stream(pieces(ticket, answers, usage), ticket)
+    response = EventStream(pieces(ticket, answers, record, usage=True), ticket)
 
 Each event is one line `data: {JSON}` and an empty line; the last one is `data: [DONE]`. An error
 behind the headers is an event of its own, and there is no [DONE] then: OpenAI's client raises it.
@@ -15,16 +15,14 @@ import json
 import sys
 import traceback
 from collections.abc import AsyncIterator
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from starlette.responses import StreamingResponse
 
 from llmnorm.serving.answers import Answers
 from llmnorm.serving.edge import Receive, Record, Scope, Send, internal
 from llmnorm.serving.refusals import Refusal
 from llmnorm.serving.service import Ticket
-
-if TYPE_CHECKING:
-    from starlette.responses import StreamingResponse
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 DONE = b"data: [DONE]\n\n"
@@ -61,30 +59,26 @@ async def pieces(
     yield DONE
 
 
-def event_stream(content: AsyncIterator[bytes], ticket: Ticket) -> "StreamingResponse":
-    """The response that sends events, and closes the ticket at its end, whatever ends it."""
-    response: StreamingResponse = _class()(content, ticket)
-    return response
+class EventStream(StreamingResponse):
+    """The response that sends events, and closes the ticket at its end, whatever ends it.
 
+    Args:
+        content: events.
+        ticket: whose they are.
+    """
 
-@cache
-def _class() -> Any:
-    from starlette.responses import StreamingResponse
+    def __init__(self, content: AsyncIterator[bytes], ticket: Ticket) -> None:
+        super().__init__(content, headers=HEADERS, media_type="text/event-stream")
+        self._ticket = ticket
 
-    class EventStream(StreamingResponse):
-        def __init__(self, content: AsyncIterator[bytes], ticket: Ticket) -> None:
-            super().__init__(content, headers=HEADERS, media_type="text/event-stream")
-            self._ticket = ticket
-
-        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            self._ticket.task = task = asyncio.current_task()
-            try:
-                await super().__call__(scope, receive, send)
-            except asyncio.CancelledError:
-                # By `Ticket.fail`, of a client that reads nothing: its connection is closed.
-                if task is not None and task.cancelling():
-                    task.uncancel()
-            finally:
-                self._ticket.close()
-
-    return EventStream
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them, as long as the client is there."""
+        self._ticket.task = task = asyncio.current_task()
+        try:
+            await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            # By `Ticket.fail`, of a client that reads nothing: its connection is closed.
+            if task is not None and task.cancelling():
+                task.uncancel()
+        finally:
+            self._ticket.close()

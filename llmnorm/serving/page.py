@@ -6,9 +6,11 @@ add_page(app)       GET / and GET /static/NAME, where the package has a page
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from starlette.requests import Request
+from starlette.responses import Response
+
 if TYPE_CHECKING:
-    from fastapi import FastAPI, Request
-    from starlette.responses import Response
+    from fastapi import FastAPI
 
 DIRECTORY = Path(__file__).parent / "static"
 INDEX = "index.html"
@@ -31,8 +33,6 @@ HEADERS = {
 
 def add_page(app: "FastAPI", directory: Path = DIRECTORY) -> None:
     """Add the routes of the files in a directory, as they are now; none where it has no page."""
-    from starlette.responses import Response
-
     if not (directory / INDEX).is_file():
         return
     found = {
@@ -45,7 +45,7 @@ def add_page(app: "FastAPI", directory: Path = DIRECTORY) -> None:
         content, kind = found[name]
 
         @app.get(route, include_in_schema=False, response_model=None)
-        async def file(request: "Request") -> "Response":
+        async def file(request: Request) -> Response:
             return Response(content, media_type=kind, headers=HEADERS)
 
     for name in found:

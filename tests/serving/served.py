@@ -1,0 +1,147 @@
+"""A server in this process, on a port of its own, and the offline engine that it is held to."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import uvicorn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmnorm.config.serving import ServingSettings
+from llmnorm.config.tree import GenerationSettings
+from llmnorm.exchange.served import Target, load_target
+from llmnorm.generation.contract import Request, Sampling
+from llmnorm.generation.engine import Engine
+from llmnorm.serving.access import AccessLog
+from llmnorm.serving.app import make_app
+from llmnorm.serving.keys import Keys
+from llmnorm.serving.loading import model_of_target
+from llmnorm.serving.metrics import Metrics
+from llmnorm.serving.service import Service
+from tests.test_data.chats import save_tokenizer
+
+NAME = "tiny"
+CONTEXT = 256
+
+
+def save_model(directory: Path, *, template: bool = True, dtype: str = "float64") -> Path:
+    """A stock Llama of two layers with random weights, whose greedy texts are long and varied."""
+    save_tokenizer(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.5,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    if not template:
+        (directory / "chat_template.jinja").unlink()
+    return directory
+
+
+class Served:
+    """What runs, and its parts.
+
+    Attributes:
+        url: with /v1.
+        log: lines of the access log.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keys: Sequence[str] = (),
+        log: Path | None = None,
+        serving: dict[str, Any] | None = None,
+        **generation: Any,
+    ) -> None:
+        self.settings = GenerationSettings(**{"slots": 4, "draft": "lookup"} | generation)
+        self.serving = ServingSettings(access_log=log or "none", **serving or {})
+        self.target: Target = load_target(directory, self.settings)
+        self.metrics = Metrics()
+        self.model, self.engine, self.says = model_of_target(
+            self.target, self.settings, self.serving, NAME
+        )
+        self.died = threading.Event()
+        self.service = Service(
+            self.engine, self.serving, self.settings.slots, self.metrics, self.died.set
+        )
+        self.log = log
+        lines = AccessLog(self.serving.access_log, self.metrics.lost_lines.inc)
+        app = make_app(self.model, self.service, self.serving, self.metrics, lines, Keys(keys))
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self.root = f"http://127.0.0.1:{self.port}"
+        self.url = f"{self.root}/v1"
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")  # type: ignore[arg-type]
+        config.timeout_graceful_shutdown = 3
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.loop.run_until_complete(self._server.serve(sockets=[self._socket]))
+        self.loop.close()
+
+    def start(self) -> None:
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def drain(self) -> Any:
+        """Begin to drain, as a signal does."""
+        return asyncio.run_coroutine_threadsafe(self.service.drain(), self.loop)
+
+    def idle(self) -> None:
+        """Wait until the engine has nothing to do."""
+        wait_for(lambda: self.engine.idle and not self.service.open_tickets)
+
+    def offline(self, prompt: Sequence[int], **sampling: Any) -> tuple[str, list[int], str]:
+        """The text, tokens and finish of an engine of its own, without a draft."""
+        settings = self.settings.model_copy(update={"draft": "none", "slots": 1})
+        engine = self.target.build(settings).engine
+        assert isinstance(engine, Engine)
+        text, tokens, finish = "", [], ""
+        for event in engine.generate([Request(tuple(prompt), Sampling(**sampling))]):
+            text, tokens = text + event.text, tokens + event.tokens
+            finish = event.finish or finish
+        return text, tokens, finish
+
+
+def wait_for(true: Any, seconds: float = 60) -> None:
+    """Wait until something is true."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it never came true"
+        time.sleep(0.005)
+
+
+@contextmanager
+def serving(directory: Path, **more: Any) -> Iterator[Served]:
+    """A server that runs."""
+    served = Served(directory, **more)
+    served.start()
+    try:
+        yield served
+    finally:
+        served.stop()

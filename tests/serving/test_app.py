@@ -1,0 +1,182 @@
+"""The server, by OpenAI's own client over real HTTP."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serving.served import CONTEXT, NAME, Served, save_model, serving
+
+MESSAGES: Any = [{"role": "user", "content": "2+2?"}]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(save_model(tmp_path_factory.mktemp("served") / "model")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=served.url, api_key="any", max_retries=0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"seed": 3, "temperature": 1.5, "top_p": 0.9}])
+def test_a_text_is_the_offline_engines(
+    served: Served, client: openai.OpenAI, stream: bool, how: dict[str, Any]
+) -> None:
+    """Oracle: an engine without a draft and without a server."""
+    prompt = "It is 4. 2+2?"
+    text, tokens, finish = served.offline(served.model.asker.text(prompt), max_tokens=40, **how)
+    assert len(text) > 20
+    asked: Any = {"model": NAME, "prompt": prompt, "max_tokens": 40, **how}
+    if stream:
+        chunks = list(
+            client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        )
+        assert "".join(c.choices[0].text for c in chunks if c.choices) == text
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == finish
+        assert all(c.usage is None for c in chunks[:-1]) and chunks[-1].choices == []
+        usage = chunks[-1].usage
+        assert len({c.id for c in chunks}) == 1
+    else:
+        answer = client.completions.create(**asked)
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, finish)
+        assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
+        usage = answer.usage
+    assert usage is not None
+    assert usage.completion_tokens == len(tokens)
+    assert usage.prompt_tokens == len(served.model.asker.text(prompt))
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_a_chat_is_the_template_and_the_offline_engine(
+    served: Served, client: openai.OpenAI
+) -> None:
+    """Oracle: the template's tokens, continued offline; a stream's pieces joined are the answer."""
+    ids = served.model.asker.messages(MESSAGES)
+    stops = served.target.asker.stops
+    text, tokens, _ = served.offline(ids, temperature=0, max_tokens=30, stop_tokens=stops)
+    answer = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, temperature=0, max_completion_tokens=30
+    )
+    assert answer.choices[0].message.content == text
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.object == "chat.completion"
+    stream = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, temperature=0, max_tokens=30, stream=True
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == text
+    assert chunks[0].object == "chat.completion.chunk"
+    assert [c.choices[0].finish_reason for c in chunks][:-1] == [None] * (len(chunks) - 1)
+
+
+def test_n_answers_have_the_seeds_in_their_order(served: Served, client: openai.OpenAI) -> None:
+    """Oracle: the offline engine with seed + i; two prompts, whose answers stand together."""
+    prompts = ["It is", "2+2?"]
+    answer = client.completions.create(
+        model=NAME, prompt=prompts, n=2, seed=5, max_tokens=12, temperature=1
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    wanted = [
+        served.offline(served.model.asker.text(p), seed=5 + i, max_tokens=12, temperature=1)[0]
+        for p in prompts
+        for i in (0, 1)
+    ]
+    assert [choice.text for choice in answer.choices] == wanted
+
+
+def test_a_stop_ends_an_answer_before_it(served: Served, client: openai.OpenAI) -> None:
+    """Oracle: the free answer, cut before the text."""
+    free, _, _ = served.offline(served.model.asker.text("It is"), temperature=0, max_tokens=40)
+    stop = free[15:18]
+    answer = client.completions.create(
+        model=NAME, prompt="It is", temperature=0, max_tokens=40, stop=[stop]
+    )
+    assert answer.choices[0].text == free[: free.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_echo_and_logprobs_are_a_teacher_forced_pass(served: Served, client: openai.OpenAI) -> None:
+    """Oracle: one full pass of the model over prompt and answer, in float64."""
+    import torch
+
+    prompt = served.model.asker.text("2+2? It is 4. 3+3?")
+    answer = client.completions.create(
+        model=NAME, prompt=prompt, temperature=0, max_tokens=1, logprobs=2, echo=True
+    )
+    told = answer.choices[0].logprobs
+    assert told is not None and told.token_logprobs is not None and told.top_logprobs is not None
+    assert len(told.tokens or []) == len(prompt) + 1
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        laws = served.target.model(ids).logits[0].log_softmax(-1)
+    following = [*prompt[1:], int(laws[-1].argmax())]
+    wanted = [float(laws[i, token]) for i, token in enumerate(following)]
+    assert told.token_logprobs[0] is None
+    assert told.token_logprobs[1:] == pytest.approx(wanted, abs=1e-9)
+    for number, top in zip(told.token_logprobs[1:], told.top_logprobs[1:], strict=True):
+        assert top is not None and number in top.values()  # the same float
+    scored = client.completions.create(
+        model=NAME, prompt=prompt, max_tokens=0, logprobs=1, echo=True
+    )
+    only = scored.choices[0].logprobs
+    assert only is not None and only.token_logprobs == told.token_logprobs[:-1]
+    assert scored.usage is not None and scored.usage.completion_tokens == 0
+
+
+def test_logprobs_of_a_chat_tell_bytes_and_alternatives(
+    served: Served, client: openai.OpenAI
+) -> None:
+    """Oracle: bytes of the tokens joined are the answer's UTF-8 where it is whole."""
+    answer = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, temperature=0, max_tokens=8, logprobs=True, top_logprobs=3
+    )
+    told = answer.choices[0].logprobs
+    assert told is not None and told.content is not None
+    joined = bytes(b for entry in told.content for b in entry.bytes or [])
+    text = answer.choices[0].message.content
+    assert joined.decode("utf-8", "replace").startswith((text or "")[:3])
+    assert all(len(entry.top_logprobs) == 3 for entry in told.content)
+    assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in told.content)
+
+
+def test_the_second_turn_of_a_chat_reuses_the_first_ones_row(
+    served: Served, client: openai.OpenAI
+) -> None:
+    """Oracle: `cached_tokens` of the usage, and the same answer as without reuse."""
+    first = [{"role": "user", "content": "It is 4. " * 12}]
+    answer = client.chat.completions.create(
+        model=NAME,
+        messages=first,
+        temperature=0,
+        max_tokens=8,  # type: ignore[arg-type]
+    )
+    served.idle()
+    turn: Any = [
+        *first,
+        {"role": "assistant", "content": answer.choices[0].message.content},
+        {"role": "user", "content": "3+3?"},
+    ]
+    second = client.chat.completions.create(model=NAME, messages=turn, temperature=0, max_tokens=8)
+    assert second.usage is not None and second.usage.prompt_tokens_details is not None
+    assert second.usage.prompt_tokens_details.cached_tokens > 30  # type: ignore[operator]
+    ids = served.model.chat.tokens(turn, {})
+    stops = served.target.asker.stops
+    text, _, _ = served.offline(ids, temperature=0, max_tokens=8, stop_tokens=stops)
+    assert second.choices[0].message.content == text
+
+
+def test_the_model_and_its_tokens(served: Served, client: openai.OpenAI) -> None:
+    """Oracle: the tokenizer's own ids, and back."""
+    (card,) = client.models.list().data
+    assert card.id == NAME and client.models.retrieve(NAME).model_dump()["max_model_len"] == CONTEXT
+    text = "It is 4. 2+2?"
+    ids = client.post("/../tokenize", body={"prompt": text}, cast_to=object)["tokens"]  # type: ignore[index]
+    assert ids == served.model.asker.text(text)
+    back = client.post("/../detokenize", body={"tokens": ids[1:]}, cast_to=object)
+    assert back == {"prompt": text}
