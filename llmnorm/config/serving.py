@@ -34,10 +34,15 @@ class ServingSettings(Settings):
     """Seconds after which a request is given up, waiting included; `null`: never."""
     shutdown_timeout: Annotated[float, Field(ge=0, le=1e5)] = 30.0
     """Seconds that running requests have to finish after SIGTERM or SIGINT."""
-    chat_template: LocalPath | Literal["fallback"] | None = None
+    # Words before paths, and the first that fits: every word is a path too.
+    chat_template: (
+        Annotated[Literal["fallback"] | LocalPath, Field(union_mode="left_to_right")] | None
+    ) = None
     """A file with the Jinja template for messages, in the place of the model's own; `fallback`:
     `User: ...` and `Assistant: ...` on lines of their own, for a model without one."""
-    access_log: LocalPath | Literal["stdout", "none"] = "stdout"
+    access_log: Annotated[
+        Literal["stdout", "none"] | LocalPath, Field(union_mode="left_to_right")
+    ] = "stdout"
     """Where a line of JSON is written for each request, which holds no text of it: a file, which is
     appended to, or `stdout`."""
 
