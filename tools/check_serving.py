@@ -114,8 +114,17 @@ class Behind:
         conf.write_text(SITE.format(place=place, user=user))
         nginx = ["nginx", "-p", str(place), "-c", str(conf), "-e", str(place / "error.log")]
         subprocess.run([*nginx, "-t", "-q"], check=True)
-        self._nginx = subprocess.Popen(nginx)
         self._tls = ssl.create_default_context(cafile=str(self._cert))
+        self._nginx = subprocess.Popen(nginx)
+        until = time.monotonic() + SECONDS
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self._secure)).close()
+                return
+            except OSError:
+                if self._nginx.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError("nginx did not start") from None
+                time.sleep(0.02)
 
     def _site(self) -> str:
         text = (FILES / "nginx.conf").read_text()
