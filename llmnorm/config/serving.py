@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 from llmnorm.config.values import LocalPath
 from llmnorm.part import Settings
 
+# A word counts before a file of that name.
+_IN_ORDER = Field(union_mode="left_to_right")
+
 
 class ServingSettings(Settings):
     """The HTTP server: where it listens, who may ask, and how much."""
@@ -34,15 +37,10 @@ class ServingSettings(Settings):
     """Seconds after which a request is given up, waiting included; `null`: never."""
     shutdown_timeout: Annotated[float, Field(ge=0, le=1e5)] = 30.0
     """Seconds that running requests have to finish after SIGTERM or SIGINT."""
-    # Words before paths, and the first that fits: every word is a path too.
-    chat_template: (
-        Annotated[Literal["fallback"] | LocalPath, Field(union_mode="left_to_right")] | None
-    ) = None
+    chat_template: Annotated[Literal["fallback"] | LocalPath | None, _IN_ORDER] = None
     """A file with the Jinja template for messages, in the place of the model's own; `fallback`:
     `User: ...` and `Assistant: ...` on lines of their own, for a model without one."""
-    access_log: Annotated[
-        Literal["stdout", "none"] | LocalPath, Field(union_mode="left_to_right")
-    ] = "stdout"
+    access_log: Annotated[Literal["stdout", "none"] | LocalPath, _IN_ORDER] = "stdout"
     """Where a line of JSON is written for each request, which holds no text of it: a file, which is
     appended to, or `stdout`."""
 

@@ -75,7 +75,6 @@ def make_app(
         version=version(),
         docs_url=None,
         redoc_url=None,
-        root_path=settings.root_path,
         lifespan=life,
     )
     metrics.watch(service)
@@ -84,7 +83,7 @@ def make_app(
     _about_tokens(app, model, settings)
     _about_the_server(app, model, service, metrics)
     add_page(app)
-    write_document(app)
+    write_document(app, settings.root_path)
     whole: App = Edge(app, keys, metrics, log, settings.root_path)
     if settings.cors:
         whole = CORSMiddleware(

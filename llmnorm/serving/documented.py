@@ -76,9 +76,10 @@ def route_extra(summary: str, body: type[Fields]) -> dict[str, Any]:
     return found
 
 
-def write_document(app: "FastAPI") -> None:
+def write_document(app: "FastAPI", root_path: str) -> None:
     """Make the application's document, once, and put the schemas of bodies into it."""
     document = app.openapi()
+    document["servers"] = [{"url": root_path or "/"}]
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas["Error"] = ERROR
     for body in BODIES:

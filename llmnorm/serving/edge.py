@@ -76,6 +76,8 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].startswith(f"{self._root}/"):
+            scope = {**scope, "path": scope["path"].removeprefix(self._root)}
         headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
         given = headers.get(b"x-request-id", "")
         record = Record(given if ID.fullmatch(given) else uuid.uuid4().hex, time.monotonic())
@@ -112,7 +114,6 @@ class Edge:
         if not self._keys:
             return
         record.key = self._keys.number(header)
-        path = path.removeprefix(self._root)
         if record.key is None and path not in WITHOUT_KEY and not path.startswith(STATIC):
             what = "is not known" if header else "is missing: send the header Authorization"
             raise Refusal(401, f"the key {what}", "invalid_api_key")

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_BYTES = 2**16  # of a schema, pattern or grammar
+# Between the parts of JSON. llguidance's own pattern has no end, and weak models find none either.
+SPACES = "[\\x20\\x0A\\x0D\\x09]{1,16}"
 # Below llguidance's own (1e6, 5e5, 25e4): about 10 ms of work, a few thousand symbols.
 FUEL, SYMBOLS, STATES = 500_000, 20_000, 20_000
 
@@ -83,11 +85,14 @@ class Forms:
             initial_lexer_fuel=FUEL, max_grammar_size=SYMBOLS, max_lexer_states=STATES
         )
         try:
-            grammar = {
-                "json": LLMatcher.grammar_from_json_schema,
-                "regex": LLMatcher.grammar_from_regex,
-                "grammar": LLMatcher.grammar_from_lark,
-            }[kind](text)
+            if kind == "json":
+                grammar = LLMatcher.grammar_from_json_schema(
+                    text, defaults={"whitespace_pattern": SPACES}
+                )
+            elif kind == "regex":
+                grammar = LLMatcher.grammar_from_regex(text)
+            else:
+                grammar = LLMatcher.grammar_from_lark(text)
             matcher = LLMatcher(self._known(name), grammar, log_level=0, limits=limits)
             problem = matcher.get_error()
         except ValueError as error:

@@ -113,6 +113,7 @@ class Worker:
             if self._stopped:
                 return
             if not self.engine.idle:
+                rounds = self.engine.counters.rounds
                 try:
                     events = self.engine.step()
                 except Exception:
@@ -121,7 +122,8 @@ class Worker:
                     if failed == DEAD:
                         return
                     continue
-                failed = 0
+                if self.engine.counters.rounds > rounds:  # and not only told of the failed one
+                    failed = 0
                 self._note(events)
             if self._gained:
                 gained, self._gained = self._gained, {}

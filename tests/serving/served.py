@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,42 @@ def save_model(directory: Path, *, template: bool = True, dtype: str = "float64"
     return directory
 
 
+class Gate:
+    """A `Step` that waits while it is held, and whose passes may be spoiled.
+
+    Attributes:
+        opened: cleared, no pass goes through.
+        pause: seconds that each pass takes longer.
+        spoil: is given each pass's ids and logits, and may raise, or write into the logits.
+    """
+
+    def __init__(self, step: Any) -> None:
+        self._step = step
+        self.opened = threading.Event()
+        self.opened.set()
+        self.pause = 0.0
+        self.spoil: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)
+
+    def step(self, ids: torch.Tensor, *arguments: Any, **more: Any) -> torch.Tensor:
+        assert self.opened.wait(60)
+        time.sleep(self.pause)
+        logits = self._step.step(ids, *arguments, **more)
+        if self.spoil is not None:
+            self.spoil(ids, logits)
+        return logits
+
+
 class Served:
     """What runs, and its parts.
 
     Attributes:
         url: with /v1.
-        log: lines of the access log.
+        log: the file of the access log.
+        gate: before every pass of the model.
+        died: set once the engine has died.
     """
 
     def __init__(
@@ -78,6 +108,8 @@ class Served:
         self.model, self.engine, self.says = model_of_target(
             self.target, self.settings, self.serving, NAME
         )
+        self.gate = Gate(self.engine._slots.step)
+        self.engine._slots.step = self.gate
         self.died = threading.Event()
         self.service = Service(
             self.engine, self.serving, self.settings.slots, self.metrics, self.died.set
@@ -117,7 +149,11 @@ class Served:
         wait_for(lambda: self.engine.idle and not self.service.open_tickets)
 
     def offline(self, prompt: Sequence[int], **sampling: Any) -> tuple[str, list[int], str]:
-        """The text, tokens and finish of an engine of its own, without a draft."""
+        """The text, tokens and finish of an engine of its own, without a draft.
+
+        It waits for the server: torch traces steps in one thread at a time.
+        """
+        self.idle()
         settings = self.settings.model_copy(update={"draft": "none", "slots": 1})
         engine = self.target.build(settings).engine
         assert isinstance(engine, Engine)

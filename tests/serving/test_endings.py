@@ -1,0 +1,236 @@
+"""How requests end that do not end by themselves: full queues, clients that leave, deadlines,
+faults of the model, a server that drains."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from tests.serving.served import Served, save_model, serving, wait_for
+
+ASK: dict[str, Any] = {"prompt": "It is 4.", "temperature": 0, "max_tokens": 30}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("endings") / "model")
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[Served]:
+    with serving(model, slots=2, serving={"queue": 1}) as found:
+        yield found
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as found:
+        yield found
+
+
+def post(served: Served, **more: Any) -> httpx.Response:
+    return httpx.post(f"{served.url}/completions", json={**ASK, **more}, timeout=60)
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The events of a stream, `[DONE]` as it is."""
+    found = []
+    for block in response.text.split("\n\n"):
+        if block:
+            assert block.startswith("data: ")
+            data = block.removeprefix("data: ")
+            found.append(data if data == "[DONE]" else json.loads(data))
+    return found
+
+
+def text_of(stream: list[Any]) -> str:
+    return "".join(e["choices"][0]["text"] for e in stream if "choices" in e and e["choices"])
+
+
+def expected(served: Served, **more: Any) -> str:
+    asked = {**ASK, **more}
+    prompt = served.model.asker.text(asked.pop("prompt"))
+    return served.offline(prompt, **asked)[0]
+
+
+def test_a_full_queue_refuses_and_the_others_are_answered(
+    served: Served, pool: ThreadPoolExecutor
+) -> None:
+    """Oracle: two slots and a queue of one: the fourth gets 429 with Retry-After."""
+    served.gate.opened.clear()
+    running = [pool.submit(post, served, seed=i, temperature=1) for i in range(3)]
+    wait_for(lambda: sum(t.running for t in served.service._tickets) == 3)
+    answer = post(served)
+    assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["code"] == "queue_full"
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    served.gate.opened.set()
+    told = [future.result().json()["choices"][0]["text"] for future in running]
+    assert told == [expected(served, seed=seed, temperature=1) for seed in range(3)]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(
+    served: Served, pool: ThreadPoolExecutor, stream: bool
+) -> None:
+    """Oracle: two passes at most have its row after it has left; the stream beside it is the
+    offline engine's."""
+    served.idle()
+    aborted = served.engine.counters.finished.get("abort", 0)
+    rows: list[int] = []
+    served.gate.spoil = lambda ids, logits: rows.append(len(ids))
+    served.gate.pause = 0.02
+    long = {"max_tokens": 120, "ignore_eos": True}
+    other: Future[httpx.Response] = pool.submit(post, served, stream=True, **long)
+    body = json.dumps({**ASK, **long, "seed": 4, "temperature": 1, "stream": stream})
+    with socket.create_connection(("127.0.0.1", served.port)) as gone:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+        gone.sendall((head + body).encode())
+        wait_for(lambda: rows.count(2) > 3)
+        if stream:
+            assert b"data: " in gone.recv(2**16)
+        served.gate.opened.clear()
+    wait_for(lambda: served.service.open_tickets == 1)
+    before = rows.count(2)
+    served.gate.opened.set()
+    text = text_of(events(other.result()))
+    served.idle()
+    served.gate.pause, served.gate.spoil = 0.0, None
+    assert rows.count(2) <= before + 2 and rows.count(1) > 10
+    assert served.engine.counters.finished["abort"] == aborted + 1
+    assert (
+        text
+        == served.offline(
+            served.model.asker.text(ASK["prompt"]), temperature=0, max_tokens=120, ignore_end=True
+        )[0]
+    )
+
+
+def test_logits_that_are_nan_end_their_row_alone(served: Served, pool: ThreadPoolExecutor) -> None:
+    """Oracle: 500 for it; the row beside it, and the next one in its slot, are the offline
+    engine's."""
+    served.idle()
+    poison = served.model.asker.text("3+3?")[-1]
+
+    def spoil(ids: torch.Tensor, logits: torch.Tensor) -> None:
+        for row in range(ids.shape[0]):
+            if int(ids[row, 0]) == poison:
+                logits[row] = float("nan")
+
+    served.gate.opened.clear()
+    served.gate.spoil = spoil
+    good = pool.submit(post, served)
+    bad = pool.submit(post, served, prompt="3+3?")
+    wait_for(lambda: sum(t.running for t in served.service._tickets) == 2)
+    served.gate.opened.set()
+    refused = bad.result()
+    assert refused.status_code == 500, refused.text
+    assert "not finite" in refused.json()["error"]["message"]
+    assert refused.headers["x-should-retry"] == "false"
+    assert good.result().json()["choices"][0]["text"] == expected(served)
+    served.gate.spoil = None
+    assert post(served).json()["choices"][0]["text"] == expected(served)
+
+
+def test_a_round_that_raises_fails_its_rows_and_the_next_ones_are_answered(
+    served: Served, pool: ThreadPoolExecutor
+) -> None:
+    """Oracle: a stream gets an error event and no [DONE]; then the offline engine's text."""
+    served.idle()
+    raised = threading.Event()
+
+    def spoil(ids: torch.Tensor, logits: torch.Tensor) -> None:
+        if not raised.is_set():
+            raised.set()
+            raise RuntimeError("a kernel of ours is broken")
+
+    served.gate.spoil = spoil
+    told = events(post(served, stream=True))
+    served.gate.spoil = None
+    assert raised.is_set()
+    assert told[-1]["error"]["type"] == "internal_error" and "[DONE]" not in told
+    assert not any(e["choices"][0]["finish_reason"] for e in told[:-1])
+    assert httpx.get(f"{served.root}/health").status_code == 200
+    assert post(served).json()["choices"][0]["text"] == expected(served)
+
+
+def test_three_rounds_that_raise_end_the_engine(model: Path) -> None:
+    """Oracle: 503 with engine_dead for who waits, at /health and /ready; the server is told."""
+    with serving(model) as served:
+
+        def spoil(ids: torch.Tensor, logits: torch.Tensor) -> None:
+            raise RuntimeError("broken for good")
+
+        served.gate.spoil = spoil
+        codes = [post(served).json()["error"]["code"] for _ in range(3)]
+        assert codes[:2] == ["generation_failed"] * 2 and codes[2] == "engine_dead"
+        assert served.died.wait(10)
+        for route in ("/health", "/ready"):
+            answer = httpx.get(served.root + route)
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "engine_dead"
+        assert post(served).status_code == 503
+
+
+def test_a_deadline_is_an_error_and_no_finish(model: Path, pool: ThreadPoolExecutor) -> None:
+    """Oracle: 504, or an error event behind the pieces that came; no row runs on."""
+    with serving(model, serving={"request_timeout": 0.5}) as served:
+        served.gate.opened.clear()
+        whole = pool.submit(post, served)
+        stream = pool.submit(post, served, stream=True)
+        assert whole.result().status_code == 504
+        assert whole.result().json()["error"]["code"] == "timeout"
+        told = events(stream.result())
+        assert told[-1]["error"]["code"] == "timeout"
+        served.gate.opened.set()
+        served.idle()
+
+
+def test_a_server_that_drains(model: Path, pool: ThreadPoolExecutor) -> None:
+    """Oracle: /ready and new requests get 503 with Retry-After, /health 200; who runs is answered
+    in full."""
+    with serving(model) as served:
+        served.gate.opened.clear()
+        running = pool.submit(post, served, stream=True)
+        wait_for(lambda: served.service.open_tickets == 1)
+        drained = served.drain()
+        wait_for(lambda: served.service.draining)
+        assert httpx.get(f"{served.root}/ready").status_code == 503
+        assert httpx.get(f"{served.root}/health").status_code == 200
+        refused = post(served)
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "draining"
+        served.gate.opened.set()
+        told = events(running.result())
+        assert told[-1] == "[DONE]" and text_of(told) == expected(served)
+        drained.result(10)
+
+
+def test_a_drain_that_takes_too_long_tells_its_streams(
+    model: Path, pool: ThreadPoolExecutor
+) -> None:
+    """Oracle: an error event, and no [DONE], after `shutdown_timeout`."""
+    with serving(model, serving={"shutdown_timeout": 0.2}) as served:
+        served.gate.opened.clear()
+        running = pool.submit(post, served, stream=True)
+        wait_for(lambda: served.service.open_tickets == 1)
+        drained = served.drain()
+        told = events(running.result())
+        assert told[-1]["error"]["code"] == "draining"
+        drained.result(10)
+        served.gate.opened.set()
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_nothing_else(model: Path) -> None:
+    """Oracle: /dev/full; the count of lost lines."""
+    with serving(model, log=Path("/dev/full")) as served:
+        assert post(served).json()["choices"][0]["text"] == expected(served)
+        text = httpx.get(f"{served.root}/metrics").text
+        assert "llmnorm_access_log_errors_total 1.0" in text
