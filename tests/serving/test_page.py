@@ -22,7 +22,9 @@ LINES = re.findall(r"^curl .*$", (ROOT / "docs/serving.md").read_text(encoding="
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = save_model(tmp_path_factory.mktemp("page") / "model")
-    with serving(directory, serving={"root_path": "/llm"}, draft_tokens=3) as found:
+    # The model drafts for itself, so that nearly all that is drafted is accepted.
+    drafted = {"draft": str(directory), "draft_tokens": 3}
+    with serving(directory, serving={"root_path": "/llm"}, **drafted) as found:
         yield found
 
 
@@ -104,14 +106,14 @@ def test_a_models_text_is_only_ever_text() -> None:
 def test_marks_tell_the_drafted_characters(served: Served, chat: bool) -> None:
     """Oracle: the tokenizer, on the tokens of each piece."""
     asked: dict[str, Any] = {"stream": True, "accepted_marks": True, "return_token_ids": True}
-    asked |= {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
+    asked |= {"temperature": 0, "max_tokens": 150, "ignore_eos": True}
     asked |= {"messages": [{"role": "user", "content": "2+2?"}]} if chat else {"prompt": "2+2? It"}
     path = "/v1/chat/completions" if chat else "/v1/completions"
     pieces = [line[6:] for line in ask(served, path, asked)[2].split("\n\n") if line][:-1]
     choices = [json.loads(piece)["choices"][0] for piece in pieces]
     marked = [choice for choice in choices if "accepted" in choice]
     texts = [c["delta"].get("content", "") if chat else c["text"] for c in marked]
-    assert sum(choice["tokens"] for choice in marked) == 60
+    assert sum(choice["tokens"] for choice in marked) == 150
     assert sum(choice["accepted"] for choice in marked) > 5, "nothing was drafted"
     known = 0
     decode = served.model.decode
@@ -121,7 +123,8 @@ def test_marks_tell_the_drafted_characters(served: Served, chat: bool) -> None:
         whole = decode(choice["token_ids"])
         if whole == text and "\ufffd" not in whole:  # its characters lie in no other piece
             drafted = decode(choice["token_ids"][: choice["accepted"]])
-            assert choice["accepted_characters"] == len(drafted)
+            # A character that the bonus token has made whole is not a drafted one.
+            assert choice["accepted_characters"] == len(drafted.rstrip("\ufffd"))
             known += choice["accepted"]
     assert known > 5
     asked = {**asked, "accepted_marks": False}
