@@ -36,7 +36,9 @@ PIECES = [
     (" goes to the sea, and the sea", 25, 5, 6),
     (" is", 0, 0, 1),
     (" wide. \U0001f30a Many boats", 16, 4, 5),
-    (MARKUP, 0, 0, 9),
+    # Markup that begins an element of the page, and markup that is added to one.
+    (MARKUP, len(MARKUP), 8, 8),
+    (MARKUP, len(MARKUP), 8, 9),
     *[(f" They sail by day {day},", 14, 3, 4) for day in range(12)],
     (" and rest.", 4, 1, 3),
 ]
@@ -256,6 +258,11 @@ def look(browser: Browser, root: str, place: Path) -> list[str]:
     made = browser.value("document.querySelectorAll('#output img, #output script').length")
     check(made == 0, "markup of a model's text became elements")
     browser.picture(place / "finished.png")
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.call("Emulation.setEmulatedMedia", features=dark)
+    browser.value("byId('settings').open = true")
+    browser.picture(place / "dark.png")
+    browser.call("Emulation.setEmulatedMedia", features=[])
 
     browser.open(f"{root}/#mode=chat", 390, 844)
     browser.type("Where does the river go?")
@@ -315,7 +322,7 @@ def main() -> int:
             browser.close()
     elsewhere = [url for url in browser.asked if not url.startswith((root, "about:"))]
     wrong += [f"it asked {url}" for url in elsewhere] + browser.complaints
-    for complaint in wrong:
+    for complaint in dict.fromkeys(wrong):
         print(complaint)
     print(f"{len(browser.asked)} requests; pictures in {parsed.place}")
     return bool(wrong)
