@@ -63,6 +63,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
             checkpoint=parsed.checkpoint,
             ema=parsed.ema,
             adapter=parsed.adapter,
+            merge=True,
             key="serving.chat_template",
         )
         name = serving.name or parsed.path.resolve().name

@@ -68,6 +68,7 @@ def load_target(
     checkpoint: str = "latest",
     ema: bool = False,
     adapter: Path | None = None,
+    merge: bool = False,
     key: str = "messages",
 ) -> Target:
     """The model in a directory, to be served by these settings.
@@ -77,6 +78,7 @@ def load_target(
         settings: its device and dtype.
         checkpoint, ema: of a run, as `open_source`.
         adapter: a PEFT adapter on the model; its tokenizer counts, where it has one.
+        merge: add the adapter to the weights, which is faster and rounds once more.
         key: what asked for answers to messages, for errors of the chat template.
 
     Raises:
@@ -97,7 +99,7 @@ def load_target(
             source = source._replace(tokenizer=adapter)  # what it was trained with, template too
         model, tokenizer = model_of(source, path, device=settings.device, dtype=settings.dtype)
         if adapter:
-            model = _adapted(model, adapter)
+            model = _adapted(model, adapter, merge=merge)
         assert source.tokenizer is not None  # or there would be no `tokenizer`
         found = source.tokenizer
         identity = lambda: source.contents() + (_checksums(adapter) if adapter else "")  # noqa: E731
@@ -106,8 +108,8 @@ def load_target(
     return Target(model, tokenizer, asker, ends, identity)
 
 
-def _adapted(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
-    """The model with an adapter's layers in it.
+def _adapted(model: "PreTrainedModel", adapter: Path, *, merge: bool) -> "PreTrainedModel":
+    """The model with an adapter's layers in it, or with its matrices added to the weights.
 
     Raises:
         InputError: as `with_adapter`; or the adapter is no layers, but tokens before the prompt.
@@ -119,7 +121,7 @@ def _adapted(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
             f"--adapter: {adapter} is of the kind {kind.peft_type.value}, which puts vectors "
             "before the prompt; adapters of layers (LoRA, DoRA, ...) are served"
         )
-    inner: PreTrainedModel = peft.get_base_model()
+    inner: PreTrainedModel = peft.merge_and_unload() if merge else peft.get_base_model()
     return inner
 
 

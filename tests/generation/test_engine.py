@@ -183,7 +183,9 @@ def test_a_prompt_comes_in_pieces_between_the_rounds_of_the_others() -> None:
     made.add(prompts(2, 43)[1], max_tokens=2)
     widths: list[int] = []
     run = made.engine._slots.run
-    made.engine._slots.run = lambda most: widths.append(made.engine._slots.piece(most)) or run(most)  # type: ignore[method-assign, func-returns-value]
+    made.engine._slots.run = lambda most, every: (  # type: ignore[method-assign, misc]
+        widths.append(made.engine._slots.piece(most)) or run(most, every=every)  # type: ignore[func-returns-value]
+    )
     steps = 0
     while made.engine.waiting:
         assert [event.request for event in made.step()][:1] == [0]

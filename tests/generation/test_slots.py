@@ -47,7 +47,9 @@ def test_rows_of_a_request_share_one_prefill() -> None:
     made = Watched(model_of("nala"), slots=4)
     ran: list[int] = []
     run = made.engine._slots.run
-    made.engine._slots.run = lambda most: ran.append(made.engine._slots.piece(most)) or run(most)  # type: ignore[method-assign, func-returns-value]
+    made.engine._slots.run = lambda most, every: (  # type: ignore[method-assign, misc]
+        ran.append(made.engine._slots.piece(most)) or run(most, every=every)  # type: ignore[func-returns-value]
+    )
     start = prompts(2, 33)[1]
     made.add(start, n=5, max_tokens=6)
     answers = made.run()

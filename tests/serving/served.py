@@ -1,6 +1,6 @@
 """A server in this process, on a port of its own, and the offline engine that it is held to."""
 
-import asyncio
+import signal
 import socket
 import threading
 import time
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmnorm.config.serving import ServingSettings
@@ -24,6 +23,7 @@ from llmnorm.serving.app import make_app
 from llmnorm.serving.keys import Keys
 from llmnorm.serving.loading import model_of_target
 from llmnorm.serving.metrics import Metrics
+from llmnorm.serving.server import Ending, address_of, bind, serve
 from llmnorm.serving.service import Service
 from tests.test_data.chats import save_tokenizer
 
@@ -89,7 +89,8 @@ class Served:
         url: with /v1.
         log: the file of the access log.
         gate: before every pass of the model.
-        died: set once the engine has died.
+        ending: takes signals.
+        code: what it has ended with.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Served:
         **generation: Any,
     ) -> None:
         self.settings = GenerationSettings(**{"slots": 4, "draft": "lookup"} | generation)
-        self.serving = ServingSettings(access_log=log or "none", **serving or {})
+        self.serving = ServingSettings(**{"access_log": log or "none", "port": 0} | (serving or {}))
         self.target: Target = load_target(directory, self.settings)
         self.metrics = Metrics()
         self.model, self.engine, self.says = model_of_target(
@@ -110,39 +111,52 @@ class Served:
         )
         self.gate = Gate(self.engine._slots.step)
         self.engine._slots.step = self.gate
-        self.died = threading.Event()
+        self.ending = Ending()
         self.service = Service(
-            self.engine, self.serving, self.settings.slots, self.metrics, self.died.set
+            self.engine, self.serving, self.settings.slots, self.metrics, self.ending.died
         )
         self.log = log
         lines = AccessLog(self.serving.access_log, self.metrics.lost_lines.inc)
-        app = make_app(self.model, self.service, self.serving, self.metrics, lines, Keys(keys))
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
-        self.root = f"http://127.0.0.1:{self.port}"
+        self._app = make_app(
+            self.model, self.service, self.serving, self.metrics, lines, Keys(keys)
+        )
+        self._bound = bind(self.serving)
+        self.root = address_of(self._bound)
         self.url = f"{self.root}/v1"
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")  # type: ignore[arg-type]
-        config.timeout_graceful_shutdown = 3
-        self._server = uvicorn.Server(config)
+        self.port = self._bound.getsockname()[1]
+        self.code: int | None = None
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.loop.run_until_complete(self._server.serve(sockets=[self._socket]))
-        self.loop.close()
+        with self._bound:
+            self.code = serve(self._bound, self._app, self.service, self.ending)
 
     def start(self) -> None:
         self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
+        wait_for(self._listens)
+
+    def _listens(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port)).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    def signal(self) -> None:
+        """What a signal does."""
+        self.ending.signal(signal.SIGTERM, None)
 
     def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
+        """End it, if it has not ended, and wait until it has."""
+        self.gate.opened.set()
+        if self.code is None:
+            self.signal()
+        self.join()
 
-    def drain(self) -> Any:
-        """Begin to drain, as a signal does."""
-        return asyncio.run_coroutine_threadsafe(self.service.drain(), self.loop)
+    def join(self) -> None:
+        """Wait until it has ended."""
+        self._thread.join(60)
+        assert self.code is not None, "the server has not ended"
 
     def idle(self) -> None:
         """Wait until the engine has nothing to do."""

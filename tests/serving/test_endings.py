@@ -161,8 +161,11 @@ def test_a_round_that_raises_fails_its_rows_and_the_next_ones_are_answered(
     assert post(served).json()["choices"][0]["text"] == expected(served)
 
 
-def test_three_rounds_that_raise_end_the_engine(model: Path) -> None:
-    """Oracle: 503 with engine_dead for who waits, at /health and /ready; the server is told."""
+def test_three_rounds_that_raise_end_the_engine(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: 503 with engine_dead for who waits, at /health and /ready; exit code 1 soon after."""
+    monkeypatch.setattr("llmnorm.serving.server.DEAD_SECONDS", 2.0)
     with serving(model) as served:
 
         def spoil(ids: torch.Tensor, logits: torch.Tensor) -> None:
@@ -171,12 +174,13 @@ def test_three_rounds_that_raise_end_the_engine(model: Path) -> None:
         served.gate.spoil = spoil
         codes = [post(served).json()["error"]["code"] for _ in range(3)]
         assert codes[:2] == ["generation_failed"] * 2 and codes[2] == "engine_dead"
-        assert served.died.wait(10)
         for route in ("/health", "/ready"):
             answer = httpx.get(served.root + route)
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "engine_dead"
         assert post(served).status_code == 503
+        served.join()
+        assert served.code == 1
 
 
 def test_a_deadline_is_an_error_and_no_finish(model: Path, pool: ThreadPoolExecutor) -> None:
@@ -200,7 +204,7 @@ def test_a_server_that_drains(model: Path, pool: ThreadPoolExecutor) -> None:
         served.gate.opened.clear()
         running = pool.submit(post, served, stream=True)
         wait_for(lambda: served.service.open_tickets == 1)
-        drained = served.drain()
+        served.signal()
         wait_for(lambda: served.service.draining)
         assert httpx.get(f"{served.root}/ready").status_code == 503
         assert httpx.get(f"{served.root}/health").status_code == 200
@@ -209,8 +213,9 @@ def test_a_server_that_drains(model: Path, pool: ThreadPoolExecutor) -> None:
         assert refused.json()["error"]["code"] == "draining"
         served.gate.opened.set()
         told = events(running.result())
+        served.join()
+        assert served.code == 0
         assert told[-1] == "[DONE]" and text_of(told) == expected(served)
-        drained.result(10)
 
 
 def test_a_drain_that_takes_too_long_tells_its_streams(
@@ -221,11 +226,28 @@ def test_a_drain_that_takes_too_long_tells_its_streams(
         served.gate.opened.clear()
         running = pool.submit(post, served, stream=True)
         wait_for(lambda: served.service.open_tickets == 1)
-        drained = served.drain()
+        served.signal()
         told = events(running.result())
         assert told[-1]["error"]["code"] == "draining"
-        drained.result(10)
         served.gate.opened.set()
+        served.join()
+        assert served.code == 0
+
+
+def test_a_second_signal_ends_at_once(model: Path, pool: ThreadPoolExecutor) -> None:
+    """Oracle: the server ends although `shutdown_timeout` is an hour; exit code 0."""
+    with serving(model, serving={"shutdown_timeout": 3600}) as served:
+        served.gate.opened.clear()
+        running = pool.submit(post, served, stream=True)
+        wait_for(lambda: served.service.open_tickets == 1)
+        served.signal()
+        wait_for(lambda: served.service.draining)
+        served.signal()
+        told = events(running.result())
+        assert told[-1]["error"]["code"] == "draining"
+        served.gate.opened.set()
+        served.join()
+        assert served.code == 0
 
 
 def test_a_full_disk_costs_lines_of_the_log_and_nothing_else(model: Path) -> None:
