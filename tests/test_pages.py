@@ -70,7 +70,7 @@ NOT_RUN = {
     ),
     **dict.fromkeys(
         ("llmnorm serve", "curl -fsS", "python tools/check_serving.py"),
-        "needs a server that runs; tests/serving/test_deployment.py asks one by the page's lines",
+        "needs a server that runs; tests/serving/test_page.py asks one by the page's lines",
     ),
     **dict.fromkeys(
         ("sudo", "openssl rand", "docker", "promtool", "prometheus"),
