@@ -68,6 +68,14 @@ NOT_RUN = {
         ),
         "trains for minutes on the quickstart; tests/commands/test_generate.py goes this way",
     ),
+    **dict.fromkeys(
+        ("llmnorm serve", "curl -fsS", "python tools/check_serving.py"),
+        "needs a server that runs; tests/serving/test_page.py asks one by the page's lines",
+    ),
+    **dict.fromkeys(
+        ("sudo", "openssl rand", "docker", "promtool", "prometheus"),
+        "installs into the system, or needs other programs; tools/check_serving.py runs some",
+    ),
     "rm -rf .venv": "removes the environment that the tests run in",
 }
 

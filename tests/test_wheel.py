@@ -67,6 +67,8 @@ def test_the_wheel_holds_what_the_checkout_ships(installed: Installed) -> None:
         assert sorted(names) == shipped._names()
         for name in names:
             assert archive.read(f"llmnorm/shipped/{name}") == shipped._path_of(name).read_bytes()
+        for file in (ROOT / "llmnorm/serving/static").iterdir():
+            assert archive.read(f"llmnorm/serving/static/{file.name}") == file.read_bytes()
         assert not [n for n in archive.namelist() if n.startswith(("tests", "tools", "configs"))]
 
 

@@ -169,7 +169,8 @@ class Event:
     stop can take back any more. accepted: how many of the tokens, the first ones, were drafted, of
     `drafted` that were proposed. finish: None while the row goes on. cached: how many of the
     prompt's tokens an earlier row's cache has saved. prompt: of the prompt's tokens from the second
-    on, where the request asks for it, in one event of its first row.
+    on, where the request asks for it, in one event of its first row. accepted_characters: how many
+    of the text's characters, the first ones, came with accepted tokens.
     """
 
     request: int
@@ -183,6 +184,7 @@ class Event:
     drafted: int = 0
     cached: int = 0
     prompt: list[Chosen] | None = None
+    accepted_characters: int = 0
 
 
 class Chooser(Protocol):

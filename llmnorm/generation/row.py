@@ -93,7 +93,7 @@ class Row:
             drafted: how many tokens the draft had proposed.
         """
         tokens: list[int] = []
-        text = ""
+        text, marked = "", 0
         finish: Finish | None = None
         for token in verdict.tokens:
             tokens.append(token)
@@ -102,6 +102,7 @@ class Row:
                 finish = "stop"
             elif self._text is not None:
                 text += self._text.push(token)
+                marked = len(text) if len(tokens) <= verdict.accepted else marked
                 finish = "stop" if self._text.stopped else None
             if finish is None and self.remaining == 0:
                 finish = "length"
@@ -115,6 +116,7 @@ class Row:
             *(self.request, self.row, tokens, text, accepted, chosen),
             drafted=drafted,
             cached=self.cached,
+            accepted_characters=marked,
         )
         return event if finish is None else self._closed(event, finish)
 

@@ -101,7 +101,11 @@ class Answers:
         else:
             choice["text"] = added.text
         if self._fields.accepted_marks:
-            choice |= {"accepted": event.accepted, "tokens": len(event.tokens)}
+            choice |= {
+                "accepted": event.accepted,
+                "tokens": len(event.tokens),
+                "accepted_characters": event.accepted_characters,
+            }
         if self._fields.return_token_ids and not added.begun:
             choice["prompt_token_ids"] = list(self._asked.prompts[number])
         return self._object([choice], stream=True)

@@ -110,7 +110,9 @@ class AnswerFields(Fields):
     return_token_ids: bool = False
     speculative: bool = Field(True, description="false: no drafts for this request.")
     accepted_marks: bool = Field(
-        False, description="true: a stream tells how many tokens of each piece were drafted."
+        False,
+        description="true: each piece of a stream tells how many of its tokens, and of the first "
+        "characters that the model added, were drafted.",
     )
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -81,6 +81,15 @@ def test_text_that_waited_comes_with_the_last_event() -> None:
     assert made.end("abort").text == "c"
 
 
+@pytest.mark.parametrize("accepted", range(4))
+def test_accepted_characters_are_those_of_the_accepted_tokens(accepted: int) -> None:
+    """Oracle: the accepted tokens, decoded; those behind an end were not accepted."""
+    ids = TOKENIZER.encode("one two three four", add_special_tokens=False)[:4]
+    assert commit(row(), ids, accepted).accepted_characters == len(TOKENIZER.decode(ids[:accepted]))
+    cut = commit(row(max_tokens=2), ids, accepted)
+    assert cut.accepted_characters == len(TOKENIZER.decode(ids[: min(accepted, 2)]))
+
+
 def test_rows_of_a_request_have_seeds_of_their_own() -> None:
     """Oracle: the n-th row's seed is the request's plus n; without a seed none has one."""
     for seed, expected in ((7, [7, 8, 9]), (None, [None] * 3)):
