@@ -1,9 +1,12 @@
 """The reproductions' arms are runs that could be made."""
 
+import importlib
 import importlib.util
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -13,6 +16,8 @@ import torch
 
 from llmnorm.analysis.compare import runs
 from llmnorm.analysis.compare.arms import read_arms, read_protocol
+from llmnorm.analysis.compare.ledger import Record
+from tests.objectives.examples import on_disk
 from tests.running import ROOT, SMOKE
 
 
@@ -185,3 +190,30 @@ def test_selections_are_compared_at_equal_steps(
     gaps = {(pair["arm"], pair["other"]): pair["mixture"] for pair in found["differences"]}
     assert gaps["colm", "stratified"] == pytest.approx({"value": -0.2, "low": -0.2, "high": -0.2})
     assert gaps["plain", "plain_2b"]["value"] == pytest.approx(0.1)
+
+
+def test_selections_of_examples_are_runs_that_could_be_made(tmp_path: Path, run: Path) -> None:
+    """Oracle: the comparison's own reading of every arm; the mixture of `stratified` by hand: all
+    examples of `words`, the small source, are kept out of twice the batch."""
+    module = script("colm")
+    task = module.Task(on_disk(tmp_path, run), ("adapter=lora", "evaluation.answers=1"))
+    figures = importlib.import_module("colm_figures")
+    protocol, objective = module.read(task, module.ARMS, 2, [])
+    assert list(protocol.configs) == list(module.ARMS)
+    rows = {source.name: source.rows for source in objective.data.sources}
+    share = 2 * rows["words"] / sum(rows.values())
+    weights = {"sums": round(1000 * (1 - share)), "words": round(1000 * share)}
+    assert protocol.configs["reweighted"].data.weights == weights
+    costs = {arm: figures.operations(protocol, objective, arm) for arm in module.ARMS}
+    assert costs["plain"] < costs["gradient"] < costs["colm"] < costs["plain_4b"]
+    record = Record("plain/seed1-x1", 12, 9, 1.0, None, [], None, "CPU", "0")
+    sources = {
+        "sums": {"loss": 1.0, "exact_match": 0.5},
+        "words": {"loss": 2.0, "exact_match": 1.0},
+    }
+    found = figures.of_a_run(
+        replace(record, figures={"sources": sources}), {"sums": 0.9, "words": 0.1}
+    )
+    assert found["figures"] == pytest.approx({"mixture": 1.1, "mean": 1.5, "exact_match": 0.75})
+    diverged = figures.of_a_run(record, {"sums": 0.9, "words": 0.1})
+    assert diverged["figures"] == {"mixture": math.inf, "mean": math.inf}
