@@ -39,7 +39,10 @@ CHILDREN.set_forkserver_preload(
 )
 
 # Fields of metrics.jsonl that may differ between two runs of the same numbers.
-TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
+TIMES = (
+    *("seconds", "tokens_per_second", "mfu", "memory_bytes"),
+    *("selection_seconds", "selection_share"),
+)
 
 
 # Seconds after which a child counts as hung: far more than any takes on a busy machine.

@@ -18,12 +18,14 @@ from llmnorm.nn.norms.settings import Norm
 from llmnorm.objectives.settings import Objective
 from llmnorm.optim.settings import Optimizer
 from llmnorm.part import part_name, settings_in
+from llmnorm.selection.settings import Selection
 from tests.distributed import test_sharding
 from tests.models import test_generation
 from tests.models.adapter_kinds import ADAPTERS
 from tests.nn import test_mixers
 from tests.optim import test_official
 from tests.optim.rules import RULES
+from tests.training import test_selection
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +61,10 @@ def objectives() -> set[str]:
     return {f.stem.removeprefix("test_") for f in files} | {"causal_lm"}
 
 
+def selections() -> set[str]:
+    return {words[0].removeprefix("selection=") for words in test_selection.SELECTIONS.values()}
+
+
 TABLES = {
     "tests/nn/test_mixers.py: MIXERS": (offered(Mixer), mixers_in(test_mixers.MIXERS)),
     "tests/nn/test_mixers.py: MIXERS, a family": (offered(Family), families()),
@@ -77,6 +83,7 @@ TABLES = {
         {part_name(type(settings)) for settings in ADAPTERS.values()},
     ),
     "tests/objectives/test_NAME.py": (offered(Objective), objectives()),
+    "tests/training/test_selection.py: SELECTIONS": (offered(Selection) - {"none"}, selections()),
 }
 
 
@@ -90,7 +97,13 @@ def test_every_part_is_in_the_table(table: str) -> None:
 
 @pytest.mark.parametrize(
     ("union", "page"),
-    [(Norm, "norms"), (Mixer, "mixers"), (Optimizer, "optimizers"), (Objective, "encoders")],
+    [
+        (Norm, "norms"),
+        (Mixer, "mixers"),
+        (Optimizer, "optimizers"),
+        (Objective, "encoders"),
+        (Selection, "selection"),
+    ],
 )
 def test_every_part_is_on_its_page(union: Any, page: str) -> None:
     """Oracle: the union; a page names a part as a configuration writes it."""

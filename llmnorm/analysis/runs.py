@@ -181,6 +181,7 @@ def _total(tree: Mapping[str, Any]) -> str:
             if prepared is None:
                 return "?"
             rows = prepared.rows
-        return str(training.total_steps(rows, tree["data"]["context_length"]))
+        pool = tree.get("selection", {}).get("pool")
+        return str(training.total_steps(rows, tree["data"]["context_length"], pool))
     except (AssertionError, KeyError, TypeError, ValueError):  # InputError's kind, pydantic's too
         return "?"

@@ -30,5 +30,5 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if parsed.show:
         preparation.show(prepared, parsed.show, seed=config.data_seed)
     if parsed.stats or not parsed.show:
-        steps = config.training.total_steps(prepared.rows, prepared.context_length)
-        print(preparation.table(prepared, steps * config.training.rows))
+        steps = config.total_steps(prepared.rows)
+        print(preparation.table(prepared, steps * config.pool))

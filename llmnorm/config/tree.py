@@ -25,6 +25,7 @@ from llmnorm.objectives.settings import CausalLMSettings, Objective, ObjectiveSe
 from llmnorm.optim.schedule import CosineSettings, Schedule
 from llmnorm.optim.settings import AdamWSettings, Optimizer
 from llmnorm.part import Settings
+from llmnorm.selection.settings import NoSelectionSettings, Selection, SelectionSettings
 
 # accelerate's trackers. Asking accelerate would import torch, so they are written here.
 Tracker = Literal[
@@ -109,14 +110,18 @@ class TrainingSettings(Settings):
         assert self.global_batch != "auto", "resolved before a run begins"
         return self.global_batch
 
-    def total_steps(self, rows: int, context_length: int) -> int:
-        """The length in global batches, for `rows` training rows of `context_length` tokens."""
+    def total_steps(self, rows: int, context_length: int, pool: int | None = None) -> int:
+        """The length in global batches, for `rows` training rows of `context_length` tokens.
+
+        Args:
+            pool: rows read a step, which epochs are counted by; those trained on if None.
+        """
         if self.steps is not None:
             return self.steps
         if self.tokens is not None:
             return math.ceil(self.tokens / (self.rows * context_length))
         assert self.epochs is not None
-        return math.ceil(self.epochs * rows / self.rows)
+        return math.ceil(self.epochs * rows / (pool or self.rows))
 
 
 class EvaluationSettings(Settings):
@@ -359,6 +364,8 @@ class RunConfig(Settings):
     """The learning rate's course."""
     training: TrainingSettings
     """Length, batch and arithmetic."""
+    selection: Selection = NoSelectionSettings()
+    """Which rows of a larger pool are trained on."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Validation."""
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -398,7 +405,21 @@ class RunConfig(Settings):
             why = self.adapter.refusal(self) or frozen_refusal(self)
             if why is not None:
                 raise ValueError(why)
+        if isinstance(self.selection, SelectionSettings):
+            why = self.selection.refusal(self)
+            if why is not None:
+                raise ValueError(why)
         return self
+
+    @property
+    def pool(self) -> int:
+        """Rows read a step: those of a selection's pool, else those trained on."""
+        selection = self.selection
+        return selection.pool if isinstance(selection, SelectionSettings) else self.training.rows
+
+    def total_steps(self, rows: int) -> int:
+        """The length in global batches, for so many training rows."""
+        return self.training.total_steps(rows, self.data.context_length, self.pool)
 
     @property
     def has_adapter(self) -> bool:

@@ -28,6 +28,39 @@ IGNORED = -100
 AHEAD = 8192  # rows located at once: 0.2-0.4 us a row, where 1,024 at once take 1 us a row
 
 
+class TrainingRows:
+    """The training rows of prepared text, by their numbers in the run.
+
+    Args:
+        packed: prepared data.
+        seed: seed of the order of rows.
+
+    Attributes:
+        order: where a row lies.
+    """
+
+    def __init__(self, packed: PackedData, seed: int) -> None:
+        sources = packed.sources
+        self._streams = [source.train for source in sources]
+        self._context = packed.context_length
+        self.order = Order([s.weight for s in sources], [s.rows for s in sources], seed)
+
+    def batch(
+        self,
+        numbers: NDArray[np.int64],
+        source: NDArray[np.int64],
+        index: NDArray[np.int64],
+    ) -> Batch:
+        """The rows with these numbers, (b,), which lie where `order` says, as a batch."""
+        rows = [
+            (self._streams[number], int(row)) for number, row in zip(source, index, strict=True)
+        ]
+        batch = _read(rows, self._context, pad=0, length=len(rows))
+        batch["sources"] = torch.from_numpy(source.copy())
+        batch["rows"] = torch.from_numpy(numbers.copy())
+        return batch
+
+
 class Loader:
     """The training rows of one process.
 
@@ -52,17 +85,14 @@ class Loader:
         share = global_batch // world
         self._micro_batch = share if micro_batch is None else micro_batch
         assert global_batch == share * world and share % self._micro_batch == 0
-        sources = packed.sources
-        self._streams = [source.train for source in sources]
-        self._context = packed.context_length
         self._global_batch, self._first, self._share = global_batch, rank * share, share
-        self._order = Order([s.weight for s in sources], [s.rows for s in sources], seed)
+        self._rows = TrainingRows(packed, seed)
 
     def batches(self, first_row: int = 0) -> Iterator[list[Batch]]:
         """Yield, without end, the micro batches of each step; the first begins at `first_row`."""
         steps = -(-AHEAD // self._global_batch)
         while True:
-            located = self._order.locate(first_row, steps * self._global_batch)
+            located = self._rows.order.locate(first_row, steps * self._global_batch)
             for start in range(self._first, steps * self._global_batch, self._global_batch):
                 yield [
                     self._batch(first_row, offset, *located)
@@ -74,14 +104,8 @@ class Loader:
         self, first: int, offset: int, source: NDArray[np.int64], index: NDArray[np.int64]
     ) -> Batch:
         part = slice(offset, offset + self._micro_batch)
-        rows = [
-            (self._streams[number], int(row))
-            for number, row in zip(source[part], index[part], strict=True)
-        ]
-        batch = _read(rows, self._context, pad=0, length=self._micro_batch)
-        batch["sources"] = torch.from_numpy(source[part].copy())
-        batch["rows"] = torch.arange(first + part.start, first + part.stop)
-        return batch
+        numbers = np.arange(first + part.start, first + part.stop)
+        return self._rows.batch(numbers, source[part], index[part])
 
 
 def evaluation_batches(

@@ -85,7 +85,15 @@ class Order:
         Returns:
             (source, index), both (count,) int64.
         """
-        source, visit = self._choose_source(np.arange(first, first + count, dtype=np.int64))
+        return self.find(np.arange(first, first + count, dtype=np.int64))
+
+    def find(self, numbers: Integers) -> tuple[Integers, Integers]:
+        """Where the run's rows with these numbers lie, (count,) int64, in any order.
+
+        Returns:
+            (source, index), both (count,) int64.
+        """
+        source, visit = self._choose_source(numbers)
         epoch, slot = np.divmod(visit, self._rows[source])
         index = np.empty_like(slot)
         large = self._rows[source] >= SMALL

@@ -273,13 +273,17 @@ def sources_of(data: DataSettings) -> list[SourceSettings]:
     """The configured sources; an empty list where the default corpus was not fetched yet."""
     if data.sources != "default":
         assert isinstance(data.sources, list)
-        return data.sources
+        return data.weighted(data.sources)
     return _default_sources(data, default_corpus.source_names(data.dir / "default"))
 
 
 def _default_sources(data: DataSettings, names: list[str]) -> list[SourceSettings]:
     directory = data.dir / "default"
-    return [SourceSettings(name=name, path=str(directory / f"{name}.jsonl")) for name in names]
+    if not names:
+        return []
+    return data.weighted(
+        [SourceSettings(name=name, path=str(directory / f"{name}.jsonl")) for name in names]
+    )
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ configuration is answered before torch is loaded.
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
 from llmnorm.config.shipped import locate
 from llmnorm.config.values import Count, LocalPath, LocalText, Seed
-from llmnorm.part import Settings, nearest
+from llmnorm.part import InputError, Settings, nearest
 
 # Version of the rules by which sources and settings become tokens; raised when they would give
 # others. Format 1 held 32 kB of the smallest sources out, trained on documents that another source
@@ -107,6 +107,9 @@ class DataSettings(Settings):
 
     sources: Literal["default"] | list[SourceSettings] = "default"
     """The corpora of the mixture; `default`: the six small corpora that `llmnorm data` fetches."""
+    weights: dict[str, Annotated[int, Field(ge=1, lt=2**31)]] | None = None
+    """Weights of all sources by their names, e.g. `{books: 3, web: 1}`, also of `default`; they are
+    used in the place of the sources' own. Nothing is prepared anew for them."""
     context_length: int = Field(default=1024, ge=2, le=2**24)
     """Labels in a row; a row holds one token more."""
     validation_bytes: Count = 4_000_000
@@ -134,6 +137,38 @@ class DataSettings(Settings):
         elif sum(source.weight or 0 for source in sources) >= 2**31:
             raise ValueError("the weights must sum to less than 2147483648 (2**31)")
         return sources
+
+    @model_validator(mode="after")
+    def _weights_agree(self) -> "DataSettings":
+        if isinstance(self.sources, list):
+            self.weighted(self.sources)
+        return self
+
+    def weighted(self, sources: list[SourceSettings]) -> list[SourceSettings]:
+        """The sources of the run with their weights.
+
+        Args:
+            sources: those of `sources`, or of the default corpus.
+
+        Raises:
+            InputError: `weights` names what is no source, or not all sources.
+        """
+        if self.weights is None:
+            return sources
+        names = [source.name for source in sources]
+        for name in self.weights:
+            if name not in names:
+                raise InputError(
+                    f"data.weights: no source is called '{name}'; {nearest(name, names)}"
+                )
+        if missing := [name for name in names if name not in self.weights]:
+            raise InputError(
+                f"data.weights: '{missing[0]}' has no weight; give all sources one, or leave "
+                "data.weights out"
+            )
+        if sum(self.weights.values()) >= 2**31:
+            raise InputError("data.weights: must sum to less than 2147483648 (2**31)")
+        return [s.model_copy(update={"weight": self.weights[s.name]}) for s in sources]
 
 
 class TokenizerSettings(Settings):

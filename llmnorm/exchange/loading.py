@@ -110,7 +110,9 @@ def device_of(name: str) -> torch.device:
     """
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
-        raise InputError("device: cuda, and this machine has no GPU that torch can use; give cpu")
+        raise InputError(
+            "generation.device: is cuda, and this machine has no GPU that torch can use; give cpu"
+        )
     return torch.device("cuda" if name != "cpu" and there else "cpu")
 
 

@@ -42,6 +42,8 @@ LEAST = 0.02  # chance that a token is accepted, under which it is not drafted
 RETRY = 32  # rounds without drafts, after which one token is drafted to see
 OF_ROW, OF_ALL = 64, 240  # drafted tokens that an acceptance remembers, of a row and of all rows
 PRIOR = 32  # drafted tokens that the acceptance of all rows counts for in a row's own
+FIRST = 20  # drafted tokens that the acceptance assumed at the start counts for
+ASSUMED, OF_LOOKUP = 0.5, 0.2  # that acceptance, of a model's drafts and of a lookup's
 DRAWN = 0.015  # ms of choosing a token by temperature, a thousand tokens of the vocabulary
 PASS = 0.15  # ms of a pass of the draft beside its step, all rows
 ROLLBACK = 0.27  # of a verification, median of the mixers with a state (tools/bench/rollback.py)
@@ -254,13 +256,10 @@ class DraftLengths:
     Args:
         costs: of the models.
         draft_tokens: a number, or "auto".
-        prior: acceptance that is assumed before the first drafts.
     """
 
-    def __init__(
-        self, costs: Costs, draft_tokens: int | Literal["auto"] = "auto", prior: float = 0.5
-    ) -> None:
-        self.costs, self._fixed, self._prior = costs, draft_tokens, prior
+    def __init__(self, costs: Costs, draft_tokens: int | Literal["auto"] = "auto") -> None:
+        self.costs, self._fixed = costs, draft_tokens
         self.length = 0
         self._all = _Acceptance(OF_ALL)
         self._rows: dict[int, _Acceptance] = {}
@@ -269,7 +268,8 @@ class DraftLengths:
 
     def acceptance(self, slot: int) -> float:
         """The chance that a row's drafted token is accepted, as it is estimated now."""
-        common = self._all.estimate(self._prior, PRIOR)
+        assumed = OF_LOOKUP if self.costs.draft is None else ASSUMED
+        common = self._all.estimate(assumed, FIRST)
         own = self._rows.get(slot)
         return common if own is None else own.estimate(common, PRIOR)
 
@@ -305,13 +305,13 @@ class DraftLengths:
         self._waited += 1
         if self._waited < RETRY and not (drafted and 2 * accepted >= drafted):
             return [0] * len(wanted)
-        self._waited = 0
         return [int(some) for some in wanted]
 
     def observe(self, slot: int, drafted: int, accepted: int) -> None:
         """What came of a row's drafts in the last round."""
         if not drafted:
             return
+        self._waited = 0  # a try in which a lookup has found nothing is none
         self._tried[0] += drafted
         self._tried[1] += accepted
         self._all.observe(drafted, accepted)

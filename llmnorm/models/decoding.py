@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.models.nf4 import NF4Linear
@@ -43,6 +44,9 @@ from llmnorm.nn.states import Inputs, State, write_inputs
 from llmnorm.nn.visibility import Cached
 from llmnorm.part import InputError
 
+# Columns of captured passes: each is a graph of its own, which takes as long to make as some thirty
+# steps, so a pass of another number of tokens is padded to the next of them.
+WIDTHS = (1, 2, 3, 4, 5, 9, VERIFIED)
 TRACED = ("llmnorm", "peft", "torch", "transformers")  # packages whose modules a tracer can follow
 
 
@@ -154,9 +158,14 @@ class Decoder:
         Raises:
             ValueError: what `RaggedCache.places` refuses; nothing is changed.
         """
-        (rows, new), device = ids.shape, ids.device
+        (rows, asked), device = ids.shape, ids.device
+        new = asked
         # An empty cache has no buffers and no states yet; a prompt brings them.
         captured = self._captured and new <= VERIFIED and any(cache.lengths[:rows])
+        if captured and _has_room(cache, rows):
+            new = next(columns for columns in WIDTHS if columns >= asked)
+        if new > asked:
+            ids, counts = pad(ids, (0, new - asked)), counts or [asked] * rows
         width = max(cache.lengths[:rows]) + new if captured else None
         places = cache.places(rows, new, device, counts, width)
         if not captured:
@@ -177,7 +186,15 @@ class Decoder:
             self._graphs[new, rows == 1] = graph
         logits, *states = graph(*inputs)
         _take_in(cache.layers, layers, states, places)
-        return last_tokens(logits, places) if last and new > 1 else logits
+        return last_tokens(logits, places) if last and new > 1 else logits[:, :asked]
+
+
+def _has_room(cache: RaggedCache, rows: int) -> bool:
+    """Whether a pass of these rows may be padded."""
+    if cache.reserved is None:
+        return True
+    _, tokens, padding = cache.reserved
+    return max(cache.lengths[:rows]) + VERIFIED <= tokens + padding
 
 
 def longest_row(model: LlmNormForCausalLM) -> int:

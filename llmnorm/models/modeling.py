@@ -36,6 +36,7 @@ from llmnorm.models.initialization import initialize
 from llmnorm.models.pretrained_model import (
     CausalKeywords,
     Keywords,
+    LastBlock,
     LlmNormPreTrainedModel,
     WithLanguageHead,
     check_keywords,
@@ -230,6 +231,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             loss_mask=loss_mask,
             order=order,
             every=bool(output_hidden_states),
+            last_block=more.get("last_block"),
         )
         output = BaseModelOutputWithPast(
             last_hidden_state=states[-1],
@@ -249,6 +251,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         loss_mask: Tensor | None = None,
         order: Tensor | None = None,
         every: bool = False,
+        last_block: LastBlock | None = None,
     ) -> list[Tensor]:
         """The hidden states (batch, length, hidden) behind the final norm, as the last item.
 
@@ -261,6 +264,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             token_type_ids, loss_mask: as in `forward`.
             order: (batch, length), the order to take the tokens in; the result is in the first one.
             every: put what entered each layer before it.
+            last_block: as in `Keywords`.
         """
         for norm in self.running_norms:
             norm.begin(loss_mask, counts=torch.is_grad_enabled())
@@ -268,10 +272,15 @@ class LlmNormModel(LlmNormPreTrainedModel):
         if order is not None:
             hidden = hidden.take_along_dim(order[..., None], 1)
         states = [hidden]
+        assert layers is None or last_block is None, "rows are measured without a cache"
         for number, block in enumerate(self.layers):
-            hidden = block(hidden, context, None if layers is None else layers[number])
+            if last_block is not None and number == len(self.layers) - 1:
+                hidden = last_block(block, hidden, context)
+            else:
+                hidden = block(hidden, context, None if layers is None else layers[number])
             states = [*states, hidden] if every else [hidden]
-        states[-1] = hidden if self.norm is None else self.norm(hidden)
+        if last_block is None:
+            states[-1] = hidden if self.norm is None else self.norm(hidden)
         if order is not None:
             back = order.argsort(1)[..., None]
             states = [state.take_along_dim(back, 1) for state in states]
@@ -372,6 +381,9 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             raise InputError("soft_targets: want shift_labels beside them, and no label_positions")
         if shift_labels is not None:
             loss_mask = shift_labels != IGNORED
+        feature = more.pop("feature", None)
+        if feature is not None:
+            more["last_block"] = self._measured(feature, self.model.norm, shift_labels, positions)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -387,6 +399,8 @@ class LlmNormForCausalLM(WithLanguageHead, LlmNormGenerationMixin):
             **more,
         )
         hidden = output.last_hidden_state
+        if feature is not None:
+            return CausalLMOutputWithPast()
         if shift_labels is not None:
             loss = self._loss(hidden, shift_labels, num_items_in_batch, positions, soft_targets)
         if not loss_only:

@@ -9,20 +9,27 @@ Surprises:
 - A mixer chooses its kernel by itself, so `attn_implementation` can ask for nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.initialization import initialize_module
 from llmnorm.models.new_rows import tie_new_rows
+from llmnorm.models.row_features import Ending
 from llmnorm.nn import block as blocks
-from llmnorm.nn.loss import LanguageHead, cross_entropy
+from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
+from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.soft_targets import SoftTargets
 from llmnorm.part import InputError, nearest
+
+LastBlock = Callable[[nn.Module, Tensor, Context], Tensor]
+Measure = Callable[[nn.Module, Tensor, Context, Ending], Tensor]
 
 
 class Keywords(TypedDict, total=False):
@@ -49,6 +56,9 @@ class Keywords(TypedDict, total=False):
     of an attention_mask, and without its reordering or a question to a GPU (context.py)."""
     is_causal: bool | None
     """Whether no token sees later ones: what the mixers do, and nothing else."""
+    last_block: LastBlock | None
+    """Called with the last block, its input and its context, in the place of the block and of the
+    final norm behind it."""
 
 
 class CausalKeywords(Keywords, total=False):
@@ -64,6 +74,9 @@ class CausalKeywords(Keywords, total=False):
     soft_targets: SoftTargets | None
     """A frozen model's distributions of all tokens, in the place of labels: `shift_labels` then say
     which tokens count. The loss is the cross-entropy with them; not beside label_positions."""
+    feature: Measure | None
+    """Measures the rows (row_features.py) in the last block's place; neither loss nor logits are
+    made then."""
 
 
 def check_keywords(given: Any) -> None:
@@ -166,6 +179,45 @@ class WithLanguageHead(LlmNormPreTrainedModel):
             )
         # An adapter around the head: its logits are more than hidden @ weight.
         return cross_entropy(self.lm_head(hidden), labels, items)
+
+    def _measured(
+        self,
+        feature: Measure,
+        norm: nn.Module | None,
+        labels: Tensor | None,
+        positions: Tensor | None,
+    ) -> LastBlock:
+        """A feature of rows with these labels (batch, length), to be called as the last block."""
+        if labels is None:
+            raise InputError("feature: rows are measured by their labels; give them")
+        flat = labels.flatten()
+        losses = partial(self._token_losses, labels=flat, positions=positions)
+        end = Ending(norm or nn.Identity(), losses, flat)
+        return lambda block, hidden, context: feature(block, hidden, context, end)
+
+    def _token_losses(self, hidden: Tensor, labels: Tensor, positions: Tensor | None) -> Any:
+        """The loss of every token (tokens,) of hidden (tokens, hidden), 0 without a label.
+
+        Where gradients are enabled also the gradient of each by its hidden state, (tokens, hidden).
+        The head runs at `positions` alone, if they are given.
+        """
+        if positions is not None:
+            at = hidden.index_select(0, positions), labels.index_select(0, positions)
+            found = self._token_losses(*at, None)
+            each, slope = found if torch.is_grad_enabled() else (found, None)
+            losses = each.new_zeros(len(hidden)).index_copy(0, positions, each)
+            if slope is None:
+                return losses
+            return losses, torch.zeros_like(hidden).index_copy(0, positions, slope)
+        if isinstance(self.lm_head, LanguageHead):
+            return self.lm_head(hidden, labels, each=True)
+        leaf = hidden.detach().requires_grad_(torch.is_grad_enabled())
+        logits = self.lm_head(leaf).to(hidden.dtype)
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        if not torch.is_grad_enabled():
+            return losses
+        (slope,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), slope
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Hugging Face's hook (a resized vocabulary): a plain linear head becomes ours again."""

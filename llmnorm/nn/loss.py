@@ -84,12 +84,24 @@ class LanguageHead(Linear):
         labels: Tensor | None = None,
         items: Tensor | float | None = None,
         soft_targets: SoftTargets | None = None,
-    ) -> Tensor:
+        *,
+        each: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (..., vocabulary) of hidden (..., hidden), or the loss against labels (...).
 
         With soft targets of the same tokens, laid end to end, it is the loss against these.
+
+        With `each`, which takes hidden (tokens, hidden) and labels (tokens,): the loss of every
+        token and its gradient by the token's hidden state, or without gradients (`torch.no_grad`)
+        the losses alone. The products are then made in hidden's precision, and nothing is recorded.
         """
         new = None if self.new_rows is None else NewRows(self.first_new, self.new_rows)
+        if each:
+            assert labels is not None
+            alone = token_gradients if torch.is_grad_enabled() else token_losses
+            weight = self.weight.detach().to(hidden.dtype)
+            bias = None if self.bias is None else self.bias.detach().to(hidden.dtype)
+            return alone(hidden.detach(), weight, labels, bias=bias, new_rows=new)
         whole = torch.compiler.is_compiling() and soft_targets is None  # by somebody else
         if labels is None or whole:
             logits = super().forward(hidden)
@@ -168,12 +180,63 @@ def cross_entropy(logits: Tensor, labels: Tensor, items: Tensor | float | None =
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of every token (tokens,), 0 where the label is -100; without gradients."""
-    chunk = chunk_size(weight)
-    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    losses = [_softmax(_logits(part, weight), own)[1] for part, own in parts]
-    return torch.cat(losses)
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    new_rows: NewRows | None = None,
+) -> Tensor:
+    """The cross-entropy of every token (tokens,), 0 where the label is -100; without gradients.
+
+    Arguments are those of `linear_cross_entropy`.
+    """
+    return _each_token(hidden, weight, labels, bias, new_rows, None)
+
+
+@torch.no_grad()
+def token_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    new_rows: NewRows | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_losses`, and the gradient of each by its own row of `hidden`, (tokens, hidden)."""
+    gradient = torch.zeros_like(hidden)
+    return _each_token(hidden, weight, labels, bias, new_rows, gradient), gradient
+
+
+def _each_token(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    new_rows: NewRows | None,
+    gradient: Tensor | None,
+) -> Tensor:
+    """The losses; their gradients are written into `gradient` (tokens, hidden)."""
+    chunk, own = chunk_size(weight), None if new_rows is None else new_rows.values.to(weight.dtype)
+    parts = list[Tensor]()
+    for first in range(0, len(labels), chunk):
+        part = slice(first, first + chunk)
+        logits = _logits(hidden[part], weight, bias)
+        if new_rows is not None and own is not None:
+            offset = None if bias is None else bias[new_rows.place]
+            logits[:, new_rows.place] = _logits(hidden[part], own, offset)
+        if gradient is None:
+            parts.append(_softmax(logits, labels[part])[1])
+            continue
+        by_logits, losses = _by_parts(logits, labels[part])
+        by_logits.mul_((labels[part] != IGNORED).to(by_logits.dtype).unsqueeze(1))
+        if new_rows is not None and own is not None:
+            gradient[part] += product(by_logits[:, new_rows.place], own.t())
+            by_logits[:, new_rows.place] = 0
+        gradient[part] += product(by_logits, weight.t())
+        parts.append(losses)
+    return torch.cat(parts) if parts else hidden.new_zeros(0)
 
 
 # Logits of a chunk: few on a CPU, whose caches are small, many on a GPU, to keep it busy.

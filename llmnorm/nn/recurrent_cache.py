@@ -128,8 +128,7 @@ class RecurrentCache:
         """The rings of all rows, (all rows' slots, ...), in which the caller writes a pass's inputs
         as `write_inputs` does, at `places.ring(RING)`; and then calls `extend`.
 
-        Of a pass of at most VERIFIED tokens, whose rows hold tokens; the places are from
-        `RaggedCache.places`, which has looked at the rows' lengths.
+        For at most VERIFIED tokens in rows that hold some, at places of `RaggedCache.places`.
         """
         self._make_room(len(self.lengths), self._ring, self._states)
         self._settle()

@@ -29,7 +29,11 @@ class CausalLM(PackedText):
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "shift_labels")}
         bounds = document_bounds(batch["position_ids"])
         labels = int((batch["shift_labels"].numpy() != IGNORED).sum())
-        return MicroBatch({**inputs, **bounds, "loss_only": True}, labels, labels, batch["rows"])
+        rows, length = batch["input_ids"].shape
+        spans = [(first, first + length) for first in range(0, rows * length, length)]
+        return MicroBatch(
+            {**inputs, **bounds, "loss_only": True}, labels, labels, batch["rows"], spans
+        )
 
     def evaluate(
         self, model: "PreTrainedModel", *, micro_batch: int, parallel: Parallel

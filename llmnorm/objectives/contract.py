@@ -7,10 +7,12 @@ What would surprise: an objective has no state to save. Row n of a run, and all 
 random for it, is a function of the configuration and n.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmnorm.config.stock import Tokens
@@ -37,6 +39,8 @@ class MicroBatch(NamedTuple):
             labels of causal_lm, all tokens that masked_lm, classification and sft read.
         rows: (rows,) their numbers in the run; no two processes have the same. Of sft the numbers
             of its examples, of which it may have none.
+        spans: of each of `rows` where its tokens are in the inputs laid end to end: the first, and
+            the one behind the last. Empty where an objective's rows are not selected.
         teacher: the model whose distributions take the place of the labels, if there is one.
     """
 
@@ -44,6 +48,7 @@ class MicroBatch(NamedTuple):
     labels: int
     tokens: int
     rows: Tensor
+    spans: Sequence[tuple[int, int]] = ()
     teacher: Teacher | None = None
 
     def inputs_on(self, device: torch.device) -> dict[str, Any]:
@@ -113,6 +118,25 @@ class Objective:
             rank, world: this process's number and the number of processes.
             micro_batch: rows of a micro-batch.
         """
+        raise NotImplementedError
+
+    def read(
+        self, numbers: NDArray[np.int64], *, rank: int, world: int, micro_batch: int
+    ) -> list[MicroBatch]:
+        """This process's micro-batches of a step of any rows, as `batches` makes them.
+
+        Only of an objective whose settings say that its rows can be selected (`selects`).
+
+        Args:
+            numbers: the step's rows over all processes, in ascending order; every process gives
+                the same and reads its part. `world` divides them.
+            rank, world: this process's number and the number of processes.
+            micro_batch: rows of a micro-batch; the last may have fewer.
+        """
+        raise NotImplementedError
+
+    def sources(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of `data.sources` each row of the run is of; nothing is read."""
         raise NotImplementedError
 
     def evaluate(

@@ -1,10 +1,14 @@
 """Packed text: the rows of the objectives that learn from plain text."""
 
 from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llmnorm.config.tree import RunConfig
 from llmnorm.data import packing
-from llmnorm.data.loader import Batch, Loader
+from llmnorm.data.loader import Batch, Loader, TrainingRows
 from llmnorm.data.report import sources_table
 from llmnorm.objectives.contract import MicroBatch, Objective
 
@@ -56,3 +60,25 @@ class PackedText(Objective):
             micro_batch=micro_batch,
         )
         return ([self.micro_batch(batch) for batch in step] for step in loader.batches(first_row))
+
+    def read(
+        self, numbers: NDArray[np.int64], *, rank: int, world: int, micro_batch: int
+    ) -> list[MicroBatch]:
+        """This process's micro-batches of a step of any rows: the rank-th part of them."""
+        share = len(numbers) // world
+        assert share * world == len(numbers), (len(numbers), world)
+        mine = numbers[rank * share : (rank + 1) * share]
+        source, index = self._rows.order.find(mine)
+        parts = [slice(first, first + micro_batch) for first in range(0, share, micro_batch)]
+        return [
+            self.micro_batch(self._rows.batch(mine[part], source[part], index[part]))
+            for part in parts
+        ]
+
+    def sources(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of `data.sources` each row of the run is of."""
+        return self._rows.order.find(numbers)[0]
+
+    @cached_property
+    def _rows(self) -> TrainingRows:
+        return TrainingRows(self.packed, self.config.data_seed)

@@ -44,6 +44,8 @@ class ObjectiveSettings(Settings):
     full_rows: ClassVar[bool] = True
     """Whether every row has `data.context_length` tokens; else the prepared data, where there are
     any, say how many an average one has (`row_tokens`)."""
+    selects: ClassVar[bool] = False
+    """Whether its rows can be read by their numbers, for `selection`."""
     answers: ClassVar[bool] = False
     """Whether its held-out examples have answers, for `evaluation.answers`."""
 
@@ -100,6 +102,7 @@ class CausalLMSettings(ObjectiveSettings):
 
     name: Literal["causal_lm"] = "causal_lm"
     architecture = "LlmNormForCausalLM"
+    selects = True
 
     def refusal(self, config: "RunConfig") -> str | None:
         """Refuse mixers that look at later tokens, and names of a conversation's fields."""
@@ -247,6 +250,7 @@ class SFTSettings(ObjectiveSettings):
     architecture = "LlmNormForCausalLM"
     even_batches = False
     full_rows = False
+    selects = True
     answers = True
     too_long: Literal["truncate", "drop"] = "truncate"
     """What is done with a conversation longer than `data.context_length`: cut off its end, or leave

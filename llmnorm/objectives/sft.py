@@ -138,20 +138,43 @@ class SFT(Objective):
         The last micro-batch of a step may have fewer rows than `micro_batch`, on every process
         equally many.
         """
-        streams = [source.train for source in self._conversations.sources]
         for first, source, index in self._steps(first_row, global_batch):
-            rows = best_fit(self._sizes(source, index), self._conversations.context_length)
-            share = -(-len(rows) // world)
-            mine = [*rows[rank::world], []][:share]  # a row of padding where one is missing
-            yield [
-                self._micro_batch(
-                    [[(streams[source[n]], int(index[n])) for n in row] for row in part],
-                    [first + n for row in part for n in row],
-                )
-                for part in (
-                    mine[start : start + micro_batch] for start in range(0, share, micro_batch)
-                )
-            ]
+            numbers = np.arange(first, first + global_batch)
+            yield self._deal(numbers, source, index, rank, world, micro_batch)
+
+    def read(
+        self, numbers: NDArray[np.int64], *, rank: int, world: int, micro_batch: int
+    ) -> list[MicroBatch]:
+        """This process's micro-batches of a step of any examples, laid out over all of them."""
+        return self._deal(numbers, *self._order.find(numbers), rank, world, micro_batch)
+
+    def sources(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of `data.sources` each example of the run is of."""
+        return self._order.find(numbers)[0]
+
+    def _deal(
+        self,
+        numbers: NDArray[np.int64],
+        source: NDArray[np.int64],
+        index: NDArray[np.int64],
+        rank: int,
+        world: int,
+        micro_batch: int,
+    ) -> list[MicroBatch]:
+        """This process's rows of a step's examples, of which `numbers` are the run's."""
+        streams = [source.train for source in self._conversations.sources]
+        rows = best_fit(self._sizes(source, index), self._conversations.context_length)
+        share = -(-len(rows) // world)
+        mine = [*rows[rank::world], []][:share]  # a row of padding where one is missing
+        return [
+            self._micro_batch(
+                [[(streams[source[n]], int(index[n])) for n in row] for row in part],
+                [int(numbers[n]) for row in part for n in row],
+            )
+            for part in (
+                mine[start : start + micro_batch] for start in range(0, share, micro_batch)
+            )
+        ]
 
     def evaluate(
         self, model: "PreTrainedModel", *, micro_batch: int, parallel: Parallel
@@ -236,12 +259,19 @@ class SFT(Objective):
         data = self._conversations
         inputs = lay_out(examples, data.context_length, data.pad)
         bounds = document_bounds(inputs["position_ids"])
-        read = sum(len(ids) - 1 for row in examples for ids, _ in row)
+        read, spans = 0, list[tuple[int, int]]()
+        for row, of_row in enumerate(examples):
+            start = row * data.context_length
+            for ids, _ in of_row:
+                read += len(ids) - 1
+                spans.append((start, start + len(ids) - 1))
+                start = spans[-1][1]
         return MicroBatch(
             {**inputs, **bounds, "loss_only": True},
             len(inputs["label_positions"]),
             read,
             torch.tensor(numbers, dtype=torch.int64),
+            spans,
         )
 
     def _mean(self, sources: dict[str, dict[str, float]], name: str) -> float:

@@ -100,10 +100,14 @@ def keep_line(
         "lr": outcome.lr,
         "skipped_steps": progress.skipped_steps,
     }
+    if run.selecting is not None:
+        run.selecting.step_ended()
     if examined := due(progress.step, logging.health_every):
         with metrics.pause():
             line["health"] = health(run.model, first.inputs_on(run.parallel.device), run.parallel)
     if ending or examined or progress.step % logging.every == 0:
+        if run.selecting is not None:
+            line |= run.selecting.line()
         metrics.log_step(line)
 
 
@@ -242,13 +246,14 @@ def give_up(run: Prepared, metrics: Metrics, stop: StopRequest) -> Diverged:
     Its weights are those of before these steps. Either the skipped rows are to blame, or the last
     update has spoilt the weights. The rows of that update tell: their loss and gradient were finite
     before it. If they still are, the weights are saved; else an older checkpoint is what is left.
+    Of a run with a selection the first rows of that update's pool tell.
     """
     progress, checkpoints = run.progress, run.checkpoints
-    batch = run.config.training.rows
+    batch = run.config.pool
     first = progress.row - progress.skipped_in_a_row * batch  # of the skipped rows
     if first < batch:
         lost = "nothing was trained before them"
-    elif not rehearse(run, next(run.batches(first - batch))):
+    elif not rehearse(run, run.unselected(first - batch)):
         lost = "the update before them has spoilt the weights, which are not saved"
     else:
         lost = ""

@@ -80,7 +80,7 @@ def train(
             return _already_finished(prepared, dry_run)
         parallel.say(prepared.describe())
         if not finished:
-            first = next(prepared.batches())
+            first = prepared.unselected()
             check(parallel, prepared.model, torch.cat([batch.rows for batch in first]))
             rehearse(prepared, first)
         if dry_run:

@@ -26,8 +26,10 @@ from llmnorm.parallel.processes import Parallel, local
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lock import RunLock
+from llmnorm.selection.settings import SelectionSettings
 from llmnorm.training.ema import EMA
 from llmnorm.training.model import Base, run_model
+from llmnorm.training.selecting import Selecting
 from llmnorm.training.state import (
     Progress,
     end_tokens,
@@ -35,6 +37,7 @@ from llmnorm.training.state import (
     resume,
     starting_point,
     trained_on,
+    without_selection,
 )
 from llmnorm.training.stretch import former_steps, stretched
 from llmnorm.training.teacher import NamedTeacher, give_teacher
@@ -62,6 +65,7 @@ class Prepared:
         saved: the step of the run's own newest checkpoint; None before there is one.
         micro_batch: rows that one process runs at once.
         noise_seed: step and rank are added to it, so that no random state is ever saved.
+        selecting: chooses the rows of a step, where the run has a selection.
     """
 
     config: RunConfig
@@ -85,15 +89,28 @@ class Prepared:
     saved: int | None
     micro_batch: int
     noise_seed: int
+    selecting: Selecting | None
 
-    def batches(self, first_row: int | None = None) -> Iterator[list[MicroBatch]]:
-        """Yield, without end, this process's micro-batches of each step.
+    def batches(self) -> Iterator[list[MicroBatch]]:
+        """Yield, without end, this process's micro-batches of each step from the run's next on.
+
+        Those of a run with a selection are chosen when they are asked for.
+        """
+        if self.selecting is not None:
+            return self.selecting.steps(self.progress)
+        return self._in_order(self.progress.row)
+
+    def unselected(self, first_row: int | None = None) -> list[MicroBatch]:
+        """This process's micro-batches of a step of the rows from `first_row` on, as they come.
 
         Args:
-            first_row: the first step's first row; the run's next one if None.
+            first_row: the run's next row if None.
         """
+        return next(self._in_order(self.progress.row if first_row is None else first_row))
+
+    def _in_order(self, first_row: int) -> Iterator[list[MicroBatch]]:
         return self.objective.batches(
-            self.progress.row if first_row is None else first_row,
+            first_row,
             global_batch=self.config.training.rows,
             rank=self.parallel.rank,
             world=self.parallel.world,
@@ -114,10 +131,11 @@ class Prepared:
         if self.base is not None:
             numbers = sum(whole_shape(p).numel() for p in self.parameters)
             trained = f"{numbers / 1e6:.2f}M of them trained, {trained}"
+        selection = "" if self.selecting is None else f"\n{self.selecting.describe()}"
         return (
-            f"{self.objective.describe(self.steps * self.config.training.rows)}\n"
+            f"{self.objective.describe(self.steps * self.config.pool)}\n"
             f"{describe(self.parallel, self.model, self.optimizer)}; {weights / 1e6:.2f}M "
-            f"parameters ({trained}); {self.steps} steps"
+            f"parameters ({trained}); {self.steps} steps{selection}"
         )
 
 
@@ -146,7 +164,7 @@ def prepare(
     )
     data = objective.data
     micro_batch = _micro_batch(config, objective, parallel)
-    steps = config.training.total_steps(data.rows, data.context_length)
+    steps = config.total_steps(data.rows)
 
     # The run directory, and the checkpoint to start from.
     def lock() -> None:
@@ -188,8 +206,16 @@ def prepare(
         }
         ema = EMA(weights, config.training.ema, parallel.weights_changed)
 
+    selecting = None
+    if isinstance(config.selection, SelectionSettings):
+        selecting = Selecting(config, objective, model, parallel, statistics, micro_batch)
     state = named_tensors(model, optimizer, ema)
+    if selecting is not None:
+        state |= selecting.state
     written = checkpoints.without_copies(state)
+    own = start is not None and start.path.parent == run.checkpoints
+    if start is not None and not own:
+        state = without_selection(state, start)
     progress, message = resume(checkpoints, start, state, data, parallel)
     parallel.weights_changed()  # what was loaded reaches the model under ZeRO too
     if message:
@@ -221,6 +247,7 @@ def prepare(
         saved=progress.step if own else None,
         micro_batch=micro_batch,
         noise_seed=_noise_seed(config.seed),
+        selecting=selecting,
     )
 
 

@@ -1,7 +1,8 @@
 """What a checkpoint of a run holds, where a run starts from, and how it resumes.
 
 A checkpoint holds weights (`model.<name>`), optimizer state (`optimizer.<name>.<field>`), the
-weights' moving average where there is one (`ema.<name>`), and the counts of `Progress`. Rows,
+weights' moving average where there is one (`ema.<name>`), what a selector remembers
+(`selection.<name>`), and the counts of `Progress`. Rows,
 learning rates and noise are functions of these counts, so they are not saved. Where some weights
 are frozen, it holds those that are trained, and its meta names the base (`training/model.py`).
 """
@@ -33,6 +34,8 @@ from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.training.ema import EMA
+
+SELECTION = "selection."  # what the names of a selector's tensors begin with
 
 
 @dataclass
@@ -110,6 +113,21 @@ def named_tensors(
     for name, average in (ema.average if ema else {}).items():
         state[f"ema.{name}"] = _like(state[f"model.{name}"], average)
     return state
+
+
+def without_selection(
+    state: dict[str, torch.Tensor | Interval], start: Checkpoint
+) -> dict[str, torch.Tensor | Interval]:
+    """`state` as a branch loads it from another run, which may have had another selection.
+
+    What only one of the two has of a selector's history is left as it is, and read for nothing.
+    """
+    there = start.manifest["tensors"]
+    kept = {n: t for n, t in state.items() if n in there or not n.startswith(SELECTION)}
+    for name, entry in there.items():
+        if name.startswith(SELECTION) and name not in kept:
+            kept[name] = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+    return kept
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -79,7 +79,7 @@ def step(run: Prepared, micro_batches: list[MicroBatch], stop: StopRequest) -> O
     if run.ema:
         run.ema.update(progress.step)
     progress.step += 1
-    progress.row += run.config.training.rows
+    progress.row += run.config.pool
     progress.tokens += outcome.tokens
     return outcome
 

@@ -23,8 +23,9 @@ JUMP = 0.02  # of the peak rate; a schedule moves less from one step to the next
 def former_steps(checkpoint: "Checkpoint", rows: int, context_length: int) -> int | None:
     """The length of the run when it wrote a checkpoint; None where its settings cannot be read."""
     try:
-        tree = checkpoint.meta["config"]["training"]
-        return TrainingSettings.model_validate(tree).total_steps(rows, context_length)
+        tree = checkpoint.meta["config"]
+        training = TrainingSettings.model_validate(tree["training"])
+        return training.total_steps(rows, context_length, tree.get("selection", {}).get("pool"))
     except (AssertionError, KeyError, TypeError, ValueError):  # of another version
         return None
 

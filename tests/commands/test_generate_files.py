@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer
 
 from llmnorm import cli
 from tests.running import PATIENCE, Child
@@ -114,10 +117,6 @@ def test_a_draft_changes_no_text(
 @pytest.fixture(scope="module")
 def chat(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that answers messages."""
-    import torch
-    import transformers
-    from transformers import AutoTokenizer
-
     directory = save_tokenizer(tmp_path_factory.mktemp("chat") / "stock")
     config = transformers.LlamaConfig(
         vocab_size=len(AutoTokenizer.from_pretrained(directory)),
@@ -219,6 +218,8 @@ def test_what_is_refused(
         assert "generation.deterministic is shown on a CPU in float32" in refused(
             exported, "generation.deterministic=true", *words
         )
+    if not torch.cuda.is_available():
+        assert "has no GPU that torch can use" in refused(exported, "generation.device=cuda")
     assert "--output: holds the answers to --prompts" in refused(
         exported, "--prompt", "a", "--output", tmp_path / "o.jsonl"
     )
@@ -263,10 +264,6 @@ def test_a_deterministic_text_does_not_depend_on_its_company(
 
 def test_a_decoder_of_transformers_is_served_as_it_is(tmp_path: Path, capsys: Any) -> None:
     """Oracle: the stock class's greedy tokens; with itself for a draft."""
-    import torch
-    import transformers
-    from transformers import AutoTokenizer
-
     directory = save_tokenizer(tmp_path / "gpt2")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     torch.manual_seed(0)
@@ -301,3 +298,14 @@ def test_a_decoder_of_transformers_is_served_as_it_is(tmp_path: Path, capsys: An
     (directory / "config.json").write_text(json.dumps(tree))
     code, out, err = answer(capsys, *words)
     assert (code, out, err.count("error: ")) == (2, "", 1) and "it carries a recurrent state" in err
+
+
+def test_numbers_and_place_are_those_asked_for(exported: Path, capsys: Any) -> None:
+    """Oracle: what the step says that it runs, and the bytes of a cache of half as wide numbers."""
+    words = [exported, "--prompt", "The", "--max-tokens", "5", "generation.device=cpu"]
+    sizes = []
+    for dtype, name in (("fp32", "float32 on cpu"), ("bf16", "bfloat16 on cpu")):
+        code, _, err = answer(capsys, *words, f"generation.dtype={dtype}")
+        assert code == 0 and name in err
+        sizes.append(float(err.partition(" tokens, ")[2].partition(" MiB")[0]))
+    assert sizes[0] == pytest.approx(2 * sizes[1], abs=0.2)

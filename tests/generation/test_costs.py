@@ -203,6 +203,22 @@ def test_what_does_not_pay_is_tried_again_and_comes_back() -> None:
     assert lengths.length >= 6
 
 
+def test_a_lookup_is_tried_until_it_finds_something() -> None:
+    """Oracle: the rounds, counted: a try without a match costs nothing and is made again."""
+    table = {1: {1: (1.0, 0.0), 2: (1.3, 0.0), 17: (2.0, 0.0)}}
+    lengths, rows = DraftLengths(Costs([table], Size(1, 0))), [Row(0)]
+    for _ in range(5):
+        assert lengths.counts(rows) == [1]
+        lengths.observe(0, 0, 0)
+    lengths.counts(rows)
+    lengths.observe(0, 1, 0)
+    assert [lengths.counts(rows)[0] for _ in range(RETRY)] == [0] * (RETRY - 1) + [1]
+    for _ in range(30):
+        (count,) = lengths.counts(rows)
+        lengths.observe(0, count, count)
+    assert lengths.length >= 8
+
+
 def test_rows_have_lengths_of_their_own() -> None:
     """Oracle: by hand: none where the request wants none, few where the last would be rejected."""
     lengths = DraftLengths(Costs([FLAT], Size(1, 0)), "auto")

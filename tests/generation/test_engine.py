@@ -499,16 +499,24 @@ def test_a_planted_error_is_caught(error: str | None, monkeypatch: pytest.Monkey
         made.check()
 
 
+class Holed:
+    """A rotation whose positions from 10 on are too large."""
+
+    def __init__(self, rotary: Any, hole: int) -> None:
+        self._rotary, self._hole = rotary, hole
+        self.reach = rotary.reach
+
+    def __call__(self, index: Tensor, dtype: torch.dtype) -> Any:
+        return self._rotary(index + self._hole * (index >= 10), dtype)
+
+
 def test_a_hole_in_the_positions_is_caught() -> None:
-    """Oracle: the same requests without it. Positions from 10 on are one too large, in the engine
-    alone."""
+    """Oracle: the same requests without it. The engine's model alone has it."""
     for hole in (0, 1):
         made = Watched(model_of("softmax"), slots=2)
         base = made.engine._step._model.model  # type: ignore[attr-defined]
         assert base is not made.model.model
-        base.rotary = lambda index, dtype, r=base.rotary, h=hole: r(
-            index + h * (index >= 10), dtype
-        )
+        base.rotary = Holed(base.rotary, hole)
         for start in prompts(3, 9):
             made.add(start, max_tokens=12)
         made.run()

@@ -101,9 +101,10 @@ def test_planted_errors_are_caught(error: str, monkeypatch: pytest.MonkeyPatch) 
     """Oracle: the same test fails with the error, and passes without it."""
     owner, name, wrong, way = ERRORS[error]
     bar = 0.001 / len(expected(way[0], 11))
-    assert p_value(*way, 1500) > bar
+    draws = 1500 if error == "noise of drafts" else DRAWS
+    assert p_value(*way, draws) > bar
     monkeypatch.setattr(owner, name, wrong)
-    assert p_value(*way, 1500) < bar
+    assert p_value(*way, draws) < bar
 
 
 def chooser(prompt: Sequence[int] = PROMPT, **given: Any) -> RowChooser:

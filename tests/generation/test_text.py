@@ -73,7 +73,7 @@ def ids_of(tokenizer: PreTrainedTokenizerFast) -> st.SearchStrategy[list[int]]:
 
 
 @pytest.mark.parametrize("name", SOUND)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_pieces_joined_are_the_text_decoded_at_once(
     name: str, data: st.DataObject, skip: bool
@@ -88,7 +88,7 @@ def test_pieces_joined_are_the_text_decoded_at_once(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=st.text("a the.\nUser:ü日本🙂éß€𝄞", max_size=20))
 @example(text="日本🙂🙂 é𝄞")
 def test_whole_characters_come_at_their_last_token(name: str, text: str) -> None:
@@ -116,7 +116,7 @@ STOPS = st.lists(
 
 
 @pytest.mark.parametrize("name", SOUND)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), stops=STOPS)
 def test_a_stop_ends_the_text_where_it_begins(
     name: str, data: st.DataObject, stops: list[str]

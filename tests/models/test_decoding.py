@@ -15,6 +15,7 @@ from llmnorm.models.modeling import build_model
 from llmnorm.models.nf4 import NF4Linear
 from llmnorm.nn import projections
 from llmnorm.nn.cache import KeyValues
+from llmnorm.nn.layer_cache import VERIFIED
 from llmnorm.nn.projections import Layouts
 from llmnorm.part import InputError
 from tests.models.cache_rounds import MODELS, VOCABULARY, build
@@ -91,6 +92,37 @@ def test_captured_and_eager_steps_are_passes_without_a_cache(name: str) -> None:
     assert not decoders["eager"]._graphs
 
 
+@pytest.mark.parametrize("name", ["softmax", "nala"])
+@pytest.mark.parametrize("padding", [None, VERIFIED, 0])
+@torch.no_grad()
+def test_passes_of_other_numbers_of_tokens_are_padded_to_a_graph(
+    name: str, padding: int | None
+) -> None:
+    """Oracle: eager passes. Near the end of what is reserved nothing is padded."""
+    model = build(name)
+    decoders = Decoder(model, captured=False), Decoder(model)
+    caches = [decoder.new_cache() for decoder in decoders]
+    if padding is not None:
+        for cache in caches:
+            cache.reserve(2, 30, padding, dtype=torch.float64, device=torch.device("cpu"))
+    ids = torch.arange(2 * 30).reshape(2, 30) % VOCABULARY
+    start = 0
+    for new, counts in ((4, None), (6, None), (7, [7, 3]), (8, None), (5, [0, 5])):
+        found = [
+            decoder.step(ids[:, start : start + new], cache, counts)
+            for decoder, cache in zip(decoders, caches, strict=True)
+        ]
+        assert found[1].shape == (2, new, VOCABULARY)
+        for row, count in enumerate(counts or [new] * 2):
+            torch.testing.assert_close(
+                found[1][row, :count], found[0][row, :count], rtol=0, atol=1e-12
+            )
+        start += new
+    assert caches[0].lengths == caches[1].lengths == [25, 26]
+    widths = {new for new, _ in decoders[1]._graphs}
+    assert widths == ({5, 9} if padding != 0 else {5, 8, 9})
+
+
 class Foreign(torch.nn.Module):
     """A norm from another package."""
 
@@ -110,6 +142,30 @@ def grouped(**more: Any) -> LlmNormForCausalLM:
         "mixer": {"name": "softmax", "qk_norm": True, "attention_bias": True},
     }
     return build_model(LlmNormConfig(**shape | more), seed=1).eval()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "transposed"])
+def test_layers_that_an_adapter_reads_are_decoded(dora: bool, layout: Any) -> None:
+    """Oracle: the adapted model's own pass. DoRA, and rows of new tokens, read the weight of the
+    layer that they stand around."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], use_dora=dora, trainable_token_indices=[1, 3]
+    )
+    adapted = peft.get_peft_model(grouped(tie_word_embeddings=True), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "token_adapter" in name:
+                parameter.normal_(std=0.1, generator=generator)
+    model = adapted.get_base_model().double().eval()
+    decoder = Decoder(model, layout=layout)
+    cache, ids = decoder.new_cache(), torch.arange(9)[None] % 5
+    found = [decoder.step(part, cache) for part in ids.split([4, 1, 4], 1)]
+    with torch.no_grad():
+        whole = model(ids).logits
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -301,3 +357,22 @@ def test_what_a_captured_pass_leaves_serves_every_verb(name: str) -> None:
             torch.testing.assert_close(captured, eager, rtol=0, atol=1e-12, msg=f"{number} {verb}")
         assert caches[0].lengths == caches[1].lengths
     assert len(decoders[1]._graphs) == 4
+
+
+@torch.no_grad()
+def test_captured_passes_of_one_row_leave_its_copies_inputs() -> None:
+    """Oracle: eager passes. Copies of a row share its inputs until one of them goes on alone and
+    would overwrite those that the others may still replay."""
+    model = build("nala")
+    ids = torch.randint(VOCABULARY, (1, 150), generator=torch.Generator().manual_seed(0))
+    found = []
+    for captured in (False, True):
+        decoder = Decoder(model, captured=captured)
+        cache = decoder.new_cache()
+        decoder.step(ids, cache)
+        cache.select([0, 0])
+        for _ in range(9):
+            decoder.step(ids[:, :17], cache)  # of the first row
+        cache.rollback([0, 60])
+        found.append(decoder.step(ids[:, :1].expand(2, 1), cache))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)

@@ -54,6 +54,15 @@ def test_every_recorded_vector_is_reproduced(capsys: pytest.CaptureFixture[str])
         ("mm_quasiseparable_dd", "mid/dt_bwd_flipped", 1e-8),
         ("adamw_wd_f64", "param_after_003/2", 1e-11),
         ("farms_alpha", "alpha_1", 3e-4),
+        ("colm_facility_location", "1/gains", 1e-2),
+        ("colm_facility_location", "4/order", 1),
+        ("colm_facility_location", "2/weights", 1),
+        ("colm_facility_location", "1/similarity", 1e-2),
+        ("colm_sparsify", "1/kept_dimensions", 1),
+        ("colm_budgets", "1/budgets", 1),
+        ("colm_adam_normalisation", "3/v", 1e-2),
+        ("colm_pipeline", "2/adam_features", 1e-3),
+        ("colm_pipeline", "3/selected", -1),
     ],
 )
 def test_a_changed_vector_is_noticed(
@@ -148,7 +157,7 @@ def test_a_window_of_another_start_is_not_served(
         ("lightning/module", "MiniMax"),
         ("norm/evonorm_s0", "EvoNorm"),
         ("placement/ngpt", "nGPT"),
-        ("colm/budgets", "CoLM"),
+        ("loss/rank_mixup", "RankMixup"),
         ("room/nosuch", "knows the kind room/nosuch"),
     ],
 )

@@ -18,6 +18,7 @@ from llmnorm.nn.loss import (
     NewRows,
     chunk_size,
     linear_cross_entropy,
+    token_gradients,
     token_losses,
 )
 
@@ -249,6 +250,26 @@ def test_losses_of_single_tokens() -> None:
     hidden, weight, labels = data(300, 4, 9000)
     expected = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
     torch.testing.assert_close(token_losses(hidden, weight, labels), expected)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_gradients_of_single_tokens(extra: bool) -> None:
+    """Oracle: autograd of each token's loss by its own hidden state, float64; with a bias, and rows
+    in the place of some of the weight's."""
+    hidden, weight, labels = (t.double() if t.is_floating_point() else t for t in data(90, 4, 31))
+    bias = torch.linspace(-1, 1, len(weight), dtype=torch.float64) if extra else None
+    new = NewRows(5, torch.randn(3, 4, dtype=torch.float64)) if extra else None
+    whole = weight.clone()
+    if new is not None:
+        whole[new.place] = new.values
+    leaf = hidden.clone().requires_grad_()
+    expected = F.cross_entropy(F.linear(leaf, whole, bias), labels, reduction="none")
+    (slope,) = torch.autograd.grad(expected.sum(), leaf)
+    losses, found = token_gradients(hidden, weight, labels, bias=bias, new_rows=new)
+    torch.testing.assert_close(losses, expected.detach(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(found, slope, atol=1e-12, rtol=0)
+    alone = token_losses(hidden, weight, labels, bias=bias, new_rows=new)
+    torch.testing.assert_close(alone, losses)
 
 
 def test_head_gives_logits_or_loss() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from llmnorm.data.messages import Conversation, Reader, Unusable
+from llmnorm.data.messages import Conversation, Reader, Unusable, asked
 from llmnorm.data.records import Record
 from llmnorm.data.settings import SourceSettings
 
@@ -216,3 +216,45 @@ def test_the_same_conversation_has_one_canonical_text() -> None:
     assert isinstance(first, Conversation) and isinstance(second, Conversation)
     assert first.canonical == second.canonical
     assert first.bytes == 2
+
+
+def test_messages_that_ask_something_are_taken_as_templates_read_them() -> None:
+    """Oracle: the messages written out; parts of content are joined, keys without a value go."""
+    given = [
+        {"role": "system", "content": "Be short."},
+        {
+            "role": "human",
+            "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2"}],
+        },
+        {"role": "assistant", "content": "4", "name": None},
+        {"role": "user", "content": "And 3+3?"},
+    ]
+    assert asked(given) == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "2+2"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "And 3+3?"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ([], "holds no messages"),
+        ("2+2?", "holds str, not messages"),
+        ([{"role": "assistant", "content": "4"}], "out of order"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "out of order"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "nothing is asked",
+        ),
+        ([{"role": "system", "content": "a"}], "nothing is asked"),
+        ([{"role": "user", "content": "\ud800"}], "not UTF-8"),
+        ([{"role": "user"}], "has no content"),
+        (["2+2?"], "message 1 is str"),
+    ],
+)
+def test_messages_that_ask_nothing_are_refused(given: object, complaint: str) -> None:
+    """Oracle: the reason."""
+    with pytest.raises(Unusable, match=complaint):
+        asked(given)

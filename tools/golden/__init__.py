@@ -28,7 +28,16 @@ from pathlib import Path
 from llmnorm.part import InputError
 
 # Importing a room registers what it serves.
-from tools.golden import attention, matrix, mixers, norms, optimizers, placements, spectra  # noqa: F401
+from tools.golden import (  # noqa: F401
+    attention,
+    matrix,
+    mixers,
+    norms,
+    optimizers,
+    placements,
+    selection,
+    spectra,
+)
 from tools.golden.absent import no_part
 from tools.golden.vectors import NotServed, Vectors, serving
 

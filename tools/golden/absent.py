@@ -23,7 +23,6 @@ WORDS: dict[str, str] = {
     "loss/contrastive_chunks": "a contrastive loss in chunks (GradCache; BASIC, arXiv 2111.10050); "
     "llmnorm has no contrastive objective",
     "retrieval/dual_bank": "dual bank normalisation (arXiv 2310.11612); llmnorm has no retrieval",
-    "colm/*": "CoLM's mini-batch coresets (arXiv 2407.19580); llmnorm has no selection yet",
     "optimizer/gradient_variance_modulator": "AGVM (arXiv 2210.11078), learning rates by the "
     "variance of gradients; llmnorm has no such optimizer",
     "batch_size/norm_test": "AdAdaGrad's norm test (arXiv 2402.11215); llmnorm has no adaptive "

@@ -234,7 +234,7 @@ def _check_comparable(
         elif key in ("objective.name", "objective.evaluation_mask_share"):
             why = "losses of different objectives cannot be compared"
         elif key.startswith("tokenizer.") or (
-            key.startswith("data.") and not key.endswith(".weight")
+            key.startswith("data.") and not key.endswith(".weight") and "data.weights" not in key
         ):
             why = "losses on different tokens cannot be compared"
         else:
@@ -277,7 +277,7 @@ def _steps(name: str, config: RunConfig) -> int:
                 "prepared; run `llmnorm data` once, or give training.tokens"
             )
         rows = prepared.rows
-    return config.training.total_steps(rows, config.data.context_length)
+    return config.total_steps(rows)
 
 
 def _prepared(config: RunConfig) -> Any:

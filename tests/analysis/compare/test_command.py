@@ -45,6 +45,17 @@ def tuned(protocol: Protocol, loss: Callable[[Run], float]) -> tuple[dict[str, f
 # The protocol, without a run.
 
 
+def test_arms_may_choose_rows_and_weigh_sources() -> None:
+    """Oracle: the settings of each arm; all are as long in tokens that are trained on."""
+    shared = ["training.steps=null", "training.tokens=20000"]
+    given = [["plain"], ["weights", "data.weights={prose: 1, notes: 2}"]]
+    given += [["colm", "selection=colm", "selection.pool=32"]]
+    protocol = read_protocol(read_arms(SMOKE, shared, given))
+    assert protocol.configs["weights"].data.weights == {"prose": 1, "notes": 2}
+    assert protocol.configs["colm"].pool == 2 * protocol.configs["plain"].pool == 32
+    assert len({*protocol.steps.values()}) == 1
+
+
 def test_the_runs_of_a_comparison_are_counted() -> None:
     """Oracle: by hand: 2 arms x 5 rates, 2 x 3 seeds, and the baseline's 2 further horizons."""
     protocol = read_protocol(arms("a model.norm=layer"), seeds=3, lr_points=5)
