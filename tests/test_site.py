@@ -74,7 +74,7 @@ def test_readme_and_configurations_are_in_the_site(site: Path) -> None:
     assert "configurations.html" in links(site / "index.html")
     assert "readme.html" in links(site / "index.html")
     assert "configs/smoke.yaml" in links(site / "readme.html")
-    assert "[--checkpoint latest|best|STEP]</code>" in (site / "readme.html").read_text()
+    assert "none|lookup|RUN_OR_DIR] [--adapter DIR]</code>" in (site / "readme.html").read_text()
     for name in shipped.configurations():
         assert (site / "configs" / name).read_bytes() == (ROOT / "configs" / name).read_bytes()
         assert f"configs/{name}" in links(site / "configurations.html")

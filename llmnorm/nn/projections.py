@@ -218,7 +218,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def for_inference(model: Model, layout: Layout | Layouts) -> Model:
     """A copy of `model` for passes without gradients, on the same memory.
 
-    Layers of other classes (of adapters, or in four bits), and those with hooks, are as they were.
+    Layers of other classes (in four bits, say), those with hooks, and those in modules of other
+    packages (adapters, which read a layer's `weight`) are as they were.
     """
     if "plain" in Layouts.of(layout):
         for module in model.modules():
@@ -234,6 +235,8 @@ def for_inference(model: Model, layout: Layout | Layouts) -> Model:
             for number, name in enumerate(_names(module)):
                 parent, _, last = name.rpartition(".")
                 setattr(module.get_submodule(parent), last, InFirst() if number else product)
+        if type(module).__module__.split(".")[0] not in ("llmnorm", "torch"):
+            continue
         for name, child in module.named_children():
             if isinstance(child, Linear) and _is_plain(child):
                 setattr(module, name, Product([child], layout))

@@ -9,6 +9,10 @@
 `deliver` is called in this thread, once a round, with all that the round has brought. Requests of
 one ticket are taken together. An exception of a round fails the rows that ran (the engine tells
 them so in its next step) and the thread goes on; `DEAD` such rounds in a row end it.
+
+What would surprise: text is made here, in the engine's rows, since a stop string ends a row at its
+token. It costs 7 to 10 us a token (a byte-level tokenizer, with and without two stop strings), of
+rounds that take tens of milliseconds.
 """
 
 import queue

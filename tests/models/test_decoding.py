@@ -144,6 +144,30 @@ def grouped(**more: Any) -> LlmNormForCausalLM:
     return build_model(LlmNormConfig(**shape | more), seed=1).eval()
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "transposed"])
+def test_layers_that_an_adapter_reads_are_decoded(dora: bool, layout: Any) -> None:
+    """Oracle: the adapted model's own pass. DoRA, and rows of new tokens, read the weight of the
+    layer that they stand around."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], use_dora=dora, trainable_token_indices=[1, 3]
+    )
+    adapted = peft.get_peft_model(grouped(tie_word_embeddings=True), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "token_adapter" in name:
+                parameter.normal_(std=0.1, generator=generator)
+    model = adapted.get_base_model().double().eval()
+    decoder = Decoder(model, layout=layout)
+    cache, ids = decoder.new_cache(), torch.arange(9)[None] % 5
+    found = [decoder.step(part, cache) for part in ids.split([4, 1, 4], 1)]
+    with torch.no_grad():
+        whole = model(ids).logits
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_captured_step_has_the_eager_ones_bits(dtype: torch.dtype) -> None:
@@ -333,3 +357,22 @@ def test_what_a_captured_pass_leaves_serves_every_verb(name: str) -> None:
             torch.testing.assert_close(captured, eager, rtol=0, atol=1e-12, msg=f"{number} {verb}")
         assert caches[0].lengths == caches[1].lengths
     assert len(decoders[1]._graphs) == 4
+
+
+@torch.no_grad()
+def test_captured_passes_of_one_row_leave_its_copies_inputs() -> None:
+    """Oracle: eager passes. Copies of a row share its inputs until one of them goes on alone and
+    would overwrite those that the others may still replay."""
+    model = build("nala")
+    ids = torch.randint(VOCABULARY, (1, 150), generator=torch.Generator().manual_seed(0))
+    found = []
+    for captured in (False, True):
+        decoder = Decoder(model, captured=captured)
+        cache = decoder.new_cache()
+        decoder.step(ids, cache)
+        cache.select([0, 0])
+        for _ in range(9):
+            decoder.step(ids[:, :17], cache)  # of the first row
+        cache.rollback([0, 60])
+        found.append(decoder.step(ids[:, :1].expand(2, 1), cache))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)

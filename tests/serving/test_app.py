@@ -1,10 +1,14 @@
 """The server, by OpenAI's own client over real HTTP."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.serving.served import CONTEXT, NAME, Served, save_model, serving
 
@@ -127,6 +131,83 @@ def test_echo_and_logprobs_are_a_teacher_forced_pass(served: Served, client: ope
     only = scored.choices[0].logprobs
     assert only is not None and only.token_logprobs == told.token_logprobs[:-1]
     assert scored.usage is not None and scored.usage.completion_tokens == 0
+
+
+def test_lm_evals_requests_are_scored_as_by_a_full_pass(served: Served) -> None:
+    """Oracle: lm-eval's own payload and parser; log_softmax of one pass, in float64. The second
+    continuation is the greedy one, and its token that is generated beyond it is an end token."""
+    import torch
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    start = served.model.asker.text("2+2?")
+    _, greedy, _ = served.offline(start, temperature=0, max_tokens=5)
+    asked = [[*start, *served.model.asker.text("It is 4.")[1:]], [*start, *greedy]]
+    payload = LocalCompletionsAPI._create_payload(SimpleNamespace(model=NAME), asked)  # type: ignore[arg-type]
+    payload["logit_bias"] = {str(end): 100 for end in served.target.ends}
+    told = httpx.post(f"{served.url}/completions", json=payload, timeout=60).json()
+    lengths = [len(start)] * 2
+    found = LocalCompletionsAPI.parse_logprobs(told, tokens=asked, ctxlens=lengths)
+    for (score, is_greedy), ids, expected in zip(found, asked, (False, True), strict=True):
+        with torch.no_grad():
+            laws = served.target.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        wanted = sum(float(laws[i - 1, ids[i]]) for i in range(len(start), len(ids)))
+        assert score == pytest.approx(wanted, abs=1e-9)
+        assert is_greedy == expected
+    for choice in told["choices"]:
+        assert choice["logprobs"]["tokens"][-1] == served.model.tokenizer.eos_token
+        assert choice["finish_reason"] == "stop"
+
+
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_a_streams_pieces_joined_are_the_whole(
+    served: Served, client: openai.OpenAI, data: st.DataObject
+) -> None:
+    """Oracle: the answer that is not streamed, with random ids, stops, echo and n; most of the
+    bytes are no UTF-8."""
+    ids = data.draw(st.lists(st.integers(0, served.model.vocabulary - 1), min_size=1, max_size=20))
+    asked: Any = {
+        "model": NAME,
+        "prompt": ids,
+        "seed": data.draw(st.integers(0, 99)),
+        "temperature": 2,
+        "max_tokens": data.draw(st.integers(0, 16)),
+        "n": data.draw(st.integers(1, 3)),
+        "echo": data.draw(st.booleans()),
+        "logprobs": data.draw(st.sampled_from([None, 0, 2])),
+        "stop": data.draw(st.lists(st.sampled_from(["a", "e", " ", "\ufffd"]), max_size=2)),
+        "extra_body": {"ignore_eos": True, "return_token_ids": True},
+    }
+    whole = client.completions.create(**asked).choices
+    streamed: list[Any] = [{"text": "", "ids": [], "numbers": [], "offsets": []} for _ in whole]
+    for chunk in client.completions.create(**asked, stream=True):
+        (choice,) = chunk.choices
+        got = streamed[choice.index]
+        got["text"] += choice.text
+        got["ids"] += choice.model_extra["token_ids"]  # type: ignore[index]
+        if choice.logprobs is not None:
+            got["numbers"] += choice.logprobs.token_logprobs or []
+            got["offsets"] += choice.logprobs.text_offset or []
+        got["finish"] = choice.finish_reason
+    for got, choice in zip(streamed, whole, strict=True):
+        assert got["text"] == choice.text and got["finish"] == choice.finish_reason
+        assert got["ids"] == choice.model_extra["token_ids"]  # type: ignore[index]
+        if choice.logprobs is not None:
+            assert got["offsets"] == choice.logprobs.text_offset
+            # Of another company in the batch: rounding of the last bits.
+            for one, other in zip(got["numbers"], choice.logprobs.token_logprobs, strict=True):  # type: ignore[arg-type]
+                assert one == other or one == pytest.approx(other, abs=1e-9)
+
+
+def test_errors_are_the_clients_classes(client: openai.OpenAI) -> None:
+    """Oracle: the classes of OpenAI's client, and what they say."""
+    asked: Any = {"model": NAME, "prompt": "a", "max_tokens": 2}
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(**asked | {"temperature": 9})
+    assert (bad.value.param, bad.value.code) == ("temperature", "invalid_value")
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(**asked | {"model": "gpt-x"})
+    assert missing.value.code == "model_not_found"
 
 
 def test_logprobs_of_a_chat_tell_bytes_and_alternatives(
