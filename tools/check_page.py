@@ -42,6 +42,8 @@ PIECES = [
     *[(f" They sail by day {day},", 14, 3, 4) for day in range(12)],
     (" and rest.", 4, 1, 3),
 ]
+KEY = "open-sesame"
+LATE = "the request took longer than 600 seconds (serving.request_timeout)"
 SECONDS = 20  # that something may take to appear
 
 
@@ -74,6 +76,10 @@ class Script(BaseHTTPRequestHandler):
             message = "8 answers run or wait, and 8 slots and a queue of 0 hold no more 1"
             self._send(429, {"error": {"message": message}}, {"Retry-After": "1"})
             return
+        if text.endswith("key") and self.headers["Authorization"] != f"Bearer {KEY}":
+            message = "the key is missing: send the header Authorization"
+            self._send(401, {"error": {"message": message}})
+            return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -86,8 +92,12 @@ class Script(BaseHTTPRequestHandler):
             if text.endswith("cut") and number == 3:
                 self.close_connection = True
                 return
+            if text.endswith("late") and number == 3:
+                self._event(json.dumps({"error": {"message": LATE}}))
+                self.wfile.write(b"0\r\n\r\n")
+                return
             choice: dict[str, Any] = {"index": 0, "finish_reason": None, "accepted": accepted}
-            choice |= {"tokens": tokens, "accepted_characters": characters}
+            choice |= {"tokens": tokens, "accepted_characters": characters, "drafted": tokens - 1}
             choice |= {"delta": {"content": piece}} if chat else {"text": piece}
             if number == len(PIECES) - 1:
                 choice["finish_reason"] = "stop"
@@ -206,10 +216,12 @@ class Browser:
 
     def press(self, key: str, code: int, control: bool = False) -> None:
         """Press a key, with or without Control."""
-        for kind in ("rawKeyDown", "keyUp"):
-            modifiers = 2 if control else 0
-            names = {"key": key, "code": key, "windowsVirtualKeyCode": code}
-            self.call("Input.dispatchKeyEvent", type=kind, modifiers=modifiers, **names)
+        names = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        names |= {"modifiers": 2 if control else 0}
+        # With a text the browser does what the key does by itself, such as sending a form.
+        text = {"text": "\r"} if key == "Enter" else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **names, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **names)
 
     def picture(self, path: Path) -> None:
         """Save what is seen."""
@@ -243,6 +255,7 @@ def look(browser: Browser, root: str, place: Path) -> list[str]:
 
     browser.open(f"{root}/#mode=text&temperature=0&seed=7")
     took = browser.value(LOADED)
+    print(f"the page is interactive after {took:.0f} ms")
     check(took < 1000, f"the page is interactive after {took:.0f} ms, and 1000 are allowed")
     check(browser.value("field('seed').value") == "7", "the address does not set the seed")
     browser.type("Where does")
@@ -276,7 +289,7 @@ def look(browser: Browser, root: str, place: Path) -> list[str]:
     wide = browser.value("document.documentElement.scrollWidth")
     check(wide <= 390, f"the page is {wide} wide on a phone of 390")
 
-    for word, words in (("busy", "busy"), ("cut", "connection was cut")):
+    for word, words in (("busy", "busy"), ("late", LATE), ("cut", "connection was cut")):
         browser.open(f"{root}/?{word}#mode=text")
         browser.type(f"This one is {word}")
         browser.press("Enter", 13, control=True)
@@ -285,6 +298,16 @@ def look(browser: Browser, root: str, place: Path) -> list[str]:
         check(words in said, f"instead of '{words}' it says '{said}'")
         browser.picture(place / f"{word}.png")
     check("river" in browser.value(TEXT), "what had come before the cut is gone")
+
+    browser.open(f"{root}/?key#mode=text")
+    browser.type("This one needs a key")
+    browser.press("Enter", 13, control=True)
+    browser.wait(f"{ERROR}.includes('asks for a key') && byId('access').open")
+    browser.value("byId('key').focus()")
+    browser.type(KEY)
+    browser.press("Enter", 13)
+    browser.wait(f"{TEXT}.endsWith('rest.')")
+    check(KEY not in browser.value("location.href"), "the key is in the address")
     return wrong
 
 

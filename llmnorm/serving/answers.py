@@ -102,6 +102,7 @@ class Answers:
             choice["text"] = added.text
         if self._fields.accepted_marks:
             choice |= {
+                "drafted": event.drafted,
                 "accepted": event.accepted,
                 "tokens": len(event.tokens),
                 "accepted_characters": event.accepted_characters,

@@ -111,8 +111,8 @@ class AnswerFields(Fields):
     speculative: bool = Field(True, description="false: no drafts for this request.")
     accepted_marks: bool = Field(
         False,
-        description="true: each piece of a stream tells how many of its tokens, and of the first "
-        "characters that the model added, were drafted.",
+        description="true: each piece of a stream tells how many tokens were drafted, how many of "
+        "them are accepted, and how many of the piece's first characters these are.",
     )
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -119,6 +119,7 @@ def test_marks_tell_the_drafted_characters(served: Served, chat: bool) -> None:
     decode = served.model.decode
     for choice, text in zip(marked, texts, strict=True):
         assert choice["tokens"] == len(choice["token_ids"])
+        assert choice["accepted"] <= choice["drafted"] <= 3
         assert 0 <= choice["accepted_characters"] <= len(text)
         whole = decode(choice["token_ids"])
         if whole == text and "\ufffd" not in whole:  # its characters lie in no other piece

@@ -162,15 +162,16 @@ function addText(box, text, accepted) {
   if (below) output.scrollTop = output.scrollHeight;
 }
 
-const NOTHING = { tokens: 0, accepted: 0, waited: 0, first: 0, last: 0 };
+const NOTHING = { tokens: 0, drafted: 0, accepted: 0, waited: 0, first: 0, last: 0 };
 
 // `waited`: the first piece's tokens, which came after the prompt was read; `first`, `last`: when
 // the first and the last piece came, in milliseconds.
-function showFigures({ tokens, accepted, waited, first, last }) {
+function showFigures({ tokens, drafted, accepted, waited, first, last }) {
   byId("tokens").textContent = String(tokens);
   const rate = ((tokens - waited) * 1000) / (last - first);
   byId("rate").textContent = last > first ? rate.toFixed(1) : "–";
-  byId("share").textContent = tokens ? `${Math.round((100 * accepted) / tokens)} %` : "–";
+  const share = `${accepted} of ${drafted} (${Math.round((100 * accepted) / drafted)} %)`;
+  byId("share").textContent = drafted ? share : "–";
 }
 
 const FINISHED = {
@@ -210,6 +211,7 @@ async function answer(text) {
         count.last = performance.now();
         if (!count.tokens) [count.first, count.waited] = [count.last, choice.tokens];
         count.tokens += choice.tokens;
+        count.drafted += choice.drafted;
         count.accepted += choice.accepted;
       }
       if (choice.finish_reason) ending = FINISHED[choice.finish_reason] ?? "The answer has ended.";
