@@ -114,7 +114,7 @@ def test_a_client_that_leaves_frees_its_row(
 
 
 def test_a_slow_reader_holds_nobody_up(served: Served) -> None:
-    """Oracle: the answer beside it comes while it has read nothing; then it reads all of its own."""
+    """Oracle: the answer beside it comes while it has read nothing; then it reads its own."""
     served.idle()
     body = json.dumps({**ASK, "stream": True, "seed": 2, "temperature": 1})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
