@@ -105,6 +105,7 @@ BAD = [
     ({"prompt": []}, "prompt", "invalid_value"),
     ({"prompt": [[]]}, "prompt", "invalid_value"),
     ({"prompt": [10**6]}, "prompt", "invalid_value"),
+    ({"prompt": ["a"] * 200}, "prompt", "invalid_value"),
     ({"prompt": "a", "n": "5"}, "n", "invalid_value"),
     ({"prompt": "a", "n": 10**9}, "n", "invalid_value"),
     ({"prompt": "a", "n": 5}, "n", "invalid_value"),
