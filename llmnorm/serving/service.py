@@ -185,11 +185,6 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
-    def waiting(self) -> int:
-        """Answers that wait for a slot."""
-        return max(0, sum(ticket.running for ticket in self._tickets) - self.slots)
-
-    @property
     def open_tickets(self) -> int:
         """Requests that are being answered."""
         return len(self._tickets)

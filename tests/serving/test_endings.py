@@ -113,6 +113,42 @@ def test_a_client_that_leaves_frees_its_row(
     )
 
 
+def test_a_slow_reader_holds_nobody_up(served: Served) -> None:
+    """Oracle: the answer beside it comes while it has read nothing; then it reads its own."""
+    served.idle()
+    body = json.dumps({**ASK, "stream": True, "seed": 2, "temperature": 1})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", served.port)) as slow:
+        slow.sendall(f"{head}Connection: close\r\n\r\n{body}".encode())
+        wait_for(lambda: served.service.open_tickets == 1)
+        assert post(served).json()["choices"][0]["text"] == expected(served)
+        read = b"".join(iter(lambda: slow.recv(2**12), b"")).decode()
+    told = [line[6:] for line in read.splitlines() if line.startswith("data: ")]
+    assert told[-1] == "[DONE]"
+    text = text_of([json.loads(event) for event in told[:-1]])
+    assert text == expected(served, seed=2, temperature=1)
+
+
+def test_a_defect_of_ours_is_500_and_no_trace(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: OpenAI's error object with the request's id; the trace on stderr; then an answer."""
+
+    def broken(*_: object) -> None:
+        raise KeyError("a secret of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.service, "open", broken)
+        answer = post(served)
+    assert answer.status_code == 500 and "secret" not in answer.text
+    error = answer.json()["error"]
+    assert error["code"] == "internal_error"
+    assert answer.headers["x-request-id"] in error["message"]
+    said: list[str] = []  # the trace comes after the answer
+    wait_for(lambda: said.append(capfd.readouterr().err) or "a secret of ours" in "".join(said))
+    assert post(served).json()["choices"][0]["text"] == expected(served)
+
+
 def test_logits_that_are_nan_end_their_row_alone(served: Served, pool: ThreadPoolExecutor) -> None:
     """Oracle: 500 for it; the row beside it, and the next one in its slot, are the offline
     engine's."""
