@@ -185,7 +185,7 @@ class Answers:
         numbers = [None if chosen is None else chosen.logprob for _, chosen in answer.logprobs]
         tops: list[dict[str, float] | None] = []
         for token, chosen in answer.logprobs:
-            top = None
+            top: dict[str, float] | None = None
             if chosen is not None:
                 top = {}
                 for other, number in chosen.top:  # of two with the same text the likelier counts
