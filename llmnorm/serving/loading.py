@@ -14,7 +14,8 @@ from llmnorm.config.saved import to_tree
 from llmnorm.config.serving import ServingSettings
 from llmnorm.config.tree import GenerationSettings
 from llmnorm.exchange.served import Target
-from llmnorm.generation.engine import Engine
+from llmnorm.generation.contract import Request, Sampling
+from llmnorm.generation.engine import Counters, Engine
 from llmnorm.machine.doctor import version
 from llmnorm.serving.asking import Model
 from llmnorm.serving.chat import chat_of
@@ -39,6 +40,7 @@ def model_of_target(
     own = target._replace(tokenizer=copy.deepcopy(target.tokenizer))
     built = own.build(settings)
     assert isinstance(built.engine, Engine), "eqspec and exspec are refused before"
+    _warm_up(built.engine)
     tokenizer, vocabulary = target.tokenizer, target.asker.vocabulary
     model = Model(
         name=name,
@@ -63,6 +65,16 @@ def model_of_target(
         f"messages: {about_chat}",
     ]
     return model, built.engine, says
+
+
+def _warm_up(engine: Engine) -> None:
+    """Run rows alone and together, so that no request waits until steps are captured."""
+    for _ in engine.generate(
+        Request((0,), Sampling(temperature=0, max_tokens=tokens, ignore_end=True))
+        for tokens in (4, 8)
+    ):
+        pass
+    engine.counters = Counters()
 
 
 def _about_equality(settings: GenerationSettings) -> str:

@@ -221,15 +221,13 @@ class Service:
         """
         self.check_open()
         answers = sum(request.n for request in requests)
-        taken = sum(ticket.running for ticket in self._tickets)
-        if taken + answers > self.slots + self._settings.queue:
-            raise Refusal(
-                429,
-                f"{taken} answers run or wait, and {self.slots} slots and a queue of "
-                f"{self._settings.queue} (serving.queue) hold no more {answers}",
-                "queue_full",
-                wait=AGAIN,
-            )
+        taken, room = sum(t.running for t in self._tickets), self.slots + self._settings.queue
+        if answers > room:
+            message = f"the request has {answers} answers, and {room} run and wait at most"
+            raise Refusal(400, f"{message} (serving.queue)", "invalid_value", param="prompt")
+        if taken + answers > room:
+            message = f"{taken} answers run or wait, {room} can, and the request has {answers}"
+            raise Refusal(429, f"{message} (serving.queue)", "queue_full", wait=AGAIN)
         for request in requests:
             try:
                 self.engine.check(request)

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmnorm.exchange.served import load_target
+from llmnorm.generation.engine import Counters
 from llmnorm.models import LlmNormConfig
 from llmnorm.models.modeling import build_model
 from tests.models.cache_rounds import MODELS
-from tests.serving.served import save_model, serving
+from tests.serving.served import Served, save_model, serving
 from tests.test_data.chats import save_tokenizer
 
 SAID = {"role": "user", "content": "It is 4. 2+2? 3+3? " * 6}
@@ -86,3 +87,11 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
     plain = load_target(directory, GenerationSettings())
     with torch.no_grad():
         assert not torch.allclose(plain.model(ids).logits, found[1], atol=1e-2)
+
+
+def test_steps_are_captured_before_the_first_request(tmp_path: Path) -> None:
+    """Oracle: the graphs for one row and for several; nothing of it is counted."""
+    served = Served(save_model(tmp_path / "model"))
+    assert {alone for _, alone in served.engine._step._graphs} == {True, False}  # type: ignore[attr-defined]
+    assert served.engine.counters == Counters() and served.engine.idle
+    served._bound.close()

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.served import CONTEXT, NAME, Served, save_model, serving
+from tests.serving.served import CONTEXT, NAME, Served, save_model, serving, wait_for
 
 KEY, OTHER = "a-key-of-sixteen", "another-key-of-ours"
 LIMIT = 40_000
@@ -105,6 +105,7 @@ BAD = [
     ({"prompt": []}, "prompt", "invalid_value"),
     ({"prompt": [[]]}, "prompt", "invalid_value"),
     ({"prompt": [10**6]}, "prompt", "invalid_value"),
+    ({"prompt": ["a"] * 200}, "prompt", "invalid_value"),
     ({"prompt": "a", "n": "5"}, "n", "invalid_value"),
     ({"prompt": "a", "n": 10**9}, "n", "invalid_value"),
     ({"prompt": "a", "n": 5}, "n", "invalid_value"),
@@ -210,7 +211,9 @@ def test_the_access_log_and_the_request_id(served: Served, http: httpx.Client) -
     answer = http.post("/v1/completions", json=body, headers={"X-Request-Id": "mine-7"})
     assert answer.headers["x-request-id"] == "mine-7"
     assert int(answer.headers["openai-processing-ms"]) >= 0
-    log = Path(str(served.log)).read_text()
+    path = Path(str(served.log))
+    wait_for(lambda: '"mine-7"' in path.read_text())  # the line comes after the answer
+    log = path.read_text()
     line = next(json.loads(raw) for raw in log.split("\n") if '"mine-7"' in raw)
     usage = answer.json()["usage"]
     assert line["prompt_tokens"] == usage["prompt_tokens"] and line["tokens"] == 5
