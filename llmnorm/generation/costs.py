@@ -36,7 +36,7 @@ Times = Mapping[int, Mapping[int, tuple[float, float]]]
 
 UNMEASURED: Times = {1: {1: (0.2, 0.0)}}  # a GPU: as many launches, however many tokens
 LENGTHS = (1, 2, 3, 4, 8, 16)  # that are chosen from; the pass of each is traced once, in 30 steps
-ON, OFF = 1.08, 1.05  # the speed-up from which drafting begins, and under which it ends
+ON, OFF = 1.05, 1.02  # the speed-up from which drafting begins, and under which it ends
 BETTER = 1.03  # by how much another length must be better than the one in use
 LEAST = 0.02  # chance that a token is accepted, under which it is not drafted
 RETRY = 32  # rounds without drafts, after which one token is drafted to see

@@ -136,7 +136,7 @@ def test_a_length_in_use_stays_until_another_is_clearly_better() -> None:
         anew.append(best_length([p] * 4, some))
     changes = [sum(a != b for a, b in itertools.pairwise(some)) for some in (kept, anew)]
     assert changes[0] <= 2 < 10 < changes[1]
-    border = next(p / 1000 for p in range(1000) if speed_up(p / 1000, 1, 4, some) >= 1.06)
+    border = next(p / 1000 for p in range(1000) if speed_up(p / 1000, 1, 4, some) >= 1.03)
     assert best_length([border] * 4, some, now=0) == 0
     assert best_length([border] * 4, some, now=1) == 1
     assert best_length([border - 0.1] * 4, some, now=1) == 0

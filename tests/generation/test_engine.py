@@ -448,10 +448,11 @@ def rows_exchanged(true: Any, slots: Slots, blocks: list[list[int]]) -> Tensor:
     return true(slots, blocks).flip(0)
 
 
-def piece_left_out(true: Any, slots: Slots, most: int) -> bool:
+def piece_left_out(true: Any, slots: Slots, most: int, **more: Any) -> Tensor:
     if slots.left > 12:
         slots._prompt = slots._prompt[:5] + slots._prompt[6:]  # type: ignore[index]
-    return true(slots, most)
+    left: Tensor = true(slots, most, **more)
+    return left
 
 
 def gap_filled_by_another(true: Any, slots: Slots, gap: int, last: int) -> None:
