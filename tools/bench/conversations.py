@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import lora_step
 import yaml
-from data import seconds, some_texts
+from packing import seconds, some_texts
 from report import RESULTS, Table, publish
 from tokenizers import Tokenizer
 from tqdm import tqdm

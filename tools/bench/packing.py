@@ -1,6 +1,6 @@
 """Measure data preparation against `tokenizers` alone, and the loader against a training step.
 
-usage: python tools/bench/data.py RUN [key=value ...] [--megabytes 8] [--rounds 5]
+usage: python tools/bench/packing.py RUN [key=value ...] [--megabytes 8] [--rounds 5]
            [--out docs/results/data.json]
 
 Packing reads records, tokenises, packs and writes fsynced, checksummed shards with `data.processes`
