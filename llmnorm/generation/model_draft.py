@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llmnorm.generation.blocks import rectangle
 from llmnorm.generation.contract import DraftedRow, Proposal, Step
 from llmnorm.generation.sampling import draw
 from llmnorm.nn.cache import RaggedCache
@@ -209,11 +210,9 @@ class ModelDraft:
         The pass takes the first rows up to the last that has a block, and is `width` tokens wide,
         or as wide as the longest block.
         """
-        new = max(width, *map(len, blocks.values()))
         of_rows = [blocks.get(slot, []) for slot in range(max(blocks) + 1)]
-        ids = torch.tensor([block + [0] * (new - len(block)) for block in of_rows])
-        counts = [len(block) for block in of_rows]
-        logits = self._step.step(ids.to(self._step.device), self._cache, counts, last=True)
+        ids, counts = rectangle(of_rows, self._step.device, width)
+        logits = self._step.step(ids, self._cache, counts, last=True)
         for slot, block in blocks.items():
             self._rows[slot].tokens += block
         return logits

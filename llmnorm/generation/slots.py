@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmnorm.generation.blocks import rectangle
 from llmnorm.generation.contract import Step
 from llmnorm.nn.cache import KEPT, KeyValues, RaggedCache
 
@@ -205,10 +206,8 @@ class Slots:
     def feed(self, blocks: Sequence[Sequence[int]]) -> Tensor:
         """Append a block to each running row; logits (rows, longest block, vocabulary)."""
         assert len(blocks) == self.running
-        counts = [len(block) for block in blocks]
-        new = max(counts)
-        ids = [[*block, *[0] * (new - len(block))] for block in blocks]
-        return self.step.step(torch.tensor(ids).to(self.step.device), self._cache, counts)
+        ids, counts = rectangle(blocks, self.step.device)
+        return self.step.step(ids, self._cache, counts)
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Take back the last tokens of the running rows."""

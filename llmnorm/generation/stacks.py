@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from llmnorm.generation.blocks import rectangle
 from llmnorm.generation.contract import Step
 from llmnorm.models.foreign_decoding import longest_row, refuse_foreign
 from llmnorm.nn.cache import RaggedCache
@@ -157,7 +158,7 @@ class SlotStack(Stack):
 
     def feed(self, blocks: Sequence[Sequence[int]]) -> Tensor:
         """Append a block to each row; logits."""
-        ids, counts = _rectangle(blocks, self._step.device)
+        ids, counts = rectangle(blocks, self._step.device)
         return self._step.step(ids, self.cache, counts)
 
     def drop(self, counts: Sequence[int]) -> None:
@@ -254,7 +255,7 @@ class PaddedStack(Stack):
         """Append a block to each row; logits. Positions are counted by the mask (section 2.4)."""
         assert self.aligned, "rows end at different columns: stack them anew"
         device, width = self._model.device, self.width
-        ids, counts = _rectangle(blocks, device)
+        ids, counts = rectangle(blocks, device)
         new = ids.shape[1]
         mask = None
         if any(self.padding):
@@ -270,7 +271,6 @@ class PaddedStack(Stack):
             past_key_values=self.cache,
             use_cache=True,
         ).logits
-        counts = [new] * len(blocks) if counts is None else counts
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
         self._crop()
         return logits
@@ -283,13 +283,3 @@ class PaddedStack(Stack):
     def _crop(self) -> None:
         if self.aligned:
             self.cache.crop(self.padding[0] + self.lengths[0] - self.width)
-
-
-def _rectangle(
-    blocks: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Tensor, list[int] | None]:
-    """Blocks as ids (rows, longest), and how many of each row's are real; None: all of them."""
-    counts = [len(block) for block in blocks]
-    new = max(counts)
-    ids = [[*block, *[0] * (new - len(block))] for block in blocks]
-    return torch.tensor(ids, device=device), None if min(counts) == new else counts
