@@ -5,9 +5,11 @@ tokens. Shapes: prompts (rows, PROMPT).
 """
 
 import json
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -104,22 +106,34 @@ def looped(model: LlamaForCausalLM, prompts: Tensor, steps: int, clock: Clock) -
     return (clock.now() - begin) / steps, [t[:, 0].tolist() for t in made]
 
 
-def per_pass(
-    decoder: Decoder, model: LlmNormForCausalLM, prompts: Tensor, new: int, slots: int, clock: Clock
-) -> float:
-    """Seconds of a pass of `new` tokens a row, rolled back each time; the best of 12.
+def over_a_step(
+    decoder: Decoder,
+    model: LlmNormForCausalLM,
+    prompts: Tensor,
+    passes: Sequence[tuple[int, int]],
+    clock: Clock,
+) -> list[float]:
+    """How many steps of one token a row a pass takes, in turns with it; medians of 24.
 
-    The cache has `slots` rows, of which the first ones, as many as prompts, take part.
+    Args:
+        passes: of each the new tokens a row, rolled back each time, and how many rows its cache
+            has, of which the first ones, as many as prompts, take part.
     """
-    cache = model.model.new_cache().slots
-    decoder.step(prompts[:1].expand(slots, -1), cache, last=True)
-    ids, times = prompts[:, :new], []
-    for _ in range(12):
-        begin = clock.now()
-        decoder.step(ids, cache)
-        times.append(clock.now() - begin)
-        cache.rollback([new] * len(ids))
-    return min(times)
+    times: list[list[float]] = [[] for _ in range(len(passes) + 1)]
+    caches = []
+    for _, slots in [(1, len(prompts)), *passes]:
+        caches.append(model.model.new_cache().slots)
+        decoder.step(prompts[:1].expand(slots, -1), caches[-1], last=True)
+    widths = [1, *(new for new, _ in passes)]
+    for turn in range(27):
+        for new, cache, some in zip(widths, caches, times, strict=True):
+            begin = clock.now()
+            decoder.step(prompts[:, :new], cache)
+            if turn > 2:  # the first ones trace
+                some.append(clock.now() - begin)
+            cache.rollback([new] * len(prompts))
+    step, *others = times
+    return [statistics.median(a / b for a, b in zip(some, step, strict=True)) for some in others]
 
 
 def read_once(model: LlmNormForCausalLM, rows: int, length: int, clock: Clock) -> float:

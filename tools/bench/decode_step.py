@@ -18,10 +18,10 @@ A time is the median over the rounds of the mean step, a ratio the median over t
 candidate's time / ours in that round). With one thread times are CPU seconds, so that other work on
 the machine makes little difference; with more they are by the clock.
 
-Beside them, of ours: the time of 5 and 9 tokens a row over that of 1, which are then rolled back;
-one client in a cache of 16 rows over one in a cache of 1; bf16 weights. `read once` is the time of
-reading all weights and the keys and values once, by a dot product with the same threads, and its
-share of a step.
+Beside them, of ours, in turns too: the time of 5 and 9 tokens a row over that of 1, which are then
+rolled back; one client in a cache of 16 rows over one in a cache of 1. Then bf16 weights.
+`read once` is the time of reading all weights and the keys and values once, by a sum with the same
+threads, and its share of a step.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from decode_candidates import (  # noqa: E402
     looped,
     models,
     our_steps,
-    per_pass,
+    over_a_step,
     read_once,
     write_gguf,
 )
@@ -122,12 +122,11 @@ def measured(
             }
             once = read_once(ours, rows, PROMPT + options.steps // 2, clock)
             entry["read once"] = 1e3 * once
-            step = per_pass(decoder, ours, ids, 1, rows, clock)
-            entry["more tokens"] = {
-                new: per_pass(decoder, ours, ids, new, rows, clock) / step for new in WIDTHS
-            }
+            passes = [(new, rows) for new in WIDTHS] + ([(1, SLOTS)] if rows == 1 else [])
+            ratios = over_a_step(decoder, ours, ids, passes, clock)
+            entry["more tokens"] = dict(zip(WIDTHS, ratios, strict=False))
             if rows == 1:
-                entry["one of 16"] = per_pass(decoder, ours, ids, 1, SLOTS, clock) / step
+                entry["one of 16"] = ratios[-1]
             entry["bf16"] = 1e3 * statistics.median(
                 our_steps(half, ours, ids, options.steps, clock)[0] for _ in range(3)
             )
