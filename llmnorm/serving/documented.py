@@ -49,6 +49,7 @@ HEADERS = {
 ANY = (405, 500)  # of every route
 WITH_BODY = (400, 404, 413)
 ANSWERING = (429, 503, 504)
+_ABOUT = {"title", "description", "default"}  # keys of a schema that allow and forbid nothing
 
 
 def describe(
@@ -83,9 +84,11 @@ def describe(
         for status in sorted(all_of)
     }
     content = {kind: {"schema": {"$ref": REF.format(model=answer)}} if kind == JSON else TEXT}
+    about = summary if kind == JSON else answer
     if stream:
-        content[STREAM] = TEXT
-    responses[200] = {"description": summary if kind == JSON else answer, "content": content}
+        content[STREAM] = {}
+        about += "; with `stream`, events whose data are its pieces, and `[DONE]` behind the last"
+    responses[200] = {"description": about, "content": content}
     extra: dict[str, Any] = {}
     if body is not None:
         fields = {JSON: {"schema": {"$ref": REF.format(model=body.__name__)}}}
@@ -131,4 +134,15 @@ def write_document(app: "FastAPI", root_path: str, *, keys: bool) -> None:
     for body in BODIES:
         schema = body.model_json_schema(ref_template=REF)
         schemas |= schema.pop("$defs", {})
-        schemas[body.__name__] = schema
+        schemas[body.__name__] = _with_null(schema)
+
+
+def _with_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A body's schema in which null stands for a field that is left out, as it is read."""
+    required = schema.get("required", [])
+    for name, value in schema["properties"].items():
+        kinds = value.get("anyOf", [])
+        if name not in required and {"type": "null"} not in kinds and len(value.keys() - _ABOUT):
+            about = {key: value.pop(key) for key in _ABOUT if key in value}
+            schema["properties"][name] = {"anyOf": [value, {"type": "null"}], **about}
+    return schema
