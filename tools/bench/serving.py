@@ -2,7 +2,7 @@
 
     python tools/bench/serving.py RUN_OR_DIR [--clients 1,4,16,64] [--requests N] [--tokens N]
                                   [--draft none|lookup|RUN_OR_DIR] [--slots N] [--rounds N]
-                                  [--chat N] [--out FILE]
+                                  [--chat N] [--stock DIR] [--out FILE]
 
 Prompts are the beginnings of the texts in tests/data/text; answers are greedy streams of so many
 tokens, end tokens ignored, so that every run has the same work. In turns, an engine without a
@@ -10,8 +10,9 @@ server makes them all with as many rows at once, and `llmnorm serve` does: the s
 thread for the engine, both on one core; the clients (raw asyncio, this process) are on another.
 Every number is the median of the rounds, before which one is not counted. Every text is compared.
 
-Further tables: how much longer a token waits while a prompt of the full context is run, and how
-soon the second turn of a chat of so many tokens begins.
+Further tables: how much longer a token waits while a prompt of the full context is run, how soon
+the second turn of a chat of so many tokens begins, and the same prompts at `transformers serve`
+with continuous batching, which reads the same weights in a stock directory (`export --stock`).
 
 Processor time is that of threads: the server's main one has HTTP, JSON and tokenizing, the other
 one is the engine's. Ratios of it are what an idle machine would show; a busy one spoils seconds.
@@ -38,10 +39,12 @@ from serving_clients import (
     Server,
     Stream,
     ask,
+    ask_peer,
     gaps_without_prompts,
     llmnorm_server,
     load,
     percentiles,
+    transformers_server,
 )
 
 from llmnorm.config.tree import GenerationSettings
@@ -298,6 +301,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chat", type=int, default=0, help="tokens of a chat of two turns")
+    parser.add_argument("--stock", type=Path, metavar="DIR", help="for `transformers serve`")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -308,7 +312,11 @@ def main() -> None:
     target = load_target(asked.path, settings)
     text = " ".join(path.read_text() for path in sorted(TEXTS.glob("*.txt")))
     ids = target.asker.text(text[: (asked.requests * PROMPT + target.context) * 12])
-    prompts = [ids[PROMPT * n : PROMPT * (n + 1)] for n in range(asked.requests)]
+    texts = [
+        str(target.tokenizer.decode(ids[PROMPT * n : PROMPT * (n + 1)]))
+        for n in range(asked.requests)
+    ]
+    prompts = [target.asker.text(text) for text in texts]
     long = ids[-target.context :][: target.context - 1]
     chat = target.tokenizer.decode(ids[: asked.chat]) if asked.chat else ""
     assert isinstance(chat, str)
@@ -319,6 +327,8 @@ def main() -> None:
         asyncio.run(server.ready())
         bench = Bench(Offline(target, settings), server, (cores[0], cores[1]))
         tables, figures = _measured(bench, asked, prompts, long, chat)
+        if asked.stock is not None:
+            tables.append(_beside_peer(server, asked, prompts, texts, figures, cores))
     finally:
         server.close()
     publish(asked.out, "The server", tables, figures)
@@ -359,6 +369,44 @@ def _measured(
         rows[1] += [f"{ratio:.2f}" for ratio in ratios]
         tables.append(Table(f"A chat of {asked.chat} tokens", columns, rows))
     return tables, figures
+
+
+def _beside_peer(
+    server: Server,
+    asked: argparse.Namespace,
+    prompts: list[list[int]],
+    texts: list[str],
+    figures: dict[str, Any],
+    cores: list[int],
+) -> Table:
+    """The same prompts at both servers, in turns, with the largest number of clients."""
+    clients = max(map(int, asked.clients.split(",")))
+    peer = transformers_server(asked.stock, {cores[0]})
+    rates: list[list[float]] = [[], []]
+    equal = 0
+    try:
+        asyncio.run(peer.ready())
+        asyncio.run(load(peer.port, texts[:1], 1, 2, ask_peer))  # it loads the model
+        for _ in range(asked.rounds):
+            found = []
+            sides = ((server, prompts, ask), (peer, texts, ask_peer))
+            for number, (one, asks, how) in enumerate(sides):
+                before = one.seconds()
+                streams = asyncio.run(load(one.port, asks, clients, asked.tokens, how))
+                taken = sum(one.seconds().since(before))
+                rates[number].append(len(prompts) * asked.tokens / taken)
+                found.append([stream.text() for stream in streams])
+            equal = sum(ours == theirs for ours, theirs in zip(*found, strict=True))
+    finally:
+        peer.close()
+    ours, theirs = map(median, rates)
+    figures["transformers_serve"] = {"ours": ours, "theirs": theirs, "equal": equal}
+    columns = ["server", "tokens a second of processor time", "ratio", "equal"]
+    rows = [
+        ["llmnorm serve", f"{ours:.0f}", "1", "-"],
+        ["transformers serve", f"{theirs:.0f}", f"{theirs / ours:.2f}", f"{equal}"],
+    ]
+    return Table(f"{clients} clients beside transformers serve", columns, rows)
 
 
 if __name__ == "__main__":

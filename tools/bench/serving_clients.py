@@ -4,10 +4,12 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +42,7 @@ class Stream:
         gaps = []
         times = [self.began + at for at in self.at]
         for before, now, event in zip(times, times[1:], self.events[1:], strict=False):
-            tokens = json.loads(event)["choices"][0]["tokens"]
+            tokens = json.loads(event)["choices"][0].get("tokens", 1)
             gaps += [(before, now, (now - before) / tokens)] * tokens
         return gaps
 
@@ -56,16 +58,33 @@ def gaps_without_prompts(streams: Sequence[Stream]) -> list[float]:
     ]
 
 
+OURS = {"temperature": 0, "ignore_eos": True, "stream": True, "accepted_marks": True}
+
+
 async def ask(
     port: int, route: str = "completions", on_first: Callable[[], None] | None = None, **body: Any
 ) -> Stream:
-    """One greedy stream over a connection of its own, which no end token ends.
+    """One greedy stream of our server, which no end token ends.
 
     Args:
         on_first: called when the first tokens have come.
     """
-    how = {"temperature": 0, "ignore_eos": True, "stream": True, "accepted_marks": True}
-    raw = json.dumps({**how, **body}).encode()
+    return await _stream(port, route, {**OURS, **body}, b"data: [DONE]", on_first)
+
+
+async def ask_peer(port: int, *, prompt: str, max_tokens: int) -> Stream:
+    """The same of `transformers serve`, whose streams have no [DONE]."""
+    chosen = {"max_new_tokens": max_tokens, "do_sample": False}
+    config = json.dumps({**chosen, "eos_token_id": -1, "pad_token_id": 0})
+    body = {"prompt": prompt, "stream": True, "generation_config": config}
+    return await _stream(port, "completions", body, b"0\r\n", None)
+
+
+async def _stream(
+    port: int, route: str, body: dict[str, Any], end: bytes, on_first: Callable[[], None] | None
+) -> Stream:
+    """A request over a connection of its own; `end` begins the line behind the last event."""
+    raw = json.dumps(body).encode()
     head = f"POST /v1/{route} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     stream = Stream(time.perf_counter())
@@ -73,7 +92,7 @@ async def ask(
     said = b""
     while True:
         line = await reader.readline()
-        if line.startswith(b"data: [DONE]"):
+        if line.startswith(end):
             break
         if line.startswith(b"data: "):
             event = line[6:]
@@ -83,19 +102,24 @@ async def ask(
                 if on_first is not None and len(stream.events) == 1:
                     on_first()
         elif not line:
-            raise SystemExit(f"bench: error: a stream ended without [DONE]: {said[-500:].decode()}")
+            sys.exit(f"bench: error: a stream ended in its middle: {said[-500:].decode()}")
         said += line
     writer.close()
     return stream
 
 
-async def load(port: int, prompts: Sequence[Any], clients: int, tokens: int) -> list[Stream]:
+Ask = Callable[..., Awaitable[Stream]]
+
+
+async def load(
+    port: int, prompts: Sequence[Any], clients: int, tokens: int, how: Ask = ask
+) -> list[Stream]:
     """All prompts, by so many clients, each of which asks one after the other."""
     streams: list[Stream | None] = [None] * len(prompts)
 
     async def client(first: int) -> None:
         for number in range(first, len(prompts), clients):
-            streams[number] = await ask(port, prompt=prompts[number], max_tokens=tokens)
+            streams[number] = await how(port, prompt=prompts[number], max_tokens=tokens)
 
     await asyncio.gather(*[client(first) for first in range(clients)])
     return [stream for stream in streams if stream is not None]
@@ -130,13 +154,16 @@ class Server:
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
         assert self._process.stderr is not None
-        self.port = 0
+        self.port, said = 0, ""
         for line in self._process.stderr:
+            said += line
             if found := re.search(address, line):
                 self.port = int(found[1])
                 break
         if not self.port:
-            sys.exit(f"bench: error: the server ended with code {self._process.wait()}")
+            code = self._process.wait()
+            sys.exit(f"bench: error: {' '.join(command)} ended with code {code}:\n{said[-2000:]}")
+        threading.Thread(target=self._process.stderr.read, daemon=True).start()  # or it fills
 
     async def ready(self) -> None:
         """Wait until it takes connections."""
@@ -172,6 +199,16 @@ def llmnorm_server(path: Path, words: Sequence[str], cores: set[int]) -> Server:
     """`llmnorm serve` on a port that is free."""
     command = [sys.executable, "-m", "llmnorm", "serve", str(path), "--port=0", *words]
     return Server(command, cores, r"serving at http://[^ ]*:(\d+)/v1")
+
+
+def transformers_server(path: Path, cores: set[int]) -> Server:
+    """`transformers serve` with continuous batching, on a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(path)]
+    command += ["--device=cpu", "--continuous-batching", f"--port={port}"]
+    return Server(command, cores, r"Uvicorn running on http://[^ ]*:(\d+)")
 
 
 def percentiles(numbers: Sequence[float]) -> list[float]:
