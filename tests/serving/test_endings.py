@@ -2,6 +2,7 @@
 faults of the model, a server that drains."""
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import httpx
 import pytest
 import torch
 
+from llmnorm.serving.access import AccessLog
 from tests.serving.served import Served, save_model, serving, wait_for
 
 ASK: dict[str, Any] = {"prompt": "It is 4.", "temperature": 0, "max_tokens": 30}
@@ -360,3 +362,17 @@ def test_a_full_disk_costs_lines_of_the_log_and_nothing_else(model: Path) -> Non
         assert post(served).json()["choices"][0]["text"] == expected(served)
         text = httpx.get(f"{served.root}/metrics").text
         assert "llmnorm_access_log_errors_total 1.0" in text
+
+
+def test_a_line_that_a_disk_took_in_part_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a disk with room for 20 bytes, and then room again; the other lines are JSON."""
+    lost: list[int] = []
+    log, write = AccessLog(tmp_path / "log", lambda: lost.append(1)), os.write
+    for number, room in enumerate((1000, 20, 1000, 1000)):
+        monkeypatch.setattr(os, "write", lambda file, raw, room=room: write(file, raw[:room]))
+        log.write({"number": number})
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [json.loads(lines[n])["number"] for n in (0, 2, 3)] == [0, 2, 3]
+    assert len(lines) == 4 and len(lines[1]) == 20 and len(lost) == 1
