@@ -119,7 +119,7 @@ class Engine:
 
     @property
     def bytes(self) -> int:
-        """Of the target's caches; a draft's own is not counted, nor limited by cache_memory."""
+        """Of the target's caches; a draft has its own."""
         return self._slots.bytes
 
     @property
