@@ -261,7 +261,8 @@ class GenerationSettings(Settings):
     context: Count | None = None
     """Tokens that a row may have, prompt and answer; left out, the model's."""
     cache_memory: Annotated[float, Field(gt=0)] | None = None
-    """GiB that the cache may take, which is made at the start; left out, what is free."""
+    """GiB that the cache may take, and that of a draft beside it; both are made at the start. Left
+    out, what is free."""
     prefill_chunk: Count = 128
     """Tokens of a prompt that are run at once, between two rounds of the other rows; `eqspec` and
     `exspec` run it whole."""

@@ -225,6 +225,9 @@ def test_what_is_refused(
         chat.directory, "--prompt", "a", "--user", "b"
     )
     assert "has no adapter_config.json" in refused(chat.directory, "--adapter", tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert "it is a run: name it" in refused(chat.directory, "--adapter", tmp_path / "run")
     narrow = AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(
             vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.building import build_model
 from llmnorm.models.initialization import initialize
-from llmnorm.models.modeling import build_model
 
 
 def config(**keys: object) -> LlmNormConfig:

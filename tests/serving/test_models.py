@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmnorm.exchange.served import load_target
 from llmnorm.generation.engine import Counters
 from llmnorm.models import LlmNormConfig
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from tests.models.cache_rounds import MODELS
 from tests.serving.served import Served, save_model, serving
 from tests.test_data.chats import save_tokenizer
