@@ -140,18 +140,20 @@ def _answering(app: "FastAPI", model: Model, service: Service, settings: Serving
             await _unless_gone(_collect(ticket, answers), request.receive)
             return JSONResponse(answers.whole(ticket))
 
-    about = describe(
+    described = describe(
         "Continue a text", "Completion", *ANSWERING, body=CompletionFields, stream=True
     )
 
-    @app.post("/v1/completions", **about)
+    @app.post("/v1/completions", **described)
     async def completions(request: Request) -> Response:
         fields = await _fields(CompletionFields, request, settings, service)
         return await answer(request, fields, await asking.completions(model, fields))
 
-    about = describe("Answer messages", "ChatCompletion", *ANSWERING, body=ChatFields, stream=True)
+    described = describe(
+        "Answer messages", "ChatCompletion", *ANSWERING, body=ChatFields, stream=True
+    )
 
-    @app.post("/v1/chat/completions", **about)
+    @app.post("/v1/chat/completions", **described)
     async def chat(request: Request) -> Response:
         fields = await _fields(ChatFields, request, settings, service)
         return await answer(request, fields, await asking.chat(model, fields))
@@ -166,9 +168,9 @@ def _about_tokens(app: "FastAPI", model: Model, settings: ServingSettings) -> No
     async def detokenize_(request: Request) -> Response:
         return JSONResponse(detokenize(model, await _fields(DetokenizeFields, request, settings)))
 
-    about = describe("The tokenizer's special tokens, for lm-eval", "TokenizerInfo")
+    described = describe("The tokenizer's special tokens, for lm-eval", "TokenizerInfo")
 
-    @app.get("/tokenizer_info", **about)
+    @app.get("/tokenizer_info", **described)
     async def info(request: Request) -> Response:
         return JSONResponse(tokenizer_info(model))
 
@@ -186,9 +188,9 @@ def _about_the_server(app: "FastAPI", model: Model, service: Service, metrics: M
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
 
-    about = describe("A model that is served", "Model", 404, parameter="name")
+    described = describe("A model that is served", "Model", 404, parameter="name")
 
-    @app.get("/v1/models/{name:path}", **about)
+    @app.get("/v1/models/{name:path}", **described)
     async def named(request: Request) -> Response:
         model.check_name(Fields(model=request.path_params["name"]))
         return JSONResponse(card)
@@ -208,9 +210,9 @@ def _about_the_server(app: "FastAPI", model: Model, service: Service, metrics: M
     async def about(request: Request) -> Response:
         return JSONResponse({"version": version()})
 
-    about = describe("Metrics", "In Prometheus' text format.", kind=PLAIN, key=False)
+    described = describe("Metrics", "In Prometheus' text format.", kind=PLAIN, key=False)
 
-    @app.get("/metrics", **about)
+    @app.get("/metrics", **described)
     async def measured(request: Request) -> Response:
         return Response(metrics.text(), media_type=metrics_module.CONTENT_TYPE)
 

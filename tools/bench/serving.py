@@ -119,7 +119,7 @@ class Offline:
         while self._engine.waiting:
             self._engine.step()
         numbers.append(self._engine.add(_request(long, 1)))
-        steps = []
+        steps: list[float] = []
         while self._engine.waiting:
             began = time.perf_counter()
             self._engine.step()
