@@ -1,6 +1,7 @@
 """`llmnorm serve`: an OpenAI-compatible HTTP server on a run or a directory."""
 
 import argparse
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,10 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
         ending = Ending()
         service = Service(engine, serving, settings.slots, metrics, ending.died)
         app = make_app(model, service, serving, metrics, log, keys)
+        # Hundreds of thousands of objects have been made that stay. To look at all of them was a
+        # fourth of the HTTP side's time (16 streams of 2.6M parameters), and stopped every stream.
+        gc.collect()
+        gc.freeze()
         return serve(bound, app, service, ending)
 
 

@@ -86,8 +86,9 @@ class Answers:
         answer.tokens += added.tokens
         answer.logprobs += added.logprobs
         answer.finish = added.finish
-        texts = self._model.texts
-        answer.offset += sum(len(texts.text(token)) for token, _ in added.logprobs)
+        if added.logprobs:
+            text = self._model.texts.text
+            answer.offset += sum(len(text(token)) for token, _ in added.logprobs)
         return added
 
     @property

@@ -20,6 +20,7 @@ one is the engine's. Ratios of it are what an idle machine would show; a busy on
 
 import argparse
 import asyncio
+import gc
 import os
 import sys
 import time
@@ -326,6 +327,8 @@ def main() -> None:
     try:
         asyncio.run(server.ready())
         bench = Bench(Offline(target, settings), server, (cores[0], cores[1]))
+        gc.collect()
+        gc.freeze()  # as the server does
         tables, figures = _measured(bench, asked, prompts, long, chat)
         if asked.stock is not None:
             tables.append(_beside_peer(server, asked, prompts, texts, figures, cores))
