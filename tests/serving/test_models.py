@@ -94,4 +94,4 @@ def test_steps_are_captured_before_the_first_request(tmp_path: Path) -> None:
     served = Served(save_model(tmp_path / "model"))
     assert {alone for _, alone in served.engine._step._graphs} == {True, False}  # type: ignore[attr-defined]
     assert served.engine.counters == Counters() and served.engine.idle
-    served._bound.close()
+    served.bound.close()
