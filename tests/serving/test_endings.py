@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from llmnorm.serving.access import AccessLog
+from llmnorm.serving.refusals import Refusal
 from tests.serving.served import Served, save_model, serving, wait_for
 
 ASK: dict[str, Any] = {"prompt": "It is 4.", "temperature": 0, "max_tokens": 30}
@@ -169,13 +170,18 @@ def test_a_client_that_reads_nothing_holds_no_row(
 def test_a_deadline_frees_the_rows_of_a_client_that_reads_nothing(
     model: Path, monkeypatch: pytest.MonkeyPatch, patience: float
 ) -> None:
-    """Oracle: its rows are aborted at the deadline; its ticket is closed when it has left, or has
-    not read the error for so many seconds."""
+    """Oracle: its rows are aborted at the deadline, which comes when it has filled all buffers; its
+    ticket is closed when it has left, or has not read the error for so many seconds."""
     monkeypatch.setattr("llmnorm.serving.service.DRAINED", patience)
     monkeypatch.setattr("llmnorm.serving.server.STALLED", 3600)
-    with serving(model, serving={"request_timeout": 0.6}) as served:
+    with serving(model, serving={"request_timeout": 3600}) as served:
         served.gate.pause = 0.05
         with reads_nothing(served):
+            (ticket,) = served.service._tickets
+            wait_for(lambda: ticket.tokens > 6)
+            late = Refusal(504, "the request took too long", "timeout")
+            assert served.service._loop is not None
+            served.service._loop.call_soon_threadsafe(ticket.fail, late)
             wait_for(lambda: served.engine.counters.finished.get("abort") == 2)
             wait_for(lambda: not served.engine.running)
             if patience < 1:
