@@ -342,6 +342,7 @@ MISTAKES: list[tuple[list[str], str]] = [
         "rows of objective 'masked_lm' cannot be selected",
     ),
     (["selection=colmm", "selection.pool=12"], "did you mean 'colm'"),
+    (["selection.pool=12"], "selection.pool: unknown key; .*'none' has no settings"),
     (["selection=random", "selection.pool=12", "selection.keep=none"], "selection.keep"),
 ]
 
@@ -393,11 +394,15 @@ def test_a_pool_is_shared_out(pool: int, world: int, even: bool, message: str) -
 
 
 def test_a_run_cannot_change_its_selection(tmp_path: Path, smoke_data: Path) -> None:
-    """Oracle: the message, which names the key."""
+    """Oracle: the message, which names the key; of another selector its name alone."""
     run = tmp_path / "run"
     llmnorm("train", *words_of(run, smoke_data, *COLM, "training.steps=1"))
     config = load(run, ["selection.pool=16"]).config
     with pytest.raises(InputError, match=r"selection.pool \(12 there, 16 here\)"):
+        run_directory.agree(config, going_on=True)
+    config = load(run, ["selection=loss", "selection.pool=16"]).config
+    message = r"run: selection.name \(colm there, loss here\), selection.pool \(12 .*16 here\): an"
+    with pytest.raises(InputError, match=message):
         run_directory.agree(config, going_on=True)
 
 
