@@ -12,16 +12,18 @@ each selection. Figures are medians of the turns, CPU seconds of one thread.
                 a share of the whole step; the bar is 2 %
 
 Memory is by how much the resident size rises in a step, choosing included; the bar is 1.1 times a
-plain step of 16 rows. Weights and the optimizer's state are there before. What is freed goes back to
-the system at once.
+plain step of 16 rows. Weights and the optimizer's state are there before. What is freed goes back
+to the system at once.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from report import Table, publish
 from llmnorm.config.file import load
 from llmnorm.models.row_features import Feature, Measured
 from llmnorm.runs import directory as run_directory
+from llmnorm.selection.settings import SelectionSettings
 from llmnorm.training.prepare import Prepared, prepare
 from llmnorm.training.selecting import forwards
 from llmnorm.training.signals import StopRequest
@@ -69,7 +72,7 @@ class Clock:
             self.seconds += time.process_time() - start
             return found
 
-        Feature.measure = timed  # type: ignore[method-assign]
+        Feature.measure = timed  # type: ignore[method-assign, assignment]
 
 
 def begin(path: Path, words: list[str], place: Path, stack: ExitStack) -> Prepared:
@@ -103,27 +106,25 @@ def measure(path: Path, turns: int, clock: Clock) -> dict[str, Any]:
             step(runs[name], next(batches[name]), StopRequest())
 
         forward = pool_forward(runs["plain"])
-        times: dict[str, list[float]] = {"plain step": [], "forward": []}
-        chosen = [name for name, run in runs.items() if run.selecting is not None]
-        for name in chosen:
-            times[f"{name} measuring"], times[f"{name} rest"] = [], []
+        passes = {
+            name: forwards(run.model, run.objective, run.config.selection)
+            for name, run in runs.items()
+            if isinstance(run.config.selection, SelectionSettings)
+        }
+        times: dict[str, list[float]] = defaultdict(list)
         for turn in range(turns + 1):
-            found = {"plain step": [seconds(lambda: whole("plain"))]}
-            found["forward"] = [seconds(forward)]
-            for name in chosen:
+            found = {"plain step": seconds(partial(whole, "plain")), "forward": seconds(forward)}
+            for name in passes:
                 clock.seconds = 0.0
-                all_of_it = seconds(lambda n=name: next(batches[n]))  # type: ignore[misc]
-                found[f"{name} measuring"] = [clock.seconds]
-                found[f"{name} rest"] = [all_of_it - clock.seconds]
-            if turn:  # the first one warms up
-                times = {key: times[key] + found[key] for key in times}
-        passes = {}
-        for name in chosen:
-            run = runs[name]
-            passes[name] = forwards(run.model, run.objective, run.config.selection)
+                choosing = seconds(partial(next, batches[name]))
+                found[f"{name} measuring"] = clock.seconds
+                found[f"{name} rest"] = choosing - clock.seconds
+            for key, value in found.items():
+                if turn:  # the first one warms up
+                    times[key].append(value)
         for name in runs:
             whole(name)  # has the optimizer make its state
-        memory = {name: temporaries(lambda n=name: whole(n)) for name in runs}  # type: ignore[misc]
+        memory = {name: temporaries(partial(whole, name)) for name in runs}
     return {"seconds": times, "forward passes": passes, "memory": memory}
 
 
@@ -141,17 +142,10 @@ def tables(size: str, found: dict[str, Any]) -> list[Table]:
             cells[2:4] = f"{against:.2f}", _holds(against <= MEASURING, f"{MEASURING}")
         times.append([*cells, _holds(share <= REST, f"{100 * REST:.0f} %")])
     for name, peak in memory.items():
-        bytes_of.append(
-            [
-                name,
-                f"{peak / 1e6:.0f}",
-                f"{peak / memory['plain']:.2f}",
-                f"{peak / memory['plain 2b']:.2f}",
-                "-"
-                if name.startswith("plain")
-                else _holds(peak <= MEMORY * memory["plain"], "1.1"),
-            ]
-        )
+        own = memory["plain"], memory["plain 2b"]
+        bar = "-" if name.startswith("plain") else _holds(peak <= MEMORY * own[0], f"{MEMORY}")
+        ratios = [f"{peak / other:.2f}" for other in own]
+        bytes_of.append([name, f"{peak / 1e6:.0f}", *ratios, bar])
     head = f"{size}: {BATCH} of {POOL} rows"
     return [
         Table(
