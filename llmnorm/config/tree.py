@@ -232,7 +232,7 @@ class GenerationSettings(Settings):
     """Sample from the likeliest tokens that together have this probability."""
     min_p: float = Field(default=0.0, ge=0, lt=1)
     """Sample from tokens that have at least this share of the likeliest one's probability."""
-    repetition_penalty: float = Field(default=1.0, gt=0, le=1000)
+    repetition_penalty: float = Field(default=1.0, ge=0.001, le=1000)
     """Divides the logits of tokens that the prompt or the answer has already, and multiplies those
     below 0 (Keskar et al. 2019, arXiv 1909.05858)."""
     presence_penalty: float = Field(default=0.0, ge=-1000, le=1000)
@@ -261,7 +261,8 @@ class GenerationSettings(Settings):
     context: Count | None = None
     """Tokens that a row may have, prompt and answer; left out, the model's."""
     cache_memory: Annotated[float, Field(gt=0)] | None = None
-    """GiB that the cache may take, which is made at the start; left out, what is free."""
+    """GiB that the cache may take, and that of a draft beside it; both are made at the start. Left
+    out, what is free."""
     prefill_chunk: Count = 128
     """Tokens of a prompt that are run at once, between two rounds of the other rows; `eqspec` and
     `exspec` run it whole."""

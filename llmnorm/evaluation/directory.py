@@ -23,8 +23,8 @@ from llmnorm.exchange.loading import Source, empty_of, open_source, tokenizer_of
 from llmnorm.exchange.peft_adapter import with_adapter
 from llmnorm.machine.doctor import version
 from llmnorm.machine.files import json_text, write_whole
+from llmnorm.models.building import class_of
 from llmnorm.models.convert import named_weights
-from llmnorm.models.modeling import class_of
 from llmnorm.objectives.figures import table
 from llmnorm.objectives.heldout import configuration, validation_objective
 from llmnorm.parallel.processes import Parallel

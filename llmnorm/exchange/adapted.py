@@ -20,9 +20,9 @@ from llmnorm.config.adapter import ALL_LINEAR, Adapter, LowRankSettings, NoAdapt
 from llmnorm.machine import reading
 from llmnorm.models import nf4
 from llmnorm.models.adapters import Factors, factor_names, is_adapter, merged, target_modules
+from llmnorm.models.building import class_of
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import Stored, named_weights
-from llmnorm.models.modeling import class_of
 from llmnorm.models.new_rows import rows_name
 from llmnorm.part import InputError, Settings
 

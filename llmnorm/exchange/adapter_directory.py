@@ -28,7 +28,7 @@ from llmnorm.exchange.loading import Source
 from llmnorm.exchange.model_card import adapter_card
 from llmnorm.generation.prompts import begin_with
 from llmnorm.models.adapters import WEIGHTS, peft_name, write_config
-from llmnorm.models.modeling import empty_model
+from llmnorm.models.building import empty_model
 
 
 def write_adapter(source: Source, directory: Path, *, ema: bool) -> None:

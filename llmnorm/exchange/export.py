@@ -38,10 +38,10 @@ from llmnorm.exchange.model_card import model_card
 from llmnorm.generation.prompts import begin_with
 from llmnorm.machine import reading
 from llmnorm.machine.files import write_whole
+from llmnorm.models.building import class_of
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import MAX_SHARD_BYTES, Stored, write_weights
 from llmnorm.models.equivalence import depth_factors
-from llmnorm.models.modeling import class_of
 from llmnorm.part import InputError
 
 

@@ -20,9 +20,10 @@ from llmnorm.config.manifest import MANIFEST, meta_of_run
 from llmnorm.config.pretrained import Pretrained, describe
 from llmnorm.exchange.adapted import Trained, adapter_of, beside, quantize_of
 from llmnorm.generation.prompts import open_tokenizer
+from llmnorm.models.building import class_of, empty_model
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import Stored, check_weights, named_weights, open_weights
-from llmnorm.models.modeling import LlmNormForCausalLM, class_of, empty_model
+from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory

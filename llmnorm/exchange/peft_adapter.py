@@ -29,7 +29,13 @@ def with_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         InputError: the directory is no adapter, or not one of this model; PEFT is not installed.
     """
     if not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"--adapter: {adapter} has no adapter_config.json, so it is no adapter")
+        cure = "it is no adapter"
+        if (adapter / "config.yaml").is_file():
+            cure = (
+                "it is a run: name it in the model's place, or give what "
+                f"`llmnorm export {adapter} DIR` writes"
+            )
+        raise InputError(f"--adapter: {adapter} has no adapter_config.json; {cure}")
     config = reading.read_object(adapter / "adapter_config.json", "--adapter")
     weights = adapter / "adapter_model.safetensors"
     reading.open_file(weights, "--adapter").close()  # a .bin file is a pickle

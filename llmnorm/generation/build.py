@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from llmnorm.config.tree import GenerationSettings
+from llmnorm.generation.cache_memory import refuse_what_does_not_fit
 from llmnorm.generation.contract import Draft, Step
 from llmnorm.generation.costs import DraftLengths, costs_for, size_of
 from llmnorm.generation.draft import Lookup
@@ -27,6 +28,7 @@ from llmnorm.models.decoding import Decoder
 from llmnorm.models.foreign_decoding import ForeignStep
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.cache import KeyValues
+from llmnorm.nn.layer_cache import PADDING
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ def engine_of(
     if draft is not None:
         check_draft(tokenizer, draft[1])
         small = step_of(draft[0])
+        if not grouped:  # before either cache is made
+            refuse_what_does_not_fit(step, settings, context, PADDING, small)
         made = ModelDraft(
             small,
             draft_slots(settings),

@@ -6,7 +6,7 @@ from llmnorm.config.tree import GenerationSettings
 from llmnorm.generation.contract import Step
 from llmnorm.machine.memory import available
 from llmnorm.nn.cache import KeyValues
-from llmnorm.nn.layer_cache import rounded
+from llmnorm.nn.layer_cache import PADDING, rounded
 from llmnorm.part import InputError
 
 GIB = 2**30
@@ -14,15 +14,20 @@ BESIDE = 1  # rows that the cache has beside the slots: that in which prompts ar
 
 
 def refuse_what_does_not_fit(
-    step: Step, settings: GenerationSettings, context: int, padding: int
+    step: Step,
+    settings: GenerationSettings,
+    context: int,
+    padding: int,
+    draft: Step | None = None,
 ) -> None:
-    """Refuse a cache of `settings.slots` rows that is larger than what is free, or than allowed.
+    """Refuse caches of `settings.slots` rows that are larger than what is free, or than allowed.
 
     Args:
         step: the model.
         settings: slots and cache_memory.
         context: tokens of each row.
         padding: columns behind a full row.
+        draft: a model that drafts, with as many rows of its own.
 
     Raises:
         InputError: names the largest number of slots that fits, and the longest context.
@@ -31,21 +36,27 @@ def refuse_what_does_not_fit(
         there, name = _free_on(step.device), "free"
     else:
         there, name = int(settings.cache_memory * GIB), "allowed by generation.cache_memory"
-    rows, a_row = settings.slots + BESIDE, row_bytes(step, context, padding)
-    if there is None or rows * a_row <= there:
+
+    def needed(slots: int, tokens: int) -> int:
+        of_draft = 0 if draft is None else row_bytes(draft, tokens, PADDING)
+        return (slots + BESIDE) * row_bytes(step, tokens, padding) + slots * of_draft
+
+    slots = settings.slots
+    if there is None or (whole := needed(slots, context)) <= there:
         return
     cures = []
-    if (slots := there // a_row - BESIDE) >= 1:
-        cures.append(f"generation.slots={slots}")
+    beside, a_slot = needed(0, context), needed(1, context) - needed(0, context)
+    if (fewer := (there - beside) // a_slot) >= 1:
+        cures.append(f"generation.slots={fewer}")
     # Buffers are made for multiples of 64 tokens.
     smaller = range(rounded(context) - 64, 0, -64)
-    fitting = (n for n in smaller if rows * row_bytes(step, n, padding) <= there)
-    if (tokens := next(fitting, None)) is not None:
+    if tokens := next((n for n in smaller if needed(slots, n) <= there), None):
         cures.append(f"generation.context={tokens}")
     fits = f"{' or '.join(cures)} would fit" if cures else "not even one row would fit"
+    both = "" if draft is None else " with the draft's"
     raise InputError(
-        f"generation: {settings.slots} slots of {context} tokens need {rows * a_row / GIB:.3g} GiB "
-        f"of cache, and {there / GIB:.3g} GiB are {name}; {fits}"
+        f"generation: {slots} slots of {context} tokens need {whole / GIB:.3g} GiB of cache{both}, "
+        f"and {there / GIB:.3g} GiB are {name}; {fits}"
     )
 
 

@@ -190,7 +190,11 @@ def _check(sampling: Sampling, vocabulary: int) -> None:
         "top_k": (sampling.top_k is None or sampling.top_k >= 1, "at least 1, or None"),
         "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1"),
         "min_p": (0 <= sampling.min_p < 1, "at least 0 and below 1"),
-        "repetition_penalty": (0 < sampling.repetition_penalty < math.inf, "above 0"),
+        # Logits are divided by it, and must stay finite in float32.
+        "repetition_penalty": (
+            0.001 <= sampling.repetition_penalty < math.inf,
+            "above 0, at least 0.001",
+        ),
         "presence_penalty": (math.isfinite(sampling.presence_penalty), "a number"),
         "frequency_penalty": (math.isfinite(sampling.frequency_penalty), "a number"),
         "logprobs": (sampling.logprobs is None or sampling.logprobs >= 0, "at least 0, or None"),

@@ -6,8 +6,8 @@
         for event in engine.step(): ...         # what each row has gained in the round
     for event in engine.generate(requests): ...
 
-A round: prompts (a piece of at most `generation.prefill_chunk` tokens, between the rounds of the
-rows that run), then the draft's proposals, one pass of the target over each row's pending token and
+A round: prompts (at most `generation.prefill_chunk` tokens between the rounds of the rows that run,
+admission.py), then the draft's proposals, one pass of the target over each row's pending token and
 drafts, the choice of what is committed (sampling.py), and a rollback of the rest. Rows have any
 lengths and any numbers of drafts: `ragged`; without a draft each has one token: `plain`. Requests
 are admitted first come first served, a row to a slot (slots.py).
@@ -21,12 +21,12 @@ What would surprise: all buffers are made at the start, for as many rows of as m
 settings say, and what does not fit is refused there.
 """
 
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llmnorm.config.tree import GenerationSettings
+from llmnorm.generation.admission import Admission
 from llmnorm.generation.cache_memory import refuse_what_does_not_fit
 from llmnorm.generation.contract import Draft, Event, Lengths, Proposal, Request, Step
 from llmnorm.generation.row import Row, rows_of
@@ -109,20 +109,17 @@ class Engine:
         # Who has to know which row is in which slot.
         self._followers = [some for some in (draft, lengths) if some is not None]
         self._drafted = settings.draft_tokens
-        self._chunk = settings.prefill_chunk
-        self._slots = Slots(
-            step, settings.slots, context, padding=padding, reuse=not settings.deterministic
-        )
+        free = not settings.deterministic
+        self._slots = Slots(step, settings.slots, context, padding=padding, reuse=free)
+        self._admission = Admission(self._slots, settings.prefill_chunk, together=free)
         self.counters = Counters()
-        self._waiting: deque[Row] = deque()
-        self._filling: Row | None = None  # the row whose prompt is being run
         self._rows: list[Row] = []  # those that run, by slot
         self._events: list[Event] = []  # of this step, or of one that was not finished
         self._next = 0
 
     @property
     def bytes(self) -> int:
-        """Of the target's caches; a draft's own is not counted, nor limited by cache_memory."""
+        """Of the target's caches; a draft has its own."""
         return self._slots.bytes
 
     @property
@@ -138,7 +135,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do, and no event to be fetched."""
-        return not (self._rows or self._waiting or self._filling or self._events)
+        return not (self._rows or self.waiting or self._events)
 
     @property
     def running(self) -> int:
@@ -148,7 +145,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Rows that wait for a slot, or whose prompt is being run."""
-        return len(self._waiting) + (self._filling is not None)
+        return len(self._admission)
 
     @property
     def usage(self) -> float:
@@ -158,7 +155,7 @@ class Engine:
     @property
     def queued(self) -> set[int]:
         """The requests that have rows waiting for a slot."""
-        return {row.request for row in self._waiting}
+        return self._admission.requests
 
     def add(self, request: Request) -> int:
         """Queue a request; its number, which its events have.
@@ -166,7 +163,7 @@ class Engine:
         Raises:
             InputError: it asks for what cannot be.
         """
-        self._waiting += self._rows_of(request)
+        self._admission.add(self._rows_of(request))
         self._next += 1
         return self._next - 1
 
@@ -189,13 +186,7 @@ class Engine:
 
         A request that has finished, or is not known, is left as it is.
         """
-        ended = [row for row in self._waiting if row.request == number]
-        for row in ended:
-            self._waiting.remove(row)
-        if self._filling is not None and self._filling.request == number:
-            ended.append(self._filling)
-            self._filling = None
-            self._slots.drop()
+        ended = self._admission.abort(number)
         for row in [row for row in self._rows if row.request == number]:
             ended.append(row)
             self._leave(row)
@@ -243,41 +234,15 @@ class Engine:
         return events
 
     def _admit(self) -> None:
-        """Run prompts, `prefill_chunk` tokens in all, and admit those that are done."""
-        budget = self._chunk
-        while True:
-            if self._filling is None:
-                if not self._waiting or not self._slots.spare:
-                    return
-                self._filling = self._waiting.popleft()
-                filling = self._filling
-                filling.cached = self._slots.begin(filling.ids, whole=filling.scores is not None)
-            row, finite = self._filling, True
-            while finite and (piece := self._slots.piece(self._chunk)):
-                if piece > budget:
-                    return
-                budget -= piece
-                logits = self._slots.run(self._chunk, every=row.scores is not None)
-                finite = bool(logits.isfinite().all())
-                if finite and row.scores is not None:
-                    row.score(logits[0])
-            self._filling = None
-            if not finite:
-                self._slots.drop()
-                self._slots.forget()
-                message = "the model's logits of the prompt are not finite"
-                self._events.append(self._closed(row.end("error", message)))
-                continue
-            self.counters.prompt_tokens += row.prompt
-            self.counters.cached_tokens += row.cached
-            if not row.limit:  # it was the prompt that was asked about
-                self._slots.drop()
-                self._events.append(self._closed(row.end("length")))
-                continue
-            if row.scores is not None:
-                self._events.append(row.begun())
-            row.slot = self._slots.admit(row.ids)
-            self._rows.append(row)
+        for row, event in self._admission.run():
+            finish = None if event is None else event.finish
+            if finish != "error":
+                self.counters.prompt_tokens += row.prompt
+                self.counters.cached_tokens += row.cached
+            if event is not None:
+                self._events.append(self._closed(event))
+            if finish is None:
+                self._rows.append(row)
 
     def _round(self) -> None:
         rows = list(self._rows)
@@ -373,10 +338,10 @@ class Engine:
             for follower in self._followers:
                 follower.release(row.slot)
         told = {(event.request, event.row) for event in self._events if event.finish is not None}
-        for row in [*self._rows, *([self._filling] if self._filling else [])]:
+        for row in [*self._rows, *self._admission.give_up()]:
             if (row.request, row.row) not in told:
                 self._events.append(self._closed(row.end("error", message)))
-        self._rows, self._filling = [], None
+        self._rows = []
         self._slots.clear()
 
 

@@ -10,8 +10,8 @@ all drafts were accepted, since a round does not feed its last draft. Both fit i
 the round, so a round of K drafts has K passes.
 
 A row that has fallen behind, since it rode along without drafts, catches up beside the others, 17
-tokens a pass. A prompt is run in a cache of one row and copied in: in a pass of all rows every
-other row would be padded to its length.
+tokens a pass. Prompts are run in a cache of their own and copied in: in a pass of all rows every
+other row would be padded to their length.
 
 What would surprise: rows of the target that are not asked for drafts cost nothing but their place
 in the passes, if they stand in front of rows that are.
@@ -166,12 +166,14 @@ class ModelDraft:
             back[row.slot] = len(own.tokens) - own.common(row.ids)
         if any(back):
             self._take_back(back)
+        prompts = {}
         for row in rows:
             own = self._rows[row.slot]
             own.ids, own.sure = row.ids, len(row.ids)
-            missing = row.ids[len(own.tokens) : -1]
+            missing = self._missing(row)
             if len(missing) >= KEPT or (missing and not own.tokens):
-                self._run_alone(row.slot, missing)
+                prompts[row.slot] = missing
+        self._run_beside(prompts)
         while late := {row.slot: missing for row in rows if len(missing := self._missing(row)) > 1}:
             self._feed({slot: missing[:VERIFIED] for slot, missing in late.items()}, VERIFIED)
 
@@ -193,16 +195,23 @@ class ModelDraft:
             if count:
                 del own.tokens[length:]
 
-    def _run_alone(self, slot: int, tokens: list[int]) -> None:
-        """Append tokens to a row in a cache of one row, and copy it back."""
+    def _run_beside(self, blocks: Mapping[int, list[int]]) -> None:
+        """Append each row's block in a cache beside, CHUNK tokens a pass; copy the rows back."""
         cache = self._step.new_cache()
-        if self._rows[slot].tokens:
-            cache.admit(self._cache, slot)
-        for start in range(0, len(tokens), CHUNK):
-            chunk = torch.tensor([tokens[start : start + CHUNK]], device=self._step.device)
-            self._step.step(chunk, cache, last=True)
-        self._replace(slot, cache, 0)
-        self._rows[slot].tokens += tokens
+        # The longest first: a pass takes the first rows, as far as they have tokens.
+        slots = sorted(blocks, key=lambda slot: -len(blocks[slot]))
+        for slot in slots:
+            if self._rows[slot].tokens:
+                cache.admit(self._cache, slot)
+            else:
+                cache.admit()
+        for start in range(0, max(map(len, blocks.values()), default=0), CHUNK):
+            pieces = [blocks[slot][start : start + CHUNK] for slot in slots]
+            ids, counts = rectangle([piece for piece in pieces if piece], self._step.device)
+            self._step.step(ids, cache, counts, last=True)
+        for place, slot in enumerate(slots):
+            self._replace(slot, cache, place)
+            self._rows[slot].tokens += blocks[slot]
 
     def _feed(self, blocks: Mapping[int, list[int]], width: int = 1) -> Tensor:
         """Append each row's block; logits (rows, 1, vocabulary) of their last tokens.

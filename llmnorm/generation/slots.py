@@ -12,8 +12,9 @@ Slots in order: rows that run (a pass takes those alone), then rows that have fi
 and free ones. A finished row stays until its slot is needed. A prompt that begins as some row does
 gets that row's copy, taken back to the common beginning, and only its rest is run.
 
-A pass over a prompt would pad every other row to its width, so prompts have a cache of their own.
-All buffers are made at the start and nothing grows; the last token of a row is pending: no cache
+A pass over a prompt would pad every other row to its width, so prompts have a cache of their own,
+and short ones that are run in one pass have a cache that lasts as long as it (`run_together`). All
+other buffers are made at the start and nothing grows. The last token of a row is pending: no cache
 holds it.
 
 What would surprise: `ids` lists are kept by reference, and grow as their rows do; how much of a
@@ -82,6 +83,7 @@ class Slots:
         self._side_ids: list[int] = []
         self._prompt: list[int] | None = None  # what is being run, without its pending token
         self._within: int | None = None  # the finished row that the prompt continues
+        self._beside: RaggedCache | None = None  # prompts that were run together
 
     @property
     def lengths(self) -> list[int]:
@@ -106,7 +108,7 @@ class Slots:
         """
         assert self._prompt is None, "one prompt at a time"
         self._prompt, self._within = ids[:-1], None
-        found = None if whole else self._source()
+        found = None if whole else self._source(self._prompt)
         if found is None:
             self._empty_side()
             self._side.admit()
@@ -124,24 +126,14 @@ class Slots:
         self._side_ids = self._prompt
         return common
 
-    def _source(self) -> tuple[int | None, int] | None:
+    def _source(self, prompt: list[int]) -> tuple[int | None, int] | None:
         """The row with the longest beginning in common with the prompt that can be taken back to
         it, and the length of that; None in its place for the side cache's own."""
-        assert self._prompt is not None
-        if not self._prompt:
+        if not prompt:
             return None
-        if not self._side.free and self._side_ids[: self._side.lengths[0]] == self._prompt:
-            return None, len(self._prompt)  # another row of the same request: nothing is copied
-        if not self._reuse:
-            return None
-        found: list[tuple[int, int | None]] = [
-            (_common(ids, self._prompt, self._cache.lengths[slot]), slot)
-            for slot, ids in self._ids.items()
-        ]
-        if not self._side.free:
-            found.append((_common(self._side_ids, self._prompt, self._side.lengths[0]), None))
-        enough = min(WORTH, len(self._prompt))
-        found = sorted((pair for pair in found if pair[0] >= enough), key=_longest)
+        if self._is_in_side(prompt):
+            return None, len(prompt)  # another row of the same request: nothing is copied
+        found = sorted(self._alike(prompt), key=_longest)
         for common, place in found:
             cache = self._side if place is None else self._cache
             row = 0 if place is None else place
@@ -149,6 +141,43 @@ class Slots:
                 return place, common
         self.lost += bool(found)
         return None
+
+    def _is_in_side(self, prompt: list[int]) -> bool:
+        return not self._side.free and self._side_ids[: self._side.lengths[0]] == prompt
+
+    def _alike(self, prompt: list[int]) -> list[tuple[int, int | None]]:
+        """The rows that begin as the prompt does, by slot, None for the side cache's own, each
+        behind the number of common tokens; those with too few of them are left out."""
+        if not self._reuse:
+            return []
+        found: list[tuple[int, int | None]] = [
+            (_common(ids, prompt, self._cache.lengths[slot]), slot)
+            for slot, ids in self._ids.items()
+        ]
+        if not self._side.free:
+            found.append((_common(self._side_ids, prompt, self._side.lengths[0]), None))
+        enough = min(WORTH, len(prompt))
+        return [pair for pair in found if pair[0] >= enough]
+
+    def begins_as_a_row_does(self, ids: list[int], beside: Sequence[list[int]]) -> bool:
+        """Whether a row, or a prompt beside it, has so much in common with a prompt that a copy
+        would be taken, as far as their layers can be taken back."""
+        prompt = ids[:-1]
+        if self._is_in_side(prompt) or self._alike(prompt):
+            return True
+        enough = min(WORTH, len(prompt))
+        return any(_common(other, prompt, len(other) - 1) >= enough for other in beside)
+
+    def run_together(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Run whole prompts, each without its pending token, in one pass; `admit` gives them slots.
+
+        Returns:
+            Logits (prompts, 1, vocabulary) of each one's last token that was run.
+        """
+        assert self._prompt is None, "one pass of prompts at a time"
+        self._beside = self.step.new_cache()
+        ids, counts = rectangle([prompt[:-1] for prompt in prompts], self.step.device)
+        return self.step.step(ids, self._beside, counts, last=True)
 
     def run(self, most: int, *, every: bool = False) -> Tensor:
         """Run the next piece of the prompt, at most so many tokens.
@@ -171,36 +200,45 @@ class Slots:
         return -(-self.left // pieces) if pieces else 0
 
     def drop(self) -> None:
-        """Give the prompt up; what was run of it stays in the side cache."""
-        self._prompt = self._within = None
+        """Give the prompt up, and those that were run together; what was run of the one stays in
+        the side cache."""
+        self._prompt = self._within = self._beside = None
 
     def forget(self) -> None:
         """Empty the side cache, if no prompt is being run in it: it may hold nan."""
         if self._prompt is None:
             self._empty_side()
 
-    def admit(self, ids: list[int]) -> int:
+    def admit(self, ids: list[int], beside: int | None = None) -> int:
         """Give the prompt's row a slot behind the running ones; `ids` are its tokens, and grow.
 
         The side cache keeps its copy, which the next row of the same prompt starts from.
+
+        Args:
+            beside: the prompt's number among those that were run together.
         """
-        assert self._prompt is not None and not self.left and self.spare
-        if self._within is not None:  # all that it holds stands in the new row as well
-            self._let_go(self._within)
+        assert self.spare
+        if beside is not None:
+            source, row = self._beside, beside
+        else:
+            assert self._prompt is not None and not self.left
+            source, row = self._side if self._prompt else None, 0
+            if self._within is not None:  # all that it holds stands in the new row as well
+                self._let_go(self._within)
+            self._prompt = self._within = None
         if not self._cache.free:
             self._let_go(self._finished[0])
         slot = self.running
         if slot in self._finished:
             self._move(slot)
-        if self._prompt:
-            self.copies += 1
-            given = self._cache.admit(self._side)
-        else:
+        if source is None:
             given = self._cache.admit()
+        else:
+            self.copies += 1
+            given = self._cache.admit(source, row)
         assert given == slot, "rows in use stand in front"
         self._ids[slot] = ids
         self.running += 1
-        self._prompt = self._within = None
         return slot
 
     def feed(self, blocks: Sequence[Sequence[int]]) -> Tensor:

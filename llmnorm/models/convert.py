@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmnorm.machine import reading
+from llmnorm.models.building import class_of
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import class_of
 from llmnorm.part import InputError, Settings, nearest
 
 MAX_SHARD_BYTES = 2_000_000_000

@@ -26,8 +26,9 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import LlmNormModel
 from llmnorm.models.pretrained_model import Keywords, LlmNormPreTrainedModel, WithLanguageHead
+from llmnorm.nn.head import LanguageHead
 from llmnorm.nn.linear import Linear
-from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
+from llmnorm.nn.loss import IGNORED, cross_entropy
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.settings import ModelSettings

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmnorm.models import nf4
+from llmnorm.models.building import class_of
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import class_of
 from llmnorm.nn.mixers.contract import Mixer
 
 

@@ -32,7 +32,6 @@ from llmnorm.models.context import (
     without_cache,
 )
 from llmnorm.models.generation import LlmNormGenerationMixin
-from llmnorm.models.initialization import initialize
 from llmnorm.models.pretrained_model import (
     CausalKeywords,
     Keywords,
@@ -43,58 +42,16 @@ from llmnorm.models.pretrained_model import (
 )
 from llmnorm.models.recomputed import recomputable
 from llmnorm.nn.block import Block
+from llmnorm.nn.head import LanguageHead
 from llmnorm.nn.layer_cache import LayerCache
-from llmnorm.nn.loss import IGNORED, LanguageHead
+from llmnorm.nn.loss import IGNORED
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.contract import Context, Mixer
 from llmnorm.nn.mixers.rotary import Rotary
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.nn.visibility import Visibility
-from llmnorm.part import InputError, nearest
-
-
-def class_of(config: LlmNormConfig) -> "type[LlmNormPreTrainedModel]":
-    """The model class that `config.architectures` names; the causal language model's if none.
-
-    Raises:
-        InputError: it names another one.
-    """
-    from llmnorm.models import encoders  # which imports this file
-
-    classes: tuple[type[LlmNormPreTrainedModel], ...] = (
-        LlmNormForCausalLM,
-        encoders.LlmNormForMaskedLM,
-        encoders.LlmNormForSequenceClassification,
-    )
-    known = {cls.__name__: cls for cls in classes}
-    name = (config.architectures or [*known])[0]
-    if name not in known:
-        raise InputError(f"model configuration: architectures: '{name}'; {nearest(name, [*known])}")
-    return known[name]
-
-
-def build_model(
-    config: LlmNormConfig, *, seed: int, device: torch.device | str = "cpu"
-) -> "LlmNormForCausalLM":
-    """A freshly initialised float32 model on `device`, the same numbers on any device.
-
-    Its class is `class_of(config)`; the type named here is the usual one's.
-    """
-    model = empty_model(config, device=device)
-    initialize(model, seed=seed)
-    return model
-
-
-def empty_model(
-    config: LlmNormConfig, *, device: torch.device | str, dtype: torch.dtype = torch.float32
-) -> "LlmNormForCausalLM":
-    """A model whose parameters are allocated and hold nothing yet."""
-    with torch.device("meta"):
-        model: LlmNormForCausalLM = class_of(config)(config).to(dtype)
-    model.to_empty(device=torch.device(device))
-    model.tie_weights()  # to_empty gave a tied head a tensor of its own
-    return model
+from llmnorm.part import InputError
 
 
 class LlmNormModel(LlmNormPreTrainedModel):

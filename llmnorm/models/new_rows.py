@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmnorm.nn.loss import LanguageHead
+from llmnorm.nn.head import LanguageHead
 from llmnorm.nn.precision import wide_dtype
 
 if TYPE_CHECKING:

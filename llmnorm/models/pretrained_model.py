@@ -23,7 +23,8 @@ from llmnorm.models.initialization import initialize_module
 from llmnorm.models.new_rows import tie_new_rows
 from llmnorm.models.row_features import Ending
 from llmnorm.nn import block as blocks
-from llmnorm.nn.loss import IGNORED, LanguageHead, cross_entropy
+from llmnorm.nn.head import LanguageHead
+from llmnorm.nn.loss import IGNORED, cross_entropy
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.soft_targets import SoftTargets
 from llmnorm.part import InputError, nearest

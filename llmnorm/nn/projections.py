@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnorm.machine.processor import Processor, processor
+from llmnorm.nn.head import LanguageHead
 from llmnorm.nn.linear import Linear
-from llmnorm.nn.loss import LanguageHead
 
 Layout = Literal["plain", "transposed", "packed"]
 ROWS = 8  # what oneDNN is told to pack for; 64 was as fast, 1 as slow as no packing

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
-from llmnorm.nn.loss import LanguageHead
+from llmnorm.nn.head import LanguageHead
 from llmnorm.optim.sharded import Exchange
 from llmnorm.parallel.launch import accelerator, agreed_sharding, file_for
 from llmnorm.parallel.shards import Fill, Unit, fill_and_shard, make_mesh, replicate, shard

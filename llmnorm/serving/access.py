@@ -4,7 +4,7 @@
     log.write({"id": ..., "route": ..., "status": 200, "tokens": 31, ...})
 
 A line that cannot be written, for example on a full disk, is counted as lost and costs its request
-nothing.
+nothing. Of one that the disk took in part the rest is lost too; the next line begins a new one.
 """
 
 import json
@@ -31,7 +31,7 @@ class AccessLog:
     """
 
     def __init__(self, where: Path | str, lost: Callable[[], None]) -> None:
-        self._lost = lost
+        self._lost, self._cut = lost, False  # the last line was written in part
         self._file: int | None = None
         if where == "stdout":
             self._file = STDOUT
@@ -47,7 +47,13 @@ class AccessLog:
         if self._file is None:
             return
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        begin = "\n" if self._cut else ""
+        raw = f"{begin}{json.dumps({'time': stamp, **line})}\n".encode()
         try:
-            os.write(self._file, (json.dumps({"time": stamp, **line}) + "\n").encode())
+            written = os.write(self._file, raw)
         except OSError:
+            self._lost()
+            return
+        self._cut = written < len(raw)
+        if self._cut:
             self._lost()

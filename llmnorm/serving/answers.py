@@ -1,7 +1,8 @@
 """What is told of answers: OpenAI's objects, whole or as the pieces of a stream.
 
     answers = Answers(model, fields, asked)
-    chunk = answers.piece(number, event)        a stream's next object, None where nothing is told
+    answers.around                              what all objects of a stream have but their choice
+    choice = answers.piece(number, event)       of a stream's next one, None where nothing is told
     body = answers.whole(ticket)                after the last event
     answers.usage(ticket)
 
@@ -89,8 +90,13 @@ class Answers:
         answer.offset += sum(len(texts.text(token)) for token, _ in added.logprobs)
         return added
 
+    @property
+    def around(self) -> dict[str, Any]:
+        """An object of a stream, without choices."""
+        return self._object([], stream=True)
+
     def piece(self, number: int, event: Event) -> dict[str, Any] | None:
-        """A stream's next object; None where the event has nothing that is told."""
+        """The choice of a stream's next object; None where the event has nothing that is told."""
         added = self.take(number, event)
         told = added.text or added.logprobs or added.finish is not None
         if not told and not self._fields.return_token_ids and not self._fields.accepted_marks:
@@ -109,18 +115,17 @@ class Answers:
             }
         if self._fields.return_token_ids and not added.begun:
             choice["prompt_token_ids"] = list(self._asked.prompts[number])
-        return self._object([choice], stream=True)
+        return choice
 
     def roles(self) -> list[dict[str, Any]]:
-        """The first objects of a stream of a chat: who speaks, one for each answer."""
+        """The choices of a chat's first objects: who speaks, one for each answer."""
         if not self._chat:
             return []
         begin = {"role": "assistant", "content": ""}
-        choices = [
+        return [
             {"index": number, "delta": begin, "logprobs": None, "finish_reason": None}
             for number in range(len(self._answers))
         ]
-        return [self._object([choice], stream=True) for choice in choices]
 
     def whole(self, ticket: Ticket) -> dict[str, Any]:
         """The answers that are not streamed."""
@@ -139,7 +144,7 @@ class Answers:
 
     def last(self, ticket: Ticket) -> dict[str, Any]:
         """The object at the end of a stream that tells the usage."""
-        return {**self._object([], stream=True), "usage": self.usage(ticket)}
+        return {**self.around, "usage": self.usage(ticket)}
 
     def usage(self, ticket: Ticket) -> dict[str, Any]:
         """How many tokens there were, what reused rows saved and drafts did."""

@@ -24,7 +24,7 @@ from llmnorm.serving import metrics as metrics_module
 from llmnorm.serving.access import AccessLog
 from llmnorm.serving.answers import Answers
 from llmnorm.serving.asking import Asked, Model
-from llmnorm.serving.documented import describe, route_extra, write_document
+from llmnorm.serving.documented import ANSWERING, PLAIN, describe, write_document
 from llmnorm.serving.edge import RECORD, App, Edge, Receive, Record, internal
 from llmnorm.serving.event_stream import EventStream, pieces
 from llmnorm.serving.fields import (
@@ -83,7 +83,7 @@ def make_app(
     _about_tokens(app, model, settings)
     _about_the_server(app, model, service, metrics)
     add_page(app)
-    write_document(app, settings.root_path)
+    write_document(app, settings.root_path, keys=bool(keys))
     whole: App = Edge(app, keys, metrics, log, settings.root_path)
     if settings.cors:
         whole = CORSMiddleware(
@@ -140,27 +140,37 @@ def _answering(app: "FastAPI", model: Model, service: Service, settings: Serving
             await _unless_gone(_collect(ticket, answers), request.receive)
             return JSONResponse(answers.whole(ticket))
 
-    @app.post("/v1/completions", **route_extra("Continue a text", CompletionFields))
+    described = describe(
+        "Continue a text", "Completion", *ANSWERING, body=CompletionFields, stream=True
+    )
+
+    @app.post("/v1/completions", **described)
     async def completions(request: Request) -> Response:
         fields = await _fields(CompletionFields, request, settings, service)
         return await answer(request, fields, await asking.completions(model, fields))
 
-    @app.post("/v1/chat/completions", **route_extra("Answer messages", ChatFields))
+    described = describe(
+        "Answer messages", "ChatCompletion", *ANSWERING, body=ChatFields, stream=True
+    )
+
+    @app.post("/v1/chat/completions", **described)
     async def chat(request: Request) -> Response:
         fields = await _fields(ChatFields, request, settings, service)
         return await answer(request, fields, await asking.chat(model, fields))
 
 
 def _about_tokens(app: "FastAPI", model: Model, settings: ServingSettings) -> None:
-    @app.post("/tokenize", **route_extra("The tokens of a text", TokenizeFields))
+    @app.post("/tokenize", **describe("The tokens of a text", "Tokens", body=TokenizeFields))
     async def tokenize_(request: Request) -> Response:
         return JSONResponse(await tokenize(model, await _fields(TokenizeFields, request, settings)))
 
-    @app.post("/detokenize", **route_extra("The text of tokens", DetokenizeFields))
+    @app.post("/detokenize", **describe("The text of tokens", "Text", body=DetokenizeFields))
     async def detokenize_(request: Request) -> Response:
         return JSONResponse(detokenize(model, await _fields(DetokenizeFields, request, settings)))
 
-    @app.get("/tokenizer_info", **describe("The tokenizer's special tokens, for lm-eval"))
+    described = describe("The tokenizer's special tokens, for lm-eval", "TokenizerInfo")
+
+    @app.get("/tokenizer_info", **described)
     async def info(request: Request) -> Response:
         return JSONResponse(tokenizer_info(model))
 
@@ -174,31 +184,35 @@ def _about_the_server(app: "FastAPI", model: Model, service: Service, metrics: M
         "max_model_len": model.context,
     }
 
-    @app.get("/v1/models", **describe("The models that are served"))
+    @app.get("/v1/models", **describe("The models that are served", "Models"))
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
 
-    @app.get("/v1/models/{name:path}", **describe("A model that is served", name=True))
+    described = describe("A model that is served", "Model", 404, parameter="name")
+
+    @app.get("/v1/models/{name:path}", **described)
     async def named(request: Request) -> Response:
         model.check_name(Fields(model=request.path_params["name"]))
         return JSONResponse(card)
 
-    @app.get("/health", **describe("Whether the engine lives"))
+    @app.get("/health", **describe("Whether the engine lives", "Status", 503, key=False))
     async def health(request: Request) -> Response:
         if service.dead:
             service.check_open()
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready", **describe("Whether requests are taken"))
+    @app.get("/ready", **describe("Whether requests are taken", "Status", 503, key=False))
     async def ready(request: Request) -> Response:
         service.check_open()
         return JSONResponse({"status": "ok"})
 
-    @app.get("/version", **describe("The version of the server"))
+    @app.get("/version", **describe("The version of the server", "Version", key=False))
     async def about(request: Request) -> Response:
         return JSONResponse({"version": version()})
 
-    @app.get("/metrics", **describe("Metrics in Prometheus' text format"))
+    described = describe("Metrics", "In Prometheus' text format.", kind=PLAIN, key=False)
+
+    @app.get("/metrics", **described)
     async def measured(request: Request) -> Response:
         return Response(metrics.text(), media_type=metrics_module.CONTENT_TYPE)
 

@@ -10,9 +10,11 @@ asked for, since a base model answers lines of "User:" only by accident.
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from llmnorm.config.serving import ServingSettings
 from llmnorm.data.chat import ChatTemplate
@@ -27,16 +29,34 @@ KEY = "serving.chat_template"
 SPEAKERS = {"user": "User", "assistant": "Assistant", "tool": "Tool"}
 
 
-class Chat(Protocol):
+class Talk(NamedTuple):
+    """Messages in their order, and what is made of them.
+
+    Attributes:
+        arguments: values for the template.
+        answer: end with what stands before an answer.
+        begun: the last message is an answer that goes on.
+    """
+
+    messages: list[dict[str, Any]]
+    arguments: Mapping[str, Any]
+    answer: bool
+    begun: bool
+
+
+@dataclass(frozen=True)
+class Chat:
     """What makes prompts of messages.
 
     Attributes:
+        render: makes the tokens.
         stops: tokens that end an answer.
         stop: texts that end one.
     """
 
-    stops: frozenset[int]
-    stop: tuple[str, ...]
+    render: Callable[[Talk], list[int]]
+    stops: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
 
     def tokens(
         self,
@@ -46,17 +66,13 @@ class Chat(Protocol):
         answer: bool = True,
         begun: bool = False,
     ) -> list[int]:
-        """The tokens of messages.
-
-        Args:
-            arguments: values for the template.
-            answer: end with what stands before an answer.
-            begun: the last message is an answer that goes on.
+        """The tokens of messages; the arguments are `Talk`'s.
 
         Raises:
-            Refusal, InputError: they cannot be rendered.
+            Refusal, InputError: they are not in order, or cannot be rendered.
         """
-        ...
+        given = _to_continue(messages) if begun else asked(list(messages))
+        return self.render(Talk(given, arguments, answer, begun))
 
 
 def chat_of(asker: Asker, settings: ServingSettings) -> tuple[Chat, str]:
@@ -67,13 +83,14 @@ def chat_of(asker: Asker, settings: ServingSettings) -> tuple[Chat, str]:
     """
     named = settings.chat_template
     if named == "fallback":
-        return Lines(asker), "plain lines, `User: ...` (serving.chat_template=fallback)"
+        chat = Chat(partial(_lines, asker), stop=("\nUser:",))
+        return chat, "plain lines, `User: ...` (serving.chat_template=fallback)"
     if named is not None:
-        return Templated(_with_template(asker.directory, Path(named))), f"by {named}"
+        return _templated(_with_template(asker.directory, Path(named))), f"by {named}"
     try:
-        return Templated(ChatTemplate(asker.directory, key=KEY)), "by the model's chat template"
+        return _templated(ChatTemplate(asker.directory, key=KEY)), "by the model's chat template"
     except InputError:
-        return Missing(), "refused, there is no chat template (serving.chat_template)"
+        return Chat(_refuse), "refused, there is no chat template (serving.chat_template)"
 
 
 def _with_template(directory: Path, file: Path) -> ChatTemplate:
@@ -87,85 +104,48 @@ def _with_template(directory: Path, file: Path) -> ChatTemplate:
         return ChatTemplate(Path(copy), key=KEY, called=str(file))
 
 
-class Templated:
-    """`Chat` by a chat template."""
+def _templated(template: ChatTemplate) -> Chat:
+    """By a chat template."""
 
-    def __init__(self, template: ChatTemplate) -> None:
-        self.stops: frozenset[int] = frozenset(template.stops)
-        self.stop: tuple[str, ...] = ()
-        self._template = template
+    def render(talk: Talk) -> list[int]:
+        filled = template.with_arguments(talk.arguments) if talk.arguments else template
+        if talk.begun:
+            return filled.begun(talk.messages)
+        return filled.render(talk.messages, generation_prompt=talk.answer)
 
-    def tokens(
-        self,
-        messages: Sequence[Any],
-        arguments: Mapping[str, Any],
-        *,
-        answer: bool = True,
-        begun: bool = False,
-    ) -> list[int]:
-        """As `Chat.tokens`."""
-        template = self._template.with_arguments(arguments) if arguments else self._template
-        if begun:
-            return template.begun(_to_continue(messages))
-        return template.render(asked(list(messages)), generation_prompt=answer)
+    return Chat(render, stops=frozenset(template.stops))
 
 
-class Lines:
-    """`Chat` as lines of a dialogue, for base models."""
+def _lines(asker: Asker, talk: Talk) -> list[int]:
+    """Lines of a dialogue, for base models.
 
-    def __init__(self, asker: Asker) -> None:
-        self.stops: frozenset[int] = frozenset()
-        self.stop: tuple[str, ...] = ("\nUser:",)
-        self._asker = asker
-
-    def tokens(
-        self,
-        messages: Sequence[Any],
-        arguments: Mapping[str, Any],
-        *,
-        answer: bool = True,
-        begun: bool = False,
-    ) -> list[int]:
-        """As `Chat.tokens`; there is no template for arguments."""
-        if arguments:
-            name = "chat_template_kwargs"
-            raise Refusal(400, f"{name}: there is no template", "unsupported_parameter", param=name)
-        given = _to_continue(messages) if begun else asked(list(messages))
-        text = ""
-        for message in given:
-            content = message.get("content", "")
-            speaker = SPEAKERS.get(message["role"])
-            text += f"{speaker}: {content}\n" if speaker else f"{content}\n\n"
-        if begun:
-            text = text.removesuffix("\n")
-        elif answer:
-            text += "Assistant:"
-        return self._asker.text(text)
+    Raises:
+        Refusal: there is no template for arguments.
+    """
+    if talk.arguments:
+        name = "chat_template_kwargs"
+        raise Refusal(400, f"{name}: there is no template", "unsupported_parameter", param=name)
+    text = ""
+    for message in talk.messages:
+        content = message.get("content", "")
+        speaker = SPEAKERS.get(message["role"])
+        text += f"{speaker}: {content}\n" if speaker else f"{content}\n\n"
+    if talk.begun:
+        text = text.removesuffix("\n")
+    elif talk.answer:
+        text += "Assistant:"
+    return asker.text(text)
 
 
-class Missing:
-    """`Chat` of a model that has no template: refuses all messages."""
-
-    def __init__(self) -> None:
-        self.stops: frozenset[int] = frozenset()
-        self.stop: tuple[str, ...] = ()
-
-    def tokens(
-        self,
-        messages: Sequence[Any],
-        arguments: Mapping[str, Any],
-        *,
-        answer: bool = True,
-        begun: bool = False,
-    ) -> list[int]:
-        """Raise Refusal."""
-        raise Refusal(
-            400,
-            "messages: the model has no chat template, and none is set; the server's operator sets "
-            "serving.chat_template to a file with one, or to fallback. /v1/completions needs none",
-            "chat_template_missing",
-            param="messages",
-        )
+def _refuse(_: Talk) -> list[int]:
+    """Refuse all messages, for a model that has no template."""
+    raise Refusal(
+        400,
+        "messages: the model has no chat template, and none is set; the server's operator sets "
+        "serving.chat_template to a file with one, or to fallback. /v1/completions needs none",
+        "chat_template_missing",
+        param="messages",
+    )
 
 
 def _to_continue(messages: Sequence[Any]) -> list[dict[str, Any]]:

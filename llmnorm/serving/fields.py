@@ -10,8 +10,17 @@ exact: "5" is no number, and 1.0 no whole one.
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
+from llmnorm.data.messages import ROLES
 from llmnorm.serving.refusals import Refusal
 
 STOPS, STOP_LENGTH = 4, 1_000  # texts that may end an answer, and characters of one
@@ -20,6 +29,42 @@ SHOWN = 80  # characters of a field's name in a message
 
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
+_STOP = {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
+Stops = Annotated[
+    list[Stop],
+    Field(max_length=STOPS),
+    WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": STOPS}]}),
+]
+# What a message may hold is `data.messages`'s to say; this is for the document.
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+Message = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {
+                "role": {"enum": list(ROLES)},
+                "content": {
+                    "anyOf": [
+                        {"type": "string"},
+                        {"type": "array", "items": _PART},
+                        {"type": "null"},
+                    ]
+                },
+            },
+            "required": ["role"],
+        }
+    ),
+]
+
+
+def _given(name: str) -> dict[str, Any]:
+    """A JSON schema: the field is there, and not null."""
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
 
 
 class Fields(BaseModel):
@@ -97,12 +142,12 @@ class AnswerFields(Fields):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=1_000)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=1_000)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: list[Stop] = Field([], max_length=STOPS)
+    stop: Stops = []
     stop_token_ids: list[Id] = Field([], max_length=1_000)
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -159,7 +204,7 @@ class CompletionFields(AnswerFields):
 class ChatFields(AnswerFields):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1)
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = False
@@ -198,8 +243,10 @@ class ChatFields(AnswerFields):
 class TokenizeFields(Fields):
     """POST /tokenize: a text, or messages by the chat template."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_given("prompt"), _given("messages")]})
+
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[Message] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False

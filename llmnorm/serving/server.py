@@ -23,6 +23,7 @@ from llmnorm.serving.service import Service
 
 DEAD_SECONDS = 5.0  # for which a server whose engine has died says so, before it ends
 LINGER = 3  # seconds that uvicorn has to close what is open after the drain
+STALLED = 60.0  # seconds in which a client takes no byte of what is sent, before it counts as gone
 
 
 def bind(settings: ServingSettings) -> socket.socket:
@@ -39,6 +40,9 @@ def bind(settings: ServingSettings) -> socket.socket:
     family, kind, protocol, _, address = found[0]
     bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+        milliseconds = int(1000 * STALLED)
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     try:
         bound.bind(address)
     except OSError as error:

@@ -142,8 +142,9 @@ class Ticket:
         self._queue.put_nowait(gained)
 
     def fail(self, refusal: Refusal) -> None:
-        """End it with an error, which its client has `DRAINED` seconds to read."""
+        """End it with an error, which its client has `DRAINED` seconds to read; no row runs on."""
         self._queue.put_nowait(refusal)
+        self._service.abort(self)
         if self.timer is not None:
             self.timer.cancel()
         self.timer = asyncio.get_running_loop().call_later(DRAINED, self._cut)
@@ -250,8 +251,12 @@ class Service:
             self._tickets.discard(ticket)
             if ticket.timer is not None:
                 ticket.timer.cancel()
-            if ticket.running:
-                self._worker.abort(ticket)
+            self.abort(ticket)
+
+    def abort(self, ticket: Ticket) -> None:
+        """End a ticket's rows that run or wait."""
+        if ticket.running:
+            self._worker.abort(ticket)
 
     async def drain(self) -> None:
         """Take no more requests; wait until those that run have ended, or fail them.

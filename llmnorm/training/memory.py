@@ -40,7 +40,8 @@ from llmnorm.config.tree import RunConfig
 from llmnorm.models import nf4
 from llmnorm.models.frozen import narrow
 from llmnorm.models.modeling import LlmNormForCausalLM
-from llmnorm.nn.loss import LanguageHead, chunk_size, linear_cross_entropy
+from llmnorm.nn.head import LanguageHead
+from llmnorm.nn.loss import chunk_size, linear_cross_entropy
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.objectives.teacher import Teacher
 from llmnorm.optim.groups import split

@@ -28,13 +28,14 @@ from llmnorm.models.adapters import (
     set_first_values,
     target_modules,
 )
+from llmnorm.models.building import class_of, empty_model
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.frozen import freeze, narrow
 from llmnorm.models.initialization import initialize
-from llmnorm.models.modeling import LlmNormForCausalLM, class_of, empty_model
+from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.models.new_rows import EMBEDDING, HEAD, add_new_rows, set_new_rows
-from llmnorm.nn.loss import LanguageHead
+from llmnorm.nn.head import LanguageHead
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.objectives.contract import Objective
 from llmnorm.parallel.processes import Fill, Parallel

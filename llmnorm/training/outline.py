@@ -12,8 +12,9 @@ from llmnorm.config.tree import RunConfig
 from llmnorm.data.templates import missing_tokens
 from llmnorm.data.tokenizer import TextEncoder
 from llmnorm.models.adapters import rate_factors
+from llmnorm.models.building import class_of
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import LlmNormForCausalLM, class_of
+from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.optim.build import describe
 from llmnorm.optim.groups import split
 from llmnorm.training.model import choose_trained

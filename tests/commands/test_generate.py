@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmnorm import cli
 from tests.running import SMOKE, llmnorm
+from tests.stock import stock_llama
 from tests.test_data.chats import save_tokenizer
 
 GREEDY = ["generation.temperature=0", "generation.max_new_tokens=8"]
@@ -48,18 +49,7 @@ def greedy(model: Any, prompt: list[int], count: int = 8, **keys: Any) -> list[i
 def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
     directory = save_tokenizer(tmp_path_factory.mktemp("chat") / "stock")
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.5,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = stock_llama(directory)
     head = tokenizer.encode("<s><|im_start|>user\n", add_special_tokens=False)
     tail = tokenizer.encode(f"{END}\n<|im_start|>assistant\n", add_special_tokens=False)
     letters = AutoTokenizer.from_pretrained(directory).backend_tokenizer
@@ -235,6 +225,9 @@ def test_what_is_refused(
         chat.directory, "--prompt", "a", "--user", "b"
     )
     assert "has no adapter_config.json" in refused(chat.directory, "--adapter", tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert "it is a run: name it" in refused(chat.directory, "--adapter", tmp_path / "run")
     narrow = AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(
             vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2

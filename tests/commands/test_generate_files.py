@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from llmnorm import cli
 from tests.running import PATIENCE, Child
+from tests.stock import stock_llama
 from tests.test_data.chats import save_tokenizer
 
 WORDS = ["the", "river", "runs", "through", "a", "small", "town", "and", "then", "into", "it"]
@@ -118,17 +119,7 @@ def test_a_draft_changes_no_text(
 def chat(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that answers messages."""
     directory = save_tokenizer(tmp_path_factory.mktemp("chat") / "stock")
-    config = transformers.LlamaConfig(
-        vocab_size=len(AutoTokenizer.from_pretrained(directory)),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.5,
-        max_position_embeddings=256,
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).eval().save_pretrained(directory)
+    stock_llama(directory).save_pretrained(directory)
     return directory
 
 

@@ -169,9 +169,9 @@ def test_sizes_and_hours_are_counted() -> None:
     """Oracle: the matrices of the model that the file builds, and its operations a token."""
     import torch
 
+    from llmnorm.models.building import class_of
     from llmnorm.models.configuration import LlmNormConfig
     from llmnorm.models.flops import flops_per_token
-    from llmnorm.models.modeling import class_of
     from llmnorm.optim.groups import split
 
     peak, share = 989e12, 0.4  # of an H100 in bf16, dense; what is reached of it

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llmnorm.models.building import empty_model
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import empty_model
 from llmnorm.optim import sharded
 from llmnorm.optim.fragments import Fragment, master
 from llmnorm.optim.groups import matrices, split

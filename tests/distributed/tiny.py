@@ -14,11 +14,11 @@ from llmnorm.checkpoints.checkpoints import Checkpoints, Interval
 from llmnorm.config.adapter import LowRankSettings
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.models.adapters import inject, is_adapter, set_first_values
+from llmnorm.models.building import empty_model
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.frozen import freeze, narrow
 from llmnorm.models.initialization import initialize
-from llmnorm.models.modeling import empty_model
 from llmnorm.models.new_rows import add_new_rows, set_new_rows
 from llmnorm.nn.norms.running import RunningStatistics
 from llmnorm.objectives.contract import MicroBatch

@@ -18,8 +18,8 @@ from llmnorm import cli
 from llmnorm.exchange import gguf_file
 from llmnorm.exchange.gguf_file import TYPES, export_gguf
 from llmnorm.exchange.gguf_tokenizer import RULES
+from llmnorm.models.building import build_model
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import build_model
 from llmnorm.part import InputError
 
 TEXTS = ["The river, it's 1234 stones!", "  two  spaces\n\n new line", "ÄÖ 漢字 🙂 don't"]

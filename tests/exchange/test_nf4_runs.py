@@ -15,8 +15,9 @@ from llmnorm.config.file import load
 from llmnorm.exchange.loading import load_model, open_source
 from llmnorm.models import nf4
 from llmnorm.models.adapters import is_adapter, loaded_name
+from llmnorm.models.building import empty_model
 from llmnorm.models.convert import named_weights
-from llmnorm.models.modeling import LlmNormForCausalLM, empty_model
+from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.training.model import choose_trained
 from tests.running import SMOKE, llmnorm, metrics_of, state_of
 

@@ -29,7 +29,7 @@ from llmnorm.generation.costs import (
 )
 from llmnorm.machine.processor import Processor
 from llmnorm.models import LlmNormConfig
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from tests.running import ROOT
 
 TARGET, DRAFT = Size(8, 26.0), Size(1, 0.7)

@@ -13,7 +13,7 @@ from llmnorm.generation.draft import Lookup
 from llmnorm.generation.engine import Engine
 from llmnorm.generation.exact import ExactStep
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from llmnorm.part import InputError
 
 VOCABULARY, CONTEXT = 61, 60

@@ -61,16 +61,16 @@ class Watched:
         self.dtype, self.device = self._decoder.dtype, self._decoder.device
         self.says = self._decoder.says
         self.passes: list[tuple[int, int]] = []
-        self.prompts: list[int] = []
+        self.prompts: list[tuple[int, int]] = []
 
     def new_cache(self) -> RaggedCache:
         return self._decoder.new_cache()
 
     def step(self, ids: Tensor, cache: RaggedCache, counts: Any = None, *, last: bool) -> Tensor:
-        if len(cache.lengths) == SLOTS:
+        if cache.reserved is not None:
             self.passes.append(tuple(ids.shape))
         else:
-            self.prompts.append(ids.shape[1])
+            self.prompts.append(tuple(ids.shape))
         return self._decoder.step(ids, cache, counts, last=last)
 
 
@@ -90,11 +90,12 @@ Choose = Callable[[int, int], int]
 def play(name: str, choose: Choose, rounds: int) -> Watched:
     """Rounds over rows that come and go, with drafts accepted and rejected as `choose` says."""
     watched = Watched(name)
-    draft, rows = ModelDraft(watched, SLOTS, context=LONGEST), dict[int, Row]()
+    draft = ModelDraft(watched, SLOTS, context=LONGEST)
 
     def some(low: int, high: int) -> list[int]:
         return [choose(0, VOCABULARY - 1) for _ in range(choose(low, high))]
 
+    rows = {slot: row(slot, some(1, 70)) for slot in range(SLOTS)}
     for _ in range(rounds):
         slot = choose(0, SLOTS - 1)
         if slot not in rows:
@@ -162,16 +163,27 @@ def neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def copied_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt's row lacks its last token."""
-    true = ModelDraft._run_alone
+    true = ModelDraft._run_beside
 
-    def run(self: ModelDraft, slot: int, tokens: list[int]) -> None:
-        true(self, slot, tokens[:-1])
-        self._rows[slot].tokens.append(tokens[-1])
+    def run(self: ModelDraft, blocks: dict[int, list[int]]) -> None:
+        true(self, {slot: tokens[:-1] for slot, tokens in blocks.items()})
+        for slot, tokens in blocks.items():
+            self._rows[slot].tokens.append(tokens[-1])
 
-    monkeypatch.setattr(ModelDraft, "_run_alone", run)
+    monkeypatch.setattr(ModelDraft, "_run_beside", run)
 
 
-@pytest.mark.parametrize("plant", [left_in, one_short, neighbour, copied_late])
+def copied_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of prompts that are run beside each other change places."""
+    true = ModelDraft._replace
+
+    def replace(self: ModelDraft, slot: int, source: RaggedCache, row: int) -> None:
+        true(self, slot, source, len(source.lengths) - 1 - row)
+
+    monkeypatch.setattr(ModelDraft, "_replace", replace)
+
+
+@pytest.mark.parametrize("plant", [left_in, one_short, neighbour, copied_late, copied_to_another])
 @pytest.mark.parametrize("name", ["softmax", "gated_delta"])
 def test_planted_errors_are_caught(
     name: str, plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
@@ -197,7 +209,7 @@ def test_a_round_of_four_drafts_has_four_passes(accepted: int) -> None:
     draft = ModelDraft(watched, SLOTS)
     rows = [row(0, [1, 2, 3]), row(1, [4] * 40), row(2, [7])]
     draft.propose(rows, [4, 4, 4])
-    assert watched.prompts == [2, 39] and watched.passes == [(3, 1)] * 4
+    assert watched.prompts == [(2, 39)] and watched.passes == [(3, 1)] * 4
     for _ in range(6):
         for some, proposal in zip(rows, draft.propose(rows, [4, 4, 4]), strict=True):
             assert len(proposal.tokens) == 4
@@ -239,7 +251,7 @@ def test_rows_that_rode_along_catch_up_together(name: str) -> None:
     watched.passes.clear()
     watched.prompts.clear()
     check(name, rows, draft.propose(rows, [2, 2, 2]))
-    assert watched.prompts == [KEPT + 8]
+    assert watched.prompts == [(1, KEPT + 8)]
     assert [shape for shape in watched.passes if shape[1] > 2] == [(1, VERIFIED)] * 3
 
 

@@ -11,8 +11,8 @@ from llmnorm.generation.contract import Request, Sampling
 from llmnorm.generation.engine import Engine
 from llmnorm.generation.streams import answers, converse
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.building import build_model
 from llmnorm.models.decoding import Decoder
-from llmnorm.models.modeling import build_model
 from llmnorm.part import InputError
 from tests.generation.test_text import TOKENIZERS
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.building import build_model
 from llmnorm.models.cache import LlmNormCache
-from llmnorm.models.modeling import build_model
 from llmnorm.nn.cache import KEPT, KeyValues, RaggedCache
 from llmnorm.nn.layer_cache import PADDING
 from llmnorm.nn.recurrent_cache import RecurrentCache

@@ -24,11 +24,12 @@ from llmnorm.models.adapters import (
     set_first_values,
     write_config,
 )
+from llmnorm.models.building import build_model, class_of, empty_model
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.frozen import freeze, narrow
-from llmnorm.models.modeling import LlmNormForCausalLM, build_model, class_of, empty_model
+from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.mixers.contract import Mixer
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.part import InputError

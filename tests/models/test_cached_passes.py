@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmnorm.models import LlmNormForCausalLM
-from llmnorm.models.modeling import class_of
+from llmnorm.models.building import class_of
 from llmnorm.part import InputError
 from tests.models.test_generation import build, every_mixer
 

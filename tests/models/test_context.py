@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmnorm.models import LlmNormConfig
+from llmnorm.models.building import build_model, class_of
 from llmnorm.models.context import Documents, Rules, given_documents, with_cache, without_cache
-from llmnorm.models.modeling import build_model, class_of
 from llmnorm.nn.masks import document_boundaries, document_lengths
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.visibility import Masked, Packed, Plain

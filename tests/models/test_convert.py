@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmnorm.config.stock import KINDS, from_stock, to_stock
 from llmnorm.models import LlmNormConfig, convert
+from llmnorm.models.building import empty_model
 from llmnorm.models.convert import Stored, Weights, named_weights, open_weights, write_weights
-from llmnorm.models.modeling import LlmNormForCausalLM, empty_model
+from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import InputError
 from tests.running import CHILDREN, PATIENCE

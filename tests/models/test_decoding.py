@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
 from llmnorm.models import decoding as module
+from llmnorm.models.building import build_model
 from llmnorm.models.decoding import Decoder
-from llmnorm.models.modeling import build_model
 from llmnorm.models.nf4 import NF4Linear
 from llmnorm.nn import projections
 from llmnorm.nn.cache import KeyValues

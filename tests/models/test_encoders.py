@@ -22,7 +22,7 @@ from llmnorm.models import (
     LlmNormForMaskedLM,
     LlmNormForSequenceClassification,
 )
-from llmnorm.models.modeling import build_model, class_of
+from llmnorm.models.building import build_model, class_of
 from llmnorm.part import InputError
 from llmnorm.training.outline import outline
 

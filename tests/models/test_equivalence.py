@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from llmnorm.config.stock import to_stock
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.building import build_model
 from llmnorm.models.convert import named_weights
 from llmnorm.models.equivalence import (
     Weights,
@@ -16,7 +17,6 @@ from llmnorm.models.equivalence import (
     convert,
     depth_factors,
 )
-from llmnorm.models.modeling import build_model
 from llmnorm.nn.norms.contract import Norm
 from llmnorm.nn.norms.identity import Identity
 from llmnorm.part import InputError

@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.building import build_model
 from llmnorm.models.cache import LlmNormCache
-from llmnorm.models.modeling import build_model
 from llmnorm.part import InputError
 
 PAD = 2

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.building import build_model
 from llmnorm.models.initialization import initialize
-from llmnorm.models.modeling import build_model
 
 
 def config(**keys: object) -> LlmNormConfig:
@@ -53,7 +53,7 @@ def test_another_process_draws_the_same() -> None:
     """Oracle: a fresh interpreter with its own hash seed."""
     code = (
         "from llmnorm.models import LlmNormConfig\n"
-        "from llmnorm.models.modeling import build_model\n"
+        "from llmnorm.models.building import build_model\n"
         "c = LlmNormConfig(vocab_size=500, hidden_size=64, num_hidden_layers=2,"
         " num_attention_heads=4)\n"
         "print(sum(p.double().abs().sum() for p in build_model(c, seed=3).parameters()).item())"

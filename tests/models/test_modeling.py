@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.building import build_model
 from llmnorm.models.flops import flops_per_token
-from llmnorm.models.modeling import build_model
 from llmnorm.nn import loss as loss_module
 from llmnorm.nn.mixers import varlen
 from llmnorm.nn.mixers.settings import Mixer

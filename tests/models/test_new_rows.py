@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from llmnorm.config.adapter import LoraSettings
 from llmnorm.models.adapters import inject, is_adapter, loaded_name, set_first_values
+from llmnorm.models.building import build_model, empty_model
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.frozen import freeze, narrow
-from llmnorm.models.modeling import LlmNormForCausalLM, build_model, empty_model
+from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.models.new_rows import EMBEDDING, HEAD, add_new_rows, rows_name, set_new_rows
 from llmnorm.optim.groups import split
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from llmnorm.config.adapter import ALL_LINEAR
 from llmnorm.models import nf4
 from llmnorm.models.adapters import inject, set_first_values, target_modules
+from llmnorm.models.building import empty_model
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.frozen import freeze, narrow
-from llmnorm.models.modeling import LlmNormForCausalLM, empty_model
+from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.models.nf4 import NF4Linear, rounded, to_four_bits
 from llmnorm.nn.linear import Linear
 from llmnorm.part import InputError

@@ -15,7 +15,7 @@ from llmnorm.models import (
     LlmNormForSequenceClassification,
     LlmNormModel,
 )
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from llmnorm.part import InputError
 
 CLASSES = [LlmNormForCausalLM, LlmNormForMaskedLM, LlmNormForSequenceClassification]

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 
 from llmnorm.models import LlmNormConfig, LlmNormForMaskedLM, LlmNormForSequenceClassification
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from llmnorm.part import InputError
 
 MIXERS: dict[str, Any] = {

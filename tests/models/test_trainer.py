@@ -25,7 +25,7 @@ from llmnorm.models import (
     LlmNormForMaskedLM,
     LlmNormForSequenceClassification,
 )
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from llmnorm.models.recomputed import recomputable
 from llmnorm.nn import block as blocks
 from llmnorm.nn.norms.running import RunningNorm

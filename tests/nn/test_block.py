@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
-from llmnorm.models.modeling import build_model, empty_model
+from llmnorm.models.building import build_model, empty_model
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.norms.depth_scaling import depth_scale
 from llmnorm.part import InputError

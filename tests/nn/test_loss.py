@@ -13,14 +13,8 @@ from torch import Tensor
 
 from llmnorm.nn import linear
 from llmnorm.nn import loss as loss_module
-from llmnorm.nn.loss import (
-    LanguageHead,
-    NewRows,
-    chunk_size,
-    linear_cross_entropy,
-    token_gradients,
-    token_losses,
-)
+from llmnorm.nn.head import LanguageHead
+from llmnorm.nn.loss import NewRows, chunk_size, linear_cross_entropy, token_gradients, token_losses
 from llmnorm.training.memory import Storages
 
 

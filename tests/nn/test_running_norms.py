@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from llmnorm.nn.norms.running import RunningStatistics
 from llmnorm.nn.norms.settings import PowerNormSettings, UnifiedNormSettings
 from tests.running import CHILDREN, PATIENCE

@@ -83,7 +83,7 @@ def test_the_losses_are_those_of_single_examples(classes: Path, masked: Path) ->
     assert figures["sources"]["validation"]["f1"] == figures["f1"]
     assert found.rows == 64 and lines[-1]["step"] == 16
     # The first step: weights of the masked run and a fresh head.
-    from llmnorm.models.modeling import build_model
+    from llmnorm.models.building import build_model
 
     model = build_model(model.config, seed=0).double()
     old = state_of(masked, 6)

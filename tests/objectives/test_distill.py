@@ -17,7 +17,7 @@ from llmnorm.config.file import load
 from llmnorm.data.loader import Loader, evaluation_batches
 from llmnorm.exchange.loading import load_model
 from llmnorm.models import LlmNormConfig
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from llmnorm.part import InputError
 from tests.running import ROOT, SMOKE, assert_same_run, llmnorm, metrics_of
 

@@ -16,7 +16,7 @@ from llmnorm.config.file import load
 from llmnorm.data.loader import Loader, evaluation_batches
 from llmnorm.exchange.loading import load_model
 from llmnorm.models import LlmNormConfig, LlmNormForMaskedLM
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from llmnorm.objectives.masked_lm import EVALUATION, TRAINING
 from llmnorm.part import InputError
 from tests.running import MASKED, SMOKE, assert_same_run, llmnorm, metrics_of

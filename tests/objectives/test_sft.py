@@ -26,7 +26,7 @@ from llmnorm.data.order import Order
 from llmnorm.exchange.loading import load_model
 from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from llmnorm.objectives.answers import SLACK
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.objectives.figures import table

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.models import LlmNormConfig
+from llmnorm.models.building import empty_model
 from llmnorm.models.initialization import initialize
-from llmnorm.models.modeling import empty_model
 from llmnorm.parallel.launch import accelerator
 from llmnorm.parallel.processes import Parallel, local
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmnorm.config.serving import ServingSettings
 from llmnorm.config.tree import GenerationSettings
@@ -25,30 +23,18 @@ from llmnorm.serving.loading import model_of_target
 from llmnorm.serving.metrics import Metrics
 from llmnorm.serving.server import Ending, address_of, bind, serve
 from llmnorm.serving.service import Service
+from tests.stock import CONTEXT, stock_llama
 from tests.test_data.chats import save_tokenizer
 
 NAME = "tiny"
-CONTEXT = 256
 
 
-def save_model(directory: Path, *, template: bool = True, dtype: str = "float64") -> Path:
-    """A stock Llama of two layers with random weights, whose greedy texts are long and varied."""
+def save_model(
+    directory: Path, *, template: bool = True, dtype: str = "float64", context: int = CONTEXT
+) -> Path:
+    """A stock Llama with a tokenizer, and with a chat template or without one."""
     save_tokenizer(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.5,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    stock_llama(directory, context).to(getattr(torch, dtype)).save_pretrained(directory)
     if not template:
         (directory / "chat_template.jinja").unlink()
     return directory
@@ -87,6 +73,7 @@ class Served:
 
     Attributes:
         url: with /v1.
+        bound: the socket that it listens at.
         log: the file of the access log.
         gate: before every pass of the model.
         ending: takes signals.
@@ -120,16 +107,17 @@ class Served:
         self._app = make_app(
             self.model, self.service, self.serving, self.metrics, lines, Keys(keys)
         )
-        self._bound = bind(self.serving)
-        self.root = address_of(self._bound)
+        self.bound = bind(self.serving)
+        self.root = address_of(self.bound)
         self.url = f"{self.root}/v1"
-        self.port = self._bound.getsockname()[1]
+        self.port = self.bound.getsockname()[1]
         self.code: int | None = None
+        self._offline: Engine | None = None
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        with self._bound:
-            self.code = serve(self._bound, self._app, self.service, self.ending)
+        with self.bound:
+            self.code = serve(self.bound, self._app, self.service, self.ending)
 
     def start(self) -> None:
         self._thread.start()
@@ -165,14 +153,20 @@ class Served:
     def offline(self, prompt: Sequence[int], **sampling: Any) -> tuple[str, list[int], str]:
         """The text, tokens and finish of an engine of its own, without a draft.
 
-        It waits for the server: torch traces steps in one thread at a time.
+        It waits for the server: torch traces steps in one thread at a time. Log-probabilities of
+        the prompt are asked for because such a prompt is run from its beginning, whatever the
+        engine's cache still holds.
         """
         self.idle()
-        settings = self.settings.model_copy(update={"draft": "none", "slots": 1})
-        engine = self.target.build(settings).engine
-        assert isinstance(engine, Engine)
+        if self._offline is None:
+            settings = self.settings.model_copy(update={"draft": "none", "slots": 1})
+            engine = self.target.build(settings).engine
+            assert isinstance(engine, Engine)
+            self._offline = engine
+        alone = Sampling(**sampling, prompt_logprobs=0)
         text, tokens, finish = "", [], ""
-        for event in engine.generate([Request(tuple(prompt), Sampling(**sampling))]):
+        for event in self._offline.generate([Request(tuple(prompt), alone)]):
+            assert not event.cached
             text, tokens = text + event.text, tokens + event.tokens
             finish = event.finish or finish
         return text, tokens, finish

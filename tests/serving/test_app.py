@@ -5,12 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serving.served import CONTEXT, NAME, Served, save_model, serving
+from tests.serving.served import NAME, Served, save_model, serving
+from tests.stock import CONTEXT
 
 MESSAGES: Any = [{"role": "user", "content": "2+2?"}]
 
@@ -261,3 +263,46 @@ def test_the_model_and_its_tokens(served: Served, client: openai.OpenAI) -> None
     assert ids == served.model.asker.text(text)
     back = client.post("/../detokenize", body={"tokens": ids[1:]}, cast_to=object)
     assert back == {"prompt": text}
+
+
+TOLD = {"max_tokens": 3, "n": 2, "return_token_ids": True}
+EVERY: list[tuple[str, str, int, Any]] = [
+    (
+        "POST",
+        "/v1/completions",
+        200,
+        {"prompt": ["2+2?", "It"], "echo": True, "logprobs": 2, **TOLD},
+    ),
+    ("POST", "/v1/completions", 200, {"prompt": "2+2?", "max_tokens": 0}),
+    ("POST", "/v1/completions", 400, {"prompt": "2+2?", "temperature": 9}),
+    ("POST", "/v1/completions", 404, {"prompt": "2+2?", "model": "gpt-x"}),
+    ("POST", "/v1/completions", 413, {"prompt": "a" * 2**23}),
+    (
+        *("POST", "/v1/chat/completions", 200),
+        {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, **TOLD},
+    ),
+    ("POST", "/v1/chat/completions", 200, {"messages": MESSAGES, "max_tokens": 2}),
+    ("POST", "/tokenize", 200, {"prompt": "a", "return_token_strs": True}),
+    ("POST", "/tokenize", 400, {}),
+    ("POST", "/detokenize", 200, {"tokens": [20]}),
+    ("PUT", "/detokenize", 405, {"tokens": [20]}),
+    *[("GET", path, 200, None) for path in ("/health", "/ready", "/version", "/tokenizer_info")],
+    ("GET", "/v1/models", 200, None),
+    ("GET", f"/v1/models/{NAME}", 200, None),
+    ("GET", "/v1/models/gpt-x", 404, None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "status", "body"), EVERY)
+def test_an_answer_is_what_the_document_says(
+    served: Served, method: str, path: str, status: int, body: Any
+) -> None:
+    """Oracle: jsonschema, by the document's schema of the route and status."""
+    document = httpx.get(f"{served.root}/openapi.json").json()
+    answer = httpx.request(method, f"{served.root}{path}", json=body, timeout=60)
+    assert answer.status_code == status, answer.text
+    about = document["paths"][path.replace(NAME, "{name}").replace("gpt-x", "{name}")]
+    declared = next(iter(about.values()))["responses"][str(status)]
+    schema = declared["content"]["application/json"]["schema"]
+    jsonschema.Draft202012Validator({**document, **schema}).validate(answer.json())
+    assert all(name in answer.headers for name in declared.get("headers", {}))

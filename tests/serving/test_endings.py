@@ -2,6 +2,7 @@
 faults of the model, a server that drains."""
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import httpx
 import pytest
 import torch
 
+from llmnorm.serving.access import AccessLog
 from tests.serving.served import Served, save_model, serving, wait_for
 
 ASK: dict[str, Any] = {"prompt": "It is 4.", "temperature": 0, "max_tokens": 30}
@@ -127,6 +129,78 @@ def test_a_slow_reader_holds_nobody_up(served: Served) -> None:
     assert told[-1] == "[DONE]"
     text = text_of([json.loads(event) for event in told[:-1]])
     assert text == expected(served, seed=2, temperature=1)
+
+
+def reads_nothing(served: Served) -> socket.socket:
+    """A client that asks for a stream, larger than all buffers between them, and never reads."""
+    served.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    asked = {"stream": True, "max_tokens": 100, "ignore_eos": True, "n": 2}
+    told = {"echo": True, "logprobs": 20, "prompt": list(range(20, 160))}  # 100 KB at once
+    body = json.dumps({**ASK, **asked, **told})
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", served.port))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall((head + body).encode())
+    wait_for(lambda: served.service.open_tickets == 1)
+    return client
+
+
+def test_a_client_that_reads_nothing_holds_no_row(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: its rows end while it has read nothing and their events wait, one a round at most;
+    the streams beside it are the offline engine's; when it leaves, nothing is left of it."""
+    monkeypatch.setattr("llmnorm.serving.server.STALLED", 3600)  # a slow machine takes a minute
+    with serving(model, slots=4, serving={"request_timeout": None}) as served:
+        wanted = [expected(served, seed=seed, temperature=1) for seed in range(3)]
+        with reads_nothing(served):
+            (ticket,) = served.service._tickets
+            for seed, text in enumerate(wanted):
+                told = events(post(served, stream=True, seed=seed, temperature=1))
+                assert text_of(told) == text
+            wait_for(lambda: served.engine.idle and not ticket.running)
+            assert served.service.open_tickets == 1 and not ticket.finished
+            assert 10 < ticket._queue.qsize() <= 100
+        wait_for(lambda: not served.service.open_tickets)
+
+
+@pytest.mark.parametrize("patience", [3600, 0.2])
+def test_a_deadline_frees_the_rows_of_a_client_that_reads_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    """Oracle: its rows are aborted at the deadline; its ticket is closed when it has left, or has
+    not read the error for so many seconds."""
+    monkeypatch.setattr("llmnorm.serving.service.DRAINED", patience)
+    monkeypatch.setattr("llmnorm.serving.server.STALLED", 3600)
+    with serving(model, serving={"request_timeout": 0.6}) as served:
+        served.gate.pause = 0.05
+        with reads_nothing(served):
+            wait_for(lambda: served.engine.counters.finished.get("abort") == 2)
+            wait_for(lambda: not served.engine.running)
+            if patience < 1:
+                wait_for(lambda: not served.service.open_tickets)
+            else:
+                assert served.service.open_tickets == 1
+        wait_for(lambda: not served.service.open_tickets)
+        served.gate.pause = 0.0
+        assert post(served).json()["choices"][0]["text"] == expected(served)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone has this limit")
+def test_a_client_that_takes_no_byte_counts_as_gone(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: without a deadline its ticket is closed, and the system has cut the connection."""
+    monkeypatch.setattr("llmnorm.serving.server.STALLED", 0.3)
+    with (
+        serving(model, serving={"request_timeout": None}) as served,
+        reads_nothing(served) as client,
+    ):
+        wait_for(lambda: not served.service.open_tickets)
+        with pytest.raises(ConnectionResetError):
+            while client.recv(2**16):
+                pass
 
 
 def test_a_defect_of_ours_is_500_and_no_trace(
@@ -292,3 +366,17 @@ def test_a_full_disk_costs_lines_of_the_log_and_nothing_else(model: Path) -> Non
         assert post(served).json()["choices"][0]["text"] == expected(served)
         text = httpx.get(f"{served.root}/metrics").text
         assert "llmnorm_access_log_errors_total 1.0" in text
+
+
+def test_a_line_that_a_disk_took_in_part_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a disk with room for 20 bytes, and then room again; the other lines are JSON."""
+    lost: list[int] = []
+    log, write = AccessLog(tmp_path / "log", lambda: lost.append(1)), os.write
+    for number, room in enumerate((1000, 20, 1000, 1000)):
+        monkeypatch.setattr(os, "write", lambda file, raw, room=room: write(file, raw[:room]))
+        log.write({"number": number})
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [json.loads(lines[n])["number"] for n in (0, 2, 3)] == [0, 2, 3]
+    assert len(lines) == 4 and len(lines[1]) == 20 and len(lost) == 1

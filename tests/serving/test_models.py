@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmnorm.exchange.served import load_target
 from llmnorm.generation.engine import Counters
 from llmnorm.models import LlmNormConfig
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 from tests.models.cache_rounds import MODELS
 from tests.serving.served import Served, save_model, serving
 from tests.test_data.chats import save_tokenizer
@@ -94,4 +94,4 @@ def test_steps_are_captured_before_the_first_request(tmp_path: Path) -> None:
     served = Served(save_model(tmp_path / "model"))
     assert {alone for _, alone in served.engine._step._graphs} == {True, False}  # type: ignore[attr-defined]
     assert served.engine.counters == Counters() and served.engine.idle
-    served._bound.close()
+    served.bound.close()

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.served import CONTEXT, NAME, Served, save_model, serving, wait_for
+from tests.serving.served import NAME, Served, save_model, serving, wait_for
+from tests.stock import CONTEXT
 
 KEY, OTHER = "a-key-of-sixteen", "another-key-of-ours"
 LIMIT = 40_000

@@ -21,13 +21,25 @@ def test_the_clients_see_the_offline_engines_answers(bench: Any, tmp_path: Path)
     """Oracle: the bench's own engine; every token has a time between it and the one before."""
     with serving(save_model(tmp_path), slots=2, draft="lookup") as served:
         prompts = [served.model.asker.text("It is 4. " * n) for n in (1, 2, 3)]
-        texts, rate = bench.offline(served.target, served.settings, prompts, 10)
+        made = bench.Offline(served.target, served.settings).run(prompts, 10, 2)
         streams = asyncio.run(bench.load(served.port, prompts, 2, 10))
-    assert [stream.text() for stream in streams] == texts and rate > 0
+    assert [stream.text() for stream in streams] == made.texts
+    assert made.seconds > sum(made.steps) > 0 and made.processor > 0
     for stream in streams:
-        first = 10 - len(stream.between())  # tokens of the first event
+        gaps = stream.between()
+        first = 10 - len(gaps)  # tokens of the first event
         assert 1 <= first <= 5
         assert stream.at == sorted(stream.at)
+        assert all(gap <= now - before for before, now, gap in gaps)
+
+
+def test_gaps_in_which_a_prompt_is_run_are_left_out(bench: Any) -> None:
+    """Oracle: two streams by hand; the second one's prompt is run from 1.5 to 3.5."""
+    event = b'{"choices": [{"tokens": 1}]}'
+    old, new = bench.Stream(0.0, [1.0, 2.0, 4.0, 5.0], [event] * 4), bench.Stream(1.5)
+    new.at, new.events = [2.0, 3.5], [event, event.replace(b"1", b"3")]
+    assert bench.gaps_without_prompts([old]) == [1.0, 2.0, 1.0]
+    assert bench.gaps_without_prompts([old, new]) == [1.0, 0.5, 0.5, 0.5]
 
 
 def test_percentiles(bench: Any) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.building import build_model
 from llmnorm.models.decoding import Decoder
-from llmnorm.models.modeling import build_model
 
 SIZES: dict[str, dict[str, int]] = {
     "27M": {

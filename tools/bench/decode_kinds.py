@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from llmnorm.models import LlmNormConfig
-from llmnorm.models.modeling import build_model
+from llmnorm.models.building import build_model
 
 PROMPT = 128
 QUESTIONS = {

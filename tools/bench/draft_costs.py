@@ -29,8 +29,8 @@ from llmnorm.generation import cost_table, costs
 from llmnorm.generation.costs import Costs, Size, Times, size_of
 from llmnorm.machine.processor import processor
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
+from llmnorm.models.building import build_model
 from llmnorm.models.decoding import Decoder
-from llmnorm.models.modeling import build_model
 
 DRAFT = {
     "hidden_size": 128,

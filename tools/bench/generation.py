@@ -8,7 +8,8 @@ usage: python tools/bench/generation.py --target RUN --draft RUN [KEY=VALUE ...]
 RUN is a run or an exported directory with a stock class; KEY=VALUE changes the target's
 configuration, to find its data (data.dir=...). Prompts are the first 16 to 48 tokens of held-out
 documents; every row gets `--new` tokens, whatever they are. Candidates take turns, a round each;
-scheduling, prompts and sampling are timed too.
+scheduling, prompts and sampling are timed too. There are four prompts for each row of a batch, 8 at
+least and 32 at most: the last rows with drafts do not end together, and run in smaller batches.
 
 drafts: batches of every size, greedy and at a temperature (seeded). Of transformers, `generate`,
 and at batch 1 its assisted generation with the same pair; of llama.cpp (`--llama-cpp`, a Python
@@ -110,10 +111,10 @@ def drafts_part(
     """An entry a temperature, batch and candidate."""
     entries: list[dict[str, Any]] = []
     for temperature in options.temperatures:
-        alone = Work(prompts[:16], options.new, 1, temperature)
+        alone = Work(prompts, options.new, 1, temperature)
         reference = our_engine(pair, "plain", alone, Told())
         for batch in options.batches:
-            rows = 3 if options.quick else max(8, min(16, 2 * batch))
+            rows = 3 if options.quick else max(8, min(len(prompts), 4 * batch))
             work = Work(prompts[:rows], options.new, batch, temperature)
             told: dict[str, Told] = {}
 

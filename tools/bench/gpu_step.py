@@ -50,8 +50,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.models import LlmNormConfig
+from llmnorm.models.building import empty_model
 from llmnorm.models.flops import flops_per_token
-from llmnorm.models.modeling import empty_model
 from llmnorm.nn.loss import linear_cross_entropy
 from llmnorm.nn.masks import (
     document_boundaries,

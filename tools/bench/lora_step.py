@@ -48,7 +48,7 @@ def labelled(count: int, step: int) -> tuple[Tensor, Tensor]:
 def base() -> dict[str, Tensor]:
     """The weights of the base, by parameter name."""
     from llmnorm.models import LlmNormConfig
-    from llmnorm.models.modeling import build_model
+    from llmnorm.models.building import build_model
 
     return build_model(LlmNormConfig(vocab_size=VOCABULARY, **SHAPE), seed=0).state_dict()
 
@@ -59,9 +59,9 @@ def ours(count: int) -> Iterator[float]:
     from llmnorm.config.tree import ParallelSettings, TrainingSettings
     from llmnorm.models import LlmNormConfig
     from llmnorm.models.adapters import inject, is_adapter, loaded_name, set_first_values
+    from llmnorm.models.building import empty_model
     from llmnorm.models.convert import named_weights
     from llmnorm.models.frozen import freeze
-    from llmnorm.models.modeling import empty_model
     from llmnorm.objectives.contract import MicroBatch
     from llmnorm.optim.groups import split
     from llmnorm.optim.settings import AdamWSettings

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from report import RESULTS, Table, publish
 from torch import Tensor
 
+from llmnorm.models.building import build_model
 from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import named_weights
 from llmnorm.models.equivalence import Weights, convert
-from llmnorm.models.modeling import LlmNormForCausalLM, build_model
+from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.loss import chunk_size, linear_cross_entropy
 from llmnorm.nn.norms.depth_scaling import scale_by_depth
 from llmnorm.nn.norms.settings import (

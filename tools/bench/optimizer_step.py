@@ -252,7 +252,7 @@ def product_rate() -> float:
 def training_step(layers: int) -> float:
     """Seconds of forward and backward for 8 rows of 1024 tokens, from one row."""
     from llmnorm.models import LlmNormConfig
-    from llmnorm.models.modeling import build_model
+    from llmnorm.models.building import build_model
 
     shape = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12}
     config = LlmNormConfig(vocab_size=32000, num_hidden_layers=layers, **shape)

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from llmnorm.models.building import build_model
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import build_model
 from llmnorm.nn.recurrent_cache import RecurrentCache
 from tests.models.cache_rounds import held
 

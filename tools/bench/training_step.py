@@ -84,8 +84,8 @@ def ours(vocabulary: int, count: int, device: str) -> Iterator[float]:
     """Our steps: the loss of each."""
     from llmnorm.config.tree import ParallelSettings, TrainingSettings
     from llmnorm.models import LlmNormConfig
+    from llmnorm.models.building import empty_model
     from llmnorm.models.initialization import initialize
-    from llmnorm.models.modeling import empty_model
     from llmnorm.objectives.contract import MicroBatch
     from llmnorm.optim.groups import split
     from llmnorm.optim.settings import AdamWSettings
@@ -132,7 +132,7 @@ def stock(vocabulary: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmnorm.models import LlmNormConfig
-    from llmnorm.models.modeling import build_model
+    from llmnorm.models.building import build_model
 
     config = LlamaConfig(vocab_size=vocabulary, **SHAPE)
     config._attn_implementation = "sdpa"

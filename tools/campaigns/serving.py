@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.campaigns.trials import Trial, campaign
 
-FEW, MANY, SOAK = (6, 3), (64, 20), (8, 250)
+FEW, MANY, SOAK = (3, 2), (64, 20), (8, 250)
 
 
 def make(number: int, chance: random.Random, folder: Path) -> Trial:

@@ -122,10 +122,10 @@ def deepnorm_constants(vectors: Vectors) -> Iterator[Result]:
 @serves("conversion/preln_prerms_precrms")
 def conversion(vectors: Vectors) -> Iterator[Result]:
     """A Pre-LN vision transformer's weights, recentred and compressed."""
+    from llmnorm.models.building import build_model
     from llmnorm.models.configuration import LlmNormConfig
     from llmnorm.models.convert import named_weights
     from llmnorm.models.equivalence import Weights, convert
-    from llmnorm.models.modeling import build_model
     from llmnorm.nn.settings import ModelSettings
 
     p, saved = vectors.hyperparameters, vectors.below("vit")

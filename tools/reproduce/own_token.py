@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from llmnorm.config.tree import RunConfig
+from llmnorm.models.building import build_model
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import build_model
 from llmnorm.nn.mixers.contract import Mixer
 
 

@@ -74,9 +74,9 @@ def _operations(config: RunConfig, row_tokens: int) -> float:
     """Operations of a token of the model, without those of an adapter, which are few beside it."""
     import torch
 
+    from llmnorm.models.building import class_of
     from llmnorm.models.configuration import LlmNormConfig
     from llmnorm.models.flops import flops_per_token
-    from llmnorm.models.modeling import class_of
 
     settings = LlmNormConfig.from_settings(
         config.model,

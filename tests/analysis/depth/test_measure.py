@@ -17,8 +17,8 @@ from llmnorm.analysis.depth.pieces import Text, documents, held_out
 from llmnorm.analysis.depth.removal import KINDS, passes, removal
 from llmnorm.analysis.depth.streams import Streams, ranks
 from llmnorm.analysis.depth.variance_law import predicted_variance, second_moment
+from llmnorm.models.building import build_model
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import build_model
 from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.norms.layer import LayerNorm
 from llmnorm.nn.norms.rms import RMSNorm

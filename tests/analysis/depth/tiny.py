@@ -7,8 +7,9 @@ import transformers
 from torch import nn
 
 from llmnorm.analysis.depth.pieces import Batch, Text
+from llmnorm.models.building import build_model
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.modeling import LlmNormForCausalLM, build_model
+from llmnorm.models.modeling import LlmNormForCausalLM
 
 VOCABULARY = 61
 
