@@ -94,16 +94,17 @@ def test_a_killed_run_goes_on_with_the_same_picks(
     tmp_path: Path, smoke_data: Path, words: list[str]
 ) -> None:
     """Oracle: the run that was not killed, to the bit, its picks and their figures too; a step
-    reads 12 rows and trains on 4 of them."""
+    reads 12 rows, of which a third is kept, and trains on 6 of them."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    words = [*words, "training.micro_batch=2"]
+    words = [*words, "training.global_batch=6", "training.micro_batch=2"]
     llmnorm("train", *words_of(whole, smoke_data, *words))
     kill_in_step(4, killed, *words_of(killed, smoke_data, *words))
     llmnorm("train", killed)
     assert_same_run(killed, whole, 4)
     lines = [line for line in metrics_of(whole) if "selection" in line]
     assert [line["selection"]["read"] for line in lines] == [12, 24, 36, 48]
-    assert all(sum(line["selection"]["picks"].values()) == 4 for line in lines)
+    picks = [line["selection"]["picks"] for line in lines]
+    assert all(sum(found.values()) == 6 and found["prose"] for found in picks)
     manifest = json.loads((whole / "checkpoints/step_00000004/MANIFEST.json").read_text())
     assert manifest["meta"]["row"] == 48
 
