@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,7 +49,12 @@ TIMES = (
 PATIENCE = 1800
 
 
-def _command(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+def _command(
+    arguments: list[str],
+    log: Path,
+    environment: dict[str, str],
+    before: Callable[[], None] | None,
+) -> None:
     from llmnorm.cli import main
 
     os.environ.update(environment)
@@ -57,20 +62,29 @@ def _command(arguments: list[str], log: Path, environment: dict[str, str]) -> No
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    if before is not None:
+        before()
     sys.exit(main(arguments))
 
 
 class Child:
     """One `llmnorm` command in a process of its own; `log` holds what it has printed.
 
-    `environment` holds variables beside those of this process.
+    `environment` holds variables beside those of this process; `before`, a function of a module, is
+    called there before the command.
     """
 
     def __init__(
-        self, arguments: list[str], log: Path, environment: dict[str, str] | None = None
+        self,
+        arguments: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         self.log = log
-        self.process = CHILDREN.Process(target=_command, args=(arguments, log, environment or {}))
+        self.process = CHILDREN.Process(
+            target=_command, args=(arguments, log, environment or {}, before)
+        )
         self.process.start()
 
     def finish(self, seconds: float = PATIENCE) -> int:

@@ -83,7 +83,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> list[Mistake]:
             found += below(loc, inner)
         elif item["type"] == _UNKNOWN:
             hints += 1
-            hint = f"; {nearest(str(loc[-1]), _fields(parents))}" if hints <= MOST else ""
+            hint = f"; {_nearest(str(loc[-1]), parents)}" if hints <= MOST else ""
             found.append(Mistake(loc, f"unknown key{hint}", _UNKNOWN))
         else:
             items.setdefault(loc, []).append(item)
@@ -96,6 +96,15 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> list[Mistake]:
         if loc not in around
     ]
     return sorted(found, key=lambda mistake: mistake.kind != _UNKNOWN)
+
+
+def _nearest(key: str, parents: list[Any]) -> str:
+    """What may have been meant by an unknown key: a valid one, or the key of another part."""
+    fields = _fields(parents)
+    if fields == ["name"] and len(parents) == 1:  # a part
+        part = parents[0].model_fields["name"].default
+        return f"valid: name alone, since '{part}' has no settings; choose another part by its name"
+    return nearest(key, fields)
 
 
 def _keys(cls: type[BaseModel], loc: Iterable[Any]) -> tuple[tuple[Any, ...], list[Any]]:

@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmnorm.config.file import load
 from llmnorm.config.manifest import steps_in
@@ -158,7 +158,8 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
         changed = {key: v for key, v in changed.items() if not changeable(key, config)}
     if changed:
         listed = ", ".join(
-            f"{key} ({old} there, {new} here)" for key, (old, new) in changed.items()
+            f"{key} ({old} there, {new} here)"
+            for key, (old, new) in _without_parts(changed).items()
         )
         what = (
             "an existing run cannot change this key; start another with"
@@ -172,6 +173,16 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
                 open_file(record).close()  # refuses a directory, or a file that cannot be read
         _check_checkpoints(run, there.checkpoint)
     return run
+
+
+def _without_parts(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Without keys that only one of two parts has, where another part was chosen by its name."""
+    others = tuple(key.removesuffix("name") for key in changed if key.endswith(".name"))
+    return {
+        key: values
+        for key, values in changed.items()
+        if key.endswith(".name") or None not in values or not key.startswith(others)
+    }
 
 
 def finished(run: RunDirectory, config: RunConfig) -> bool:

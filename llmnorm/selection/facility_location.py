@@ -45,10 +45,9 @@ def facility_location(similarity: NDArray[np.floating], budget: int) -> tuple[In
     rows = len(similarity)
     assert similarity.shape == (rows, rows) and 0 <= budget <= rows, (similarity.shape, budget)
     # Rows of the matrix are read as a whole: columns would cost several times as much.
-    matrix = _rounded(similarity)
+    matrix, first = _rounded(similarity)
     covered, total = np.zeros(rows), 0.0
     best = np.empty(rows)
-    first = np.maximum(matrix, 0).sum(1)
     bounds = [(-gain, row) for row, gain in enumerate(first.tolist())]
     heapq.heapify(bounds)
     order, gains = np.empty(budget, np.int64), np.empty(budget)
@@ -67,17 +66,28 @@ def facility_location(similarity: NDArray[np.floating], budget: int) -> tuple[In
     return order, gains
 
 
-def _rounded(similarity: NDArray[np.floating]) -> Reals:
+def _rounded(similarity: NDArray[np.floating]) -> tuple[Reals, Reals]:
     """The similarities in float64, as multiples of a power of two of which sums of a row are exact.
 
-    A float64 has 53 bits; a sum of 2,048 numbers needs 11 of them, so that 42 are left for each.
+    A float64 has 53 bits; a sum of 2,048 numbers needs 11 of them, so that 42 are left for each. A
+    number that is far larger is added and taken away again, which rounds the others off: that takes
+    half of the time of `ldexp` and `rint`.
+
+    Returns:
+        (rows, rows), and for each row the sum of what is positive, (rows,).
     """
-    rows = max(len(similarity), 1)
-    _, exponent = np.frexp(np.abs(similarity).max(initial=0.0))
-    bits = 52 - (rows - 1).bit_length() - int(exponent)
-    matrix = np.ldexp(np.ascontiguousarray(similarity, np.float64), bits)
-    np.rint(matrix, out=matrix)
-    return np.ldexp(matrix, -bits)
+    rows = len(similarity)
+    largest = max(similarity.max(initial=0.0), -similarity.min(initial=0.0))
+    _, exponent = np.frexp(np.float64(largest))
+    spare = max((rows - 1).bit_length(), 1)
+    larger = np.ldexp(1.5, spare + int(exponent))
+    matrix, sums = np.empty((rows, rows)), np.empty(rows)
+    for start in range(0, rows, 64):  # a block of rows stays in the cache
+        block = matrix[start : start + 64]
+        np.add(similarity[start : start + 64], larger, out=block)
+        block -= larger
+        np.maximum(block, 0).sum(1, out=sums[start : start + 64])
+    return matrix, sums
 
 
 def cluster_sizes(similarity: NDArray[np.floating], order: Integers) -> Integers:

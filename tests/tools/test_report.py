@@ -26,11 +26,14 @@ def test_the_page_is_what_the_files_say(report: ModuleType) -> None:
     assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page()
 
 
-def test_the_page_of_fine_tuning_shows_its_figures(report: ModuleType) -> None:
+@pytest.mark.parametrize(
+    ("page", "figures"), [("fine-tuning", "skills"), ("selection", "row_features")]
+)
+def test_a_page_shows_its_figures(report: ModuleType, page: str, figures: str) -> None:
     """Oracle: the tables of the committed figures."""
-    page = (ROOT / "docs" / "fine-tuning.md").read_text()
-    for table in json.loads((ROOT / "docs" / "results" / "skills.json").read_text())["tables"]:
-        assert report.markdown(table) in page
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    for table in json.loads((ROOT / "docs" / "results" / f"{figures}.json").read_text())["tables"]:
+        assert report.markdown(table) in text
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

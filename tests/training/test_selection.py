@@ -1,10 +1,16 @@
-"""Runs that choose the rows of a step: the same numbers after a stop, what is counted, refusals."""
+"""Runs that choose the rows of a step: the same numbers after a kill, what is counted, refusals."""
 
+import itertools
 import json
-import shutil
+import math
+import os
+import random
+import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +20,16 @@ import torch
 from torch import Tensor
 
 from llmnorm.config.file import load
+from llmnorm.objectives.contract import MicroBatch
+from llmnorm.objectives.packed_text import PackedText
 from llmnorm.part import InputError
 from llmnorm.runs import directory as run_directory
 from llmnorm.training.prepare import Prepared, prepare
-from llmnorm.training.selecting import _check_pool
+from llmnorm.training.selecting import Selecting, _check_pool
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.step import step
 from tests.objectives.examples import on_disk
-from tests.running import SMOKE, assert_same_run, llmnorm, metrics_of, state_of
+from tests.running import SMOKE, Child, assert_same_run, llmnorm, metrics_of, state_of
 
 SIZES = ["model.hidden_size=32", "model.intermediate_size=48", "model.num_attention_heads=2"]
 SHORT = ["training.steps=4", "training.global_batch=4", "checkpoint.every=2"]
@@ -52,23 +60,51 @@ def prepared(run: Path, data: Path, *words: str) -> Iterator[Prepared]:
         yield prepare(config, directory, stack, data_command="", dry_run=True)
 
 
+def die_in_step(step: int) -> None:
+    """Have this process killed by -9 when it has chosen the rows of a step, before it trains."""
+    choose, steps = Selecting.choose, itertools.count(1)
+
+    def dying(self: Selecting, first_row: int) -> list[MicroBatch]:
+        micro_batches = choose(self, first_row)
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return micro_batches
+
+    Selecting.choose = dying  # type: ignore[method-assign]
+
+
+def kill_in_step(step: int, run: Path, *words: str) -> None:
+    """`llmnorm train` in a process that is killed; the steps before it were recorded.
+
+    Args:
+        step: in which it is killed, at least 3.
+        run: the run directory.
+        words: the command's, which save every second step.
+    """
+    child = Child(["train", *words], run.with_suffix(".log"), before=partial(die_in_step, step))
+    assert child.finish() == -signal.SIGKILL, child.log.read_text()
+    steps = [line["step"] for line in metrics_of(run) if "loss" in line]
+    assert steps == [*range(1, step)]
+    newest = max(path.name for path in (run / "checkpoints").glob("step_*"))
+    assert newest == f"step_{2 * ((step - 1) // 2):08d}"
+
+
 @pytest.mark.parametrize("words", SELECTIONS.values(), ids=SELECTIONS)
-def test_a_stopped_run_goes_on_with_the_same_picks(
+def test_a_killed_run_goes_on_with_the_same_picks(
     tmp_path: Path, smoke_data: Path, words: list[str]
 ) -> None:
-    """Oracle: the run that was not stopped, to the bit, its picks and their figures too; a step
-    reads 12 rows and trains on 4 of them."""
-    whole = tmp_path / "whole"
-    llmnorm("train", *words_of(whole, smoke_data, *words, "training.micro_batch=2"))
-    again = tmp_path / "again"
-    shutil.copytree(whole, again)
-    shutil.rmtree(again / "checkpoints" / "step_00000004")  # as if it had been killed before
-    (again / "DONE").unlink()
-    llmnorm("train", again)
-    assert_same_run(again, whole, 4)
+    """Oracle: the run that was not killed, to the bit, its picks and their figures too; a step
+    reads 12 rows, of which a third is kept, and trains on 6 of them."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = [*words, "training.global_batch=6", "training.micro_batch=2"]
+    llmnorm("train", *words_of(whole, smoke_data, *words))
+    kill_in_step(4, killed, *words_of(killed, smoke_data, *words))
+    llmnorm("train", killed)
+    assert_same_run(killed, whole, 4)
     lines = [line for line in metrics_of(whole) if "selection" in line]
     assert [line["selection"]["read"] for line in lines] == [12, 24, 36, 48]
-    assert all(sum(line["selection"]["picks"].values()) == 4 for line in lines)
+    picks = [line["selection"]["picks"] for line in lines]
+    assert all(sum(found.values()) == 6 and found["prose"] for found in picks)
     manifest = json.loads((whole / "checkpoints/step_00000004/MANIFEST.json").read_text())
     assert manifest["meta"]["row"] == 48
 
@@ -165,6 +201,61 @@ def test_epochs_count_the_rows_that_are_read(smoke_data: Path) -> None:
     assert (plain.total_steps(1125), chosen.total_steps(1125)) == (1125, 375)
 
 
+WORDS = ["river", "stone", "light", "green", "window", "paper", "morning", "seven", "water"]
+
+
+def small_corpus(place: Path) -> list[dict[str, str]]:
+    """Two sources, of which the second is small."""
+    sources = []
+    for name, documents in (("prose", 24), ("notes", 9)):
+        for held, count in (("", documents), ("-held", 2)):
+            rng = random.Random(f"{name}{held}")
+            texts = [" ".join(rng.choices(WORDS, k=40)) for _ in range(count)]
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            (place / f"{name}{held}.jsonl").write_text(lines)
+        path, held_out = place / f"{name}.jsonl", place / f"{name}-held.jsonl"
+        sources.append({"name": name, "path": str(path), "validation": str(held_out)})
+    return sources
+
+
+def test_four_epochs_read_every_row_four_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Oracle: the rows as the run reads them, counted; the run that was not killed, of one that was
+    killed in the step whose pool holds the end of an epoch and the beginning of the next."""
+    read: list[tuple[int, int]] = []
+    real = PackedText.read
+
+    def counting(self: PackedText, numbers: Any, **given: Any) -> list[MicroBatch]:
+        if len(numbers) == 8:  # the pool; its 4 picks are then read again
+            read.extend(zip(*(x.tolist() for x in self._rows.order.find(numbers)), strict=True))
+        return real(self, numbers, **given)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = [f"data.sources={json.dumps(small_corpus(tmp_path))}", "data.context_length=32"]
+    words += ["training.steps=null", "training.epochs=4"]
+    words += ["selection=colm", "selection.pool=8"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedText, "read", counting)
+        llmnorm("train", *words_of(whole, tmp_path / "data", *words))
+    rows = len(set(read))
+    steps = math.ceil(4 * rows / 8)
+    assert rows % 8 and rows > 24  # the end of an epoch lies inside a pool
+    assert len(read) == 8 * steps and {*Counter(read[: 4 * rows]).values()} == {4}
+    assert (whole / "DONE").read_text() == f"{steps}\n"
+    lines = [line for line in metrics_of(whole) if "loss" in line]
+    assert [line["selection"]["read"] for line in lines] == [8 * (n + 1) for n in range(steps)]
+    manifest = whole / "checkpoints" / f"step_{steps:08d}" / "MANIFEST.json"
+    assert json.loads(manifest.read_text())["meta"]["row"] == 8 * steps
+    table = capfd.readouterr().err.partition("held out kB\n")[2].splitlines()
+    assert [line.split()[7] for line in table[:2]] == ["4.00", "4.00"]  # epochs of each source
+
+    across = rows // 8 + 1
+    kill_in_step(across, killed, *words_of(killed, tmp_path / "data", *words))
+    llmnorm("train", killed)
+    assert_same_run(killed, whole, steps)
+
+
 def test_a_row_that_is_not_finite_is_named(tmp_path: Path, smoke_data: Path) -> None:
     """Oracle: the number of the row that holds a token whose embedding is not finite."""
     untied = "model.tie_word_embeddings=false"
@@ -252,6 +343,7 @@ MISTAKES: list[tuple[list[str], str]] = [
         "rows of objective 'masked_lm' cannot be selected",
     ),
     (["selection=colmm", "selection.pool=12"], "did you mean 'colm'"),
+    (["selection.pool=12"], "selection.pool: unknown key; .*'none' has no settings"),
     (["selection=random", "selection.pool=12", "selection.keep=none"], "selection.keep"),
 ]
 
@@ -303,11 +395,15 @@ def test_a_pool_is_shared_out(pool: int, world: int, even: bool, message: str) -
 
 
 def test_a_run_cannot_change_its_selection(tmp_path: Path, smoke_data: Path) -> None:
-    """Oracle: the message, which names the key."""
+    """Oracle: the message, which names the key; of another selector its name alone."""
     run = tmp_path / "run"
     llmnorm("train", *words_of(run, smoke_data, *COLM, "training.steps=1"))
     config = load(run, ["selection.pool=16"]).config
     with pytest.raises(InputError, match=r"selection.pool \(12 there, 16 here\)"):
+        run_directory.agree(config, going_on=True)
+    config = load(run, ["selection=loss", "selection.pool=16"]).config
+    message = r"run: selection.name \(colm there, loss here\), selection.pool \(12 .*16 here\): an"
+    with pytest.raises(InputError, match=message):
         run_directory.agree(config, going_on=True)
 
 
@@ -318,20 +414,18 @@ def test_a_run_cannot_change_its_selection(tmp_path: Path, smoke_data: Path) -> 
 def test_examples_of_a_fine_tuned_adapter_are_chosen(
     tmp_path: Path, run: Path, feature: str
 ) -> None:
-    """Oracle: the run that was not stopped; an adapter without the last values' projection is
+    """Oracle: the run that was not killed; an adapter without the last values' projection is
     refused with what would do."""
     pytest.importorskip("peft", reason="needs the extra finetune")
     config = on_disk(tmp_path, run)
     words = ["adapter=lora", "adapter.rank=4", "selection=colm", "selection.pool=14"]
     words += [f"selection.feature={feature}", "training.steps=4", "checkpoint.every=2"]
     words += ["evaluation.every=null", "evaluation.answers=0", "evaluation.samples=0"]
-    whole, again = tmp_path / "whole", tmp_path / "again"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     llmnorm("train", config, *words, f"run_dir={whole}")
-    shutil.copytree(whole, again)
-    shutil.rmtree(again / "checkpoints" / "step_00000004")
-    (again / "DONE").unlink()
-    llmnorm("train", again)
-    assert_same_run(again, whole, 4)
+    kill_in_step(4, killed, str(config), *words, f"run_dir={killed}")
+    llmnorm("train", killed)
+    assert_same_run(killed, whole, 4)
     picks = [line["selection"]["picks"] for line in metrics_of(whole) if "selection" in line]
     assert all(sum(found.values()) == 7 for found in picks)
     settings: Any = load(config, [*words, "adapter.targets=[q_proj]", f"run_dir={tmp_path}/x"])
