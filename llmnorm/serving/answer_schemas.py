@@ -3,7 +3,7 @@
     ANSWERS["Completion"]       by the name that the document refers to
 
 Objects are closed where the client asked for nothing more, so that a field that the document does
-not know is found by whoever holds answers to it (tests/serving/test_document.py).
+not know is found by whoever holds answers to it (tests/serving/test_app.py).
 """
 
 from typing import Any

@@ -251,7 +251,7 @@ def draw(found: Mapping[str, Any], output: Path, title: str) -> None:
     labels = [f"{name}\n{100 * share:.1f} %" for name, share in found["mixture"].items()]
     right.set_xticks(range(len(labels)), labels)
     right.set_title("Loss of a source minus plain's", loc="left")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
