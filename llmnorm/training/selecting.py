@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     from llmnorm.models.modeling import LlmNormForCausalLM
 
 FULL = 0.1  # of the steps; a run in which kept rows alone fill more batches than this says so
-PAIR = 0.83  # of the time of a pair of probes: what gradients and 64 projections cost (measured)
+# Of the time of a pair of probes: exact gradients with 64 projections, by tools/bench/selecting.py.
+PAIR = 0.9
 
 
 class Selecting:
