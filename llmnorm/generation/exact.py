@@ -236,7 +236,7 @@ class _OneClass(Product):
 
     def __init__(self, product: Product, first: int, most: int) -> None:
         nn.Module.__init__(self)
-        self.sizes, self.inputs, self.layouts = product.sizes, product.inputs, product.layouts
+        self.sizes, self.inputs, self.layout = product.sizes, product.inputs, product.layout
         self.product, self._first, self._most = product, first, most
 
     def forward(self, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from llmnorm.nn.mixers.contract import Context
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.nn.places import Places
 from llmnorm.nn.precision import wide_dtype
-from llmnorm.nn.projections import Layout, Layouts, Product, for_inference, layout_for
+from llmnorm.nn.projections import Layout, Product, for_inference, layout_for
 from llmnorm.nn.recurrent_cache import RING, RecurrentCache
 from llmnorm.nn.states import Inputs, State, write_inputs
 from llmnorm.nn.visibility import Cached
@@ -102,7 +102,7 @@ class Decoder:
         model: LlmNormForCausalLM,
         *,
         captured: bool = True,
-        layout: Layout | Layouts | None = None,
+        layout: Layout | None = None,
     ) -> None:
         if model.training:
             raise InputError("Decoder: the model is in training mode; call model.eval() first")
@@ -110,8 +110,7 @@ class Decoder:
         assert isinstance(weight, Tensor)
         ruled, about_weights = layout_for(weight)
         if layout is not None:
-            ruled = Layouts.of(layout)
-            about_weights = f"weights: {ruled.several}, as asked for"
+            ruled, about_weights = layout, f"weights: {layout}, as asked for"
         self._captured, about_steps = captures(model)
         if not captured:
             self._captured, about_steps = False, "steps run eagerly, as asked for"
@@ -122,12 +121,11 @@ class Decoder:
         self.device: torch.device = model.device
         with torch.no_grad():
             self._model = for_inference(model, ruled)
-        self._layouts = ruled
         # A graph cannot hold a packed weight, so these are inputs of it.
         self._packed = [
             module
             for module in self._model.modules()
-            if isinstance(module, Product) and "packed" in module.layouts
+            if isinstance(module, Product) and module.layout == "packed"
         ]
         # By the number of new tokens, and whether there is one row: an axis of one has strides of
         # its own, which a trace of it takes for granted.
@@ -177,12 +175,10 @@ class Decoder:
         if len(self._columns) < places.width or self._columns.device != device:
             self._columns = torch.arange(rounded(2 * places.width), device=device)
         inputs, layers = _graph_inputs(ids, places, cache.layers, self._columns)
-        layout = self._layouts.one if rows == new == 1 else self._layouts.several
-        packed = self._packed if layout == "packed" else []
-        inputs += [product.weights["packed"] for product in packed]
+        inputs += [product.weight for product in self._packed]
         graph = self._graphs.get((new, rows == 1))
         if graph is None:
-            graph = _traced(_Step(self._model, layers, packed), inputs)
+            graph = _traced(_Step(self._model, layers, self._packed), inputs)
             self._graphs[new, rows == 1] = graph
         logits, *states = graph(*inputs)
         _take_in(cache.layers, layers, states, places)
@@ -332,15 +328,15 @@ class _Step:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Logits, and the new state of each recurrent layer."""
-        kept = [product.weights["packed"] for product in self._packed]
+        kept = [product.weight for product in self._packed]
         given = inputs[len(inputs) - len(kept) :]
         try:
             for product, weight in zip(self._packed, given, strict=True):
-                product.weights["packed"] = weight
+                product.weight = weight
             return self._run(*inputs[: len(inputs) - len(kept)])
         finally:
             for product, weight in zip(self._packed, kept, strict=True):
-                product.weights["packed"] = weight
+                product.weight = weight
 
     def _run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         ids, numbers, *rest = inputs

@@ -12,9 +12,7 @@ and the number of threads:
     transposed   a copy (in, out), which MKL multiplies faster by 4 rows and more.
     packed       a copy in oneDNN's own layout for few rows; one result for any number of rows.
 
-A pass of a single token, which only reads the weights, may go by the plain ones beside a copy for
-all other passes. A copy takes the weights' bytes once more (27M in float32: 104 MiB), so there is
-one at most.
+A copy takes the weights' bytes once more (27M in float32: 104 MiB).
 
 What would surprise: a copied layout does not follow later changes of the parameters. Make the copy
 again after training.
@@ -37,18 +35,6 @@ Layout = Literal["plain", "transposed", "packed"]
 ROWS = 8  # what oneDNN is told to pack for; 64 was as fast, 1 as slow as no packing
 
 
-class Layouts(NamedTuple):
-    """How weights are laid out for passes of several tokens, and for a pass of one."""
-
-    several: Layout
-    one: Layout
-
-    @classmethod
-    def of(cls, layout: "Layout | Layouts") -> "Layouts":
-        """One layout for both, if it is a layout."""
-        return layout if isinstance(layout, Layouts) else cls(layout, layout)
-
-
 class Choice(NamedTuple):
     """How float32 weights are laid out for decoding on one kind of processor.
 
@@ -59,7 +45,7 @@ class Choice(NamedTuple):
         date: when, as YYYY-MM-DD.
     """
 
-    layouts: tuple[Layouts, Layouts]
+    layouts: tuple[Layout, Layout]
     figures: str
     machine: str
     date: str
@@ -67,16 +53,17 @@ class Choice(NamedTuple):
 
 CHOICES: dict[Processor, Choice] = {
     Processor("Intel", 6, "AVX512"): Choice(
-        layouts=(Layouts("transposed", "transposed"), Layouts("packed", "plain")),
+        layouts=("transposed", "transposed"),
         figures="one thread, plain, transposed, packed: 1 row 8.2, 7.7, 9.1; 2 rows 8.7, 9.2, 9.4; "
         "4 rows 14.7, 10.7, 10.8; 8 rows 19.1, 14.8, 12.4; 16 rows 18.5, 16.3, 14.9; 40 rows 27.2, "
-        "20.8, 23.5; two threads: 1 row 4.1, 4.1, 5.2; 4 rows 13.1, 10.5, 11.4; 8 rows 16.9, 15.5, "
-        "13.1; 16 rows 22.6, 18.8, 16.3 (4 rows and more beside other work)",
+        "20.8, 23.5; two threads, whole steps of 1 and of 5 tokens, 27M: 1 row 4.0, 4.2, 4.1 and "
+        "9.8, 9.3, 10.0; 4 rows 7.1, 6.8, 9.3 and 15.9, 13.5, 14.9; 8 rows 9.6, 11.2, 10.9 and "
+        "20.6, 18.1, 19.1; 16 rows 15.0, 12.9, 13.6 and 28.0, 26.3, 29.5",
         machine="Xeon, family 6 model 207 (Emerald Rapids)",
         date="2026-11-30",
     ),
     Processor("AMD", 25, "AVX2"): Choice(
-        layouts=(Layouts("packed", "packed"), Layouts("packed", "packed")),
+        layouts=("packed", "packed"),
         figures="F.linear -> packed: 1 row 10.0 -> 9.7, 2 17.8 -> 10.5, 4 21.7 -> 15.5, 8 26.5 -> "
         "17.9, 12 31.5 -> 22.2, 40 47.3 -> 41.8 (one thread); two threads 5 rows 17.6 -> 12.9, 8 "
         "16.3 -> 12.1",
@@ -84,24 +71,22 @@ CHOICES: dict[Processor, Choice] = {
         date="2026-11-28",
     ),
 }
-PLAIN = Layouts("plain", "plain")
 
 
-def layout_for(weight: Tensor) -> tuple[Layouts, str]:
-    """The layouts of a weight like this one with torch's threads, and a clause that says why."""
+def layout_for(weight: Tensor) -> tuple[Layout, str]:
+    """The layout of a weight like this one with torch's threads, and a clause that says why."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         kind = str(weight.dtype).removeprefix("torch.")
-        return PLAIN, f"weights stay as they are ({kind} on {weight.device.type})"
+        return "plain", f"weights stay as they are ({kind} on {weight.device.type})"
     found = choice()
     if found is None:
-        return PLAIN, f"weights stay as they are (not measured on {_name(processor())})"
+        return "plain", f"weights stay as they are (not measured on {_name(processor())})"
     threads = torch.get_num_threads()
-    layouts = found.layouts[threads > 1]
-    if "packed" in layouts and not has_packing():
-        return PLAIN, "weights stay as they are (this torch has no oneDNN operator to pack them)"
-    beside = ", beside them as they are for one token" if layouts.one != layouts.several else ""
+    layout = found.layouts[threads > 1]
+    if layout == "packed" and not has_packing():
+        return "plain", "weights stay as they are (this torch has no oneDNN operator to pack them)"
     on = f"{_name(processor())}, {threads} thread{'s' if threads > 1 else ''}"
-    return layouts, f"a {layouts.several} copy of the weights{beside} ({on})"
+    return layout, f"a {layout} copy of the weights ({on})"
 
 
 def choice() -> Choice | None:
@@ -146,21 +131,22 @@ class Product(nn.Module):
 
     Attributes:
         sizes: outputs of each layer.
-        layouts: of its weights.
-        weights: by their layout; `packed` may be replaced, for a graph that has it as an input.
+        layout: of its weight.
+        weight: of all layers; a packed one may be replaced, for a graph that has it as an input.
 
     Raises:
         ValueError: `packed`, where oneDNN cannot pack.
     """
 
-    def __init__(self, linears: Sequence[Linear], layout: Layout | Layouts) -> None:
+    weight: Tensor
+
+    def __init__(self, linears: Sequence[Linear], layout: Layout) -> None:
         super().__init__()
         self.sizes = [linear.out_features for linear in linears]
-        self.inputs = linears[0].in_features
-        self.layouts = Layouts.of(layout)
-        # No buffers: copies of the module share them, and they are in no state dict.
+        self.inputs, self.layout = linears[0].in_features, layout
+        # No buffer: copies of the module share it, and it is in no state dict.
         parameters = [linear.weight for linear in linears]
-        self.weights = {layout: _laid_out(parameters, layout) for layout in set(self.layouts)}
+        self.weight = _laid_out(parameters, layout)
         biases = [linear.bias for linear in linears]
         bias = [
             torch.zeros_like(w[:, 0]) if b is None else b.data
@@ -172,23 +158,22 @@ class Product(nn.Module):
         """x (..., in) -> (..., sum of out)."""
         if x.numel() == self.inputs:
             ones = [1] * (x.ndim - 1)  # numbers, so that a trace has no questions of shapes
-            return self._product(x.reshape(1, -1), self.layouts.one).view(*ones, -1)
-        return self._product(x, self.layouts.several)
+            return self._product(x.reshape(1, -1)).view(*ones, -1)
+        return self._product(x)
 
-    def _product(self, x: Tensor, layout: Layout) -> Tensor:
-        weight = self.weights[layout]
-        if layout == "packed":
+    def _product(self, x: Tensor) -> Tensor:
+        if self.layout == "packed":
             if torch.jit.is_tracing():
-                return _scripted_packed_product()(x, weight, self.bias)
-            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
-        if layout == "plain":
-            return F.linear(x, weight, self.bias)
-        y = x @ weight
+                return _scripted_packed_product()(x, self.weight, self.bias)
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if self.layout == "plain":
+            return F.linear(x, self.weight, self.bias)
+        y = x @ self.weight
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"{self.sizes}, {self.layouts.several}, one token {self.layouts.one}"
+        return f"{self.sizes}, {self.layout}"
 
 
 def _laid_out(weights: Sequence[Tensor], layout: Layout) -> Tensor:
@@ -215,13 +200,13 @@ class InFirst(nn.Module):
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def for_inference(model: Model, layout: Layout | Layouts) -> Model:
+def for_inference(model: Model, layout: Layout) -> Model:
     """A copy of `model` for passes without gradients, on the same memory.
 
     Layers of other classes (in four bits, say), those with hooks, and those in modules of other
     packages (adapters, which read a layer's `weight`) are as they were.
     """
-    if "plain" in Layouts.of(layout):
+    if layout == "plain":
         for module in model.modules():
             if group := _same_input(module):
                 _one_tensor([linear.weight for linear in group])
