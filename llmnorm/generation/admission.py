@@ -95,6 +95,8 @@ class Admission:
                 finite = bool(logits.isfinite().all())
                 if finite and row.scores is not None:
                     row.score(logits[0])
+            if finite and budget < self._chunk < row.prompt and self._slots.running:
+                return  # its copy comes behind another round: it takes long, and so did the piece
             self._filling = []
             if not finite:
                 self._slots.drop()

@@ -175,7 +175,8 @@ def test_events_come_in_the_order_of_the_rows_and_number_them() -> None:
 
 
 def test_a_prompt_comes_in_pieces_between_the_rounds_of_the_others() -> None:
-    """Oracle: the widths of the passes; every step with a piece has a round of the others too."""
+    """Oracle: the widths of the passes; every step with a piece has a round of the others too, and
+    so has the step in which the row gets its slot."""
     model = model_of("softmax")
     made = Watched(model, slots=2, prefill_chunk=10)
     made.add([1, 2], max_tokens=30)
@@ -190,7 +191,7 @@ def test_a_prompt_comes_in_pieces_between_the_rounds_of_the_others() -> None:
     while made.engine.waiting:
         assert [event.request for event in made.step()][:1] == [0]
         steps += 1
-    assert sum(widths) == 42 and max(widths) <= 10 and steps == len(widths) == 5
+    assert sum(widths) == 42 and max(widths) <= 10 and steps == 1 + len(widths) == 6
     made.run()
     made.check()
 
