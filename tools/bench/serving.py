@@ -81,7 +81,7 @@ class Offline:
     def __init__(self, target: Target, settings: GenerationSettings) -> None:
         engine = target.build(settings).engine
         assert isinstance(engine, Engine)
-        self._engine = engine
+        self._engine, self._slots = engine, settings.slots
 
     def run(self, prompts: list[list[int]], tokens: int, together: int) -> Made:
         """Continue prompts by so many tokens, so many rows at once."""
@@ -98,7 +98,8 @@ class Offline:
             for event in self._engine.step():
                 made.texts[places[event.request]] += event.text
                 running -= event.finish is not None
-            if not added and not self._engine.waiting and running == min(together, len(prompts)):
+            full = self._engine.running == min(together, self._slots, len(prompts))
+            if not added and not self._engine.waiting and full:
                 made.steps.append(time.perf_counter() - start)
         made.seconds = time.perf_counter() - began
         made.processor = time.process_time() - processor
@@ -234,9 +235,9 @@ class Bench:
 
         async def both() -> tuple[list[Stream], Stream]:
             port = self._server.port
-            asked = [ask(port, prompt=prompt, max_tokens=64) for prompt in prompts]
+            asked = [ask(port, prompt=prompt, max_tokens=128) for prompt in prompts]
             streams = asyncio.gather(*asked)
-            await asyncio.sleep(4 * median(steps))
+            await asyncio.sleep(2 * len(prompts) * median(steps))  # all of them have begun
             one = await ask(port, prompt=long, max_tokens=1)
             return list(await streams), one
 
@@ -352,7 +353,9 @@ def _measured(
     title = f"{len(prompts)} answers of {asked.tokens} tokens, draft {asked.draft}"
     tables, figures = [_table(served, title, len(prompts))], dict[str, Any](served=served)
     if asked.slots > BESIDE:
-        taken = [bench.beside(prompts[:BESIDE], long) for _ in range(asked.rounds)]
+        # Another prompt in every round, or the cache would save it.
+        longs = [[*long[n:], *long[:n]] for n in range(1, 1 + asked.rounds)]
+        taken = [bench.beside(prompts[:BESIDE], some) for some in longs]
         waited, longest, step = (1000 * median(numbers) for numbers in zip(*taken, strict=True))
         ratios = [median(t[n] / t[2] for t in taken) for n in (0, 1)]
         figures["beside"] = {"p95_ms": waited, "offline_ms": step, "ratios": ratios}
