@@ -173,7 +173,8 @@ class ModelDraft:
             missing = self._missing(row)
             if len(missing) >= KEPT or (missing and not own.tokens):
                 prompts[row.slot] = missing
-        self._run_beside(prompts)
+        if prompts:
+            self._run_beside(prompts)
         while late := {row.slot: missing for row in rows if len(missing := self._missing(row)) > 1}:
             self._feed({slot: missing[:VERIFIED] for slot, missing in late.items()}, VERIFIED)
 
@@ -205,7 +206,7 @@ class ModelDraft:
                 cache.admit(self._cache, slot)
             else:
                 cache.admit()
-        for start in range(0, max(map(len, blocks.values()), default=0), CHUNK):
+        for start in range(0, len(blocks[slots[0]]), CHUNK):
             pieces = [blocks[slot][start : start + CHUNK] for slot in slots]
             ids, counts = rectangle([piece for piece in pieces if piece], self._step.device)
             self._step.step(ids, cache, counts, last=True)
