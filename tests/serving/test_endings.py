@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -335,36 +336,36 @@ def test_a_server_that_drains(model: Path, pool: ThreadPoolExecutor) -> None:
         assert told[-1] == "[DONE]" and text_of(told) == expected(served)
 
 
+@contextmanager
+def cut_by_a_drain(model: Path, pool: ThreadPoolExecutor, seconds: float) -> Iterator[Served]:
+    """A server that was told to end while a stream waits; behind it, what the stream was told (an
+    error event, and no [DONE]), and the exit code."""
+    with serving(model, serving={"shutdown_timeout": seconds}) as served:
+        served.gate.opened.clear()
+        running = pool.submit(post, served, stream=True)
+        wait_for(lambda: served.service.open_tickets == 1)
+        served.signal()
+        yield served
+        told = events(running.result())
+        assert told[-1]["error"]["code"] == "draining"
+        served.gate.opened.set()
+        served.join()
+        assert served.code == 0
+
+
 def test_a_drain_that_takes_too_long_tells_its_streams(
     model: Path, pool: ThreadPoolExecutor
 ) -> None:
     """Oracle: an error event, and no [DONE], after `shutdown_timeout`."""
-    with serving(model, serving={"shutdown_timeout": 0.2}) as served:
-        served.gate.opened.clear()
-        running = pool.submit(post, served, stream=True)
-        wait_for(lambda: served.service.open_tickets == 1)
-        served.signal()
-        told = events(running.result())
-        assert told[-1]["error"]["code"] == "draining"
-        served.gate.opened.set()
-        served.join()
-        assert served.code == 0
+    with cut_by_a_drain(model, pool, 0.2):
+        pass
 
 
 def test_a_second_signal_ends_at_once(model: Path, pool: ThreadPoolExecutor) -> None:
     """Oracle: the server ends although `shutdown_timeout` is an hour; exit code 0."""
-    with serving(model, serving={"shutdown_timeout": 3600}) as served:
-        served.gate.opened.clear()
-        running = pool.submit(post, served, stream=True)
-        wait_for(lambda: served.service.open_tickets == 1)
-        served.signal()
+    with cut_by_a_drain(model, pool, 3600) as served:
         wait_for(lambda: served.service.draining)
         served.signal()
-        told = events(running.result())
-        assert told[-1]["error"]["code"] == "draining"
-        served.gate.opened.set()
-        served.join()
-        assert served.code == 0
 
 
 def test_a_full_disk_costs_lines_of_the_log_and_nothing_else(model: Path) -> None:
