@@ -28,15 +28,17 @@ class Processes:
 
     Args:
         rank, world: this process and how many there are.
+        advance: called on a process each time that it has done some work.
     """
 
-    def __init__(self, rank: int, world: int) -> None:
+    def __init__(self, rank: int, world: int, advance: Callable[[], None] = lambda: None) -> None:
+        self._advance = advance
         self.rank, self.world = rank, world
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
 
     def every(self, work: Callable[[], T]) -> T:
         """`work()` on every process; each gets its own result."""
-        result, error = _attempt(work)
+        result, error = self._attempt(work)
         for rank, sent in enumerate(self.gather(_to_send(error))):
             if sent is not None:
                 raise error if error is not None and rank == self.rank else sent
@@ -44,7 +46,7 @@ class Processes:
 
     def first(self, work: Callable[[], T]) -> T:
         """`work()` on process 0; all get its result."""
-        result, error = _attempt(work) if self.rank == 0 else (None, None)
+        result, error = self._attempt(work) if self.rank == 0 else (None, None)
         if self.world > 1:
             shared: list[Any] = [result, _to_send(error)]
             dist.broadcast_object_list(shared, src=0, group=self._group)
@@ -76,12 +78,13 @@ class Processes:
             )
             ends.put_in_place()
 
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return work(), None
-    except Exception as error:  # of any kind: the other processes must hear of it
-        return None, error
+    def _attempt(self, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        try:
+            return work(), None
+        except Exception as error:  # of any kind: the other processes must hear of it
+            return None, error
+        finally:
+            self._advance()
 
 
 def _to_send(error: Exception | None) -> Exception | None:

@@ -46,6 +46,7 @@ from llmnorm.checkpoints.format import (
 from llmnorm.checkpoints.fragments import Ends, begun_rows, fill, touched_rows
 from llmnorm.checkpoints.store import LATEST, Keep, Store
 from llmnorm.config.manifest import Damaged
+from llmnorm.machine.phases import Phases
 from llmnorm.optim.fragments import Fragment
 from llmnorm.part import InputError
 
@@ -65,6 +66,7 @@ class Checkpoints:
         keep_best: the checkpoint with the lowest validation loss is kept too.
         asynchronous: `save` copies the state and returns; a thread writes.
         rank, world: this process and how many there are.
+        phases: of this process; every part of a save or a load that ends advances it.
     """
 
     def __init__(
@@ -77,11 +79,12 @@ class Checkpoints:
         asynchronous: bool = False,
         rank: int = 0,
         world: int = 1,
+        phases: Phases | None = None,
     ) -> None:
         assert keep >= 2, "one checkpoint alone is lost when it turns out to be damaged"
         self._store = Store(directory)
         self._keep = Keep(keep, keep_every, keep_best)
-        self._processes = Processes(rank, world)
+        self._processes = Processes(rank, world, (phases or Phases()).advance)
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._saving: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
+from llmnorm.machine.phases import Phases
 from llmnorm.nn.head import LanguageHead
 from llmnorm.optim.sharded import Exchange
 from llmnorm.parallel.launch import accelerator, agreed_sharding, file_for
@@ -70,6 +71,7 @@ class Parallel:
         accelerator: accelerate's object, which has made the process group.
         zero: DeepSpeed's part, under `zero1` to `zero3`.
         asked: what `poll` asks; not 0 where this process is to stop.
+        phases: what this process is doing; an evaluation advances with every `poll`.
     """
 
     def __init__(self, parallel: ParallelSettings, training: TrainingSettings) -> None:
@@ -79,6 +81,7 @@ class Parallel:
             InputError: launch file, environment and configuration contradict each other; a GPU is
                 asked for and torch sees none.
         """
+        self.phases = Phases()
         self.settings = parallel
         self.precision = training.precision
         self.sharding = agreed_sharding(parallel, training)
@@ -309,6 +312,7 @@ class Parallel:
             Interrupted: some process was asked to; it is raised on all of them, by the same call.
         """
         self._polls += 1
+        self.phases.advance()
         if self.world > 1 and self._polls % POLLED:
             return
         asked = self.asked()

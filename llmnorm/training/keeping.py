@@ -103,7 +103,7 @@ def keep_line(
     if run.selecting is not None:
         run.selecting.step_ended()
     if examined := due(progress.step, logging.health_every):
-        with metrics.pause():
+        with run.parallel.phases.during("health"), metrics.pause():
             line["health"] = health(run.model, first.inputs_on(run.parallel.device), run.parallel)
     if ending or examined or progress.step % logging.every == 0:
         if run.selecting is not None:
@@ -124,7 +124,7 @@ def keep_evaluation(run: Prepared, metrics: Metrics, stop: StopRequest) -> int:
     progress, config, parallel = run.progress, run.config, run.parallel
     parallel.asked = lambda: stop.exit_code
     try:
-        with metrics.pause():
+        with parallel.phases.during("evaluation"), metrics.pause():
             figures = evaluate(
                 run.model,
                 run.objective,
@@ -142,7 +142,7 @@ def keep_evaluation(run: Prepared, metrics: Metrics, stop: StopRequest) -> int:
     if run.saved != progress.step and (_best_is_kept(run) or out_of_patience(run)):
         save(run, metrics)
     if sound and run.saved == progress.step:
-        with metrics.pause():
+        with parallel.phases.during("save"), metrics.pause():
             run.checkpoints.add_loss(progress.step, figures["loss"])
     return 0
 
@@ -195,7 +195,7 @@ def save(run: Prepared, metrics: Metrics) -> None:
             meta["base"]["new_tokens"] = [new.start, new.stop]
     if run.teacher is not None:
         meta["teacher"] = {"path": str(run.teacher.path), "hash": run.teacher.hash}
-    with metrics.pause():
+    with run.parallel.phases.during("save"), metrics.pause():
         run.checkpoints.save(progress.step, run.state, meta)
     run.saved = progress.step
 

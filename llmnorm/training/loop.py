@@ -14,6 +14,7 @@ from contextlib import ExitStack
 import torch
 
 from llmnorm.config.tree import RunConfig
+from llmnorm.machine.phases import LOOP
 from llmnorm.parallel.check import check
 from llmnorm.runs import directory as run_directory
 from llmnorm.runs.directory import RunDirectory
@@ -69,6 +70,7 @@ def train(
     with ExitStack() as stack:
         prepared = prepare(config, run, stack, data_command=data_command, dry_run=dry_run)
         parallel, progress, steps = prepared.parallel, prepared.progress, prepared.steps
+        phases = parallel.phases
         finished = progress.step >= steps
         left, recorded = evaluation_at_start(prepared)
         if recorded is not None and not dry_run:
@@ -105,7 +107,9 @@ def train(
             progress.skipped_in_a_row = 0  # who resumes a run that has given up gives it new tries
         exit_code = keep_evaluation(prepared, metrics, stop) if left else 0
         batches = prepared.batches()
+        phases.enter(LOOP)
         while progress.step < steps and not exit_code and not out_of_patience(prepared):
+            phases.enter("data")
             micro_batches = next(batches)
             outcome = step(prepared, micro_batches, stop)
             exit_code = outcome.exit_code
@@ -123,7 +127,8 @@ def train(
                 exit_code = keep_evaluation(prepared, metrics, stop)
                 if exit_code and prepared.saved != progress.step:
                     save(prepared, metrics)
-        prepared.checkpoints.wait()
+        with phases.during("save"):
+            prepared.checkpoints.wait()
         if parallel.is_main:
             early = not exit_code and progress.step < steps
             run_directory.end(run.preempted if exit_code else run.done, progress.step, early=early)

@@ -178,6 +178,7 @@ def prepare(
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
         asynchronous=config.checkpoint.asynchronous,
+        phases=parallel.phases,
         rank=parallel.rank,
         world=parallel.world,
     )
@@ -217,6 +218,7 @@ def prepare(
     if start is not None and not own:
         state = without_selection(state, start)
     progress, message = resume(checkpoints, start, state, data, parallel)
+    parallel.phases.step = progress.step
     parallel.weights_changed()  # what was loaded reaches the model under ZeRO too
     if message:
         parallel.say(message)

@@ -1,0 +1,80 @@
+"""What a process of a run is doing, and since when: one small object, written by the main thread.
+
+    phases.enter("forward")             a step's phases follow each other; this one ends the last
+    with phases.during("save"): ...     a phase inside another, whose clock stands still meanwhile
+    phases.advance()                    something was finished: a micro-batch, a file, a token
+
+A phase costs two readings of a clock, about a microsecond. Another thread may read every attribute
+at any moment: a heartbeat tells the other processes by them how far this one is, and where nothing
+advances it ends the run.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+START, LOOP = "start", "loop"  # until the first step; between the phases of a step
+
+
+class Phases:
+    """How far a process is.
+
+    Args:
+        clock: seconds of a clock that is never set back.
+
+    Attributes:
+        phase: what the main thread does now: `start`, `loop`, "data", "forward", "backward",
+            "exchange" (gradients, loss and updates), "health", "evaluation" or "save".
+        finished: the phase that ended last, `loop` left out; empty before one has.
+        step: the steps that the run has finished.
+        own_steps: those that this process has finished.
+        progress: grows with everything that begins or ends; where it stands still, nothing does.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.phase, self.finished = START, ""
+        self.step = self.own_steps = 0
+        self.progress = 0
+        self._clock = clock
+        self._since = clock()
+        self._seconds: dict[str, float] = {}
+
+    def enter(self, phase: str) -> None:
+        """End the present phase and begin another."""
+        if self.phase != LOOP:
+            self.finished = self.phase
+        self._switch(phase)
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Context manager around a phase that lies inside the present one.
+
+        After an exception the phase stays what it was, so that the message can say where it arose.
+        """
+        around = self.phase
+        self._switch(phase)
+        yield
+        self._switch(around)
+        self.finished = phase
+
+    def advance(self) -> None:
+        """Count something that was finished inside a phase; any thread may call it."""
+        self.progress += 1
+
+    def end_step(self, step: int) -> None:
+        """Count a step; `step` are those that the run has finished."""
+        self.step = step
+        self.own_steps += 1
+        self.progress += 1
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds that the main thread has spent in each phase, up to now."""
+        found = dict(self._seconds)
+        found[self.phase] = found.get(self.phase, 0.0) + self._clock() - self._since
+        return found
+
+    def _switch(self, phase: str) -> None:
+        now = self._clock()
+        self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + now - self._since
+        self._since, self.phase = now, phase
+        self.progress += 1
