@@ -50,6 +50,11 @@ class RunDirectory(NamedTuple):
         return self.path / "metrics.jsonl"
 
     @property
+    def repeated(self) -> Path:
+        """JSON lines: those of metrics.jsonl whose steps were done twice, as they were."""
+        return self.path / "metrics.repeated.jsonl"
+
+    @property
     def samples(self) -> Path:
         """JSON lines: for each evaluation the prompts and their generated continuations."""
         return self.path / "samples.jsonl"
@@ -197,6 +202,11 @@ def finished(run: RunDirectory, config: RunConfig) -> bool:
     same_base = there.model.pretrained == config.model.pretrained
     same_teacher = there.objective.teacher_directory == config.objective.teacher_directory
     return same_base and same_teacher and _as_long(run, there, config)
+
+
+def has_ended(run: RunDirectory) -> bool:
+    """Whether the last process of the run has ended it, and was not stopped or killed."""
+    return run.done.exists() or run.diverged.exists()
 
 
 def ended_early(run: RunDirectory) -> bool:

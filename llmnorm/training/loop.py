@@ -17,6 +17,7 @@ from llmnorm.config.tree import RunConfig
 from llmnorm.machine.phases import LOOP
 from llmnorm.parallel.check import check
 from llmnorm.runs import directory as run_directory
+from llmnorm.runs.account import Account, Timekeeper, read_account
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.metrics import keep_until
 from llmnorm.runs.trackers import check as check_trackers
@@ -93,15 +94,20 @@ def train(
         stop.at_once = None
 
         # Everything that could be refused has been looked at: only now is anything written.
+        timekeeper = Timekeeper(Account(), phases)  # of processes that write no lines
+
         def begin() -> None:
+            nonlocal timekeeper
             there = keep_until(run, progress.step)
             for note in there.notes():
                 parallel.say(f"llmnorm: note: {note}")
             there.apply()
+            resumed = not run_directory.has_ended(run)
+            timekeeper = Timekeeper(read_account(run), phases, resumed=resumed)
             run_directory.begin(run, config, prepared.objective.data.tokenizer_directory, automatic)
 
         parallel.on_main(begin)
-        metrics = open_metrics(prepared, stack, left=left)
+        metrics = open_metrics(prepared, stack, timekeeper, left=left)
         profiler = open_profiler(prepared, profile, metrics, stack)
         if _gave_up(prepared):
             progress.skipped_in_a_row = 0  # who resumes a run that has given up gives it new tries
