@@ -15,6 +15,8 @@ import socket
 import sys
 from pathlib import Path
 
+from llmnorm.machine.files import write_whole
+
 PIDS = Path("pids")
 CODES = Path("codes.json")
 
@@ -31,7 +33,7 @@ def main(words: list[str]) -> int:
     PIDS.mkdir(exist_ok=True)
     children = [_fork(rank, world, port, words[1:]) for rank in range(world)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    CODES.write_text(json.dumps(codes), encoding="utf-8")
+    write_whole(CODES, json.dumps(codes))
     return next((code if code > 0 else 1 for code in codes if code), 0)
 
 
@@ -39,7 +41,7 @@ def _fork(rank: int, world: int, port: int, words: list[str]) -> int:
     """One process of the run; returns its number."""
     child = os.fork()
     if child:
-        (PIDS / str(rank)).write_text(str(child), encoding="utf-8")
+        write_whole(PIDS / str(rank), str(child))
         return child
     code = 1
     try:

@@ -72,7 +72,9 @@ class _Once:
         if self._victim == "launcher":
             os.kill(os.getppid(), signal.SIGKILL)
             return
-        names = sorted(p.name for p in PIDS.iterdir()) if self._victim == "all" else [self._victim]
+        names = (
+            sorted(p.name for p in PIDS.glob("[0-9]")) if self._victim == "all" else [self._victim]
+        )
         numbers = [int((PIDS / name).read_text(encoding="utf-8")) for name in names]
         for number in sorted(numbers, key=lambda number: number == os.getpid()):  # itself last
             os.kill(number, signal.SIGKILL)
