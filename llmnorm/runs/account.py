@@ -29,7 +29,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeGuard
 
 from llmnorm.machine.phases import START, Phases
 from llmnorm.runs.directory import RunDirectory
@@ -73,9 +73,9 @@ class Stamp(NamedTuple):
         if not isinstance(value, Mapping):
             return None
         unix, boot, monotonic = (value.get(name) for name in cls._fields)
-        if not (_is_number(unix) and isinstance(boot, str) and _is_number(monotonic)):
-            return None
-        return cls(unix, boot, monotonic)
+        if _is_number(unix) and isinstance(boot, str) and _is_number(monotonic):
+            return cls(unix, boot, monotonic)
+        return None
 
     def since(self, earlier: "Stamp") -> float:
         """Seconds from an earlier moment to this one, at least 0."""
@@ -198,5 +198,5 @@ def _boot() -> str:
         return ""
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and math.isfinite(value)

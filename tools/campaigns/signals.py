@@ -29,8 +29,10 @@ from llmnorm.training.signals import EXIT_CODES
 from tools.campaigns.trials import SECONDS, Result, Trial, campaign, command, start
 
 STEPS = 12
-TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
-TIMES += ("spent", "wall", "goodput", "clock")
+TIMES = (
+    *("seconds", "tokens_per_second", "mfu", "memory_bytes"),
+    *("spent", "wall", "goodput", "clock"),
+)
 CONFIG = """
 data: {sources: [{name: text, path: text.txt}], context_length: 32, dir: data}
 tokenizer: {vocab_size: 300}

@@ -80,6 +80,11 @@ class _Once:
             os.kill(number, signal.SIGKILL)
 
 
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Put a function in the place of one of a module or a class."""
+    setattr(owner, name, function)
+
+
 def _before_the_step(step: int, do: Callable[[Any], None]) -> None:
     """`do(run)` before the step of this number."""
     real = loop.step
@@ -89,7 +94,7 @@ def _before_the_step(step: int, do: Callable[[Any], None]) -> None:
             do(run)
         return real(run, *arguments)
 
-    loop.step = stepping
+    _replace(loop, "step", stepping)
 
 
 def _in_forward(kill: _Once) -> None:
@@ -108,7 +113,7 @@ def _after_backward(kill: _Once) -> None:
             kill()
             return norm
 
-        Parallel.clip = clip  # type: ignore[method-assign]
+        _replace(Parallel, "clip", clip)
 
     _before_the_step(STEP, patch)
 
@@ -121,7 +126,8 @@ def _before_apply(kill: _Once) -> None:
             kill()
             real(*arguments)
 
-        stacks.apply = sharded.apply = apply
+        _replace(stacks, "apply", apply)
+        _replace(sharded, "apply", apply)
 
     _before_the_step(STEP, patch)
 
@@ -135,7 +141,7 @@ def _no_file(kill: _Once) -> None:
             kill()
         return temporary
 
-    Store.begin = begin  # type: ignore[method-assign]
+    _replace(Store, "begin", begin)
 
 
 def _half_a_file(kill: _Once, ready: Callable[[], object] = int) -> None:
@@ -152,7 +158,7 @@ def _half_a_file(kill: _Once, ready: Callable[[], object] = int) -> None:
         path.write_bytes(whole)  # of a process that is no victim
         return written
 
-    checkpoints.write_file = write
+    _replace(checkpoints, "write_file", write)
 
 
 def _no_manifest(kill: _Once) -> None:
@@ -163,7 +169,7 @@ def _no_manifest(kill: _Once) -> None:
             kill()
         real(self, temporary, step, manifest)
 
-    Store.commit = commit  # type: ignore[method-assign]
+    _replace(Store, "commit", commit)
 
 
 def _manifest(kill: _Once) -> None:
@@ -184,7 +190,7 @@ def _after_writing(is_it: Callable[[Path, str], bool], kill: _Once) -> None:
         if is_it(path, text):
             kill()
 
-    store.write_durably = write
+    _replace(store, "write_durably", write)
 
 
 def _renamed(kill: _Once) -> None:
@@ -195,7 +201,7 @@ def _renamed(kill: _Once) -> None:
         if Path(new).name == directory_of(STEP):
             kill()
 
-    os.rename = rename
+    _replace(os, "rename", rename)
 
 
 def _half_removed(kill: _Once) -> None:
@@ -207,7 +213,7 @@ def _half_removed(kill: _Once) -> None:
             kill()
         real(path)
 
-    store._remove = remove
+    _replace(store, "_remove", remove)
 
 
 def _resuming(kill: _Once) -> None:
@@ -217,7 +223,7 @@ def _resuming(kill: _Once) -> None:
         real(*arguments)
         kill()
 
-    checkpoints.copy_into = copy
+    _replace(checkpoints, "copy_into", copy)
 
 
 def _half_copied(kill: _Once) -> None:
@@ -234,8 +240,8 @@ def _half_copied(kill: _Once) -> None:
             kill()
         return real(self, parts)
 
-    Checkpoints.save = saved  # type: ignore[method-assign]
-    Checkpoints._copy_to_buffers = copy  # type: ignore[method-assign]
+    _replace(Checkpoints, "save", saved)
+    _replace(Checkpoints, "_copy_to_buffers", copy)
 
 
 def _writing_behind(kill: _Once) -> None:
@@ -249,7 +255,7 @@ def _writing_behind(kill: _Once) -> None:
             trained.set()
         return outcome
 
-    loop.step = stepping
+    _replace(loop, "step", stepping)
 
 
 _ARM: dict[str, Callable[[_Once], None]] = {
