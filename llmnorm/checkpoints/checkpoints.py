@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -151,6 +152,11 @@ class Checkpoints:
         everyone = self._processes.gather(list(mine))
         lower = {key for keys in everyone[: self._processes.rank] for key in keys}
         return {**fragments, **{key[0]: part for key, part in mine.items() if key not in lower}}
+
+    @property
+    def group(self) -> "dist.ProcessGroup | None":
+        """The process group of saves and loads; None on one process."""
+        return self._processes.group
 
     def wait(self) -> None:
         """Until the save under way is on the disk; raises its error, once."""

@@ -61,6 +61,11 @@ class Phases:
         """Count something that was finished inside a phase; any thread may call it."""
         self.progress += 1
 
+    @property
+    def is_new(self) -> bool:
+        """Whether this process is in the present phase for the first time."""
+        return self.phase not in self._seconds
+
     def end_step(self, step: int) -> None:
         """Count a step; `step` are those that the run has finished."""
         self.step = step

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,9 +33,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
+from llmnorm.machine.gpus import own_serial
 from llmnorm.machine.phases import Phases
 from llmnorm.nn.head import LanguageHead
 from llmnorm.optim.sharded import Exchange
+from llmnorm.parallel.calls import Calls
+from llmnorm.parallel.heartbeat import Heartbeat
 from llmnorm.parallel.launch import accelerator, agreed_sharding, file_for
 from llmnorm.parallel.shards import Fill, Unit, fill_and_shard, make_mesh, replicate, shard
 from llmnorm.parallel.zero import Zero
@@ -72,6 +76,7 @@ class Parallel:
         zero: DeepSpeed's part, under `zero1` to `zero3`.
         asked: what `poll` asks; not 0 where this process is to stop.
         phases: what this process is doing; an evaluation advances with every `poll`.
+        calls: how many collective calls it has begun.
     """
 
     def __init__(self, parallel: ParallelSettings, training: TrainingSettings) -> None:
@@ -120,6 +125,8 @@ class Parallel:
                 self._group = self._mesh.get_group("shard")
         self.backend = dist.get_backend() if dist.is_initialized() else "no process group"
         self._model: nn.Module | None = None
+        self._heartbeat: Heartbeat | None = None
+        self.calls = Calls()
         self.asked: Callable[[], int] = lambda: 0
         self._polls = 0
 
@@ -321,18 +328,56 @@ class Parallel:
         if asked:
             raise Interrupted(asked)
 
+    def watch(self, directory: Path) -> None:
+        """Let all processes watch each other from now on (heartbeat.py); every process calls it.
+
+        Args:
+            directory: where stacks are written when a process is lost.
+        """
+        if self.world == 1:
+            return
+        self._heartbeat = Heartbeat(
+            rank=self.rank,
+            world=self.world,
+            store=dist.distributed_c10d._get_default_store().clone(),  # type: ignore[attr-defined]
+            calls=self.calls,
+            phases=self.phases,
+            timeout=self.settings.timeout,
+            timeout_first=self.settings.timeout_first,
+            directory=directory,
+            gpu=own_serial if self.device.type == "cuda" else lambda: "",
+            compiled=self.settings.compile,
+        )
+
     def close(self) -> None:
         """Leave the process group when all are ready to: leaving alone can abort the others.
 
         A process that leaves because of an error waits for those that have the same error, but not
         for long. One that waits for it in another call then learns that this process is gone.
+
+        Raises:
+            Lost: another process was lost.
         """
         if not dist.is_initialized():
             return
-        if sys.exc_info()[0] is None:
-            dist.barrier()
-            dist.destroy_process_group()
-        elif self.world == 1:
+        error = sys.exc_info()[1]
+        if error is None:
+            try:
+                dist.barrier()
+            except RuntimeError as found:
+                if self._heartbeat is None:
+                    raise
+                error = found
+        if self._heartbeat is not None:
+            verdict = None if error is None else self._heartbeat.leave(error)
+            self._heartbeat.close()
+            if verdict is not None:
+                raise self._heartbeat.lost(verdict) from error
+            if error is not None:
+                if sys.exc_info()[1] is None:
+                    raise error
+                return
+        if error is None or self.world == 1:
             dist.destroy_process_group()
         elif self.backend == "gloo" and dist.group.WORLD is not None:
             options = dist.BarrierOptions()
