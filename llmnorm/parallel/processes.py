@@ -40,7 +40,7 @@ from llmnorm.optim.sharded import Exchange
 from llmnorm.parallel.calls import Calls
 from llmnorm.parallel.heartbeat import Heartbeat
 from llmnorm.parallel.launch import accelerator, agreed_sharding, file_for
-from llmnorm.parallel.shards import Fill, Unit, fill_and_shard, make_mesh, replicate, shard
+from llmnorm.parallel.shards import Buckets, Fill, Unit, fill_and_shard, make_mesh, replicate, shard
 from llmnorm.parallel.zero import Zero
 from llmnorm.part import InputError
 
@@ -125,6 +125,7 @@ class Parallel:
                 self._group = self._mesh.get_group("shard")
         self.backend = dist.get_backend() if dist.is_initialized() else "no process group"
         self._model: nn.Module | None = None
+        self._buckets = Buckets(self.device)
         self._heartbeat: Heartbeat | None = None
         self.calls = Calls()
         self.asked: Callable[[], int] = lambda: 0
@@ -164,7 +165,7 @@ class Parallel:
                 module.compiled = self.settings.compile
         self._model = self.lay_out(model, fill, trained=True)
         if self.sharding == "ddp":
-            self._model = replicate(model, self.device)
+            self._model = replicate(model, self._buckets)
         return self._model
 
     def lay_out(
@@ -177,7 +178,11 @@ class Parallel:
             trained: whether its weights will change; a model that is only evaluated has no
                 gradients and, under ZeRO, no master weights.
         """
-        unit: Unit | None = partial(shard, mesh=self._mesh) if self._mesh is not None else None
+        unit: Unit | None = (
+            partial(shard, mesh=self._mesh, waiting=self.phases.waiting)
+            if self._mesh is not None
+            else None
+        )
         if self.zero is not None and self.spread:
             unit = self.zero.partition
         fill_and_shard(model, fill, self.device, unit)
@@ -197,7 +202,7 @@ class Parallel:
         if group is None:
             return None
         payload = torch.bfloat16 if self.settings.exchange == "bf16" else None
-        return Exchange(group, spread=self._group is not None, payload=payload)
+        return Exchange(group, self._group is not None, payload, self.phases.waiting)
 
     def autocast(self) -> Any:
         """The context manager for a forward pass under `training.precision`."""
@@ -231,6 +236,7 @@ class Parallel:
             self.zero.backward(loss)
         else:
             loss.backward()  # type: ignore[no-untyped-call]
+            self.phases.waited(self._buckets.waited())
 
     def collect_gradients(self) -> None:
         """After the step's last backward pass: `grad` of what the optimizer steps is whole.
@@ -251,7 +257,8 @@ class Parallel:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._group is not None:
             square = norm.square()
-            dist.all_reduce(square, group=self._group)
+            with self.phases.waiting():
+                dist.all_reduce(square, group=self._group)
             norm = square.sqrt()
         if max_norm > 0:
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -280,13 +287,15 @@ class Parallel:
         if self.world == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.world)]
-        dist.all_gather(parts, values)
+        with self.phases.waiting():
+            dist.all_gather(parts, values)
         return torch.cat(parts)
 
     def reduce(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes. With several processes `values` is changed."""
         if self.world > 1:
-            dist.all_reduce(values)
+            with self.phases.waiting():
+                dist.all_reduce(values)
         return values
 
     def say(self, text: str) -> None:
