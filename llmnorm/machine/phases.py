@@ -12,8 +12,11 @@ advances it ends the run.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 START, LOOP = "start", "loop"  # until the first step; between the phases of a step
+WAIT = "wait"  # in any phase, for other processes
+OF_A_STEP = ("data", "forward", "backward", "exchange", LOOP)
 
 
 class Phases:
@@ -28,13 +31,14 @@ class Phases:
         finished: the phase that ended last, `loop` left out; empty before one has.
         step: the steps that the run has finished.
         own_steps: those that this process has finished.
-        progress: grows with everything that begins or ends; where it stands still, nothing does.
+        progress: changes with everything that begins, ends or grows.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase, self.finished = START, ""
         self.step = self.own_steps = 0
-        self.progress = 0
+        self._count = 0
+        self._file: Path | None = None
         self._clock = clock
         self._since = clock()
         self._seconds: dict[str, float] = {}
@@ -59,16 +63,60 @@ class Phases:
 
     def advance(self) -> None:
         """Count something that was finished inside a phase; any thread may call it."""
-        self.progress += 1
+        self._count += 1
+
+    @contextmanager
+    def writing(self, file: Path) -> Iterator[None]:
+        """Context manager while one thread writes a file, whose growth counts as progress."""
+        self._file = file
+        try:
+            yield
+        finally:
+            self._file = None
+
+    @property
+    def progress(self) -> int:
+        """See above."""
+        file = self._file
+        try:
+            return self._count + (file.stat().st_size if file is not None else 0)
+        except OSError:  # it is not there yet, or no longer
+            return self._count
+
+    @property
+    def is_new(self) -> bool:
+        """Whether this process is in the present phase for the first time."""
+        return self.phase not in self._seconds
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Context manager around a wait for other processes: its time counts for `wait`.
+
+        The phase stays the same. What is read of a GPU's clock is not in it: there the host does
+        not wait for collective calls.
+        """
+        began = self._clock()
+        yield
+        self.waited(self._clock() - began)
+
+    def waited(self, seconds: float) -> None:
+        """Count the last `seconds` for `wait`, not for the present phase."""
+        self._seconds[WAIT] = self._seconds.get(WAIT, 0.0) + seconds
+        self._since += seconds
+
+    def own(self) -> float:
+        """Seconds that all steps so far took of this process itself, without waits for others."""
+        seconds = self.seconds()
+        return sum(seconds.get(phase, 0.0) for phase in OF_A_STEP)
 
     def end_step(self, step: int) -> None:
         """Count a step; `step` are those that the run has finished."""
         self.step = step
         self.own_steps += 1
-        self.progress += 1
+        self._count += 1
 
     def seconds(self) -> dict[str, float]:
-        """Seconds that the main thread has spent in each phase, up to now."""
+        """Seconds that the main thread has spent in each phase and in `wait`, up to now."""
         found = dict(self._seconds)
         found[self.phase] = found.get(self.phase, 0.0) + self._clock() - self._since
         return found
@@ -77,4 +125,4 @@ class Phases:
         now = self._clock()
         self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + now - self._since
         self._since, self.phase = now, phase
-        self.progress += 1
+        self._count += 1

@@ -90,6 +90,11 @@ class RunDirectory(NamedTuple):
         return self.path / "plots"
 
     @property
+    def ranks(self) -> Path:
+        """What the threads of each process did when a lost process has ended the run."""
+        return self.path / "ranks"
+
+    @property
     def done(self) -> Path:
         """Exists when the run has reached its last step, or `evaluation.patience` has ended it
         before; holds the step's number, in the second case `evaluation.patience` below it."""
@@ -143,8 +148,9 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
     if not run.path.is_dir():
         raise InputError(f"run_dir: {run.path} is a file")
     if not run.config.exists():
-        # A process that was killed in its first moments leaves only these two.
-        others = [p.name for p in run.path.iterdir() if p.name not in ("run.lock", "config.tmp")]
+        # A process that was ended in its first moments leaves only these.
+        first = ("run.lock", "config.tmp", run.ranks.name)
+        others = [p.name for p in run.path.iterdir() if p.name not in first]
         if run.checkpoints.name in others:
             raise InputError(
                 f"run_dir: {run.path} has checkpoints, but no config.yaml; bring it back (each "

@@ -156,6 +156,7 @@ def prepare(
     """
     parallel = Parallel(config.parallel, config.training)
     stack.callback(parallel.close)
+    parallel.watch(run.ranks)
     objective = config.objective.build(
         config,
         alone=parallel.world == 1,
@@ -182,6 +183,7 @@ def prepare(
         rank=parallel.rank,
         world=parallel.world,
     )
+    parallel.calls.background = checkpoints.group
     stack.callback(checkpoints.wait)  # on the way out of an error too, while the lock is held
     if not dry_run:
         checkpoints.clean()

@@ -1,0 +1,77 @@
+"""An `llmnorm` command that something happens to at a certain point, for campaigns and tests.
+
+    python -m tools.campaigns.victim KIND STEP PHASE FILE train RUN.yaml ...
+
+When the run has finished STEP steps and enters PHASE (machine/phases.py), the moment is written to
+FILE (seconds of the system's monotonic clock), and then the process is struck:
+
+    dead       SIGKILL
+    stopped    SIGSTOP
+    looping    a loop in Python
+    waiting    a call in C that does not return; other threads run on
+    holding    a call in C that does not return and keeps Python's lock
+    raising    an exception
+    memory     an allocation that no machine can give
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+KINDS = ("dead", "stopped", "looping", "waiting", "holding", "raising", "memory")
+
+
+def arm(kind: str, step: int, phase: str, file: Path) -> None:
+    """Let this process be struck, as the top of the file says."""
+    assert kind in KINDS, kind
+    from llmnorm.machine.phases import Phases
+
+    switch = Phases._switch
+
+    def switched(phases: Phases, entered: str) -> None:
+        switch(phases, entered)
+        if (phases.step, entered) == (step, phase) and not file.exists():
+            file.with_suffix(".new").write_text(str(time.monotonic()))
+            file.with_suffix(".new").rename(file)
+            strike(kind)
+
+    Phases._switch = switched  # type: ignore[assignment,method-assign]
+
+
+def strike(kind: str) -> Any:
+    """Let it happen now."""
+    match kind:
+        case "dead":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "looping":
+            while True:
+                pass
+        case "waiting":
+            ctypes.CDLL(None).pause()
+        case "holding":
+            ctypes.PyDLL(None).pause()
+        case "raising":
+            raise RuntimeError("planted for a test")
+        case "memory":
+            import torch
+
+            torch.empty(2**55)
+
+
+def main(words: list[str]) -> int:
+    """Arm, then run the command; returns its exit code."""
+    from llmnorm import cli
+
+    kind, step, phase, file = words[:4]
+    arm(kind, int(step), phase, Path(file))
+    return cli.main(words[4:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
