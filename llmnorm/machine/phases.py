@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START, LOOP = "start", "loop"  # until the first step; between the phases of a step
-WAIT = "wait"  # in any phase, for other processes
+WAIT = "wait"  # in a phase of a step, for other processes
 OF_A_STEP = ("data", "forward", "backward", "exchange", LOOP)
 
 
@@ -100,9 +100,13 @@ class Phases:
         self.waited(self._clock() - began)
 
     def waited(self, seconds: float) -> None:
-        """Count the last `seconds` for `wait`, not for the present phase."""
-        self._seconds[WAIT] = self._seconds.get(WAIT, 0.0) + seconds
-        self._since += seconds
+        """Count the last `seconds` for `wait` and not for the present phase, if that is a step's.
+
+        An evaluation's or a save's waits are part of what it costs.
+        """
+        if self.phase in OF_A_STEP:
+            self._seconds[WAIT] = self._seconds.get(WAIT, 0.0) + seconds
+            self._since += seconds
 
     def own(self) -> float:
         """Seconds that all steps so far took of this process itself, without waits for others."""

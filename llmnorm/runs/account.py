@@ -7,7 +7,8 @@ A line of either file has `spent`, the seconds since the line before it by what 
 
     training     steps: forward, backward, update, and the writing of lines
     data         a step's wait for its rows
-    waiting      steps: the wait for the other processes
+    waiting      a step's wait for the other processes; on GPUs, where the device waits and not
+                 the host, it is part of `training`
     evaluation   evaluations, and the mixers' health
     saving       the wait for checkpoints; what is written in the background costs only its copy
     starting     from the beginning of the run's first process to its first step
@@ -31,7 +32,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeGuard
 
-from llmnorm.machine.phases import START, Phases
+from llmnorm.machine.phases import START, WAIT, Phases
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lines import Entry, read_lines
 
@@ -41,7 +42,7 @@ PARTS = (*STEPS, "evaluation", "saving", *BETWEEN)
 # What the seconds of a phase of the main process (machine/phases.py) are; any other is training.
 _OF_PHASE = {
     "data": "data",
-    "wait": "waiting",
+    WAIT: "waiting",
     "health": "evaluation",
     "evaluation": "evaluation",
     "save": "saving",

@@ -134,7 +134,7 @@ def test_no_kill_falsifies_the_sums(
 ) -> None:
     """Oracle: every line that was ever finished, kept by the test; and the test's own clock.
 
-    150 lives of a run that saves every third step. Each is killed at a random moment: in the middle
+    100 lives of a run that saves every third step. Each is killed at a random moment: in the middle
     of a line, between two writes of a resume, or half-way through the file of repeated lines.
     """
     run, chance = RunDirectory(tmp_path), random.Random(3)
@@ -177,7 +177,7 @@ def test_no_kill_falsifies_the_sums(
         raise Killed
 
     cut = type(plan_cut(run.metrics, 0))
-    for _ in range(150):
+    for _ in range(100):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             match chance.randrange(8):
                 case 0:
@@ -193,7 +193,7 @@ def test_no_kill_falsifies_the_sums(
     )
     spent = [json.loads(raw)["spent"] for raw in finished]
     everything = sum(seconds for each in spent for seconds in each.values())
-    assert most > 100 and len(finished) > saved
+    assert most > 50 and len(finished) > saved
     assert found.seconds["training"] == pytest.approx(kept)
     assert found.wall == pytest.approx(everything)
     assert found.restarts == sum("restarting" in each for each in spent)

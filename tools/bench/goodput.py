@@ -38,6 +38,7 @@ from report import RESULTS, ROOT, Table, publish
 
 sys.path.insert(0, str(ROOT))
 
+from llmnorm.config.tree import ParallelSettings
 from llmnorm.runs.account import read_account
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lines import read_lines
@@ -46,7 +47,7 @@ HOUR, MINUTE = 3600.0, 60.0
 INTERVALS = (120.0, 300.0)  # seconds between two checkpoints
 LIMITS = {120.0: 0.97, 300.0: 0.945}
 # Seconds until the others have ended: of a process that hangs, `parallel.timeout` and 5.
-NOTICED = {"killed": 0.0, "hung": 100.0 + 5.0}
+NOTICED = {"killed": 0.0, "hung": ParallelSettings().timeout + 5.0}
 PATIENCE = 1200.0  # seconds for a line that must come
 SMALL = ["training.global_batch=16"]
 # 85 M weights and two moments of each in float32: 1.02 GB.
