@@ -99,8 +99,8 @@ class ForkedRun:
     """A run of a comparison, forked from a process that has imported everything."""
 
     def __init__(self, words: Sequence[str], log: IO[bytes], _: Mapping[str, str]) -> None:
-        from llmnorm.analysis.compare.launch import stop_with_parent
         from llmnorm.cli import main
+        from llmnorm.machine.parent import stop_with_parent
 
         self._code: int | None = None
         self._pid = os.fork()

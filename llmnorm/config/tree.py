@@ -104,6 +104,24 @@ class TrainingSettings(Settings):
             f"the nearest that does is {close}"
         )
 
+    def check_processes(self, count: int) -> None:
+        """Refuse a number of processes that the rows of a step do not divide over.
+
+        Raises:
+            ValueError: they do not; the nearest number of which they do is named.
+        """
+        if self.rows % count == 0:
+            return
+        close = min(
+            (d for d in range(1, self.rows + 1) if self.rows % d == 0),
+            key=lambda d: (abs(d - count), d),
+        )
+        raise ValueError(
+            f"training.global_batch: {self.rows} rows do not divide over {count} processes; start "
+            f"{close}, the nearest number that they divide over (a new run could have "
+            f"training.global_batch={max(1, round(self.rows / count)) * count})"
+        )
+
     @property
     def rows(self) -> int:
         """Rows a step, where `auto` has become a number."""
@@ -160,7 +178,8 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Checkpoints of a run. One is always written at the end and on SIGTERM or SIGINT."""
+    """Checkpoints of a run. One is always written at the end, and when a signal or a PREEMPT file
+    stops it."""
 
     every: Count | None = None
     """Steps between two checkpoints; left out, only at the end."""
@@ -172,6 +191,9 @@ class CheckpointSettings(Settings):
     """Keep the one with the lowest validation loss too."""
     asynchronous: bool = False
     """Copy the state and write it in the background while training goes on."""
+    grace: Annotated[float, Field(gt=0, le=10**6)] = 25.0
+    """Seconds that a stopped run has for its last step and checkpoint; then it ends without them.
+    torchrun and accelerate kill 30 seconds after they were told to stop. Ctrl-C has no limit."""
 
 
 class ParallelSettings(Settings):

@@ -31,7 +31,7 @@ from llmnorm.training.evaluation import evaluate
 from llmnorm.training.health import health
 from llmnorm.training.prepare import Prepared
 from llmnorm.training.profiling import Profiler
-from llmnorm.training.signals import StopRequest, agreed
+from llmnorm.training.signals import StopRequest
 from llmnorm.training.state import environment
 from llmnorm.training.step import Outcome, rehearse
 
@@ -139,7 +139,7 @@ def keep_evaluation(run: Prepared, metrics: Metrics, stop: StopRequest) -> int:
             sound = math.isfinite(figures["loss"])
             texts = run.objective.texts(run.model, parallel) if sound else []
     except Interrupted as found:
-        return agreed(stop.exit_code, found.asked)
+        return stop.agree(found.asked)
     metrics.log_evaluation(progress.step, progress.tokens, figures, texts)
     progress.count_evaluation(figures["loss"])
     if run.saved != progress.step and (_best_is_kept(run) or out_of_patience(run)):
