@@ -48,6 +48,7 @@ def _fork(rank: int, world: int, port: int, words: list[str]) -> int:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         os.environ |= {name: str(number) for name, number in numbers.items()}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"  # as torchrun and accelerate launch have it
         if moment := os.environ.get("KILL_AT"):
             importlib.import_module("tools.campaigns.ranks.moments").arm(moment, rank)
         code = importlib.import_module("llmnorm.cli").main(words)
