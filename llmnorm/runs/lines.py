@@ -86,6 +86,18 @@ def read_lines(path: Path) -> Lines:
     return found
 
 
+def whole_lines(path: Path) -> Iterator[Entry]:
+    """The records of a run's file, one at a time; lines that are not one whole record are left out.
+
+    Raises:
+        InputError: as `read_lines`.
+    """
+    if path.exists():
+        for line in json_lines(path):
+            if line.value is not None and _has_step(line.value):
+                yield Entry(line.number, line.raw.rstrip(b"\r\n"), line.value)
+
+
 def damage(path: Path, damaged: Sequence[tuple[int, bytes]]) -> str | None:
     """The beginning of a sentence about a file's damaged lines; None if there are none."""
     if not damaged:
