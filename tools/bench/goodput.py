@@ -197,9 +197,8 @@ def saving(live: Live) -> dict[str, float]:
         newest = _newest(live).name
         live.wait_for(lambda lines: _newest(live).name > newest)  # noqa: B023
         named, step = time.monotonic(), int(_newest(live).name[5:])
-        lines = {line["step"]: line for line in live.wait_for(lambda lines: lines)}
-        if step not in lines or step + 1 not in lines:
-            continue
+        found = live.wait_for(lambda lines: lines if lines[-1]["step"] > step else None)  # noqa: B023
+        lines = {line["step"]: line for line in found}
         # The line of a step is written before its save, that of the next step holds its time.
         holds.append(lines[step + 1]["spent"].get("saving", 0.0))
         whole.append(max(0.0, named - lines[step]["clock"]["monotonic"]))
@@ -227,19 +226,22 @@ def killed_every_minute(work: Path, minutes: float) -> dict[str, float]:
     """
     kind = Kind("a small run", SMALL, 200)
     live = Live(work, "minutely", kind)
-    live.wait_for(lambda lines: len(lines) > 10)
-    start, due = live.lines()[-1], time.monotonic() + MINUTE
-    time.sleep(MINUTE)
-    pace = _pace(start, before := live.lines()[-1])
-    restarts, deadline = [], time.monotonic() + minutes * MINUTE
-    while due < deadline:
-        time.sleep(max(0.0, due - time.monotonic()))
-        moment = live.kill(0)
-        first = live.wait_for(lambda lines: _first_of_a_life(lines, moment))  # noqa: B023
-        restarts.append(first["clock"]["monotonic"] - moment)
-        due += MINUTE
-    time.sleep(max(0.0, deadline - time.monotonic()))
-    live.stop()
+    restarts = []
+    try:
+        live.wait_for(lambda lines: len(lines) > 10)
+        start, due = live.lines()[-1], time.monotonic() + MINUTE
+        time.sleep(MINUTE)
+        pace = _pace(start, before := live.lines()[-1])
+        deadline = time.monotonic() + minutes * MINUTE
+        while due < deadline:
+            time.sleep(max(0.0, due - time.monotonic()))
+            moment = live.kill(0)
+            first = live.wait_for(lambda lines: _first_of_a_life(lines, moment))  # noqa: B023
+            restarts.append(first["clock"]["monotonic"] - moment)
+            due += MINUTE
+        time.sleep(max(0.0, deadline - time.monotonic()))
+    finally:
+        live.stop()
     account, lines = read_account(live.run), live.lines()
     wall = account.wall - before["wall"]
     counted = account.goodput * account.wall - before["goodput"] * before["wall"]
