@@ -188,7 +188,7 @@ def plan_cut(path: Path, step: int) -> Cut:
 def append_whole(path: Path, lines: Sequence[bytes]) -> None:
     """Append lines to a file, but for those that it has; they are on the disk when it returns.
 
-    A process that is killed in between leaves an unfinished line, which the next call closes.
+    A process that is killed in between leaves an unfinished line, which the next call removes.
 
     Args:
         lines: without their ends.
@@ -196,13 +196,13 @@ def append_whole(path: Path, lines: Sequence[bytes]) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    there = path.read_bytes() if path.exists() else b""
-    known = set(there.split(b"\n"))
-    new = [line for line in lines if line not in known]
+    *known, unfinished = (path.read_bytes() if path.exists() else b"").split(b"\n")
+    there = set(known)
+    new = [line for line in lines if line not in there]
     if not new:
         return
     with path.open("ab") as file:
-        file.write(b"\n" if there and not there.endswith(b"\n") else b"")
+        file.truncate(file.tell() - len(unfinished))
         file.writelines(line + b"\n" for line in new)
         _sync(file)
 
