@@ -224,7 +224,15 @@ def killed_every_minute(work: Path, minutes: float) -> dict[str, float]:
     By its own metrics; by its steps, against those that it would have done at the pace of the first
     minute; and by the sum above.
     """
-    kind = Kind("a small run", SMALL, 200)
+    trial = Live(work, "pace", Kind("a small run", SMALL, 10**6))
+    try:
+        trial.wait_for(lambda lines: len(lines) > 10)
+        time.sleep(10.0)
+        lines = trial.lines()
+        pace = _pace(lines[10], lines[-1])
+    finally:
+        trial.stop()
+    kind = Kind("a small run", SMALL, max(1, round(2 * pace)))  # 2 s are to 1 min as 2 min to 1 h
     live = Live(work, "minutely", kind)
     restarts = []
     try:
