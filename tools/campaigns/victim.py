@@ -64,6 +64,33 @@ def strike(kind: str) -> Any:
             torch.empty(2**55)
 
 
+def slow(*, twofold: bool, steps: int, base: float = 0.03) -> None:
+    """Let this process take longer for its own work.
+
+    Args:
+        twofold: sleep as long as each phase of a step has worked.
+        steps: over how many a slow process is looked for.
+        base: seconds that every process sleeps for its rows, so that the processor's own seconds,
+            which depend on what else it does, matter less.
+    """
+    from llmnorm.machine.phases import OF_A_STEP, Phases
+    from llmnorm.training import stragglers
+
+    stragglers.STEPS = steps
+    switch, worked = Phases._switch, 0.0
+
+    def switched(phases: Phases, entered: str) -> None:
+        nonlocal worked
+        if phases.phase == "data":
+            time.sleep(base)
+        if twofold and phases.phase in OF_A_STEP:
+            time.sleep(phases.own() - worked)
+        switch(phases, entered)
+        worked = phases.own()
+
+    Phases._switch = switched  # type: ignore[assignment,method-assign]
+
+
 def main(words: list[str]) -> int:
     """Arm, then run the command; returns its exit code."""
     from llmnorm import cli
