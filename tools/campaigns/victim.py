@@ -64,7 +64,7 @@ def strike(kind: str) -> Any:
             torch.empty(2**55)
 
 
-def slow(*, twofold: bool, steps: int, base: float = 0.03) -> None:
+def slow(*, twofold: bool, steps: int, base: float = 0.3) -> None:
     """Let this process take longer for its own work.
 
     Args:
