@@ -70,6 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes
             stream.reconfigure(errors="backslashreplace")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed launcher leaves no process behind
+        from llmnorm.machine.parent import stop_with_parent
+
+        stop_with_parent()
     parsed = None
     try:
         parser = _parser()

@@ -275,11 +275,10 @@ def _micro_batch(config: RunConfig, objective: Objective, parallel: Parallel) ->
                 f"give at least {world}, or start fewer processes"
             )
         return micro_batch
-    if total % world:
-        raise InputError(
-            f"training.global_batch: {total} rows do not divide over {world} processes; "
-            f"the nearest that does is {max(1, round(total / world)) * world}"
-        )
+    try:
+        config.training.check_processes(world)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     share = total // world
     if share % micro_batch:
         nearest = min(

@@ -20,7 +20,7 @@ from llmnorm.optim.fragments import master
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
 from llmnorm.training.prepare import Prepared
-from llmnorm.training.signals import StopRequest, agreed
+from llmnorm.training.signals import StopRequest
 
 
 class Outcome(NamedTuple):
@@ -68,7 +68,7 @@ def step(run: Prepared, micro_batches: list[MicroBatch], stop: StopRequest) -> O
     with phases.waiting(DEVICE):
         mean_loss, stopping, *seconds, grad_norm, _, tokens = read.tolist()
     run.stragglers.hear(seconds, progress.step + 1)
-    exit_code = agreed(stop.exit_code, round(stopping))
+    exit_code = stop.agree(round(stopping))
     lr = optimizer.param_groups[0]["lr"]
     outcome = Outcome(mean_loss, grad_norm, lr, round(tokens), exit_code)
 
