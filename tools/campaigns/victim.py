@@ -1,9 +1,7 @@
-"""An `llmnorm` command that something happens to at a certain point, for campaigns and tests.
+"""What happens to a process of a run at a certain point, for campaigns and tests.
 
-    python -m tools.campaigns.victim KIND STEP PHASE FILE train RUN.yaml ...
-
-When the run has finished STEP steps and enters PHASE (machine/phases.py), the moment is written to
-FILE (seconds of the system's monotonic clock), and then the process is struck:
+When the run has finished a number of steps and enters a phase (machine/phases.py), the moment is
+written to a file (seconds of the system's monotonic clock), and then the process is struck:
 
     dead       SIGKILL
     stopped    SIGSTOP
@@ -17,7 +15,6 @@ FILE (seconds of the system's monotonic clock), and then the process is struck:
 import ctypes
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +37,18 @@ def arm(kind: str, step: int, phase: str, file: Path) -> None:
             strike(kind)
 
     Phases._switch = switched  # type: ignore[assignment,method-assign]
+
+
+def arm_one(stroke: str, rank: int) -> None:
+    """Arm the process of one rank.
+
+    Args:
+        stroke: `KIND:RANK:STEP:PHASE:FILE`.
+        rank: of this process.
+    """
+    kind, victim, step, phase, file = stroke.split(":", 4)
+    if rank == int(victim):
+        arm(kind, int(step), phase, Path(file))
 
 
 def strike(kind: str) -> Any:
@@ -89,16 +98,3 @@ def slow(*, twofold: bool, steps: int, base: float = 0.3) -> None:
         worked = phases.own()
 
     Phases._switch = switched  # type: ignore[assignment,method-assign]
-
-
-def main(words: list[str]) -> int:
-    """Arm, then run the command; returns its exit code."""
-    from llmnorm import cli
-
-    kind, step, phase, file = words[:4]
-    arm(kind, int(step), phase, Path(file))
-    return cli.main(words[4:])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
