@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START, LOOP = "start", "loop"  # until the first step; between the phases of a step
-WAIT = "wait"  # in a phase of a step, for other processes
+# Of a step's seconds: those in which the process waits for others, and for its own GPU.
+WAIT, DEVICE = "wait", "device"
 OF_A_STEP = ("data", "forward", "backward", "exchange", LOOP)
 
 
@@ -89,29 +90,30 @@ class Phases:
         return self.phase not in self._seconds
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Context manager around a wait for other processes: its time counts for `wait`.
-
-        The phase stays the same. What is read of a GPU's clock is not in it: there the host does
-        not wait for collective calls.
-        """
+    def waiting(self, reason: str = WAIT) -> Iterator[None]:
+        """Context manager around a wait; the phase stays the same."""
         began = self._clock()
         yield
-        self.waited(self._clock() - began)
+        self.waited(self._clock() - began, reason)
 
-    def waited(self, seconds: float) -> None:
-        """Count the last `seconds` for `wait` and not for the present phase, if that is a step's.
+    def waited(self, seconds: float, reason: str = WAIT) -> None:
+        """Count the last `seconds` for a wait, if the present phase is one of a step.
 
-        An evaluation's or a save's waits are part of what it costs.
+        In any other phase (a save, an evaluation) a wait is a part of it.
         """
         if self.phase in OF_A_STEP:
-            self._seconds[WAIT] = self._seconds.get(WAIT, 0.0) + seconds
+            self._seconds[reason] = self._seconds.get(reason, 0.0) + seconds
             self._since += seconds
 
     def own(self) -> float:
-        """Seconds that all steps so far took of this process itself, without waits for others."""
+        """Seconds of all steps so far in which this process worked, and did not wait."""
         seconds = self.seconds()
         return sum(seconds.get(phase, 0.0) for phase in OF_A_STEP)
+
+    def of_steps(self) -> float:
+        """Seconds of all steps so far, waits included."""
+        seconds = self.seconds()
+        return sum(seconds.get(phase, 0.0) for phase in (*OF_A_STEP, WAIT, DEVICE))
 
     def end_step(self, step: int) -> None:
         """Count a step; `step` are those that the run has finished."""
@@ -120,7 +122,7 @@ class Phases:
         self._count += 1
 
     def seconds(self) -> dict[str, float]:
-        """Seconds that the main thread has spent in each phase and in `wait`, up to now."""
+        """Seconds that the main thread has spent in each phase, and waiting in steps, up to now."""
         found = dict(self._seconds)
         found[self.phase] = found.get(self.phase, 0.0) + self._clock() - self._since
         return found

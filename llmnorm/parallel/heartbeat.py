@@ -29,6 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from llmnorm.config.tree import ParallelSettings
 from llmnorm.machine.failures import LOST_PROCESS, connection_lost, last_line
 from llmnorm.machine.phases import Phases
 from llmnorm.parallel.beats import GRACE, SUSPECTED, Beat, Judge, State, Summary, Verdict
@@ -70,10 +71,9 @@ class Heartbeat:
         store: shared by all processes; nobody else uses this object of it.
         calls: how many collective calls this process has begun, in training and in the background.
         phases: of this process.
-        timeout, timeout_first: `parallel.timeout` and `parallel.timeout_first`.
+        settings: their `timeout`, `timeout_first`, and whether blocks are compiled.
         directory: `<run>/ranks`; it is made when there is something to write.
         gpu: the serial number of this process's GPU; it may take seconds.
-        compiled: whether blocks are compiled.
     """
 
     def __init__(
@@ -84,15 +84,13 @@ class Heartbeat:
         store: Store,
         calls: Callable[[], tuple[int, int]],
         phases: Phases,
-        timeout: float,
-        timeout_first: float,
+        settings: ParallelSettings,
         directory: Path,
-        gpu: Callable[[], str] = lambda: "",
-        compiled: bool = False,
+        gpu: Callable[[], str],
     ) -> None:
         self._rank, self._store = rank, store
-        self._calls, self._phases, self._compiled = calls, phases, compiled
-        self._timeout, self._directory = timeout, directory
+        self._calls, self._phases, self._compiled = calls, phases, settings.compile
+        self._timeout, self._directory = settings.timeout, directory
         self._state: State = "running"
         self._error = self._serial = ""
         self._number = 0
@@ -103,7 +101,7 @@ class Heartbeat:
         store.set(self._keys[rank], self._beat().text())
         store.wait(self._keys)
         beats = [Beat.of(text) for text in store.multi_get(self._keys)]
-        self._judge = Judge(beats, timeout, timeout_first)
+        self._judge = Judge(beats, settings.timeout, settings.timeout_first)
         self._summary = Summary(beats[0], [*range(world)], None)
         if rank == 0:
             store.set(SUMMARY, self._summary.text())
@@ -161,6 +159,10 @@ class Heartbeat:
         )
         found.speaker = verdict.speaker(len(self._keys))
         return found
+
+    def name_of(self, rank: int) -> str:
+        """Rank, host, process and GPU, by the beats that this process has heard."""
+        return self._judge.beats[rank].name
 
     def _beat(self) -> Beat:
         """What this process says now."""

@@ -77,6 +77,7 @@ class Parallel:
         asked: what `poll` asks; not 0 where this process is to stop.
         phases: what this process is doing; an evaluation advances with every `poll`.
         calls: how many collective calls it has begun.
+        heartbeat: the watch over all processes, where there are several, from `watch` on.
     """
 
     def __init__(self, parallel: ParallelSettings, training: TrainingSettings) -> None:
@@ -126,7 +127,7 @@ class Parallel:
         self.backend = dist.get_backend() if dist.is_initialized() else "no process group"
         self._model: nn.Module | None = None
         self._buckets = Buckets(self.device)
-        self._heartbeat: Heartbeat | None = None
+        self.heartbeat: Heartbeat | None = None
         self.calls = Calls()
         self.asked: Callable[[], int] = lambda: 0
         self._polls = 0
@@ -338,24 +339,22 @@ class Parallel:
             raise Interrupted(asked)
 
     def watch(self, directory: Path) -> None:
-        """Let all processes watch each other from now on (heartbeat.py); every process calls it.
+        """Let the processes watch each other (heartbeat.py); every process calls it.
 
         Args:
             directory: where stacks are written when a process is lost.
         """
         if self.world == 1:
             return
-        self._heartbeat = Heartbeat(
+        self.heartbeat = Heartbeat(
             rank=self.rank,
             world=self.world,
             store=dist.distributed_c10d._get_default_store().clone(),  # type: ignore[attr-defined]
             calls=self.calls,
             phases=self.phases,
-            timeout=self.settings.timeout,
-            timeout_first=self.settings.timeout_first,
+            settings=self.settings,
             directory=directory,
             gpu=own_serial if self.device.type == "cuda" else lambda: "",
-            compiled=self.settings.compile,
         )
 
     def close(self) -> None:
@@ -374,14 +373,14 @@ class Parallel:
             try:
                 dist.barrier()
             except RuntimeError as found:
-                if self._heartbeat is None:
+                if self.heartbeat is None:
                     raise
                 error = found
-        if self._heartbeat is not None:
-            verdict = None if error is None else self._heartbeat.leave(error)
-            self._heartbeat.close()
+        if self.heartbeat is not None:
+            verdict = None if error is None else self.heartbeat.leave(error)
+            self.heartbeat.close()
             if verdict is not None:
-                raise self._heartbeat.lost(verdict) from error
+                raise self.heartbeat.lost(verdict) from error
             if error is not None:
                 if sys.exc_info()[1] is None:
                     raise error

@@ -105,12 +105,15 @@ def keep_line(
     }
     if run.selecting is not None:
         run.selecting.step_ended()
+    for note in run.stragglers.notes():
+        metrics.say(f"llmnorm: note: {note}")
     if examined := due(progress.step, logging.health_every):
         with run.parallel.phases.during("health"), metrics.pause():
             line["health"] = health(run.model, first.inputs_on(run.parallel.device), run.parallel)
     if ending or examined or progress.step % logging.every == 0:
         if run.selecting is not None:
             line |= run.selecting.line()
+        line |= run.stragglers.line()
         metrics.log_step(line)
 
 

@@ -109,8 +109,8 @@ def train(
             there.apply()
             resumed = not run_directory.has_ended(run)
             timekeeper = Timekeeper(read_account(run), phases, resumed=resumed)
-            if fallen := restarts.begin(progress.step, progress.row, config.pool):
-                parallel.say(f"llmnorm: note: {fallen}")
+            if again := restarts.begin(progress.step, progress.row, config.pool):
+                parallel.say(f"llmnorm: note: {again}")
             run_directory.begin(run, config, prepared.objective.data.tokenizer_directory, automatic)
 
         parallel.on_main(begin)

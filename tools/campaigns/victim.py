@@ -1,9 +1,7 @@
-"""An `llmnorm` command that something happens to at a certain point, for campaigns and tests.
+"""What happens to a process of a run at a certain point, for campaigns and tests.
 
-    python -m tools.campaigns.victim KIND STEP PHASE FILE train RUN.yaml ...
-
-When the run has finished STEP steps and enters PHASE (machine/phases.py), the moment is written to
-FILE (seconds of the system's monotonic clock), and then the process is struck:
+When the run has finished a number of steps and enters a phase (machine/phases.py), the moment is
+written to a file (seconds of the system's monotonic clock), and then the process is struck:
 
     dead       SIGKILL
     stopped    SIGSTOP
@@ -17,7 +15,6 @@ FILE (seconds of the system's monotonic clock), and then the process is struck:
 import ctypes
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +39,18 @@ def arm(kind: str, step: int, phase: str, file: Path) -> None:
     Phases._switch = switched  # type: ignore[assignment,method-assign]
 
 
+def arm_one(stroke: str, rank: int) -> None:
+    """Arm the process of one rank.
+
+    Args:
+        stroke: `KIND:RANK:STEP:PHASE:FILE`.
+        rank: of this process.
+    """
+    kind, victim, step, phase, file = stroke.split(":", 4)
+    if rank == int(victim):
+        arm(kind, int(step), phase, Path(file))
+
+
 def strike(kind: str) -> Any:
     """Let it happen now."""
     match kind:
@@ -64,14 +73,28 @@ def strike(kind: str) -> Any:
             torch.empty(2**55)
 
 
-def main(words: list[str]) -> int:
-    """Arm, then run the command; returns its exit code."""
-    from llmnorm import cli
+def slow(*, twofold: bool, steps: int, base: float = 0.3) -> None:
+    """Let this process take longer for its own work.
 
-    kind, step, phase, file = words[:4]
-    arm(kind, int(step), phase, Path(file))
-    return cli.main(words[4:])
+    Args:
+        twofold: sleep as long as each phase of a step has worked.
+        steps: over how many a slow process is looked for.
+        base: seconds that every process sleeps for its rows, so that the processor's own seconds,
+            which depend on what else it does, matter less.
+    """
+    from llmnorm.machine.phases import OF_A_STEP, Phases
+    from llmnorm.training import stragglers
 
+    stragglers.STEPS = steps
+    switch, worked = Phases._switch, 0.0
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    def switched(phases: Phases, entered: str) -> None:
+        nonlocal worked
+        if phases.phase == "data":
+            time.sleep(base)
+        if twofold and phases.phase in OF_A_STEP:
+            time.sleep(phases.own() - worked)
+        switch(phases, entered)
+        worked = phases.own()
+
+    Phases._switch = switched  # type: ignore[assignment,method-assign]

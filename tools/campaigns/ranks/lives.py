@@ -57,12 +57,12 @@ def whole(sharding: str) -> Path:
     return folder
 
 
-def begin(sharding: str, folder: Path, *more: str, kill_at: str = "") -> int:
+def begin(sharding: str, folder: Path, *more: str, kill_at: str = "", strike: str = "") -> int:
     """Start a life of the run in `folder`; returns the number of its launcher, or its own."""
     shutil.rmtree(folder / PIDS, ignore_errors=True)
     for name in (CODES, REACHED):
         (folder / name).unlink(missing_ok=True)
-    command, environment = words(sharding, *more), {"KILL_AT": kill_at}
+    command, environment = words(sharding, *more), {"KILL_AT": kill_at, "STRIKE": strike}
     with (folder / "out").open("ab") as out, (folder / "err").open("ab") as err:
         return start(
             command,
