@@ -117,7 +117,7 @@ def diverges() -> None:
         outcome = real(run, *rest)
         if run.progress.step < 3:
             return outcome
-        run.progress.skipped_in_a_row += 1
+        run.progress.skipped_in_a_row = run.progress.step - 2
         return outcome._replace(loss=float("nan"))
 
     loop.step = step
