@@ -137,6 +137,7 @@ class Restarts:
         self._me = launcher() if enabled else None
         self._life: Life | None = None
         self._file = -1
+        self._parent = os.getppid()
 
     def begin(self, step: int, row: int, pool: int) -> str | None:
         """A life begins.
@@ -177,9 +178,10 @@ class Restarts:
         """The run was told to stop, and is saved: this launcher is not to start it again.
 
         Not to be called where a process of another node alone was told. Its launcher ends then, and
-        the launchers that are left go on without that node.
+        the launchers that are left go on without that node. Nor is anything kept where this
+        process's own launcher is gone, whose end is what has told it.
         """
-        if self._file >= 0 and self._life is not None:
+        if self._file >= 0 and self._life is not None and os.getppid() == self._parent:
             os.pwrite(self._file, _page(self._life._replace(stopped=step)), 0)
 
     def __enter__(self) -> "Restarts":
