@@ -50,6 +50,7 @@ class StopRequest:
         exit_code: 0; after a request its exit code.
         name: of the signal, or of what else asked; empty before.
         since: when the first request came, by time.monotonic.
+        from_another: whether another process was asked, and this one has only heard of it.
     """
 
     def __init__(self, at_once: str | None = None) -> None:
@@ -58,6 +59,7 @@ class StopRequest:
         self.exit_code = 0
         self.name = ""
         self.since = 0.0
+        self.from_another = False
         self._before: dict[int, object] = {}
         self._process = 0
 
@@ -99,7 +101,8 @@ class StopRequest:
     def agree(self, total: int) -> int:
         """`agreed` for this process's own code; from then on it is asked itself."""
         code = agreed(self.exit_code, total)
-        if code:
+        if code and not self.exit_code:
+            self.from_another = True
             self.ask(code, name_of(code))
         return code
 
