@@ -35,7 +35,7 @@ class Beat(NamedTuple):
         progress: grows with all that it finishes (machine/phases.py).
         calls: collective calls that it has begun: in training, and in the background.
         step, phase, finished: of `Phases`.
-        first: its first step is not finished, so that it has more time.
+        first: it has more time, since its first step is not finished or its last one is.
         state: "failed" after an error of its own, "cut off" after a broken connection.
         error: the last line of its traceback.
         knows: it has heard the verdict.
@@ -57,14 +57,15 @@ class Beat(NamedTuple):
     knows: bool = False
 
     def text(self) -> str:
-        """As JSON."""
-        return json.dumps(self._asdict())
+        """As JSON, which is short: process 0 reads one of each process at every beat."""
+        return json.dumps(self)
 
     @classmethod
     def of(cls, text: str | bytes) -> "Beat":
         """The beat that `text` has given."""
         values = json.loads(text)
-        return cls(**{**values, "calls": tuple(values["calls"])})
+        values[_CALLS] = tuple(values[_CALLS])
+        return cls(*values)
 
     @property
     def name(self) -> str:
@@ -77,6 +78,9 @@ class Beat(NamedTuple):
         """How far it is, for messages."""
         after = f", last finished phase {self.finished}" if self.finished else ""
         return f"last step {self.step}, in phase {self.phase}{after}"
+
+
+_CALLS = Beat._fields.index("calls")
 
 
 class Verdict(NamedTuple):
@@ -209,7 +213,8 @@ class Judge:
 
         if not running:
             return None
-        behind = [b for b in running if b.calls == min(other.calls for other in running)]
+        fewest = min(b.calls for b in running)
+        behind = [b for b in running if b.calls == fewest]
         waited = [now - self._advanced[b.rank] for b in behind]
         limits = [self._timeout_first if b.first else self._timeout for b in behind]
         if any(passed <= limit for passed, limit in zip(waited, limits, strict=True)):

@@ -1,6 +1,6 @@
 """A run's processes watch each other: one that is dead, stopped or hung ends the run.
 
-Every half second each process writes a beat (beats.py) into the store by which the launcher has
+Twice a second each process writes a beat (beats.py) into the store by which the launcher has
 brought the processes together. Process 0 reads all beats, judges, and writes a summary, which is
 all that the others read. No collective call is made, and nothing waits for the device.
 
@@ -31,7 +31,7 @@ from typing import Protocol
 
 from llmnorm.config.tree import ParallelSettings
 from llmnorm.machine.failures import LOST_PROCESS, connection_lost, last_line
-from llmnorm.machine.phases import Phases
+from llmnorm.machine.phases import END, Phases
 from llmnorm.parallel.beats import GRACE, SUSPECTED, Beat, Judge, State, Summary, Verdict
 from llmnorm.part import InputError
 
@@ -169,6 +169,7 @@ class Heartbeat:
         phases = self._phases
         self._number += 1
         compiles = self._compiled and phases.phase in COMPILED and phases.is_new
+        # At the end trackers may send what they have kept until then.
         return Beat(
             rank=self._rank,
             host=socket.gethostname(),
@@ -180,7 +181,7 @@ class Heartbeat:
             step=phases.step,
             phase=phases.phase,
             finished=phases.finished,
-            first=phases.own_steps == 0 or compiles,
+            first=phases.own_steps == 0 or compiles or phases.phase == END,
             state=self._state,
             error=self._error,
             knows=self._verdict is not None,
@@ -189,10 +190,12 @@ class Heartbeat:
     def _talk(self) -> None:
         """The thread that uses the store."""
         while not self._stop.is_set():
-            pause = BEAT
+            began = time.monotonic()
             try:
                 self._exchange()
                 self._answered = time.monotonic()
+                # Of many processes the main one reads less often, to leave the time to training.
+                pause = min(max(BEAT, 1000 * (self._answered - began)), 4 * BEAT)
             except RuntimeError:  # `_watch` counts the time; torch prints its own traceback
                 pause = max(BEAT, self._timeout / 10)
             self._wake.wait(pause)
@@ -218,7 +221,7 @@ class Heartbeat:
         """The thread that reads the clock and ends the process."""
         verdict = None
         while verdict is None:
-            if self._stop.wait(BEAT / 2):
+            if self._stop.wait(BEAT):
                 return
             faulthandler.dump_traceback_later(self._timeout + GRACE / 2, exit=True)
             verdict = self._found()
