@@ -90,25 +90,24 @@ class Verdict(NamedTuple):
         reason: "silent"; "stuck": nothing in it advances; "together": in none, and none is behind
             the others; "failed": it has raised an error; "cut off": connections broke, and all
             processes are alive; "no answer": process 0 cannot reach the store.
-        lost: the last beats of the lost processes.
+        lost: the last beats of the lost processes; their step is the run's, which a silent one may
+            not have told any more.
         seconds: since when.
-        step: that the run has finished, which a silent process may not have told.
     """
 
     reason: Reason
     lost: list[Beat]
     seconds: float
-    step: int = 0
 
     def text(self) -> str:
         """As JSON."""
-        return json.dumps([self.reason, [beat.text() for beat in self.lost], *self[2:]])
+        return json.dumps([self.reason, [beat.text() for beat in self.lost], self.seconds])
 
     @classmethod
     def of(cls, text: str) -> "Verdict":
         """The verdict that `text` has given."""
-        reason, lost, *numbers = json.loads(text)
-        return cls(reason, [Beat.of(beat) for beat in lost], *numbers)
+        reason, lost, seconds = json.loads(text)
+        return cls(reason, [Beat.of(beat) for beat in lost], seconds)
 
     def speaker(self, world: int) -> int:
         """The rank that prints the verdict: the first that is not lost."""
@@ -117,7 +116,7 @@ class Verdict(NamedTuple):
 
     def sentence(self) -> str:
         """What happened, to whom, and how a scheduler leaves its host out; one line."""
-        each = "; ".join(f"{beat.name}: {self._what(beat)}, {beat.where}" for beat in self.lost)
+        each = "; ".join(f"{beat.name}: {self._what(beat)}; {beat.where}" for beat in self.lost)
         if self.reason == "together":
             return (
                 f"nothing has advanced for {self.seconds:.0f} s on any process, and none is behind "
@@ -127,21 +126,16 @@ class Verdict(NamedTuple):
         return f"{each}; to leave its host out: --exclude={hosts}"
 
     def _what(self, beat: Beat) -> str:
+        seconds = f"{self.seconds:.0f} s"
         match self.reason:
             case "silent":
-                return (
-                    f"not heard of for {self.seconds:.0f} s (it was killed or stopped, or its host "
-                    f"is gone), after step {self.step} of the run; its last beat"
-                )
+                return f"not heard of for {seconds}: it was killed or stopped, or its host is gone"
             case "stuck":
-                return f"nothing has advanced there for {self.seconds:.0f} s"
+                return f"nothing has advanced there for {seconds}"
             case "together":
                 return "waits"
             case "no answer":
-                return (
-                    f"the store by which the processes hear of each other has not answered it for "
-                    f"{self.seconds:.0f} s"
-                )
+                return f"the store by which the processes meet has not answered it for {seconds}"
             case "failed" | "cut off":
                 return beat.error
 
@@ -206,7 +200,8 @@ class Judge:
         silent = [b for b in running + cut if now - self._heard[b.rank] > longest]
         if silent:
             seconds = max(now - self._heard[b.rank] for b in silent)
-            return Verdict("silent", silent, seconds, max(b.step for b in self.beats))
+            step = max(b.step for b in self.beats)
+            return Verdict("silent", [b._replace(step=step) for b in silent], seconds)
         if cut:
             since = now - min(self._changed[b.rank] for b in cut)
             return Verdict("cut off", cut, since) if since > 2 * SUSPECTED else None

@@ -154,8 +154,8 @@ class Heartbeat:
         """What this process raises, or prints, where others are lost."""
         run = self._directory.parent
         found = Lost(
-            f"{verdict.sentence()}; all processes were ended; go on from the newest checkpoint: "
-            f"llmnorm train {run}"
+            f"{verdict.sentence()}; all processes were ended, their stacks are in "
+            f"{self._directory}; go on from the newest checkpoint: llmnorm train {run}"
         )
         found.speaker = verdict.speaker(len(self._keys))
         return found
@@ -257,7 +257,8 @@ class Heartbeat:
             return self._summary.verdict
         silent = now - min(self._main_heard, self._answered)
         if silent > (SUSPECTED if self._state == "cut off" else self._timeout):
-            return Verdict("silent", [self._summary.main], silent, self._phases.step)
+            main = self._summary.main._replace(step=self._phases.step)
+            return Verdict("silent", [main], silent)
         return None
 
     def _write_stacks(self, verdict: Verdict) -> None:
