@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
             return found.exit_code
         return command.run(parsed, overrides) or 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == str(error.speaker):
             _print_error(str(error))
         return error.exit_code
     except BrokenPipeError:  # `llmnorm parts | head`

@@ -40,7 +40,8 @@ CHILDREN.set_forkserver_preload(
 
 # Fields of metrics.jsonl that may differ between two runs of the same numbers.
 TIMES = (
-    *("seconds", "tokens_per_second", "mfu", "memory_bytes"),
+    *("seconds", "tokens_per_second", "mfu", "memory_bytes", "stragglers"),
+    *("spent", "wall", "goodput", "clock"),
     *("selection_seconds", "selection_share"),
 )
 

@@ -212,9 +212,16 @@ class ParallelSettings(Settings):
     """torch.compile every block (wants a C++ compiler on a CPU)."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass."""
+    timeout: Annotated[float, Field(ge=1, le=1e7)] = 100.0
+    """Seconds without progress (a micro-batch, a file, a token), or without a sign of life, after
+    which a process is lost; all others end and name it."""
+    timeout_first: Annotated[float, Field(ge=1, le=1e7)] = 1800.0
+    """The same for progress until the first step, where blocks are compiled, and at the end."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelSettings":
+        if self.timeout_first < self.timeout:
+            raise ValueError(f"parallel.timeout_first is less than parallel.timeout {self.timeout}")
         if self.sharding == "hsdp" and self.replicas == 1:
             raise ValueError("parallel.sharding 'hsdp' needs parallel.replicas; 1 is 'fsdp2'")
         if self.replicas > 1 and self.sharding not in ("auto", "fsdp2", "hsdp"):

@@ -50,6 +50,11 @@ class RunDirectory(NamedTuple):
         return self.path / "metrics.jsonl"
 
     @property
+    def repeated(self) -> Path:
+        """JSON lines: those of metrics.jsonl whose steps were done twice, as they were."""
+        return self.path / "metrics.repeated.jsonl"
+
+    @property
     def samples(self) -> Path:
         """JSON lines: for each evaluation the prompts and their generated continuations."""
         return self.path / "samples.jsonl"
@@ -83,6 +88,11 @@ class RunDirectory(NamedTuple):
     def plots(self) -> Path:
         """Pictures."""
         return self.path / "plots"
+
+    @property
+    def ranks(self) -> Path:
+        """What the threads of each process did when a lost process has ended the run."""
+        return self.path / "ranks"
 
     @property
     def done(self) -> Path:
@@ -144,8 +154,9 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
     if not run.path.is_dir():
         raise InputError(f"run_dir: {run.path} is a file")
     if not run.config.exists():
-        # A process that was killed in its first moments leaves only these two.
-        others = [p.name for p in run.path.iterdir() if p.name not in ("run.lock", "config.tmp")]
+        # A process that was ended in its first moments leaves only these.
+        first = ("run.lock", "config.tmp", run.ranks.name)
+        others = [p.name for p in run.path.iterdir() if p.name not in first]
         if run.checkpoints.name in others:
             raise InputError(
                 f"run_dir: {run.path} has checkpoints, but no config.yaml; bring it back (each "
@@ -203,6 +214,11 @@ def finished(run: RunDirectory, config: RunConfig) -> bool:
     same_base = there.model.pretrained == config.model.pretrained
     same_teacher = there.objective.teacher_directory == config.objective.teacher_directory
     return same_base and same_teacher and _as_long(run, there, config)
+
+
+def has_ended(run: RunDirectory) -> bool:
+    """Whether the last process of the run has ended it, and was not stopped or killed."""
+    return run.done.exists() or run.diverged.exists()
 
 
 def ended_early(run: RunDirectory) -> bool:

@@ -173,6 +173,28 @@ def plan_cut(path: Path, step: int) -> Cut:
     )
 
 
+def append_whole(path: Path, lines: Sequence[bytes]) -> None:
+    """Append lines to a file, but for those that it has; they are on the disk when it returns.
+
+    A process that is killed in between leaves an unfinished line, which the next call closes.
+
+    Args:
+        lines: without their ends.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    there = path.read_bytes() if path.exists() else b""
+    known = set(there.split(b"\n"))
+    new = [line for line in lines if line not in known]
+    if not new:
+        return
+    with path.open("ab") as file:
+        file.write(b"\n" if there and not there.endswith(b"\n") else b"")
+        file.writelines(line + b"\n" for line in new)
+        _sync(file)
+
+
 def _has_step(value: Any) -> bool:
     return isinstance(value, dict) and type(value.get("step")) is int and value["step"] >= 0
 

@@ -14,8 +14,10 @@ from contextlib import ExitStack
 import torch
 
 from llmnorm.config.tree import RunConfig
+from llmnorm.machine.phases import END, LOOP
 from llmnorm.parallel.check import check
 from llmnorm.runs import directory as run_directory
+from llmnorm.runs.account import Account, Timekeeper, read_account
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.metrics import keep_until
 from llmnorm.runs.restarts import Restarts
@@ -70,6 +72,7 @@ def train(
     with ExitStack() as stack:
         prepared = prepare(config, run, stack, data_command=data_command, dry_run=dry_run)
         parallel, progress, steps = prepared.parallel, prepared.progress, prepared.steps
+        phases = parallel.phases
         finished = progress.step >= steps
         left, recorded = evaluation_at_start(prepared)
         if recorded is not None and not dry_run:
@@ -96,23 +99,30 @@ def train(
         restarts = stack.enter_context(Restarts(run, enabled=parallel.is_main))
 
         # Everything that could be refused has been looked at: only now is anything written.
+        timekeeper = Timekeeper(Account(), phases)  # of processes that write no lines
+
         def begin() -> None:
+            nonlocal timekeeper
             there = keep_until(run, progress.step)
             for note in there.notes():
                 parallel.say(f"llmnorm: note: {note}")
             there.apply()
-            if note := restarts.begin(progress.step, progress.row, config.pool):
-                parallel.say(f"llmnorm: note: {note}")
+            resumed = not run_directory.has_ended(run)
+            timekeeper = Timekeeper(read_account(run), phases, resumed=resumed)
+            if again := restarts.begin(progress.step, progress.row, config.pool):
+                parallel.say(f"llmnorm: note: {again}")
             run_directory.begin(run, config, prepared.objective.data.tokenizer_directory, automatic)
 
         parallel.on_main(begin)
-        metrics = open_metrics(prepared, stack, left=left)
+        metrics = open_metrics(prepared, stack, timekeeper, left=left)
         profiler = open_profiler(prepared, profile, metrics, stack)
         if _gave_up(prepared):
             progress.skipped_in_a_row = 0  # who resumes a run that has given up gives it new tries
         exit_code = keep_evaluation(prepared, metrics, stop) if left else 0
         batches = prepared.batches()
+        phases.enter(LOOP)
         while progress.step < steps and not exit_code and not out_of_patience(prepared):
+            phases.enter("data")
             restarts.at(progress.step + 1)
             micro_batches = next(batches)
             outcome = step(prepared, micro_batches, stop)
@@ -131,7 +141,9 @@ def train(
                 exit_code = keep_evaluation(prepared, metrics, stop)
                 if exit_code and prepared.saved != progress.step:
                     save(prepared, metrics)
-        prepared.checkpoints.wait()
+        with phases.during("save"):
+            prepared.checkpoints.wait()
+        phases.enter(END)
         if parallel.is_main:
             early = not exit_code and progress.step < steps
             run_directory.end(run.preempted if exit_code else run.done, progress.step, early=early)
