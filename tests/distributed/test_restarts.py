@@ -276,18 +276,12 @@ def test_torchrun_restarts_after_a_kill_and_hands_on_a_schedulers_warning(
 ) -> None:
     """Oracle: the signs and exit codes; the real command and its real processes."""
     run, log = tmp_path / "run", tmp_path / "log"
-    more = [
-        "parallel.sharding=ddp",
-        "training.steps=100000",
-        "checkpoint.every=20",
-        "evaluation.every=null",
-    ]
     with log.open("wb") as out:
         launcher = subprocess.Popen(
             [
                 *python("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
                 *("--max-restarts", "1", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
-                *("-m", "llmnorm", *words(run, smoke_data, *more)),
+                *("-m", "llmnorm", *words(run, smoke_data, "parallel.sharding=ddp", *LONG)),
             ],
             cwd=ROOT,
             env=environment(),
