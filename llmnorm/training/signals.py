@@ -18,6 +18,7 @@ import threading
 import time
 from types import FrameType
 
+from llmnorm.machine.failures import PREEMPTED
 from llmnorm.runs import directory
 from llmnorm.runs.directory import RunDirectory
 
@@ -28,10 +29,9 @@ EXIT_CODES = {
     signal.SIGINT: 130,
     signal.SIGHUP: 143,
     signal.SIGXCPU: 143,
-    signal.SIGUSR1: 75,
+    signal.SIGUSR1: PREEMPTED,
 }
 ELSEWHERE = 143  # of a process that was not asked itself, where it cannot be told what another was
-PREEMPTED = EXIT_CODES[signal.SIGUSR1]  # by a PREEMPT file too
 HURRIED = (EXIT_CODES[signal.SIGTERM], PREEMPTED)  # a kill follows; Ctrl-C has all the time
 TICK = 0.5  # seconds between two looks of a Watch
 
