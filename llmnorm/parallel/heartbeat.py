@@ -146,7 +146,7 @@ class Heartbeat:
             time.sleep(BEAT / 10)
             if self._rank and time.monotonic() - self._answered > 4 * BEAT:
                 break  # process 0 is gone, and its store
-        if isinstance(error, InputError) and self._summary.main.error != self._error:
+        if isinstance(error, InputError) and self._summary.verdict is not None:
             error.speaker = self._rank
         return self._verdict if cut else None
 
@@ -230,12 +230,10 @@ class Heartbeat:
         self._decided.set()
         if self._state == "running":
             self._write_stacks(verdict)
+        self._stop.wait(2 * BEAT)  # in which the others, or process 0, hear of it
         until = time.monotonic() + GRACE / 2
-        while time.monotonic() < until and not self._stop.wait(BEAT / 10):
-            if self._rank and time.monotonic() > until - GRACE / 2 + BEAT:
-                break
-            if not self._rank and not self._summary.busy:
-                break
+        while not self._rank and self._summary.busy and time.monotonic() < until:
+            time.sleep(BEAT / 10)
         if self._state != "running":  # the main thread is in `leave`, and says what is to be said
             if self._stop.wait(2 * FAREWELL):
                 return

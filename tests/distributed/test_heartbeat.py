@@ -28,6 +28,7 @@ STRUCK = [
     ("looping", 0, "ddp", "save"),
     ("holding", 1, "ddp", "exchange"),
     ("raising", 1, "ddp", "forward"),
+    ("mistake", 1, "fsdp2", "forward"),
 ]
 SLOWED = ["ddp", "fsdp2"]
 
@@ -105,6 +106,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> dict[An
         words += ["training.steps=1000", f"checkpoint.every={STEP}"]
         before = [hit if rank == victim else None for rank in range(2)]
         pairs[kind, victim] = Pair(directory, smoke_data, words, before)
+    directory = root / "both"
+    both = [partial(arm, "mistake", STEP, "data", directory / f"struck_{r}") for r in range(2)]
+    pairs["mistake", 2] = Pair(directory, smoke_data, ["training.steps=1000"], both)
     stopped = {key: key[1] for key in pairs if key[0] == "stopped"}
     return {key: pair.end(stopped.get(key)) for key, pair in pairs.items()}
 
@@ -132,13 +136,15 @@ def test_the_other_process_ends_and_names_the_lost_one(
     assert found.seconds[other] < TIMEOUT + 120
     lines = [text for text in found.printed[other].splitlines() if "llmnorm: error" in text]
     assert len(lines) == 1 and "Traceback" not in found.printed[other]
-    reason = {"looping": "stuck process", "raising": "failed process"}.get(kind, "silent process")
+    reason = "failed process" if kind in ("raising", "mistake") else "silent process"
+    reason = "stuck process" if kind == "looping" else reason
     line = str(says(reason, lines[0]))
     host = socket.gethostname()
     assert line.startswith(f"rank {victim} (host {host}, process ")
     assert f"; last step {STEP}, in phase " in line and f"--exclude={host};" in line
     assert line.endswith(f"llmnorm train {found.run}")
-    assert reason != "failed process" or "): RuntimeError: planted for a test; last step" in line
+    assert kind != "raising" or "): RuntimeError: planted for a test; last step" in line
+    assert kind != "mistake" or "): data: planted for a test; last step" in line
 
 
 def test_where_each_thread_was_is_written_into_the_run(ended: dict[Any, Ended]) -> None:
@@ -167,6 +173,16 @@ def test_a_failed_process_says_what_failed(ended: dict[Any, Ended]) -> None:
     assert line.startswith("llmnorm: error: rank 1 (host ")
     assert "): RuntimeError: planted for a test; llmnorm train" in line
     assert line.endswith(f"--exclude={socket.gethostname()}")
+
+
+def test_a_mistake_is_said_by_one_process_that_has_found_it(ended: dict[Any, Ended]) -> None:
+    """Oracle: one line, of process 1 where it is alone, of process 0 where all have found it."""
+    alone, both = ended["mistake", 1], ended["mistake", 2]
+    assert (alone.codes[1], both.codes) == (2, [2, 2])
+    line = "llmnorm: error: data: planted for a test"
+    assert [line in alone.printed[1].splitlines(), *(line in p for p in both.printed)] == [
+        *(True, True, False)
+    ]
 
 
 @pytest.mark.parametrize("sharding", SLOWED)
