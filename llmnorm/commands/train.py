@@ -124,10 +124,11 @@ def _train(
 
 def _leaves_at_once(run: "RunDirectory") -> tuple[int, str] | None:
     """Exit code and reason where the run does not take a step, though nothing is wrong with it."""
+    from llmnorm.machine.failures import PREEMPTED
     from llmnorm.runs import directory, restarts
 
     if directory.asks_to_stop(run):
-        return restarts.PREEMPTED, (
+        return PREEMPTED, (
             f"stopped before its first step by the file {run.preempted}, which llmnorm has not "
             "written; remove it, and the same command starts the run"
         )

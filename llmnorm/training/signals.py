@@ -18,6 +18,7 @@ import threading
 import time
 from types import FrameType
 
+from llmnorm.machine.failures import PREEMPTED
 from llmnorm.runs import directory
 from llmnorm.runs.directory import RunDirectory
 
@@ -28,10 +29,9 @@ EXIT_CODES = {
     signal.SIGINT: 130,
     signal.SIGHUP: 143,
     signal.SIGXCPU: 143,
-    signal.SIGUSR1: 75,
+    signal.SIGUSR1: PREEMPTED,
 }
 ELSEWHERE = 143  # of a process that was not asked itself, where it cannot be told what another was
-PREEMPTED = EXIT_CODES[signal.SIGUSR1]  # by a PREEMPT file too
 HURRIED = (EXIT_CODES[signal.SIGTERM], PREEMPTED)  # a kill follows; Ctrl-C has all the time
 TICK = 0.5  # seconds between two looks of a Watch
 
@@ -119,6 +119,8 @@ class Watch:
 
     def __init__(self, stop: StopRequest, run: RunDirectory, grace: float, *, looks: bool) -> None:
         self._stop, self._run, self._grace, self._looks = stop, run, grace, looks
+        # The process that looks also says why all end, so the others leave after it.
+        self._limit = grace if looks else grace + 2 * TICK
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -137,7 +139,7 @@ class Watch:
         while not self._ended.wait(TICK):
             if self._looks and not stop.exit_code and directory.asks_to_stop(self._run):
                 stop.ask(PREEMPTED, "a PREEMPT file")
-            late = stop.exit_code in HURRIED and time.monotonic() - stop.since > self._grace
+            late = stop.exit_code in HURRIED and time.monotonic() - stop.since > self._limit
             if late and not self._ended.is_set():
                 self._leave()
 

@@ -29,6 +29,7 @@ from tests.running import PATIENCE, ROOT, SMOKE, assert_same_run, metrics_of
 
 WORDS = ["schedule=constant", "training.steps=6", "evaluation.samples=0", "checkpoint.every=2"]
 WORDS += ["evaluation.micro_batch=8"]
+LONG = ["training.steps=100000", "checkpoint.every=20", "evaluation.every=null"]
 ONE = ["--standalone", "--nproc-per-node", "1", "--max-restarts", "5"]
 
 
@@ -275,13 +276,12 @@ def test_torchrun_restarts_after_a_kill_and_hands_on_a_schedulers_warning(
 ) -> None:
     """Oracle: the signs and exit codes; the real command and its real processes."""
     run, log = tmp_path / "run", tmp_path / "log"
-    more = ["parallel.sharding=ddp", "training.steps=100000", "checkpoint.every=20"]
     with log.open("wb") as out:
         launcher = subprocess.Popen(
             [
                 *python("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
                 *("--max-restarts", "1", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
-                *("-m", "llmnorm", *words(run, smoke_data, *more)),
+                *("-m", "llmnorm", *words(run, smoke_data, "parallel.sharding=ddp", *LONG)),
             ],
             cwd=ROOT,
             env=environment(),
@@ -303,45 +303,49 @@ def test_torchrun_restarts_after_a_kill_and_hands_on_a_schedulers_warning(
     assert (run / "checkpoints" / f"step_{step:08d}").is_dir()
 
 
-def test_accelerate_stops_at_a_file_and_a_killed_launcher_leaves_no_process_behind(
+def test_a_killed_launcher_leaves_no_process_behind_and_the_run_saved(
     tmp_path: Path, smoke_data: Path
 ) -> None:
-    """Oracle: the signs, and the process table; the real command and its real processes."""
-    run, more = tmp_path / "run", ["training.steps=100000", "checkpoint.every=20"]
+    """Oracle: the process table, and the sign of a run that was stopped."""
+    run = tmp_path / "run"
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    launcher = Torchrun(options, words(run, smoke_data, *LONG), tmp_path / "log", slow)
+    wait_until(lambda: steps_in(run) >= 3, launcher.log)
+    workers = children(launcher.process.pid)
+    assert len(workers) == 2
+    launcher.process.kill()
+    wait_until(lambda: not any(map(alive, workers)), launcher.log)
+    step = int((run / "PREEMPT").read_text())
+    said = launcher.log.read_text()
+    assert f"stopped by SIGTERM at step {step} of 100000, saved" in said
+    assert "not started again" not in said
 
-    def launch(log: Path) -> subprocess.Popen[bytes]:
-        with log.open("wb") as out:
-            return subprocess.Popen(
-                [
-                    *python("accelerate.commands.launch", "--config_file"),
-                    *("launch/accelerate/ddp.yaml", "--num_processes", "2"),
-                    *("--max_restarts", "1", "-m", "llmnorm", *words(run, smoke_data, *more)),
-                ],
-                cwd=ROOT,
-                env=environment(),
-                stdout=out,
-                stderr=out,
-            )
 
-    log = tmp_path / "log"
-    launcher = launch(log)
-    wait_until(lambda: steps_in(run) >= 5, log)
+def test_accelerate_restarts_after_a_kill_and_stops_at_a_file(
+    tmp_path: Path, smoke_data: Path
+) -> None:
+    """Oracle: the signs and what is said; the real command and its real processes."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    with log.open("wb") as out:
+        launcher = subprocess.Popen(
+            [
+                *python("accelerate.commands.launch", "--config_file"),
+                *("launch/accelerate/ddp.yaml", "--num_processes", "2"),
+                *("--max_restarts", "2", "-m", "llmnorm", *words(run, smoke_data, *LONG)),
+            ],
+            cwd=ROOT,
+            env=environment(),
+            stdout=out,
+            stderr=out,
+        )
+    wait_until(lambda: steps_in(run) >= 25, log)
+    os.kill(max(children(launcher.pid)), signal.SIGKILL)
+    wait_until(lambda: "ended in step" in log.read_text(), log)
+    wait_until(lambda: steps_in(run) >= 60, log)
     (run / "PREEMPT").touch()
     assert launcher.wait(PATIENCE) == 1
     said = log.read_text()
+    assert f"going on from {run}/checkpoints/step_000000" in said
     stopped = int((run / "PREEMPT").read_text())
     assert f"stopped by a PREEMPT file at step {stopped} of 100000, saved" in said
-    assert f"not started again, since it was stopped at step {stopped}" in said
-
-    log = tmp_path / "again"
-    launcher = launch(log)
-    wait_until(lambda: steps_in(run) >= stopped + 5, log)
-    workers = children(launcher.pid)
-    assert len(workers) == 2
-    launcher.kill()
-    wait_until(lambda: not any(map(alive, workers)), log)
-    launcher.wait(PATIENCE)
-    step = int((run / "PREEMPT").read_text())
-    assert step > stopped and f"stopped by SIGTERM at step {step} of 100000, saved" in (
-        log.read_text()
-    )
+    assert said.count(f"not started again, since it was stopped at step {stopped}") == 1
