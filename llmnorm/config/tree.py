@@ -216,7 +216,7 @@ class ParallelSettings(Settings):
     """Seconds without progress (a micro-batch, a file, a token), or without a sign of life, after
     which a process is lost; all others end and name it."""
     timeout_first: Annotated[float, Field(ge=1, le=1e7)] = 1800.0
-    """Seconds without progress until the first step is done, and while blocks are compiled."""
+    """The same for progress until the first step, where blocks are compiled, and at the end."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelSettings":

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-START, LOOP = "start", "loop"  # until the first step; between the phases of a step
+# Until the first step; between the phases of a step; after the last one.
+START, LOOP, END = "start", "loop", "end"
 # Of a step's seconds: those in which the process waits for others, and for its own GPU.
 WAIT, DEVICE = "wait", "device"
 OF_A_STEP = ("data", "forward", "backward", "exchange", LOOP)
@@ -27,7 +28,7 @@ class Phases:
         clock: seconds of a clock that is never set back.
 
     Attributes:
-        phase: what the main thread does now: `start`, `loop`, "data", "forward", "backward",
+        phase: what the main thread does now: `start`, `loop`, `end`, "data", "forward", "backward",
             "exchange" (gradients, loss and updates), "health", "evaluation" or "save".
         finished: the phase that ended last, `loop` left out; empty before one has.
         step: the steps that the run has finished.

@@ -35,7 +35,7 @@ class Beat(NamedTuple):
         progress: grows with all that it finishes (machine/phases.py).
         calls: collective calls that it has begun: in training, and in the background.
         step, phase, finished: of `Phases`.
-        first: its first step is not finished, so that it has more time.
+        first: it has more time, since its first step is not finished or its last one is.
         state: "failed" after an error of its own, "cut off" after a broken connection.
         error: the last line of its traceback.
         knows: it has heard the verdict.
@@ -57,14 +57,15 @@ class Beat(NamedTuple):
     knows: bool = False
 
     def text(self) -> str:
-        """As JSON."""
-        return json.dumps(self._asdict())
+        """As JSON, which is short: process 0 reads one of each process at every beat."""
+        return json.dumps(self)
 
     @classmethod
     def of(cls, text: str | bytes) -> "Beat":
         """The beat that `text` has given."""
         values = json.loads(text)
-        return cls(**{**values, "calls": tuple(values["calls"])})
+        values[_CALLS] = tuple(values[_CALLS])
+        return cls(*values)
 
     @property
     def name(self) -> str:
@@ -79,6 +80,9 @@ class Beat(NamedTuple):
         return f"last step {self.step}, in phase {self.phase}{after}"
 
 
+_CALLS = Beat._fields.index("calls")
+
+
 class Verdict(NamedTuple):
     """Which processes are lost.
 
@@ -86,25 +90,24 @@ class Verdict(NamedTuple):
         reason: "silent"; "stuck": nothing in it advances; "together": in none, and none is behind
             the others; "failed": it has raised an error; "cut off": connections broke, and all
             processes are alive; "no answer": process 0 cannot reach the store.
-        lost: the last beats of the lost processes.
+        lost: the last beats of the lost processes; their step is the run's, which a silent one may
+            not have told any more.
         seconds: since when.
-        step: that the run has finished, which a silent process may not have told.
     """
 
     reason: Reason
     lost: list[Beat]
     seconds: float
-    step: int = 0
 
     def text(self) -> str:
         """As JSON."""
-        return json.dumps([self.reason, [beat.text() for beat in self.lost], *self[2:]])
+        return json.dumps([self.reason, [beat.text() for beat in self.lost], self.seconds])
 
     @classmethod
     def of(cls, text: str) -> "Verdict":
         """The verdict that `text` has given."""
-        reason, lost, *numbers = json.loads(text)
-        return cls(reason, [Beat.of(beat) for beat in lost], *numbers)
+        reason, lost, seconds = json.loads(text)
+        return cls(reason, [Beat.of(beat) for beat in lost], seconds)
 
     def speaker(self, world: int) -> int:
         """The rank that prints the verdict: the first that is not lost."""
@@ -113,7 +116,7 @@ class Verdict(NamedTuple):
 
     def sentence(self) -> str:
         """What happened, to whom, and how a scheduler leaves its host out; one line."""
-        each = "; ".join(f"{beat.name}: {self._what(beat)}, {beat.where}" for beat in self.lost)
+        each = "; ".join(f"{beat.name}: {self._what(beat)}; {beat.where}" for beat in self.lost)
         if self.reason == "together":
             return (
                 f"nothing has advanced for {self.seconds:.0f} s on any process, and none is behind "
@@ -123,21 +126,16 @@ class Verdict(NamedTuple):
         return f"{each}; to leave its host out: --exclude={hosts}"
 
     def _what(self, beat: Beat) -> str:
+        seconds = f"{self.seconds:.0f} s"
         match self.reason:
             case "silent":
-                return (
-                    f"not heard of for {self.seconds:.0f} s (it was killed or stopped, or its host "
-                    f"is gone), after step {self.step} of the run; its last beat"
-                )
+                return f"not heard of for {seconds}: it was killed or stopped, or its host is gone"
             case "stuck":
-                return f"nothing has advanced there for {self.seconds:.0f} s"
+                return f"nothing has advanced there for {seconds}"
             case "together":
                 return "waits"
             case "no answer":
-                return (
-                    f"the store by which the processes hear of each other has not answered it for "
-                    f"{self.seconds:.0f} s"
-                )
+                return f"the store by which the processes meet has not answered it for {seconds}"
             case "failed" | "cut off":
                 return beat.error
 
@@ -202,14 +200,16 @@ class Judge:
         silent = [b for b in running + cut if now - self._heard[b.rank] > longest]
         if silent:
             seconds = max(now - self._heard[b.rank] for b in silent)
-            return Verdict("silent", silent, seconds, max(b.step for b in self.beats))
+            step = max(b.step for b in self.beats)
+            return Verdict("silent", [b._replace(step=step) for b in silent], seconds)
         if cut:
             since = now - min(self._changed[b.rank] for b in cut)
             return Verdict("cut off", cut, since) if since > 2 * SUSPECTED else None
 
         if not running:
             return None
-        behind = [b for b in running if b.calls == min(other.calls for other in running)]
+        fewest = min(b.calls for b in running)
+        behind = [b for b in running if b.calls == fewest]
         waited = [now - self._advanced[b.rank] for b in behind]
         limits = [self._timeout_first if b.first else self._timeout for b in behind]
         if any(passed <= limit for passed, limit in zip(waited, limits, strict=True)):

@@ -1,6 +1,6 @@
 """A run's processes watch each other: one that is dead, stopped or hung ends the run.
 
-Every half second each process writes a beat (beats.py) into the store by which the launcher has
+Twice a second each process writes a beat (beats.py) into the store by which the launcher has
 brought the processes together. Process 0 reads all beats, judges, and writes a summary, which is
 all that the others read. No collective call is made, and nothing waits for the device.
 
@@ -31,7 +31,7 @@ from typing import Protocol
 
 from llmnorm.config.tree import ParallelSettings
 from llmnorm.machine.failures import LOST_PROCESS, connection_lost, last_line
-from llmnorm.machine.phases import Phases
+from llmnorm.machine.phases import END, Phases
 from llmnorm.parallel.beats import GRACE, SUSPECTED, Beat, Judge, State, Summary, Verdict
 from llmnorm.part import InputError
 
@@ -146,7 +146,7 @@ class Heartbeat:
             time.sleep(BEAT / 10)
             if self._rank and time.monotonic() - self._answered > 4 * BEAT:
                 break  # process 0 is gone, and its store
-        if isinstance(error, InputError) and self._summary.main.error != self._error:
+        if isinstance(error, InputError) and self._summary.verdict is not None:
             error.speaker = self._rank
         return self._verdict if cut else None
 
@@ -154,8 +154,8 @@ class Heartbeat:
         """What this process raises, or prints, where others are lost."""
         run = self._directory.parent
         found = Lost(
-            f"{verdict.sentence()}; all processes were ended; go on from the newest checkpoint: "
-            f"llmnorm train {run}"
+            f"{verdict.sentence()}; all processes were ended, their stacks are in "
+            f"{self._directory}; go on from the newest checkpoint: llmnorm train {run}"
         )
         found.speaker = verdict.speaker(len(self._keys))
         return found
@@ -169,6 +169,7 @@ class Heartbeat:
         phases = self._phases
         self._number += 1
         compiles = self._compiled and phases.phase in COMPILED and phases.is_new
+        # At the end trackers may send what they have kept until then.
         return Beat(
             rank=self._rank,
             host=socket.gethostname(),
@@ -180,7 +181,7 @@ class Heartbeat:
             step=phases.step,
             phase=phases.phase,
             finished=phases.finished,
-            first=phases.own_steps == 0 or compiles,
+            first=phases.own_steps == 0 or compiles or phases.phase == END,
             state=self._state,
             error=self._error,
             knows=self._verdict is not None,
@@ -189,10 +190,12 @@ class Heartbeat:
     def _talk(self) -> None:
         """The thread that uses the store."""
         while not self._stop.is_set():
-            pause = BEAT
+            began = time.monotonic()
             try:
                 self._exchange()
                 self._answered = time.monotonic()
+                # Of many processes the main one reads less often, to leave the time to training.
+                pause = min(max(BEAT, 1000 * (self._answered - began)), 4 * BEAT)
             except RuntimeError:  # `_watch` counts the time; torch prints its own traceback
                 pause = max(BEAT, self._timeout / 10)
             self._wake.wait(pause)
@@ -218,7 +221,7 @@ class Heartbeat:
         """The thread that reads the clock and ends the process."""
         verdict = None
         while verdict is None:
-            if self._stop.wait(BEAT / 2):
+            if self._stop.wait(BEAT):
                 return
             faulthandler.dump_traceback_later(self._timeout + GRACE / 2, exit=True)
             verdict = self._found()
@@ -227,12 +230,10 @@ class Heartbeat:
         self._decided.set()
         if self._state == "running":
             self._write_stacks(verdict)
+        self._stop.wait(2 * BEAT)  # in which the others, or process 0, hear of it
         until = time.monotonic() + GRACE / 2
-        while time.monotonic() < until and not self._stop.wait(BEAT / 10):
-            if self._rank and time.monotonic() > until - GRACE / 2 + BEAT:
-                break
-            if not self._rank and not self._summary.busy:
-                break
+        while not self._rank and self._summary.busy and time.monotonic() < until:
+            time.sleep(BEAT / 10)
         if self._state != "running":  # the main thread is in `leave`, and says what is to be said
             if self._stop.wait(2 * FAREWELL):
                 return
@@ -254,7 +255,8 @@ class Heartbeat:
             return self._summary.verdict
         silent = now - min(self._main_heard, self._answered)
         if silent > (SUSPECTED if self._state == "cut off" else self._timeout):
-            return Verdict("silent", [self._summary.main], silent, self._phases.step)
+            main = self._summary.main._replace(step=self._phases.step)
+            return Verdict("silent", [main], silent)
         return None
 
     def _write_stacks(self, verdict: Verdict) -> None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import torch
 
 from llmnorm.config.tree import RunConfig
-from llmnorm.machine.phases import LOOP
+from llmnorm.machine.phases import END, LOOP
 from llmnorm.parallel.check import check
 from llmnorm.runs import directory as run_directory
 from llmnorm.runs.account import Account, Timekeeper, read_account
@@ -143,6 +143,7 @@ def train(
                     save(prepared, metrics)
         with phases.during("save"):
             prepared.checkpoints.wait()
+        phases.enter(END)
         if parallel.is_main:
             early = not exit_code and progress.step < steps
             run_directory.end(run.preempted if exit_code else run.done, progress.step, early=early)

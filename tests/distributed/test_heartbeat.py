@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.running import PATIENCE, SMOKE, Child
+from tests.test_mistakes import says
 from tools.campaigns.victim import arm, slow
 
 TIMEOUT = 6.0
@@ -27,6 +28,7 @@ STRUCK = [
     ("looping", 0, "ddp", "save"),
     ("holding", 1, "ddp", "exchange"),
     ("raising", 1, "ddp", "forward"),
+    ("mistake", 1, "fsdp2", "forward"),
 ]
 SLOWED = ["ddp", "fsdp2"]
 
@@ -104,6 +106,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> dict[An
         words += ["training.steps=1000", f"checkpoint.every={STEP}"]
         before = [hit if rank == victim else None for rank in range(2)]
         pairs[kind, victim] = Pair(directory, smoke_data, words, before)
+    directory = root / "both"
+    both = [partial(arm, "mistake", STEP, "data", directory / f"struck_{r}") for r in range(2)]
+    pairs["mistake", 2] = Pair(directory, smoke_data, ["training.steps=1000"], both)
     stopped = {key: key[1] for key in pairs if key[0] == "stopped"}
     return {key: pair.end(stopped.get(key)) for key, pair in pairs.items()}
 
@@ -129,16 +134,17 @@ def test_the_other_process_ends_and_names_the_lost_one(
     assert found.codes[other] == 74, found.printed
     # The bound of timeout + 5 s is measured on a quiet machine; no busy one needs minutes.
     assert found.seconds[other] < TIMEOUT + 120
-    (line,) = [text for text in found.printed[other].splitlines() if "llmnorm: error" in text]
-    assert line.startswith(f"llmnorm: error: rank {victim} (host {socket.gethostname()}, process ")
-    assert f"step {STEP}" in line and f"--exclude={socket.gethostname()};" in line
-    assert line.endswith(f"go on from the newest checkpoint: llmnorm train {found.run}")
-    reason = {
-        "looping": "nothing has advanced there for ",
-        "raising": "RuntimeError: planted for a test, last step 3, in phase forward",
-    }.get(kind, "not heard of for ")
-    assert reason in line
-    assert "Traceback" not in found.printed[other]
+    lines = [text for text in found.printed[other].splitlines() if "llmnorm: error" in text]
+    assert len(lines) == 1 and "Traceback" not in found.printed[other]
+    reason = "failed process" if kind in ("raising", "mistake") else "silent process"
+    reason = "stuck process" if kind == "looping" else reason
+    line = str(says(reason, lines[0]))
+    host = socket.gethostname()
+    assert line.startswith(f"rank {victim} (host {host}, process ")
+    assert f"; last step {STEP}, in phase " in line and f"--exclude={host};" in line
+    assert line.endswith(f"llmnorm train {found.run}")
+    assert kind != "raising" or "): RuntimeError: planted for a test; last step" in line
+    assert kind != "mistake" or "): data: planted for a test; last step" in line
 
 
 def test_where_each_thread_was_is_written_into_the_run(ended: dict[Any, Ended]) -> None:
@@ -163,9 +169,20 @@ def test_a_failed_process_says_what_failed(ended: dict[Any, Ended]) -> None:
     found = ended["raising", 1]
     assert found.codes[1] == 70
     (line,) = [text for text in found.printed[1].splitlines() if "llmnorm: error" in text]
+    assert says("one of several fails", line)
     assert line.startswith("llmnorm: error: rank 1 (host ")
     assert "): RuntimeError: planted for a test; llmnorm train" in line
     assert line.endswith(f"--exclude={socket.gethostname()}")
+
+
+def test_a_mistake_is_said_by_one_process_that_has_found_it(ended: dict[Any, Ended]) -> None:
+    """Oracle: one line, of process 1 where it is alone, of process 0 where all have found it."""
+    alone, both = ended["mistake", 1], ended["mistake", 2]
+    assert (alone.codes[1], both.codes) == (2, [2, 2])
+    line = "llmnorm: error: data: planted for a test"
+    assert [line in alone.printed[1].splitlines(), *(line in p for p in both.printed)] == [
+        *(True, True, False)
+    ]
 
 
 @pytest.mark.parametrize("sharding", SLOWED)
@@ -174,7 +191,7 @@ def test_a_slow_process_is_named_once_and_counted(slowed: dict[str, Ended], shar
     found = slowed[sharding]
     assert found.codes == [0, 0], found.printed
     notes = [text for text in found.printed[0].splitlines() if " is slow" in text]
-    assert len(notes) == 1 and notes[0].startswith("llmnorm: note: rank 1 (host ")
+    assert len(notes) == 1 and str(says("slow process", notes[0])).startswith("rank 1 (host ")
     lines = [json.loads(line) for line in (found.run / "metrics.jsonl").read_text().splitlines()]
     counted = [line.get("stragglers") for line in lines if "loss" in line]
     assert counted == [None] * 4 + [{"1": 1}] * 2  # after the first step and four more

@@ -148,7 +148,7 @@ def test_a_failed_process_is_named_to_those_that_go_on() -> None:
     found = verdicts[-1]
     assert found is not None and found.reason == "failed" and found.speaker(2) == 0
     assert found.sentence().startswith(
-        "rank 1 (host host1, process 101, GPU 1654): RuntimeError: CUDA error, last step 7, in "
+        "rank 1 (host host1, process 101, GPU 1654): RuntimeError: CUDA error; last step 7, in "
         "phase forward"
     )
     assert found.sentence().endswith("--exclude=host1")
@@ -191,7 +191,7 @@ def test_who_still_has_to_hear_is_busy() -> None:
 def test_what_is_said_is_heard() -> None:
     """Oracle: the same values after the way through text."""
     beat = Beat(1, "h", 2, "s", 3, 4, (5, 6), 7, "data", "save", False, "failed", "é", True)
-    verdict = Verdict("silent", [beat, beat], 2.5, 9)
+    verdict = Verdict("silent", [beat, beat], 2.5)
     assert Beat.of(beat.text()) == beat
     for given in (verdict, None):
         summary = Summary(beat, [1, 2], given)

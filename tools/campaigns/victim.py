@@ -10,6 +10,7 @@ written to a file (seconds of the system's monotonic clock), and then the proces
     holding    a call in C that does not return and keeps Python's lock
     raising    an exception
     memory     an allocation that no machine can give
+    mistake    what a mistake of the user raises
 """
 
 import ctypes
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-KINDS = ("dead", "stopped", "looping", "waiting", "holding", "raising", "memory")
+KINDS = ("dead", "stopped", "looping", "waiting", "holding", "raising", "memory", "mistake")
 
 
 def arm(kind: str, step: int, phase: str, file: Path) -> None:
@@ -71,6 +72,10 @@ def strike(kind: str) -> Any:
             import torch
 
             torch.empty(2**55)
+        case "mistake":
+            from llmnorm.part import InputError
+
+            raise InputError("data: planted for a test")
 
 
 def slow(*, twofold: bool, steps: int, base: float = 0.3) -> None:
