@@ -189,10 +189,11 @@ class Restarts:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Keep an error of the user, after which the next life does not train."""
+        """Keep an error after which the next life does not train; a lost process is none."""
         if self._file < 0:
             return
-        if isinstance(error, InputError) and self._life is not None:
+        lost = getattr(error, "exit_code", LOST_PROCESS) == LOST_PROCESS
+        if isinstance(error, InputError) and not lost and self._life is not None:
             refusal = (error.exit_code, str(error))
             with suppress(OSError):  # the run's own error is what counts
                 os.pwrite(self._file, _page(self._life._replace(refusal=refusal)), 0)

@@ -119,6 +119,8 @@ class Watch:
 
     def __init__(self, stop: StopRequest, run: RunDirectory, grace: float, *, looks: bool) -> None:
         self._stop, self._run, self._grace, self._looks = stop, run, grace, looks
+        # The process that looks also says why all end, so the others leave after it.
+        self._limit = grace if looks else grace + 2 * TICK
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -137,7 +139,7 @@ class Watch:
         while not self._ended.wait(TICK):
             if self._looks and not stop.exit_code and directory.asks_to_stop(self._run):
                 stop.ask(PREEMPTED, "a PREEMPT file")
-            late = stop.exit_code in HURRIED and time.monotonic() - stop.since > self._grace
+            late = stop.exit_code in HURRIED and time.monotonic() - stop.since > self._limit
             if late and not self._ended.is_set():
                 self._leave()
 

@@ -29,6 +29,7 @@ from tests.running import PATIENCE, ROOT, SMOKE, assert_same_run, metrics_of
 
 WORDS = ["schedule=constant", "training.steps=6", "evaluation.samples=0", "checkpoint.every=2"]
 WORDS += ["evaluation.micro_batch=8"]
+LONG = ["training.steps=100000", "checkpoint.every=20", "evaluation.every=null"]
 ONE = ["--standalone", "--nproc-per-node", "1", "--max-restarts", "5"]
 
 
@@ -275,13 +276,12 @@ def test_torchrun_restarts_after_a_kill_and_hands_on_a_schedulers_warning(
 ) -> None:
     """Oracle: the signs and exit codes; the real command and its real processes."""
     run, log = tmp_path / "run", tmp_path / "log"
-    more = ["parallel.sharding=ddp", "training.steps=100000", "checkpoint.every=20"]
     with log.open("wb") as out:
         launcher = subprocess.Popen(
             [
                 *python("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
                 *("--max-restarts", "1", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
-                *("-m", "llmnorm", *words(run, smoke_data, *more)),
+                *("-m", "llmnorm", *words(run, smoke_data, "parallel.sharding=ddp", *LONG)),
             ],
             cwd=ROOT,
             env=environment(),
@@ -307,7 +307,7 @@ def test_accelerate_stops_at_a_file_and_a_killed_launcher_leaves_no_process_behi
     tmp_path: Path, smoke_data: Path
 ) -> None:
     """Oracle: the signs, and the process table; the real command and its real processes."""
-    run, more = tmp_path / "run", ["training.steps=100000", "checkpoint.every=20"]
+    run = tmp_path / "run"
 
     def launch(log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as out:
@@ -315,7 +315,7 @@ def test_accelerate_stops_at_a_file_and_a_killed_launcher_leaves_no_process_behi
                 [
                     *python("accelerate.commands.launch", "--config_file"),
                     *("launch/accelerate/ddp.yaml", "--num_processes", "2"),
-                    *("--max_restarts", "1", "-m", "llmnorm", *words(run, smoke_data, *more)),
+                    *("--max_restarts", "1", "-m", "llmnorm", *words(run, smoke_data, *LONG)),
                 ],
                 cwd=ROOT,
                 env=environment(),

@@ -70,9 +70,14 @@ def test_preempted_three_times_and_finished_in_one_unbroken_curve(
     cluster: Cluster, smoke_data: Path
 ) -> None:
     """Oracle: the run that was not preempted, to the bit; the stand-in's list of events."""
-    steps = 600
-    words = ["schedule=constant", f"training.steps={steps}", "evaluation.samples=0"]
-    words += [f"data.dir={smoke_data}", "checkpoint.every=1000", "model.num_hidden_layers=1"]
+    steps = 1000
+    words = ["schedule=constant", f"training.steps={steps}", "evaluation.every=null"]
+    words += [
+        "evaluation.samples=0",
+        f"data.dir={smoke_data}",
+        "checkpoint.every=5000",
+        "model.num_hidden_layers=1",
+    ]
     run, whole = cluster.place / "run", cluster.place / "whole"
     done = cluster.submit(run, SMOKE, *words)
     assert done.stdout == "Submitted batch job 4000\n", done.stderr
