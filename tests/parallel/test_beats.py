@@ -178,14 +178,14 @@ def test_a_connection_that_broke_between_living_processes_is_told() -> None:
 
 
 def test_who_still_has_to_hear_is_busy() -> None:
-    """Oracle: neither who failed nor who knows; a silent process is not waited for."""
+    """Oracle: who has not failed; after a verdict who does not know it, but for silent ones."""
     run = Run(4)
     run.say(1, state="failed")
     run.say(2, knows=True)
     run.second()
-    assert run.judge.busy(None) == [0, 3]
-    assert run.judge.busy(Verdict("silent", [run.beats[3]], 1.0)) == [0]
-    assert run.judge.busy(Verdict("stuck", [run.beats[3]], 1.0)) == [0, 3]
+    assert run.judge.busy(None) == [0, 2, 3]
+    assert run.judge.busy(Verdict("silent", [run.beats[3]], 1.0)) == [0, 1]
+    assert run.judge.busy(Verdict("stuck", [run.beats[3]], 1.0)) == [0, 1, 3]
 
 
 def test_what_is_said_is_heard() -> None:
