@@ -821,6 +821,8 @@ TROUBLE = {
     "launch with launch/accelerate/ddp.yaml)",
     "replicas": "parallel.replicas: <n> does not divide the <n> processes; "
     "the nearest that does is <n>",
+    "processes": "training.global_batch: <n> rows do not divide over <n> processes; start <n>, the "
+    "nearest number that they divide over (a new run could have training.global_batch=<n>)",
     "none of several": "parallel.sharding: 'none' is one process, but <n> were launched; "
     "did you mean 'ddp'?",
     "replicas, ddp": "parallel.replicas: <n> has no meaning for sharding '<sharding>'; "
@@ -1061,6 +1063,7 @@ LAUNCHES = {
     "zero, replicas": (ZERO, "parallel.replicas=2", "replicas, ddp", "'zero3'"),
     "three of four": (FSDP | PROCESSES, "parallel.replicas=3", "replicas", "does is 2"),
     "replicas of ddp": (PROCESSES, "parallel.replicas=2", "replicas, ddp", "'ddp'"),
+    "three of sixteen rows": ({"WORLD_SIZE": "3", "RANK": "0"}, "", "processes", "start 2, "),
     "none": (PROCESSES, "parallel.sharding=none", "none of several", "4 were launched"),
 }
 

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, Self, TypeGuard
 
 from llmnorm.machine.phases import START, WAIT, Phases
 from llmnorm.runs.directory import RunDirectory
-from llmnorm.runs.lines import Entry, read_lines
+from llmnorm.runs.lines import Entry, whole_lines
 
 STEPS = ("training", "data", "waiting")
 BETWEEN = ("starting", "restarting")  # time in which no step could be done
@@ -124,12 +124,12 @@ class Account:
 
 
 def read_account(run: RunDirectory) -> Account:
-    """The sums over a run's lines so far; lines of older versions have none.
+    """The sums over a run's lines so far, which are not held in memory; older versions' have none.
 
     Raises:
         InputError: a file cannot be read.
     """
-    return account_of(read_lines(run.metrics).entries, read_lines(run.repeated).entries)
+    return account_of(whole_lines(run.metrics), whole_lines(run.repeated))
 
 
 def account_of(counted: Iterable[Entry], repeated: Iterable[Entry]) -> Account:
@@ -140,7 +140,7 @@ def account_of(counted: Iterable[Entry], repeated: Iterable[Entry]) -> Account:
     """
     account, newest = Account(), -1.0
     again = {entry.raw: entry for entry in repeated}
-    kept = [entry for entry in counted if entry.raw not in again]
+    kept = (entry for entry in counted if entry.raw not in again)
     for entries, counts in ((kept, True), (again.values(), False)):
         for entry in entries:
             if not isinstance(spent := entry.value.get("spent"), Mapping):

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from llmnorm.machine.failures import LOST_PROCESS
 from llmnorm.machine.parent import parent
 from llmnorm.part import InputError
-from llmnorm.runs.directory import RunDirectory, asks_to_stop, step_in
+from llmnorm.runs.directory import RunDirectory, step_in
 
 PAGE = 4096  # bytes: a block of the disk, which is overwritten as a whole
 DIGITS = 12  # of the step
@@ -55,6 +55,7 @@ class Life(NamedTuple):
         step, row: where it began.
         pool: rows that a step reads.
         falls: the steps in which lives of this launcher ended without a word, in their order.
+        stopped: the step after which it was told to stop and has saved; 0 if it was not told.
         refusal: exit code and line of an error after which nothing is tried again.
         under_way: the step that it had begun last; 0 before its first.
     """
@@ -65,12 +66,9 @@ class Life(NamedTuple):
     row: int
     pool: int
     falls: list[int]
+    stopped: int = 0
     refusal: tuple[int, str] | None = None
     under_way: int = 0
-
-    def all_falls(self) -> list[int]:
-        """The falls, that of this life included."""
-        return [*self.falls, self.under_way] if self.under_way else self.falls
 
     def rows_of(self, step: int) -> str:
         """The rows that a step reads, for messages."""
@@ -107,13 +105,12 @@ def in_vain(run: RunDirectory) -> tuple[int, str] | None:
         if life.refusal is not None:
             code, why = life.refusal
             return code, f"{path}: not started again, since it was refused: {why}"
-        stopped = None if asks_to_stop(run) else step_in(run.preempted)
-        if stopped is not None:
+        if life.stopped:
             return PREEMPTED, (
-                f"{path}: not started again, since it was stopped at step {stopped} and is saved; "
-                f"go on with: llmnorm train {path}"
+                f"{path}: not started again, since it was stopped at step {life.stopped} and is "
+                f"saved; go on with: llmnorm train {path}"
             )
-    falls = life.all_falls()
+    falls = _falls(run, life)
     if os.environ.get("RANK", "0") == "0" and life.under_way:
         # From now on it counts as one of the falls, also if this life has none of its own.
         _write(run, life._replace(falls=falls, under_way=0))
@@ -140,6 +137,7 @@ class Restarts:
         self._me = launcher() if enabled else None
         self._life: Life | None = None
         self._file = -1
+        self._parent = os.getppid()
 
     def begin(self, step: int, row: int, pool: int) -> str | None:
         """A life begins.
@@ -158,9 +156,7 @@ class Restarts:
             return None
         before = _read(self._run)
         same = before is not None and before.launcher == self._me.name
-        # A life that was told to stop because a node came or went is no fall.
-        told = step_in(self._run.preempted) is not None
-        falls = before.all_falls() if same and before and not told else []
+        falls = _falls(self._run, before) if same and before else []
         self._life = Life(self._me.name, self._me.restarts, step, row, pool, falls)
         try:
             _write(self._run, self._life)
@@ -178,19 +174,36 @@ class Restarts:
         if self._file >= 0:
             os.pwrite(self._file, _digits(step), 0)
 
+    def stopped(self, step: int) -> None:
+        """The run was told to stop, and is saved: this launcher is not to start it again.
+
+        Not to be called where a process of another node alone was told. Its launcher ends then, and
+        the launchers that are left go on without that node. Nor is anything kept where this
+        process's own launcher is gone, whose end is what has told it.
+        """
+        if self._file >= 0 and self._life is not None and os.getppid() == self._parent:
+            os.pwrite(self._file, _page(self._life._replace(stopped=step)), 0)
+
     def __enter__(self) -> "Restarts":
         """Nothing yet; `begin` opens the file."""
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Keep an error of the user, after which the next life does not train."""
+        """Keep an error after which the next life does not train; a lost process is none."""
         if self._file < 0:
             return
-        if isinstance(error, InputError) and self._life is not None:
+        lost = getattr(error, "exit_code", LOST_PROCESS) == LOST_PROCESS
+        if isinstance(error, InputError) and not lost and self._life is not None:
             refusal = (error.exit_code, str(error))
             with suppress(OSError):  # the run's own error is what counts
                 os.pwrite(self._file, _page(self._life._replace(refusal=refusal)), 0)
         os.close(self._file)
+
+
+def _falls(run: RunDirectory, life: Life) -> list[int]:
+    """The falls up to the end of a life: one that has saved and stopped is none."""
+    ended = life.under_way and step_in(run.preempted) is None
+    return [*life.falls, life.under_way] if ended else life.falls
 
 
 def _path(run: RunDirectory) -> str:

@@ -147,6 +147,8 @@ def train(
         if parallel.is_main:
             early = not exit_code and progress.step < steps
             run_directory.end(run.preempted if exit_code else run.done, progress.step, early=early)
+            if exit_code and not stop.from_another:
+                restarts.stopped(progress.step)
     if parallel.is_main:
         print(
             run_directory.stopped(run, stop.name, progress.step, steps)

@@ -50,6 +50,7 @@ class StopRequest:
         exit_code: 0; after a request its exit code.
         name: of the signal, or of what else asked; empty before.
         since: when the first request came, by time.monotonic.
+        from_another: whether another process was asked, and this one has only heard of it.
     """
 
     def __init__(self, at_once: str | None = None) -> None:
@@ -58,6 +59,7 @@ class StopRequest:
         self.exit_code = 0
         self.name = ""
         self.since = 0.0
+        self.from_another = False
         self._before: dict[int, object] = {}
         self._process = 0
 
@@ -99,7 +101,8 @@ class StopRequest:
     def agree(self, total: int) -> int:
         """`agreed` for this process's own code; from then on it is asked itself."""
         code = agreed(self.exit_code, total)
-        if code:
+        if code and not self.exit_code:
+            self.from_another = True
             self.ask(code, name_of(code))
         return code
 
@@ -116,6 +119,8 @@ class Watch:
 
     def __init__(self, stop: StopRequest, run: RunDirectory, grace: float, *, looks: bool) -> None:
         self._stop, self._run, self._grace, self._looks = stop, run, grace, looks
+        # The process that looks also says why all end, so the others leave after it.
+        self._limit = grace if looks else grace + 2 * TICK
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -134,7 +139,7 @@ class Watch:
         while not self._ended.wait(TICK):
             if self._looks and not stop.exit_code and directory.asks_to_stop(self._run):
                 stop.ask(PREEMPTED, "a PREEMPT file")
-            late = stop.exit_code in HURRIED and time.monotonic() - stop.since > self._grace
+            late = stop.exit_code in HURRIED and time.monotonic() - stop.since > self._limit
             if late and not self._ended.is_set():
                 self._leave()
 

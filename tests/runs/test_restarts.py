@@ -128,21 +128,42 @@ def test_a_refused_run_is_not_started_again(run: RunDirectory, life, code: int) 
     assert in_vain(run) is None
 
 
+def stop(run: RunDirectory, start: int, step: int, *, told: bool) -> None:
+    """A life that stops after a step and saves."""
+    with Restarts(run, enabled=True) as record:
+        record.begin(start, 0, 8)
+        record.at(step)
+        end(run.preempted, step)
+        if told:
+            record.stopped(step)
+
+
 def test_a_stopped_run_is_not_started_again_by_the_launcher_that_saw_it_stop(
     run: RunDirectory, life
 ) -> None:
     """Oracle: by hand; another launcher, or the same after a node has come, goes on."""
     life(0)
-    fall(run, 0, 1, 2, 3)
-    end(run.preempted, 3)
-    life(1)
-    code, line = in_vain(run) or (0, "")
-    assert code == 75 and "stopped at step 3 and is saved" in line
+    stop(run, 0, 3, told=True)
+    for rank in (1, 0):
+        life(1, rank=rank)
+        code, line = in_vain(run) or (0, "")
+        assert code == 75 and "stopped at step 3 and is saved" in line
     life(0)
     assert in_vain(run) is None
-    assert fall(run, 3, 4) is None  # which is no fall
     life(1, name="another")
     assert in_vain(run) is None
+
+
+def test_a_run_that_saved_because_a_node_has_left_goes_on_and_has_not_fallen(
+    run: RunDirectory, life
+) -> None:
+    """Oracle: by hand."""
+    for restart in range(4):
+        life(restart)
+        assert in_vain(run) is None
+        stop(run, 2, 3, told=False)
+    life(4)
+    assert in_vain(run) is None and fall(run, 3, 4) is None
 
 
 def test_a_long_line_does_not_grow_the_page(run: RunDirectory, life) -> None:

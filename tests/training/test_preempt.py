@@ -139,7 +139,8 @@ def hanging(directory: Path, rank: int, world: int, *, words: list[str], sign: P
 def test_all_processes_stop_at_the_file_and_at_the_end_of_the_grace(
     tmp_path: Path, smoke_data: Path
 ) -> None:
-    """Oracle: both exit codes, the newest whole checkpoint, and a run that was not stopped."""
+    """Oracle: both exit codes, the newest whole checkpoint, and a run that was not stopped. After
+    the grace the second process may also find the first one gone."""
     runs = {}
     for name, scenario in (("a", command), ("b", dropping), ("c", hanging)):
         run = runs[name] = tmp_path / name
@@ -148,7 +149,7 @@ def test_all_processes_stop_at_the_file_and_at_the_end_of_the_grace(
         scenario = partial(scenario, words=words(run, smoke_data, *more), **options)
         answers = run_processes(scenario, tmp_path / f"{name}.d")
         if name == "c":  # ended from a thread, so the scenario has no answer
-            assert answers == [75, 75]
+            assert answers[0] == 75 and answers[1] in (74, 75)
         else:
             assert [code for code, *_ in answers] == ([0, 0] if name == "a" else [75, 75])
     assert (runs["b"] / "PREEMPT").read_text() == "3\n"
