@@ -88,6 +88,13 @@ def test_who_waits_for_a_long_work_of_another_is_not_lost() -> None:
     assert all(run.second(works=(0,)) is None for _ in range(60))
 
 
+def test_of_several_that_are_behind_one_that_works_is_enough() -> None:
+    """Oracle: two wait to be let on by the one that works; none of them is lost."""
+    run = Run()
+    run.second(works=(0, 1, 2), calls=(2,))
+    assert all(run.second(works=(1,)) is None for _ in range(60))
+
+
 def test_a_growing_number_of_calls_is_progress() -> None:
     """Oracle: a forward pass of a minute, of which only the gathers of weights are seen."""
     run = Run()
