@@ -178,12 +178,12 @@ class Judge:
             self.beats[beat.rank] = beat
 
     def busy(self, verdict: Verdict | None) -> list[int]:
-        """The ranks that have neither failed nor heard of the verdict; silent ones cannot."""
-        silent = verdict.lost if verdict is not None and verdict.reason == "silent" else []
+        """The ranks that have not failed; after a verdict those that have not heard of it."""
+        if verdict is None:
+            return [b.rank for b in self.beats if b.state != "failed"]
+        silent = verdict.lost if verdict.reason == "silent" else []
         deaf = {beat.rank for beat in silent}
-        return [
-            b.rank for b in self.beats if not (b.state == "failed" or b.knows or b.rank in deaf)
-        ]
+        return [b.rank for b in self.beats if not (b.knows or b.rank in deaf)]
 
     def verdict(self) -> Verdict | None:
         """The processes that are lost now; None where all is well."""

@@ -31,8 +31,8 @@ class Calls:
             if group not in self._patient:
                 distributed_c10d._set_pg_timeout(PATIENT, group)
                 self._patient.add(group)
-            for device in group._device_types:
-                backend = group._get_backend(device)
+            # One backend may serve several kinds of devices.
+            for backend in {group._get_backend(device) for device in group._device_types}:
                 with suppress(RuntimeError):  # a backend that does not count its calls
                     calls[group is self.background] += backend._get_sequence_number_for_group()  # type: ignore[attr-defined]
         return calls[0], calls[1]

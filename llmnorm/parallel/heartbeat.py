@@ -190,12 +190,12 @@ class Heartbeat:
     def _talk(self) -> None:
         """The thread that uses the store."""
         while not self._stop.is_set():
-            began = time.monotonic()
+            worked = time.thread_time()
             try:
                 self._exchange()
                 self._answered = time.monotonic()
                 # Of many processes the main one reads less often, to leave the time to training.
-                pause = min(max(BEAT, 1000 * (self._answered - began)), 4 * BEAT)
+                pause = min(max(BEAT, 1000 * (time.thread_time() - worked)), 4 * BEAT)
             except RuntimeError:  # `_watch` counts the time; torch prints its own traceback
                 pause = max(BEAT, self._timeout / 10)
             self._wake.wait(pause)

@@ -1,6 +1,7 @@
 """One checkpoint directory: what is written comes back bit for bit, whoever cut it how."""
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmnorm.checkpoints import format as module
 from llmnorm.checkpoints.format import (
     Interval,
     as_interval,
@@ -278,3 +280,22 @@ def test_a_later_format_is_not_misread(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(as_text(manifest))
     with pytest.raises(Damaged, match="has format 2, this version of llmnorm reads 1"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_what_reaches_the_disk_piece_by_piece_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offered: bool
+) -> None:
+    """Oracle: a call for each piece of a large file, none for one of a single piece, or where the
+    system has no such call; the file is fsynced either way."""
+    monkeypatch.setattr(module, "PIECE", 4096)
+    if not offered:
+        monkeypatch.setattr(module, "_sync_range", None)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(descriptor))
+    for pieces, expected in ((1, 0), (5, 5)):
+        told: list[int] = []
+        (tmp_path / "x").write_bytes(bytes(4096 * pieces))
+        module.sync(tmp_path / "x", lambda told=told: told.append(1))  # type: ignore[misc]
+        assert len(told) == (expected if offered else 0)
+    assert len(synced) == 2

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from llmnorm.parallel.calls import Calls
+from tests.distributed.processes import run as run_processes
 from tests.running import PATIENCE, SMOKE, Child
 from tests.test_mistakes import says
 from tools.campaigns.victim import arm, slow
@@ -195,3 +199,28 @@ def test_a_slow_process_is_named_once_and_counted(slowed: dict[str, Ended], shar
     lines = [json.loads(line) for line in (found.run / "metrics.jsonl").read_text().splitlines()]
     counted = [line.get("stragglers") for line in lines if "loss" in line]
     assert counted == [None] * 4 + [{"1": 1}] * 2  # after the first step and four more
+
+
+def calls(directory: Path, rank: int, world: int) -> Any:
+    """Counts before and after collective calls, and the seconds after which a group gives up."""
+    counter, ones = Calls(), torch.ones(2)
+    counter.background = dist.new_group(backend="gloo")
+    assert dist.group.WORLD is not None and counter.background is not None
+    found = [counter()]
+    for _ in range(3):
+        dist.all_reduce(ones)
+    found.append(counter())
+    dist.all_reduce(ones, group=counter.background)
+    found.append(counter())
+    backends = [
+        group._get_backend(torch.device("cpu")) for group in (dist.group.WORLD, counter.background)
+    ]
+    return found, [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def test_collective_calls_are_counted_and_groups_have_no_limit_of_their_own(tmp_path: Path) -> None:
+    """Oracle: the calls written out, by group; a week, far above `parallel.timeout`."""
+    for found, timeouts in run_processes(calls, tmp_path):
+        (training, background), *later = found
+        assert later == [[training + 3, background], [training + 3, background + 1]]
+        assert timeouts == [7 * 24 * 3600.0] * 2

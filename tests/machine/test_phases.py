@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llmnorm.machine.phases import LOOP, START, Phases
+from llmnorm.machine.phases import DEVICE, LOOP, START, WAIT, Phases
 
 
 @pytest.fixture
@@ -73,3 +73,31 @@ def test_all_that_happens_is_progress(phases) -> None:
         seen.append(phases.progress)
     assert seen == sorted(set(seen)) and len(seen) == 5
     assert (phases.step, phases.own_steps) == (12, 1)
+
+
+def test_a_file_that_grows_is_progress(phases, tmp_path) -> None:
+    """Oracle: its size in bytes, while it is being written; a file that is not there counts 0."""
+    before, file = phases.progress, tmp_path / "weights"
+    with phases.writing(file):
+        assert phases.progress == before
+        file.write_bytes(b"123")
+        assert phases.progress == before + 3
+    assert phases.progress == before
+
+
+def test_waits_of_a_step_are_not_its_own_work(phases, clock) -> None:
+    """Oracle: moments of the test's own clock; a wait in a save is part of the save."""
+    phases.enter("forward")
+    clock[0] += 2
+    with phases.waiting():
+        clock[0] += 5
+    phases.enter("exchange")
+    clock[0] += 1
+    with phases.waiting(DEVICE):
+        clock[0] += 7
+    phases.enter(LOOP)
+    with phases.during("save"), phases.waiting():
+        clock[0] += 9
+    found = phases.seconds()
+    assert (found["forward"], found[WAIT], found["exchange"], found[DEVICE]) == (2, 5, 1, 7)
+    assert (found["save"], phases.own(), phases.of_steps()) == (9, 3, 15)

@@ -88,6 +88,13 @@ def test_who_waits_for_a_long_work_of_another_is_not_lost() -> None:
     assert all(run.second(works=(0,)) is None for _ in range(60))
 
 
+def test_of_several_that_are_behind_one_that_works_is_enough() -> None:
+    """Oracle: two wait to be let on by the one that works; none of them is lost."""
+    run = Run()
+    run.second(works=(0, 1, 2), calls=(2,))
+    assert all(run.second(works=(1,)) is None for _ in range(60))
+
+
 def test_a_growing_number_of_calls_is_progress() -> None:
     """Oracle: a forward pass of a minute, of which only the gathers of weights are seen."""
     run = Run()
@@ -178,14 +185,14 @@ def test_a_connection_that_broke_between_living_processes_is_told() -> None:
 
 
 def test_who_still_has_to_hear_is_busy() -> None:
-    """Oracle: neither who failed nor who knows; a silent process is not waited for."""
+    """Oracle: who has not failed; after a verdict who does not know it, but for silent ones."""
     run = Run(4)
     run.say(1, state="failed")
     run.say(2, knows=True)
     run.second()
-    assert run.judge.busy(None) == [0, 3]
-    assert run.judge.busy(Verdict("silent", [run.beats[3]], 1.0)) == [0]
-    assert run.judge.busy(Verdict("stuck", [run.beats[3]], 1.0)) == [0, 3]
+    assert run.judge.busy(None) == [0, 2, 3]
+    assert run.judge.busy(Verdict("silent", [run.beats[3]], 1.0)) == [0, 1]
+    assert run.judge.busy(Verdict("stuck", [run.beats[3]], 1.0)) == [0, 1, 3]
 
 
 def test_what_is_said_is_heard() -> None:
