@@ -148,7 +148,11 @@ class Heartbeat:
                 break  # process 0 is gone, and its store
         if isinstance(error, InputError) and self._summary.verdict is not None:
             error.speaker = self._rank
-        return self._verdict if cut else None
+        if not cut or self._verdict is None:
+            return None
+        if self._verdict.speaker(len(self._keys)) == self._rank:
+            os.write(2, b"\n")  # the bar of a lost process has no end
+        return self._verdict
 
     def lost(self, verdict: Verdict) -> Lost:
         """What this process raises, or prints, where others are lost."""
