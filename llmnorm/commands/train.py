@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmnorm.commands.arguments import add_config
 from llmnorm.commands.configured import load_config, note, resolve_auto
+from llmnorm.machine.parent import let_speak
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def _train(
         code, why = leaves
         if os.environ.get("RANK", "0") == "0":
             print(f"llmnorm: {why}", file=sys.stderr)
+        else:
+            let_speak()
         return code
     _check_processes(config)
     check_gpu(config.training.device)
