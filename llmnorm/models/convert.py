@@ -165,6 +165,27 @@ def check_weights(config: LlmNormConfig, tensors: Mapping[str, Stored], where: P
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond what torch counts
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{where}: no model of this configuration can be made: {reason}") from None
+    return compare_names(wanted, tensors, where, ignored=lambda name: _ignored(name, config))
+
+
+def compare_names(
+    wanted: Mapping[str, Tensor],
+    tensors: Mapping[str, Stored],
+    where: Path,
+    *,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> list[str]:
+    """The names of a model's tensors, all of which are stored with their shapes.
+
+    Args:
+        wanted: the model's tensors by name.
+        tensors: those that are stored.
+        where: their directory, for messages.
+        ignored: whether a stored tensor may have no place in the model.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or has no place in the model.
+    """
     if missing := [name for name in wanted if name not in tensors]:
         hint = nearest(missing[0], list(tensors)[:1000])
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -173,7 +194,7 @@ def check_weights(config: LlmNormConfig, tensors: Mapping[str, Stored], where: P
         have, want = tensors[name].shape, tuple(tensor.shape)
         if have != want:
             raise InputError(f"{where}: '{name}' has shape {have}, and config.json asks for {want}")
-    if unasked := sorted(n for n in tensors if n not in wanted and not _ignored(n, config)):
+    if unasked := sorted(n for n in tensors if n not in wanted and not ignored(n)):
         more = f" and {len(unasked) - 1} more" if len(unasked) > 1 else ""
         raise InputError(f"{where}: '{unasked[0]}'{more} has no place in the model")
     return list(wanted)
