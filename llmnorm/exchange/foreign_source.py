@@ -5,13 +5,11 @@ configuration in its manifest says which class it is of.
 """
 
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -21,6 +19,7 @@ from llmnorm.exchange.foreign_class import ForeignClass, foreign_class
 from llmnorm.exchange.foreign_weights import ForeignWeights
 from llmnorm.exchange.source import Source, hash_of
 from llmnorm.models.convert import named_weights
+from llmnorm.models.foreign import skeleton
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -45,15 +44,13 @@ def skeleton_of(
         InputError: the class cannot be made of this configuration.
     """
     try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = kind._from_config(deepcopy(config), dtype=dtype)
-    except Exception as error:  # of any kind: it is the class's own code
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{where}: {kind.__name__} cannot be made of it: {reason}") from None
+        model = skeleton(kind, config)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     wide = tuple(model._keep_in_fp32_modules_strict or ())
     for name, parameter in model.named_parameters():
-        kept = any(part in name for part in wide)
-        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
+        if not any(part in name for part in wide):
+            parameter.data = parameter.data.to(dtype)
     model.tie_weights()
     return model
 

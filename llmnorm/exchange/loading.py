@@ -16,7 +16,7 @@ from llmnorm.checkpoints.checkpoints import Checkpoints
 from llmnorm.checkpoints.format import checksum, copy_into
 from llmnorm.config.file import load
 from llmnorm.config.manifest import MANIFEST, meta_of_run
-from llmnorm.config.pretrained import Classes, Pretrained, describe, is_foreign_config
+from llmnorm.config.pretrained import Pretrained, describe
 from llmnorm.exchange.adapted import Trained, adapter_of, beside, quantize_of
 from llmnorm.exchange.foreign_source import class_of_run, loaded, of_directory, skeleton_of
 from llmnorm.exchange.source import Source, base_path, hash_of, refuse_other_base
@@ -125,7 +125,7 @@ def open_source(
     key: str | None = None,
     rank: int = 0,
     world: int = 1,
-    classes: Classes = "auto",
+    classes: str = "auto",
     trust_remote_code: bool = False,
 ) -> Source:
     """Find the weights at `path` and check that they are whole and fit their configuration.
@@ -136,7 +136,7 @@ def open_source(
         ema: of a run: the moving average instead of the weights.
         key: the setting that named the path, for messages; the path itself if None.
         rank, world: this process and how many make this call together.
-        classes: whose class a stock directory is loaded as (config/pretrained.py).
+        classes: whose class a stock directory is loaded as, as `model.classes`.
         trust_remote_code: run the code that lies in a stock directory, where it names some.
 
     Where the newest checkpoint of a run is damaged, "latest" is the newest whole one; this is
@@ -215,7 +215,11 @@ def _of_run(
     saved = Checkpoints(run.checkpoints, rank=rank, world=world).find(name)
     path, stored_tensors = saved.path, saved.manifest["tensors"]
     meta = meta_of_run(path, saved.manifest)
-    config, kind = _model_of_run(meta, path / MANIFEST)
+    kind = None
+    if found.foreign:
+        config, kind, _ = class_of_run(meta, str(path / MANIFEST))
+    else:
+        config = _configuration(meta["model"], path / MANIFEST)
     # Buffers have no average: of those the model's own are read.
     prefixes = ("model.", "ema.") if ema else ("model.",)
     names = {
@@ -274,16 +278,6 @@ def _of_run(
         trained=trained,
         kind=kind,
     )
-
-
-def _model_of_run(
-    meta: Mapping[str, Any], file: Path
-) -> "tuple[PreTrainedConfig, type[PreTrainedModel] | None]":
-    """A run's configuration, and its class where that is one of transformers."""
-    if is_foreign_config(meta["model"]):
-        config, kind, _ = class_of_run(meta, str(file))
-        return config, kind
-    return _configuration(meta["model"], file), None
 
 
 def _skeleton(
