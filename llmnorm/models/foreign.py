@@ -194,30 +194,41 @@ class Foreign(PreTrainedModel):
         return given | {"input_ids": input_ids, "position_ids": position_ids}
 
 
-def empty_foreign(
-    kind: type[PreTrainedModel], config: PreTrainedConfig, *, dropout: bool = False
-) -> Foreign:
+def skeleton(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A model of a class of transformers: float32 parameters on the meta device, real buffers.
 
     Args:
         kind: a causal language model's class.
-        config: of the class; it is copied.
-        dropout: leave dropout and router noise as the configuration has them.
+        config: of the class; what a constructor changes is changed in a copy.
 
     Raises:
-        InputError: the class cannot be made with this configuration, or has no blocks.
+        InputError: the class cannot be made with this configuration.
     """
-    saved, config = deepcopy(config), deepcopy(config)
-    if not dropout:
-        _without_noise(config)
     try:
         with init_empty_weights(include_buffers=False):
-            model = kind._from_config(config, dtype=torch.float32).float()
+            return kind._from_config(deepcopy(config), dtype=torch.float32).float()
     except Exception as error:  # of any kind: it is the class's own code
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
             f"{kind.__name__}: cannot be made of this configuration: {reason}"
         ) from None
+
+
+def empty_foreign(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, *, dropout: bool = False
+) -> Foreign:
+    """A `skeleton` that can be trained, once its weights are there.
+
+    Args:
+        dropout: leave dropout and router noise as the configuration has them.
+
+    Raises:
+        InputError: the class cannot be made with this configuration, or has no blocks.
+    """
+    quiet = deepcopy(config)
+    if not dropout:
+        _without_noise(quiet)
+    model = skeleton(kind, quiet)
     if model.base_model is model:
         raise InputError(
             f"{kind.__name__}: has no base model beside its head, so that its hidden states cannot "
@@ -226,11 +237,12 @@ def empty_foreign(
     names = _unit_names(model)
     _give_language_head(model)
     model.__class__ = type(kind.__name__, (Foreign, kind), {"forward": _forward(kind)})
-    model.kind, model.saved_config, model.ways = kind, saved, None
-    model._unit_names, model._accepted = names, _accepts(type(model.base_model))
-    model.config.use_cache = False
-    model.tie_weights()
-    return cast(Foreign, model)
+    foreign = cast(Foreign, model)
+    foreign.kind, foreign.saved_config, foreign.ways = kind, deepcopy(config), None
+    foreign._unit_names, foreign._accepted = names, _accepts(type(model.base_model))
+    foreign.config.use_cache = False
+    foreign.tie_weights()
+    return foreign
 
 
 def _forward(kind: type[PreTrainedModel]) -> Callable[..., Any]:
