@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from llmnorm.config.pretrained import refuse_encoder
 from llmnorm.config.tree import ParallelSettings, RunConfig, TrainingSettings
 from llmnorm.evaluation import benchmark_tasks
-from llmnorm.exchange.loading import Source, empty_of, open_source, tokenizer_of
+from llmnorm.exchange.loading import empty_of, open_source, tokenizer_of
 from llmnorm.exchange.peft_adapter import with_adapter
+from llmnorm.exchange.source import Source
 from llmnorm.machine.doctor import version
 from llmnorm.machine.files import json_text, write_whole
 from llmnorm.models.building import class_of

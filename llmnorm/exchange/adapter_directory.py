@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 
 from llmnorm.data import tokenizer
 from llmnorm.exchange.directories import new_directory
-from llmnorm.exchange.loading import Source
 from llmnorm.exchange.model_card import adapter_card
+from llmnorm.exchange.source import Source
 from llmnorm.generation.prompts import begin_with
 from llmnorm.models.adapters import WEIGHTS, peft_name, write_config
 from llmnorm.models.building import empty_model

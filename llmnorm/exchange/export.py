@@ -33,8 +33,9 @@ from llmnorm.config.stock import to_stock
 from llmnorm.data import tokenizer
 from llmnorm.exchange.adapter_directory import write_adapter
 from llmnorm.exchange.directories import check_empty, new_directory
-from llmnorm.exchange.loading import Source, open_source, refuse_mean
+from llmnorm.exchange.loading import open_source, refuse_mean
 from llmnorm.exchange.model_card import model_card
+from llmnorm.exchange.source import Source
 from llmnorm.generation.prompts import begin_with
 from llmnorm.machine import reading
 from llmnorm.machine.files import write_whole

@@ -25,7 +25,7 @@ from llmnorm.config.pretrained import refuse_encoder
 from llmnorm.config.stock import to_stock
 from llmnorm.exchange import gguf_tokenizer
 from llmnorm.exchange.export import folding, open_sources, reader
-from llmnorm.exchange.loading import Source
+from llmnorm.exchange.source import Source
 from llmnorm.machine.doctor import missing_extra
 from llmnorm.models.equivalence import depth_factors
 from llmnorm.nn.mixers.rotary import Rotary

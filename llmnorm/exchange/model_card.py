@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from llmnorm.config.modules import outside_modules
-from llmnorm.exchange.loading import Source
+from llmnorm.exchange.source import Source
 from llmnorm.objectives.figures import names
 from llmnorm.part import InputError
 from llmnorm.runs.lines import read_lines

@@ -17,7 +17,8 @@ from llmnorm.config.adapter import ALL_LINEAR, LowRankSettings, quantized_refusa
 from llmnorm.config.pretrained import FREE
 from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import RunConfig
-from llmnorm.exchange.loading import Source, base_path, open_source, refuse_other_base
+from llmnorm.exchange.loading import open_source
+from llmnorm.exchange.source import Source, base_path, refuse_other_base
 from llmnorm.machine.memory import refuse_what_cannot_fit
 from llmnorm.models import nf4
 from llmnorm.models.adapters import (
@@ -112,7 +113,7 @@ def run_model(
                 f"llmnorm train {config.run_dir} model.pretrained=NEW"
             )
     source = open_source(path, key="model.pretrained", rank=parallel.rank, world=parallel.world)
-    new_head = not (config.objective.keeps_head and class_of(source.config) is class_of(settings))
+    new_head = not (config.objective.keeps_head and class_of(source.own) is class_of(settings))
     if new:
         _check_new_tokens(model, new_head)
     if config.freezes:
@@ -259,7 +260,7 @@ def _check_base(config: RunConfig, source: Source, base: Base, start: Checkpoint
     Raises:
         InputError: it is another one; the message says what differs.
     """
-    ours, theirs = config.model, source.config.settings()
+    ours, theirs = config.model, source.own.settings()
     changed = [
         f"{name} ({getattr(ours, name)} in the run, {getattr(theirs, name)} there)"
         for name in ModelSettings.model_fields
