@@ -4,10 +4,18 @@ Windows and chunks are shorter than a test's documents. Weights are scaled so th
 about +-20, since a cap is invisible in small ones.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from llmnorm.data.loader import document_bounds
+from llmnorm.models.convert import named_weights
+from llmnorm.models.foreign import Foreign, empty_foreign
+from llmnorm.objectives.contract import MicroBatch
+from llmnorm.parallel.shards import fill_and_shard
 
 VOCABULARY, CONTEXT = 96, 128
 _SAME: dict[str, Any] = {
@@ -93,3 +101,43 @@ def tiny(family: str, seed: int = 0, **other: Any) -> PreTrainedModel:
         head = model.get_output_embeddings().weight
         head.mul_(20 / largest)
     return model
+
+
+LENGTHS = (11, 20, 9)  # of a row's documents: one longer than any window and chunk
+
+
+def packed_rows(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> MicroBatch:
+    """Rows of three documents, as causal_lm gives them to a model."""
+    draws = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (count, sum(LENGTHS)), generator=draws)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).repeat(count, 1)
+    labels = torch.roll(ids, -1, 1)
+    labels[torch.roll(positions, -1, 1) == 0] = -100
+    inputs = {"input_ids": ids, "position_ids": positions, "shift_labels": labels}
+    bounds = document_bounds(positions)
+    counted = int((labels != -100).sum())
+    return MicroBatch(
+        {**inputs, **bounds, "loss_only": True},
+        counted,
+        counted,
+        torch.arange(count) + count * seed,
+    )
+
+
+def filling(model: PreTrainedModel) -> Callable[[Mapping[str, nn.Module]], None]:
+    """Gives the modules that it is passed the values of `model`'s."""
+    values = model.state_dict()
+
+    def fill(modules: Mapping[str, nn.Module]) -> None:
+        with torch.no_grad():
+            for name, tensor in named_weights(modules).items():
+                tensor.copy_(values[name])
+
+    return fill
+
+
+def with_weights(model: PreTrainedModel) -> Foreign:
+    """The same model as the training loop has it, in training mode, not looked at yet."""
+    foreign = empty_foreign(type(model), model.config)
+    fill_and_shard(foreign, filling(model), torch.device("cpu"), None)
+    return foreign.train()

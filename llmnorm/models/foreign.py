@@ -135,6 +135,8 @@ class Foreign(PreTrainedModel):
         hidden = self.hidden(input_ids, position_ids, documents, rows).flatten(0, 1)
         ids, labels = input_ids.flatten(), shift_labels.flatten()
         if label_positions is not None:
+            if not len(label_positions):  # a pass over shards needs all weights on every process
+                label_positions = label_positions.new_zeros(1)
             hidden, ids, labels = (
                 t.index_select(0, label_positions) for t in (hidden, ids, labels)
             )
@@ -150,9 +152,6 @@ class Foreign(PreTrainedModel):
 
     def _by_own_head(self, hidden: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
         """The summed loss of hidden (tokens, hidden), logits being there for a chunk at a time."""
-        if not len(labels):  # a pass over shards needs the head on every process
-            hidden = hidden.new_zeros(1, hidden.shape[-1])
-            ids, labels = ids.new_zeros(1), labels.new_full((1,), IGNORED)
         step = chunk_size(self.get_input_embeddings().weight, hidden.device.type)
         total = hidden.new_zeros((), dtype=torch.float32)
         for first in range(0, len(labels), step):
