@@ -106,10 +106,16 @@ def tiny(family: str, seed: int = 0, **other: Any) -> PreTrainedModel:
 LENGTHS = (11, 20, 9)  # of a row's documents: one longer than any window and chunk
 
 
-def packed_rows(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> MicroBatch:
-    """Rows of three documents, as causal_lm gives them to a model."""
-    draws = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocabulary, (count, sum(LENGTHS)), generator=draws)
+def packed_rows(count: int, first: int = 0) -> MicroBatch:
+    """Rows of three documents from number `first` on, as causal_lm gives them to a model."""
+    ids = torch.stack(
+        [
+            torch.randint(
+                3, VOCABULARY, (sum(LENGTHS),), generator=torch.Generator().manual_seed(number)
+            )
+            for number in range(first, first + count)
+        ]
+    )
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).repeat(count, 1)
     labels = torch.roll(ids, -1, 1)
     labels[torch.roll(positions, -1, 1) == 0] = -100
@@ -120,7 +126,7 @@ def packed_rows(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> Micr
         {**inputs, **bounds, "loss_only": True},
         counted,
         counted,
-        torch.arange(count) + count * seed,
+        torch.arange(first, first + count),
     )
 
 

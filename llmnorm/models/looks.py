@@ -85,6 +85,7 @@ def look(
     model: Foreign,
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
+    gradient: Callable[[Tensor, Tensor], Tensor],
     recomputes: bool = False,
     dropout: bool = False,
 ) -> Looks:
@@ -93,6 +94,7 @@ def look(
     Args:
         model: of a run; every process calls this.
         autocast: gives the context of a forward pass.
+        gradient: of a loss by a tensor (`Parallel.gradient`).
         recomputes: whether its blocks are recomputed in a backward pass.
         dropout: whether the class's own dropout is on.
 
@@ -104,7 +106,7 @@ def look(
     with autocast():
         try:
             model.train()
-            return _Looks(model, recomputes, dropout).all()
+            return _Looks(model, gradient, recomputes, dropout).all()
         finally:
             model.ways = model.ways or ways
             model.train(was_training)
@@ -113,8 +115,15 @@ def look(
 class _Looks:
     """The passes of one look at a model, and what they have found."""
 
-    def __init__(self, model: Foreign, recomputes: bool, dropout: bool) -> None:
+    def __init__(
+        self,
+        model: Foreign,
+        gradient: Callable[[Tensor, Tensor], Tensor],
+        recomputes: bool,
+        dropout: bool,
+    ) -> None:
         self.model, self.name = model, model.kind.__name__
+        self.gradient = gradient
         self.recomputes, self.dropout = recomputes, dropout
         self.device = next(model.parameters()).device
         rows = model.get_input_embeddings().num_embeddings
@@ -218,9 +227,8 @@ class _Looks:
                 first, last = (0, LENGTHS[1]) if rows == "apart" else _SPANS[1]
                 part = hidden[0, first:last].float()
                 weights = self.weights.repeat(-(-part.shape[-1] // 64))[: part.shape[-1]]
-                (gradient,) = torch.autograd.grad(
-                    (part * weights.to(part.device)).sum(), embedded[0]
-                )
+                loss = (part * weights.to(part.device)).sum()
+                gradient = self.gradient(loss, embedded[0])
         finally:
             hook.remove()
         return gradient.detach().float(), hidden.detach().float()

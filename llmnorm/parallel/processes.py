@@ -224,6 +224,19 @@ class Parallel:
         else:
             loss.backward()  # type: ignore[no-untyped-call]
 
+    def gradient(self, loss: Tensor, tensor: Tensor) -> Tensor:
+        """The gradient of a loss by a tensor that it was computed from, outside of a step.
+
+        Weights are left without a gradient.
+
+        Args:
+            tensor: requires a gradient, and was made by no operation that autograd knows.
+        """
+        if self.zero is not None and self.spread:
+            return self.zero.gradient(loss, tensor)
+        (found,) = torch.autograd.grad(loss, tensor)
+        return found
+
     def collect_gradients(self) -> None:
         """After the step's last backward pass: `grad` of what the optimizer steps is whole.
 

@@ -170,6 +170,15 @@ class Zero:
         """The backward pass of the micro-batch whose forward pass gave `loss`."""
         self._engine.backward(loss)
 
+    def gradient(self, loss: Tensor, tensor: Tensor) -> Tensor:
+        """As `Parallel.gradient`. DeepSpeed's hooks count a whole backward pass, so one is run."""
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(loss)
+        self._arrived.clear()
+        self.step()
+        assert tensor.grad is not None
+        return tensor.grad
+
     def collect(self) -> None:
         """Give every master its gradient, summed over the processes; None if it was not used."""
         for parameter, fragment in self._masters:

@@ -135,6 +135,7 @@ def looked_at(config: RunConfig, model: Foreign, parallel: Parallel) -> Looks:
     found = look(
         model,
         autocast=parallel.autocast,
+        gradient=parallel.gradient,
         recomputes=config.parallel.activation_checkpointing,
         dropout=config.model.dropout == "config",
     )

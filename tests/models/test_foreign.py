@@ -16,7 +16,7 @@ from llmnorm.models import foreign as foreign_file
 from llmnorm.models import looks as looks_file
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.foreign import Foreign, Ways, empty_foreign
-from llmnorm.models.looks import look
+from llmnorm.models.looks import Looks, look
 from llmnorm.objectives.apart import as_asked, padding
 from llmnorm.part import InputError
 from tests.families import (
@@ -41,8 +41,16 @@ WAYS = {
 ALONE: Any = SimpleNamespace(world=1)  # a Parallel of one process
 
 
+def by_autograd(loss: Tensor, tensor: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, tensor)[0]
+
+
+def seen(model: Foreign, **options: Any) -> Looks:
+    return look(model, gradient=by_autograd, **({"autocast": nullcontext} | options))
+
+
 def looked(model: Foreign, **options: Any) -> Foreign:
-    look(model, autocast=nullcontext, **options)
+    seen(model, **options)
     return model
 
 
@@ -219,7 +227,7 @@ def test_what_cannot_be_trained_right_is_refused(
 
 def test_a_loss_of_more_than_cross_entropy_is_named() -> None:
     """Oracle: a class that adds .5."""
-    found = look(with_weights(broken(WithMore)), autocast=nullcontext)
+    found = seen(with_weights(broken(WithMore)))
     assert "the class adds +0.5, which is not trained" in found.table()
 
 
@@ -232,7 +240,7 @@ def test_recomputation_that_changes_gradients_is_refused() -> None:
         return model
 
     plain = recomputed(with_weights(tiny("llama")))
-    assert "gradients as without it" in look(plain, autocast=nullcontext, recomputes=True).table()
+    assert "gradients as without it" in seen(plain, recomputes=True).table()
     model = with_weights(tiny("llama"))
     calls = [0]
 
@@ -242,14 +250,14 @@ def test_recomputation_that_changes_gradients_is_refused() -> None:
 
     model.model.layers[0].mlp.register_forward_hook(changing)
     model.ways = Ways("positions", "linear")
-    looks = looks_file._Looks(recomputed(model), True, False)
+    looks = looks_file._Looks(recomputed(model), by_autograd, True, False)
     with pytest.raises(InputError, match="activation_checkpointing: recomputed blocks"):
         looks._recomputation("positions")
 
 
 def test_windows_beyond_the_documents_are_named() -> None:
     """Oracle: a window of 4,096 in the configuration."""
-    found = look(with_weights(tiny("gemma2", sliding_window=100)), autocast=nullcontext)
+    found = seen(with_weights(tiny("gemma2", sliding_window=100)))
     assert "sliding_window 100: documents of 17 tokens" in found.table()
 
 
@@ -257,7 +265,7 @@ def test_the_looks_are_exact_under_bf16() -> None:
     """Oracle: the ways found in float32."""
     for family in ("gemma2", "gpt_oss", "mamba2", "lfm2"):
         model = with_weights(tiny(family))
-        look(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+        seen(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
         assert model.ways == WAYS[family]
 
 
@@ -266,7 +274,7 @@ def test_documents_stand_apart_by_length() -> None:
     micro-batches of at most 80 tokens."""
     model = with_weights(tiny("mamba2"))
     model.ways = Ways("apart", "linear")
-    batches = [packed_rows(2, 0), packed_rows(2, 1)]
+    batches = [packed_rows(2, 0), packed_rows(2, 2)]
     found = as_asked(model, batches, ALONE)
     shapes = [tuple(cast(Tensor, batch.inputs["input_ids"]).shape) for batch in found]
     assert shapes == [(4, 20), (7, 11), (1, 9)]
