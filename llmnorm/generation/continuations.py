@@ -7,6 +7,8 @@ model is spread over processes (`together`), a pass needs all of them, and an en
 have to be the same in each: there Hugging Face's `generate` runs the passes until every process has
 ended, and the tokens are chosen as the engine chooses them, by the same noise.
 
+A class of transformers runs its own `generate`, a row at a time: not every class takes padding.
+
 What would surprise: `together`, prompts are padded on the left; the cache neither stores nor shows
 padding, so that logits are those of the prompt alone, up to the rounding of other shapes.
 """
@@ -18,12 +20,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from llmnorm.config.foreign import LONGEST
 from llmnorm.config.tree import GenerationSettings
 from llmnorm.generation.contract import Proposal, Request
 from llmnorm.generation.engine import Engine
 from llmnorm.generation.row import Row, rows_of
 from llmnorm.generation.sampling import verify
 from llmnorm.models.eager_step import EagerStep
+from llmnorm.models.foreign import Foreign
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -35,12 +39,13 @@ PAD = 0  # any token: no row sees it, and none is told it
 
 
 def continuations(
-    model: "LlmNormForCausalLM",
+    model: "LlmNormForCausalLM | Foreign",
     tokenizer: "PreTrainedTokenizerBase",
     requests: Sequence[Request],
     *,
     ends: Collection[int],
     together: bool = False,
+    calls: int = 0,
 ) -> list[list[int]]:
     """The tokens that follow each request's prompt, the end token included.
 
@@ -51,12 +56,20 @@ def continuations(
         ends: the model's end tokens.
         together: the model is spread over processes, all of which make this call, each with
             requests of its own.
+        calls: how many requests the process has that has most of them, where they may differ. A
+            class of transformers runs as often on every process, each time for one row.
 
     Raises:
         InputError: a request asks for what cannot be, or the model's logits are not finite.
     """
+    if isinstance(model, Foreign):
+        each = [
+            _generated(model, tokenizer, [requests[min(number, len(requests) - 1)]], ends, together)
+            for number in range(max(calls, len(requests)) if together else len(requests))
+        ]
+        return [tokens for (tokens,) in each[: len(requests)]]
     if together:
-        return _together(model, tokenizer, requests, ends)
+        return _generated(model, tokenizer, requests, ends, together)
     longest = max(len(r.prompt) + r.sampling.max_tokens for r in requests)
     context = min(longest, model.config.max_position_embeddings)
     settings = GenerationSettings(slots=len(requests), context=context)
@@ -69,14 +82,16 @@ def continuations(
     return found
 
 
-def _together(
-    model: "LlmNormForCausalLM",
+def _generated(
+    model: "LlmNormForCausalLM | Foreign",
     tokenizer: "PreTrainedTokenizerBase",
     requests: Sequence[Request],
     ends: Collection[int],
+    together: bool,
 ) -> list[list[int]]:
     """As `continuations`, by Hugging Face's `generate`."""
-    config = model.config
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or LONGEST
     made = [
         rows_of(
             number,
@@ -84,7 +99,7 @@ def _together(
             tokenizer=tokenizer,
             ends=ends,
             vocabulary=config.vocab_size,
-            context=config.max_position_embeddings,
+            context=context,
         )
         for number, request in enumerate(requests)
     ]
@@ -106,7 +121,8 @@ def _together(
         pad_token_id=PAD,
         logits_processor=[chosen],
         stopping_criteria=[_Ended(chosen)],
-        synced_gpus=True,
+        synced_gpus=together,
+        use_cache=True,
     )
     if chosen.fault is not None:
         raise InputError(chosen.fault)

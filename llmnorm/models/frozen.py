@@ -46,8 +46,12 @@ def freeze(model: PreTrainedModel, *, norms: bool, new_head: bool) -> None:
 
 
 def norm_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """All norms of a model: those that its settings name, and those of queries and keys."""
-    assert isinstance(model.config, LlmNormConfig)
+    """All norms of a model: those that its settings name, and those of queries and keys.
+
+    Of a class of transformers the modules that are called so.
+    """
+    if not isinstance(model.config, LlmNormConfig):
+        return [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     settings = model.config.settings()
     with torch.device("meta"):  # a norm of another package need not be derived from ours
         kinds = (Norm, type(settings.norm.build(settings.hidden_size)))
@@ -69,6 +73,8 @@ def kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], boo
 
 def narrow(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> None:
     """Store the frozen weights of linear layers and embeddings in `dtype`, the products' own.
+
+    Those that a class of transformers keeps in float32 stay so.
 
     Args:
         model: on the meta device, after `freeze`.

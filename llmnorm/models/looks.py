@@ -160,7 +160,7 @@ class _Looks:
 
     def _rows(self) -> Rows:
         """The first way that keeps documents apart."""
-        failed = []
+        failed: list[str] = []
         for rows in get_args(Rows):
             why = self._fault(rows)
             if why is None:
@@ -247,16 +247,16 @@ class _Looks:
         fits = {"linear": plain, "own": True}
         for factor in (1.0, _LARGER):
             wanted, hidden = self._own_logits(ids, factor)
-            for way in [way for way, so_far in fits.items() if so_far]:
+            for name in [name for name, so_far in fits.items() if so_far]:
                 try:
-                    if way == "linear":
+                    if name == "linear":
                         logits = self.model(inside=lambda m, h=hidden: m.get_output_embeddings()(h))
                     else:
                         logits = self.model(inside=lambda m, h=hidden: m.own_logits(h, ids))
                     same = logits.shape == wanted.shape and self._same(logits, wanted)
                 except Exception:  # of any kind: a class that asks its base for more
                     same = False
-                fits[way] = same
+                fits[name] = same
         way: Head = "linear" if fits["linear"] else "own" if fits["own"] else "logits"
         found = _SAYS[way]
         if way == "logits":

@@ -35,8 +35,8 @@ class _Document(NamedTuple):
 
 
 def as_asked(
-    model: "PreTrainedModel", batches: Sequence[MicroBatch], parallel: Parallel
-) -> Sequence[MicroBatch]:
+    model: "PreTrainedModel", batches: list[MicroBatch], parallel: Parallel
+) -> list[MicroBatch]:
     """The micro-batches of a step as the model wants them: as they are, or `apart`."""
     if isinstance(model, Foreign) and model.apart:
         return apart(batches, parallel)
@@ -67,26 +67,15 @@ def apart(batches: Sequence[MicroBatch], parallel: Parallel) -> list[MicroBatch]
         groups = [[_Document(np.zeros(1, np.int64), np.full(1, IGNORED, np.int64))]]
     rows = torch.cat([batch.rows for batch in batches])
     tokens = sum(batch.tokens for batch in batches)
-    return [
-        MicroBatch(
-            inputs := _laid_out(group),
-            labels=len(inputs["label_positions"]),
-            tokens=0 if number else tokens,
-            rows=rows[:0] if number else rows,
-        )
-        for number, group in enumerate(groups)
-    ]
+    first, *others = [_laid_out(group) for group in groups]
+    return [first._replace(rows=rows, tokens=tokens), *others]
 
 
 def padding(batches: Iterable[MicroBatch]) -> tuple[int, int]:
     """The padded tokens of micro-batches that `apart` has made, and all tokens."""
-    padded = every = 0
-    for batch in batches:
-        every += _ids(batch).numel()
-        lengths = batch.inputs["lengths"]
-        assert isinstance(lengths, Tensor)
-        padded += _ids(batch).numel() - int(lengths.sum())
-    return padded, every
+    parts = list(batches)
+    every = sum(_ids(batch).numel() for batch in parts)
+    return every - sum(stop - start for batch in parts for start, stop in batch.spans), every
 
 
 def _ids(batch: MicroBatch) -> Tensor:
@@ -104,18 +93,21 @@ def _documents(batch: MicroBatch) -> list[_Document]:
     return [_Document(*part) for part in parts if (part[1] != IGNORED).any()]
 
 
-def _laid_out(group: Sequence[_Document]) -> dict[str, Tensor | int]:
-    """The model's inputs for documents, a row each."""
+def _laid_out(group: Sequence[_Document]) -> MicroBatch:
+    """A micro-batch with each document a row; tokens and rows of the run are counted elsewhere."""
     longest = max(len(document.ids) for document in group)
     ids = np.zeros((len(group), longest), np.int64)
     labels = np.full((len(group), longest), IGNORED, np.int64)
+    spans = []
     for row, document in enumerate(group):
         ids[row, : len(document.ids)] = document.ids
         labels[row, : len(document.ids)] = document.labels
+        spans.append((row * longest, row * longest + len(document.ids)))
     positions = np.flatnonzero(labels != IGNORED)
-    return {
+    inputs: dict[str, Tensor | int] = {
         "input_ids": torch.from_numpy(ids),
         "shift_labels": torch.from_numpy(labels),
         "label_positions": torch.from_numpy(positions),
         "loss_only": True,
     }
+    return MicroBatch(inputs, len(positions), 0, torch.zeros(0, dtype=torch.int64), spans)

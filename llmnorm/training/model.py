@@ -8,7 +8,7 @@ was moved is found by `model.pretrained=NEW`.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
@@ -42,6 +42,9 @@ from llmnorm.objectives.contract import Objective
 from llmnorm.parallel.processes import Fill, Parallel
 from llmnorm.part import InputError
 
+if TYPE_CHECKING:
+    from llmnorm.models.foreign import Foreign
+
 
 class Base(NamedTuple):
     """The weights that a run leaves as they are.
@@ -66,7 +69,7 @@ class RunModel(NamedTuple):
         base: what is frozen of it, if something is.
     """
 
-    model: LlmNormForCausalLM
+    model: "LlmNormForCausalLM | Foreign"
     fill: Fill
     base: Base | None
 
@@ -100,7 +103,7 @@ def run_model(
     model = empty_model(settings, device="meta").train()
     pretrained = config.model.pretrained
     if pretrained is None or (start is not None and not config.freezes):
-        _refuse_what_cannot_fit(model, parallel)
+        refuse_weights_that_cannot_fit(model, parallel)
         return RunModel(
             model, lambda modules: initialize(model, seed=config.seed, modules=modules), None
         )
@@ -125,7 +128,7 @@ def run_model(
     if isinstance(adapter, LowRankSettings) and adapter.start is not None and start is None:
         first = PeftFiles(adapter.start)
         first.check(model, adapter, new)
-    _refuse_what_cannot_fit(model, parallel)
+    refuse_weights_that_cannot_fit(model, parallel)
     prefix = f"{model.base_model_prefix}."
 
     def fill(modules: Mapping[str, nn.Module]) -> None:
@@ -245,7 +248,8 @@ def _settings(config: RunConfig, objective: Objective, ends: Tokens) -> LlmNormC
     return settings
 
 
-def _refuse_what_cannot_fit(model: nn.Module, parallel: Parallel) -> None:
+def refuse_weights_that_cannot_fit(model: nn.Module, parallel: Parallel) -> None:
+    """Raise an InputError if this process's part of a model is larger than the memory."""
     if parallel.device.type == "cpu":  # a GPU refuses by itself
         weights = sum(parameter.nbytes for parameter in model.parameters())
         weights += sum(t.nbytes for layer in nf4.layers(model).values() for t in layer.four_bits)
