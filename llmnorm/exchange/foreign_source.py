@@ -20,6 +20,7 @@ from llmnorm.exchange.foreign_weights import ForeignWeights
 from llmnorm.exchange.source import Source, hash_of
 from llmnorm.models.convert import named_weights
 from llmnorm.models.foreign import skeleton
+from llmnorm.models.frozen import kept_wide
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ def skeleton_of(
         model = skeleton(kind, config)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    wide = tuple(model._keep_in_fp32_modules_strict or ())
+    wide = kept_wide(model, dtype)
     for name, parameter in model.named_parameters():
-        if not any(part in name for part in wide):
+        if not wide(name):
             parameter.data = parameter.data.to(dtype)
     model.tie_weights()
     return model
@@ -70,7 +71,8 @@ def of_directory(found: Pretrained, key: str | None, *, trust_remote_code: bool)
     config, kind, quantization = foreign_class(path, key, trust_remote_code=trust_remote_code)
     config.eos_token_id = found.config.get("eos_token_id")
     skeleton = skeleton_of(kind, config, where=str(path / "config.json"))
-    weights = ForeignWeights(path, skeleton, quantization)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    weights = ForeignWeights(path, skeleton, quantization, dtype)
     return Source(
         config,
         weights.tensors,

@@ -70,7 +70,7 @@ class ForeignWeights:
 
     Attributes:
         tensors: dtype and shape of the model's tensors, a tied one once, in its order. The dtype is
-            that of the files; of what is quantised there, the one that the configuration names.
+            that of the files; of what is quantised there, the argument's.
         files: the files that hold them.
     """
 
@@ -79,6 +79,7 @@ class ForeignWeights:
         directory: Path,
         skeleton: PreTrainedModel,
         quantization: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """Match the names in the files with those of the model; headers alone are read.
 
@@ -87,14 +88,15 @@ class ForeignWeights:
             skeleton: of the directory's configuration, its parameters on the meta device; buffers
                 may have values.
             quantization: `quantization_config` of its config.json.
+            dtype: what `tensors` say of what is quantised.
 
         Raises:
             InputError: there are no weights or not whole ones; a tensor is missing, has another
                 shape, or has no place in the model; or they are quantised in a way that
                 transformers cannot undo here.
         """
-        self._directory, self._skeleton = directory, skeleton
-        quantizer = None if not quantization else _dequantizer(quantization, skeleton, directory)
+        self._directory, self._skeleton, self._dtype = directory, skeleton, dtype
+        quantizer = None if not quantization else _dequantizer(quantization, directory)
         self._weights = Weights(directory, packed=quantizer is not None)
         self.files = self._weights.files
         groups, unasked = self._match(quantizer)
@@ -186,8 +188,8 @@ class ForeignWeights:
             # The shapes of packed numbers tell nothing: `read_into` finds out what they hold.
             first = group.converter.target_patterns[0]
             names = [group.first.replace(first, p) for p in group.converter.target_patterns]
-            state, dtype = self._skeleton.state_dict(), _plain_dtype(self._skeleton)
-            return {n: Stored(dtype, tuple(state[n].shape)) for n in names if n in state}
+            state = self._skeleton.state_dict()
+            return {n: Stored(self._dtype, tuple(state[n].shape)) for n in names if n in state}
 
         def on_meta(name: str) -> Tensor:
             return torch.empty(headers[name].shape, dtype=headers[name].dtype, device="meta")
@@ -315,9 +317,7 @@ def on_disk(
     return {name: stored[name] for name in sorted(stored, key=dot_natural_key)}, fill
 
 
-def _dequantizer(
-    quantization: Mapping[str, Any], skeleton: PreTrainedModel, directory: Path
-) -> HfQuantizer:
+def _dequantizer(quantization: Mapping[str, Any], directory: Path) -> HfQuantizer:
     """What makes plain weights of quantised ones.
 
     Raises:
@@ -335,7 +335,6 @@ def _dequantizer(
         if "dequantize" not in quantizer.get_load_operations():
             raise InputError(f"{where} cannot be read as plain weights; {cure}")
         quantizer.validate_environment()
-        quantizer.preprocess_model(skeleton, dtype=torch.float32)
     except InputError:
         raise
     except Exception as error:  # of any kind: a package that is not installed, keys of the method
@@ -346,11 +345,3 @@ def _dequantizer(
 
 def _dequantizes(converter: WeightConverter) -> bool:
     return any(getattr(op, "hf_quantizer", None) is not None for op in converter.operations)
-
-
-def _plain_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype that a configuration names for its model; bfloat16 where it names none."""
-    dtype = getattr(model.config, "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16

@@ -280,10 +280,14 @@ def _of_run(
     )
 
 
+def plain_model(source: Source) -> "PreTrainedModel":
+    """The model that the weights belong to, without an adapter, on the meta device."""
+    return _skeleton(source.config, source.kind, source.origin)
+
+
 def _skeleton(
     config: "PreTrainedConfig", kind: "type[PreTrainedModel] | None", path: Path
 ) -> "PreTrainedModel":
-    """The model of a run without an adapter, its parameters on the meta device."""
     if kind is not None:
         return skeleton_of(kind, config, where=str(path))
     assert isinstance(config, LlmNormConfig)

@@ -9,11 +9,13 @@ What would surprise: an embedding whose file is float32 is rounded by this, once
 one whose file is bfloat16 is not.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from llmnorm.models.adapters import is_adapter
 from llmnorm.models.configuration import LlmNormConfig
@@ -56,6 +58,19 @@ def norm_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
+def kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which parameters stay in float32, by name, where the others are stored in `dtype`.
+
+    A class of transformers names them (`_keep_in_fp32_modules_strict`, and for float16
+    `_keep_in_fp32_modules`); our classes name none.
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda name: False
+    pattern = build_glob_alternation(list(plan))[0]
+    return lambda name: pattern.search(name) is not None
+
+
 def narrow(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> None:
     """Store the frozen weights of linear layers and embeddings in `dtype`, the products' own.
 
@@ -64,9 +79,9 @@ def narrow(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> None:
     Args:
         model: on the meta device, after `freeze`.
     """
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    wide = kept_wide(model, dtype)
     for name, module in model.named_modules():
-        if any(part in name for part in kept):
+        if wide(f"{name}.weight"):
             continue
         if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(dtype)
