@@ -46,13 +46,14 @@ def probe(name: str, of: Callable[[str], Any], directory: Path, rank: int, world
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=240),
-    )
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{directory}/rendezvous",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=240),
+        )
     row: dict[str, Any] = {}
 
     def note(key: str, work: Callable[[], Any]) -> Any:
