@@ -16,7 +16,7 @@ from llmnorm import cli
 from llmnorm.models import adapters
 from llmnorm.part import InputError
 from llmnorm.training import foreign, loop
-from tests.families import directory_of, tiny
+from tests.families import directory_of
 from tests.running import CHILDREN, PATIENCE, assert_same_run, llmnorm, metrics_of
 from tests.test_data.chats import save_tokenizer
 
@@ -241,11 +241,20 @@ def test_print_groups_names_the_classs_parameters(
     assert not (tmp_path / "run").exists()
 
 
-class _Past(nn.Linear):
-    """Its weight is read past whatever stands around it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise AssertionError("not called")
+@pytest.mark.parametrize(
+    ("family", "lines"),
+    [
+        ("gpt_oss", ["transformers' packed mask", "auto trains it as transformers' own class"]),
+        ("llama", ["positions that restart at 0", "auto trains it as llmnorm's own class"]),
+    ],
+)
+def test_doctor_says_how_a_directory_would_be_trained(
+    family: str, lines: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the ways of the two families."""
+    llmnorm("doctor", place / family)
+    out = capsys.readouterr().out
+    assert all(line in out for line in lines), out
 
 
 def test_a_target_that_is_not_used_stops_the_run_by_name(
@@ -306,4 +315,3 @@ def test_a_first_step_that_is_not_finite_is_refused(
     more = ["model.classes=transformers", f"model.pretrained={base}"]
     line = said(capfd, *words(place, "text", "llama", tmp_path / "run", *more))
     assert "not finite" in line or "as it would be trained" in line
-    assert tiny("llama") is not None
