@@ -153,7 +153,7 @@ def _laid_out(source: Source, parallel: Parallel) -> "PreTrainedModel":
         return own
     model = empty_foreign(source.kind, source.config).eval()
     parallel.lay_out(model, fill)
-    found = look(model, autocast=parallel.autocast)
+    found = look(model, autocast=parallel.autocast, gradient=parallel.gradient)
     parallel.say(f"{source.kind.__name__}, as it was found to be:\n{found.table()}")
     return model
 
