@@ -4,7 +4,10 @@ Windows and chunks are shorter than a test's documents. Weights are scaled so th
 about +-20, since a cap is invisible in small ones.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,3 +150,11 @@ def with_weights(model: PreTrainedModel) -> Foreign:
     foreign = empty_foreign(type(model), model.config)
     fill_and_shard(foreign, filling(model), torch.device("cpu"), None)
     return foreign.train()
+
+
+def directory_of(family: str, directory: Path, tokenizer: Path, **other: Any) -> Path:
+    """A directory of a tiny model, with the files of a tokenizer."""
+    vocabulary = len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
+    tiny(family, **({"vocab_size": vocabulary + 32} | other)).save_pretrained(directory)
+    shutil.copytree(tokenizer, directory, dirs_exist_ok=True)
+    return directory

@@ -98,7 +98,8 @@ def class_of_run(meta: Mapping[str, Any], where: str) -> ForeignClass:
         InputError: this transformers does not have the class; or its code lies in a directory that
             is gone.
     """
-    values = dict(meta["model"])
+    # Mamba's time_step_limit is infinite, which is a mapping in JSON.
+    values = transformers.PreTrainedConfig._decode_special_floats(dict(meta["model"]))
     settings = meta["config"]["model"]
     if settings.get("trust_remote_code"):
         base = Path(settings["pretrained"])

@@ -85,7 +85,7 @@ def look(
     model: Foreign,
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
-    gradient: Callable[[Tensor, Tensor], Tensor],
+    gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
     recomputes: bool = False,
     dropout: bool = False,
 ) -> Looks:
@@ -94,7 +94,7 @@ def look(
     Args:
         model: of a run; every process calls this.
         autocast: gives the context of a forward pass.
-        gradient: of a loss by a tensor (`Parallel.gradient`).
+        gradient: of a loss by a tensor, where the model is laid out (`Parallel.gradient`).
         recomputes: whether its blocks are recomputed in a backward pass.
         dropout: whether the class's own dropout is on.
 
@@ -106,7 +106,7 @@ def look(
     with autocast():
         try:
             model.train()
-            return _Looks(model, gradient, recomputes, dropout).all()
+            return _Looks(model, gradient or _by_autograd, recomputes, dropout).all()
         finally:
             model.ways = model.ways or ways
             model.train(was_training)
@@ -368,3 +368,7 @@ def _kept(model: Foreign) -> Iterator[None]:
     finally:
         for block, forward in wrapped.items():
             block.forward = forward
+
+
+def _by_autograd(loss: Tensor, tensor: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, tensor)[0]

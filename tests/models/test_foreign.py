@@ -41,12 +41,8 @@ WAYS = {
 ALONE: Any = SimpleNamespace(world=1)  # a Parallel of one process
 
 
-def by_autograd(loss: Tensor, tensor: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, tensor)[0]
-
-
 def seen(model: Foreign, **options: Any) -> Looks:
-    return look(model, gradient=by_autograd, **({"autocast": nullcontext} | options))
+    return look(model, **({"autocast": nullcontext} | options))
 
 
 def looked(model: Foreign, **options: Any) -> Foreign:
@@ -250,7 +246,7 @@ def test_recomputation_that_changes_gradients_is_refused() -> None:
 
     model.model.layers[0].mlp.register_forward_hook(changing)
     model.ways = Ways("positions", "linear")
-    looks = looks_file._Looks(recomputed(model), by_autograd, True, False)
+    looks = looks_file._Looks(recomputed(model), looks_file._by_autograd, True, False)
     with pytest.raises(InputError, match="activation_checkpointing: recomputed blocks"):
         looks._recomputation("positions")
 
