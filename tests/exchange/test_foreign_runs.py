@@ -173,7 +173,7 @@ class NovelForCausalLM(LlamaForCausalLM):
 def test_code_of_a_directory_is_trained_and_exported_with_it(
     tmp_path: Path, smoke_data: Path, capsys: Any
 ) -> None:
-    """Oracles: a refusal without the setting; the export in plain transformers, the run's logits."""
+    """Oracles: a refusal without the setting; the class of the export in plain transformers."""
     base = base_of("llama", tmp_path / "base", smoke_data)
     (base / "novel.py").write_text(REMOTE)
     tree = json.loads((base / "config.json").read_text())
