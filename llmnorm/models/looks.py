@@ -34,6 +34,7 @@ from llmnorm.nn.head import LanguageHead
 from llmnorm.nn.loss import cross_entropy
 from llmnorm.part import InputError
 
+WIDTH = 13  # of the names in the table
 LENGTHS = (9, 17, 14)  # tokens of the documents; the second is the one that is looked at
 _SPANS = ((0, 9), (9, 26), (26, 40))
 _LARGER = 30.0  # times as large hidden states, for caps
@@ -77,8 +78,7 @@ class Looks(NamedTuple):
 
     def table(self) -> str:
         """A line a look."""
-        width = max(len(line.name) for line in self.lines)
-        return "\n".join(f"  {line.name:{width}}  {line.found}" for line in self.lines)
+        return "\n".join(f"  {line.name:{WIDTH}}  {line.found}" for line in self.lines)
 
 
 def look(

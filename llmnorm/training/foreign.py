@@ -22,9 +22,11 @@ from llmnorm.models.convert import named_weights
 from llmnorm.models.foreign import Foreign, empty_foreign, skeleton
 from llmnorm.models.foreign_adapters import foreign_targets, inject_in_blocks
 from llmnorm.models.frozen import freeze, narrow
-from llmnorm.models.looks import Looks, look
+from llmnorm.models.looks import WIDTH, Looks, look
 from llmnorm.objectives.apart import padding
 from llmnorm.objectives.contract import MicroBatch, Objective
+from llmnorm.optim.fragments import master, whole_shape
+from llmnorm.optim.settings import AdamWSettings
 from llmnorm.parallel.processes import Parallel, local
 from llmnorm.part import InputError
 from llmnorm.training.model import Base, RunModel, refuse_weights_that_cannot_fit
@@ -140,6 +142,14 @@ def looked_at(config: RunConfig, model: Foreign, parallel: Parallel) -> Looks:
         dropout=config.model.dropout == "config",
     )
     parallel.say(f"{model.kind.__name__}, as it was found to be:\n{found.table()}")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    shapes = [whole_shape(master(p)) for p in trained]
+    stacks = sum(shape.numel() for shape in shapes if len(shape) > 2)
+    if stacks and not isinstance(config.optimizer, AdamWSettings):
+        parallel.say(
+            f"  {'optimizer':{WIDTH}}  {stacks / 1e6:.2f}M trained numbers are stacks, which have "
+            "no matrix rule: AdamW trains them"
+        )
     return found
 
 
@@ -156,10 +166,12 @@ def say_first_step(
             f"training.precision: '{config.training.precision}': the first step's loss or gradient "
             f"in {model.kind.__name__} is not finite"
         )
-    parallel.say(f"  gradient       of the first step, finite in {config.training.precision}")
+    parallel.say(
+        f"  {'gradient':{WIDTH}}  of the first step, finite in {config.training.precision}"
+    )
     if model.apart:
         padded, every = padding(first)
-        parallel.say(f"  padding        {padded / every:.1%} of the first step's tokens")
+        parallel.say(f"  {'padding':{WIDTH}}  {padded / every:.1%} of the first step's tokens")
 
 
 def refuse_unused(
