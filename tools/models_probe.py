@@ -23,7 +23,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmnorm.config.adapter import LoraSettings
 from llmnorm.exchange.foreign_source import skeleton_of
@@ -34,6 +34,7 @@ from llmnorm.models.foreign import Foreign, empty_foreign
 from llmnorm.models.foreign_adapters import foreign_targets, inject_in_blocks
 from llmnorm.models.looks import look
 from llmnorm.parallel.shards import fill_and_shard, make_mesh, shard
+from llmnorm.part import InputError
 
 SMALL = 1e-4  # of the largest number: what rounding explains in a random model of these sizes
 LORA = LoraSettings(rank=2)
@@ -61,18 +62,24 @@ def probe(name: str, of: Callable[[str], Any], directory: Path, rank: int, world
         try:
             row[key] = work()
         except Exception as error:  # of any kind: it is the class's own code
-            row[key] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            reason = " ".join(str(error).split())[:160]
+            told = isinstance(error, InputError | ValueError)
+            row[key] = reason if told else f"{type(error).__name__}: {reason}"
             return None
         finally:
             if rank == 0:
                 (directory / "row.json").write_text(json.dumps(row))
         return row[key]
 
-    made: list[Any] = []
-    note("class", lambda: made.append(random_model(of, name)) or type(made[0]).__name__)
-    if not made:
+    made: list[PreTrainedModel] = []
+
+    def class_name() -> str:
+        made.append(random_model(of, name))
+        return type(made[0]).__name__
+
+    if note("class", class_name) is None:
         return
-    plain: PreTrainedModel = made[0]
+    (plain,) = made
     config, state = plain.config, plain.state_dict()
 
     def foreign() -> Foreign:
@@ -228,7 +235,7 @@ def adapted(
         write_config(place, LORA, model=skeleton, trained=trained, base="BASE")
         save_file({peft_name(n): t for n, t in trained.items()}, place / WEIGHTS)
         plain.save_pretrained(place / "base")
-        base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+        base = type(plain).from_pretrained(place / "base", dtype=torch.float32)
         loaded = peft.PeftModel.from_pretrained(base, place)
         row["peft"] = difference(logits(loaded), expected)
         row["merged"] = difference(logits(loaded.merge_and_unload()), expected)

@@ -147,7 +147,7 @@ def measure(name: str) -> dict[str, Any]:
     import models_probe
 
     context = multiprocessing.get_context("forkserver")
-    # A class costs its own time then, and not the imports: PEFT asks for bitsandbytes, which compiles.
+    # A class then costs its own time and not that of imports.
     context.set_forkserver_preload(["models_probe", "peft", "accelerate", "deepspeed"])
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)

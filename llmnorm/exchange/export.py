@@ -26,6 +26,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from llmnorm.checkpoints.checkpoints import Checkpoints
 from llmnorm.config.modules import outside_modules
@@ -88,12 +89,12 @@ def export(
         write_adapter(newest, directory, ema=ema)
         return
     config, read_into, tensors = newest.config, reader(sources), newest.tensors
-    generation = None
+    model = None
     if newest.kind is not None:
         if stock:
             newest.refuse_foreign(f"--stock: {path}")
-        model = plain_model(newest)
-        architecture, generation = newest.kind.__name__, model.generation_config
+        model, architecture = plain_model(newest), newest.kind.__name__
+        model.generation_config = _generation(newest, model)
         tensors, read_into = on_disk(model, tensors, read_into)
     else:
         architecture = class_of(newest.own).__name__
@@ -115,7 +116,7 @@ def export(
         tokenizer_directory=newest.tokenizer,
         first_token=newest.first_token,
         card=model_card(directory.name, newest, architecture, steps=steps, ema=ema),
-        generation=generation,
+        model=model,
         max_shard_bytes=max_shard_bytes,
     )
 
@@ -129,7 +130,7 @@ def write_directory(
     tokenizer_directory: Path | None,
     first_token: int | None,
     card: str,
-    generation: GenerationConfig | None = None,
+    model: transformers.PreTrainedModel | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model directory under a temporary name, and rename it.
@@ -142,7 +143,8 @@ def write_directory(
         tokenizer_directory: the tokenizer to copy, if there is one.
         first_token: the token that its copy begins texts with; None: as the tokenizer does.
         card: README.md.
-        generation: its generation_config.json; None: the tokens of `config`.
+        model: of a class of transformers, which has more files: how it generates, and code of its
+            own; None: of our classes.
         max_shard_bytes: as in `write_weights`.
 
     Raises:
@@ -154,11 +156,16 @@ def write_directory(
         write_weights(temporary, tensors, read_into, max_shard_bytes=max_shard_bytes)
         config.save_pretrained(temporary)
         _add_older_rope(temporary / "config.json")
-        generation = generation or GenerationConfig(
+        generation = GenerationConfig(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
         )
+        if model is not None:
+            generation = model.generation_config or generation
+            if getattr(config, "auto_map", None):
+                for each in (model, config):
+                    custom_object_save(each, temporary)  # the files that define it
         generation.save_pretrained(temporary)
         if tokenizer_directory is not None:
             tokenizer.copy(tokenizer_directory, temporary)
@@ -169,6 +176,22 @@ def write_directory(
     print(f"{directory}: {architecture}, {total / 1e6:.2f}M parameters, {config.dtype}")
     for module in outside_modules(_settings(config)):
         print(f"it needs your module {module}: llmnorm generate {directory} --import {module}")
+
+
+def _generation(source: Source, model: transformers.PreTrainedModel) -> GenerationConfig | None:
+    """How a model generates: as its base's file says, which a run's checkpoints lack."""
+    settings = source.meta.get("config", {}).get("model", {})
+    base = Path(
+        source.trained.base if source.trained else settings.get("pretrained", source.origin)
+    )
+    generation = model.generation_config
+    if (base / "generation_config.json").is_file():
+        generation = GenerationConfig.from_dict(
+            reading.read_object(base / "generation_config.json")
+        )
+    if generation is not None:
+        generation.eos_token_id = source.config.eos_token_id
+    return generation
 
 
 def _settings(config: transformers.PreTrainedConfig) -> dict[str, Any]:

@@ -122,6 +122,7 @@ def _of_directory(reference: str, path: Path) -> "type[PreTrainedModel]":
     kind: type[PreTrainedModel] = get_class_from_dynamic_module(
         reference, str(path), local_files_only=True
     )
+    kind.register_for_auto_class(_AUTO)  # so that what is saved names its code too
     return kind
 
 

@@ -112,6 +112,9 @@ def class_of_run(meta: Mapping[str, Any], where: str) -> ForeignClass:
     if name in CONFIG_MAPPING:
         config = CONFIG_MAPPING[name].from_dict(values)
         kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+        if kind is None:  # a text model that only its image-text model's type leads to
+            named = getattr(transformers, (config.architectures or [""])[0], None)
+            kind = named if getattr(named, "config_class", None) is type(config) else None
     if kind is None:
         raise InputError(
             f"{where}: meta.model: transformers {transformers.__version__} has no causal language "

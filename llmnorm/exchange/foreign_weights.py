@@ -19,7 +19,7 @@ What would surprise:
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
 
@@ -277,6 +278,12 @@ def on_disk(
         Dtypes and shapes by names on disk, and a function that fills tensors by these names. It
         holds what one conversion needs at a time.
     """
+    own_name = _saved_names(skeleton, tensors)
+    tensors = {saved: tensors[own] for saved, own in own_name.items()}
+
+    def read_saved(into: Mapping[str, Tensor]) -> None:
+        read_into({own_name[saved]: tensor for saved, tensor in into.items()})
+
     # As `revert_weight_conversion` chooses them for a model that was not loaded.
     mapping = get_model_conversion_mapping(skeleton, add_legacy=False)
     kept = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
@@ -305,16 +312,26 @@ def on_disk(
             group_of[there] = first
 
     def fill(into: Mapping[str, Tensor]) -> None:
-        read_into({plain[there]: tensor for there, tensor in into.items() if there in plain})
+        read_saved({plain[there]: tensor for there, tensor in into.items() if there in plain})
         for first in dict.fromkeys(group_of[there] for there in into if there in group_of):
             own = {n: torch.empty(tensors[n].shape, dtype=tensors[n].dtype) for n in groups[first]}
-            read_into(own)
+            read_saved(own)
             with torch.no_grad():
                 for there, tensor in revert_weight_conversion(skeleton, own).items():
                     if there in into:
                         into[there].copy_(tensor)
 
     return {name: stored[name] for name in sorted(stored, key=dot_natural_key)}, fill
+
+
+def _saved_names(skeleton: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The name that each tensor is saved under -> its name in `names`; a tied one has several."""
+    state = skeleton.state_dict(keep_vars=True)
+    alike: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        alike.setdefault(id(tensor), []).append(name)
+    kept = remove_tied_weights_from_state_dict(skeleton.state_dict(), skeleton)
+    return {next(n for n in alike[id(state[own])] if n in kept): own for own in names}
 
 
 def _dequantizer(quantization: Mapping[str, Any], directory: Path) -> HfQuantizer:

@@ -157,6 +157,45 @@ def test_what_depends_on_our_classes_is_refused_by_name(
     assert not [*tmp_path.iterdir()]
 
 
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class NovelConfig(LlamaConfig):
+    model_type = "novel"
+
+
+class NovelForCausalLM(LlamaForCausalLM):
+    config_class = NovelConfig
+"""
+
+
+def test_code_of_a_directory_is_trained_and_exported_with_it(
+    tmp_path: Path, smoke_data: Path, capsys: Any
+) -> None:
+    """Oracles: a refusal without the setting; the class of the export in plain transformers."""
+    base = base_of("llama", tmp_path / "base", smoke_data)
+    (base / "novel.py").write_text(REMOTE)
+    tree = json.loads((base / "config.json").read_text())
+    tree |= {"model_type": "novel", "architectures": ["NovelForCausalLM"]}
+    tree["auto_map"] = {"AutoConfig": "novel.NovelConfig"}
+    tree["auto_map"]["AutoModelForCausalLM"] = "novel.NovelForCausalLM"
+    (base / "config.json").write_text(json.dumps(tree))
+    hints = {"do_sample": True, "top_k": 7}
+    (base / "generation_config.json").write_text(json.dumps(hints))
+    words = [f"run_dir={tmp_path / 'run'}", *WORDS, f"model.pretrained={base}"]
+    words += [f"data.dir={smoke_data}", "training.steps=2", "evaluation.every=null"]
+    assert cli.main(["train", str(SMOKE), *words]) == 2
+    assert "model.trust_remote_code=true" in capsys.readouterr().err
+    llmnorm("train", SMOKE, *words, "model.trust_remote_code=true")
+    llmnorm("export", tmp_path / "run", tmp_path / "out")
+    shutil.rmtree(base)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(model).__name__ == "NovelForCausalLM" and model.generation_config.top_k == 7
+    with pytest.raises(InputError, match="the code of its model lies in .*, which is not there"):
+        load_model(tmp_path / "run")
+
+
 def test_another_base_is_refused_when_an_adapter_is_read(place: Path, tmp_path: Path) -> None:
     """Oracle: the hash in the checkpoint; the message."""
     shutil.copytree(place / "qwen3_next" / "adapter", tmp_path / "run")
