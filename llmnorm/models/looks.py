@@ -41,7 +41,7 @@ _LARGER = 30.0  # times as large hidden states, for caps
 # Differences by rounding, over the largest number: in float32, and where products are bf16. Of bf16
 # the median token counts, since a router may send a token elsewhere by rounding alone.
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-4, 5e-2
-_REACH = re.compile(r"window|chunk|block_size|block_length")
+_REACH = re.compile(r"(window|chunk|block)(_size|_length)?$")
 _SAYS: dict[str, str] = {
     "positions": "positions that restart at 0",
     "mask": "transformers' packed mask",

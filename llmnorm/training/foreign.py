@@ -6,6 +6,7 @@ what it was.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from llmnorm.exchange.loading import open_source
 from llmnorm.exchange.source import Source, base_path, refuse_other_base
 from llmnorm.models.adapters import PeftFiles, is_adapter, loaded_name, set_first_values
 from llmnorm.models.convert import named_weights
-from llmnorm.models.foreign import Foreign, empty_foreign, skeleton
+from llmnorm.models.foreign import Foreign, Head, Rows, Ways, empty_foreign, skeleton
 from llmnorm.models.foreign_adapters import foreign_targets, inject_in_blocks
 from llmnorm.models.frozen import freeze, narrow
 from llmnorm.models.looks import WIDTH, Looks, look
@@ -82,6 +83,8 @@ def foreign_model(
             first.read_into({n: t for n, t in named.items() if n in trained})
 
     parallel.say(f"weights from {path}, as transformers' {source.kind.__name__}")
+    if source.kind.__module__.startswith("transformers_modules."):
+        parallel.say(f"model.trust_remote_code: the code that lies in {path} is run")
     return RunModel(model, fill, base)
 
 
@@ -141,6 +144,7 @@ def looked_at(config: RunConfig, model: Foreign, parallel: Parallel) -> Looks:
         recomputes=config.parallel.activation_checkpointing,
         dropout=config.model.dropout == "config",
     )
+    model.ways = _agreed(found.ways, parallel)
     parallel.say(f"{model.kind.__name__}, as it was found to be:\n{found.table()}")
     trained = [p for p in model.parameters() if p.requires_grad]
     shapes = [whole_shape(master(p)) for p in trained]
@@ -151,6 +155,15 @@ def looked_at(config: RunConfig, model: Foreign, parallel: Parallel) -> Looks:
             "no matrix rule: AdamW trains them"
         )
     return found
+
+
+def _agreed(ways: Ways, parallel: Parallel) -> Ways:
+    """The most careful way that a process has found, in case a GPU's last bits have parted them."""
+    orders = get_args(Rows), get_args(Head)
+    own = torch.tensor([order.index(way) for order, way in zip(orders, ways, strict=True)])
+    everyone = parallel.gather(own.to(parallel.device)).view(-1, len(orders))
+    rows, head = everyone.amax(0).tolist()
+    return Ways(orders[0][rows], orders[1][head])
 
 
 def say_first_step(
