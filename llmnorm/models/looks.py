@@ -34,13 +34,14 @@ from llmnorm.nn.head import LanguageHead
 from llmnorm.nn.loss import cross_entropy
 from llmnorm.part import InputError
 
+WIDTH = 13  # of the names in the table
 LENGTHS = (9, 17, 14)  # tokens of the documents; the second is the one that is looked at
 _SPANS = ((0, 9), (9, 26), (26, 40))
 _LARGER = 30.0  # times as large hidden states, for caps
 # Differences by rounding, over the largest number: in float32, and where products are bf16. Of bf16
 # the median token counts, since a router may send a token elsewhere by rounding alone.
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-4, 5e-2
-_REACH = re.compile(r"window|chunk|block_size|block_length")
+_REACH = re.compile(r"(window|chunk|block)(_size|_length)?$")
 _SAYS: dict[str, str] = {
     "positions": "positions that restart at 0",
     "mask": "transformers' packed mask",
@@ -77,8 +78,7 @@ class Looks(NamedTuple):
 
     def table(self) -> str:
         """A line a look."""
-        width = max(len(line.name) for line in self.lines)
-        return "\n".join(f"  {line.name:{width}}  {line.found}" for line in self.lines)
+        return "\n".join(f"  {line.name:{WIDTH}}  {line.found}" for line in self.lines)
 
 
 def look(

@@ -6,6 +6,7 @@ what it was.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
@@ -19,12 +20,14 @@ from llmnorm.exchange.loading import open_source
 from llmnorm.exchange.source import Source, base_path, refuse_other_base
 from llmnorm.models.adapters import PeftFiles, is_adapter, loaded_name, set_first_values
 from llmnorm.models.convert import named_weights
-from llmnorm.models.foreign import Foreign, empty_foreign, skeleton
+from llmnorm.models.foreign import Foreign, Head, Rows, Ways, empty_foreign, skeleton
 from llmnorm.models.foreign_adapters import foreign_targets, inject_in_blocks
 from llmnorm.models.frozen import freeze, narrow
-from llmnorm.models.looks import Looks, look
+from llmnorm.models.looks import WIDTH, Looks, look
 from llmnorm.objectives.apart import padding
 from llmnorm.objectives.contract import MicroBatch, Objective
+from llmnorm.optim.fragments import master, whole_shape
+from llmnorm.optim.settings import AdamWSettings
 from llmnorm.parallel.processes import Parallel, local
 from llmnorm.part import InputError
 from llmnorm.training.model import Base, RunModel, refuse_weights_that_cannot_fit
@@ -80,6 +83,8 @@ def foreign_model(
             first.read_into({n: t for n, t in named.items() if n in trained})
 
     parallel.say(f"weights from {path}, as transformers' {source.kind.__name__}")
+    if source.kind.__module__.startswith("transformers_modules."):
+        parallel.say(f"model.trust_remote_code: the code that lies in {path} is run")
     return RunModel(model, fill, base)
 
 
@@ -139,8 +144,26 @@ def looked_at(config: RunConfig, model: Foreign, parallel: Parallel) -> Looks:
         recomputes=config.parallel.activation_checkpointing,
         dropout=config.model.dropout == "config",
     )
+    model.ways = _agreed(found.ways, parallel)
     parallel.say(f"{model.kind.__name__}, as it was found to be:\n{found.table()}")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    shapes = [whole_shape(master(p)) for p in trained]
+    stacks = sum(shape.numel() for shape in shapes if len(shape) > 2)
+    if stacks and not isinstance(config.optimizer, AdamWSettings):
+        parallel.say(
+            f"  {'optimizer':{WIDTH}}  {stacks / 1e6:.2f}M trained numbers are stacks, which have "
+            "no matrix rule: AdamW trains them"
+        )
     return found
+
+
+def _agreed(ways: Ways, parallel: Parallel) -> Ways:
+    """The most careful way that a process has found, in case a GPU's last bits have parted them."""
+    orders = get_args(Rows), get_args(Head)
+    own = torch.tensor([order.index(way) for order, way in zip(orders, ways, strict=True)])
+    everyone = parallel.gather(own.to(parallel.device)).view(-1, len(orders))
+    rows, head = everyone.amax(0).tolist()
+    return Ways(orders[0][rows], orders[1][head])
 
 
 def say_first_step(
@@ -156,10 +179,12 @@ def say_first_step(
             f"training.precision: '{config.training.precision}': the first step's loss or gradient "
             f"in {model.kind.__name__} is not finite"
         )
-    parallel.say(f"  gradient       of the first step, finite in {config.training.precision}")
+    parallel.say(
+        f"  {'gradient':{WIDTH}}  of the first step, finite in {config.training.precision}"
+    )
     if model.apart:
         padded, every = padding(first)
-        parallel.say(f"  padding        {padded / every:.1%} of the first step's tokens")
+        parallel.say(f"  {'padding':{WIDTH}}  {padded / every:.1%} of the first step's tokens")
 
 
 def refuse_unused(
