@@ -75,7 +75,7 @@ def evaluate_directory(
         raise InputError("--limit: counts examples of --tasks; validation rows are all evaluated")
     benchmark = benchmark_tasks.find(tasks) if tasks else None
     source = open_source(path, checkpoint=checkpoint, ema=ema)
-    if benchmark:
+    if benchmark and source.kind is None:  # transformers' classes are known to be causal here
         refuse_encoder(source.config.architectures, f"--tasks: {path}", "lm-eval's tasks ask for")
     config = _config(path, source, data, list(overrides), bool(tasks))
     parallel = Parallel(
