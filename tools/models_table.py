@@ -56,7 +56,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
     **dict.fromkeys(("moe_top_k", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "num_kv_shared_layers"), 1),
-    **dict.fromkeys(("mamba_n_groups", "n_groups", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(
+        ("mamba_n_groups", "n_groups", "moe_num_shared_experts", "n_shared_experts"), 1
+    ),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "num_heads"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_d_state", "ssm_state_size"), 8),
@@ -71,11 +73,12 @@ SIZES: dict[str, Any] = {
 }
 # Keys that are None by default, and are read as a number all the same.
 _NEEDED = {"head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts"}
-_NEEDED |= {"n_group", "topk_group"}
+_NEEDED |= {"n_group", "topk_group", "n_shared_experts"}
 OTHERS: dict[str, dict[str, Any]] = {  # what sizes alone do not tell
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "xmod": {"default_language": "en_XX"},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
 }
 _LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types")
 
@@ -207,7 +210,7 @@ def page(figures: dict[str, Any]) -> str:
         versions=", ".join(versions[:-1]) + f" and {versions[-1]}",
         count=len(running),
         all=len(rows),
-        small="1e-4",
+        small="5e-4",
     )
     columns = ("Type", "Class", "Documents", "Head", "Recomputed", "LoRA", "Sharded", "Merged")
     lines = [columns, ["---"] * len(columns)]

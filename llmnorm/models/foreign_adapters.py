@@ -32,7 +32,7 @@ class Targets(NamedTuple):
 
     Attributes:
         names: of the layers, in the model's order.
-        left_out: of linear layers that were asked for and that PEFT would not wrap.
+        left_out: of linear layers that were asked for and that PEFT cannot wrap.
     """
 
     names: list[str]
@@ -46,7 +46,7 @@ class Targets(NamedTuple):
         kinds = ", ".join(f"{last.count(name)} {name}" for name in dict.fromkeys(last))
         return (
             f"adapter: {len(self.left_out)} of {len(self.left_out) + len(self.names)} linear "
-            f"layers get none, since PEFT would not load it there: {kinds}"
+            f"layers get none, since PEFT cannot put one there: {kinds}"
         )
 
 
@@ -64,21 +64,24 @@ def foreign_targets(
             none of them.
     """
     asked = _asked(skeleton, settings.targets, blocks)
-    names, reason = asked, ""
+    if not asked:
+        raise InputError(
+            f"adapter.targets: {type(skeleton).__name__} has no linear layer in its blocks"
+        )
+    names = [name for name in asked if _is_plain(skeleton.get_submodule(name))]
+    reason = "" if names else "its class computes something else than a linear layer"
     while names:
         wrapped, reason = _wrapped(skeleton, settings, names)
         if wrapped is None:  # some name is refused: find out which
             kinds = dict.fromkeys(name.rpartition(".")[2] for name in names)
             alone = [[n for n in names if n.rpartition(".")[2] == kind] for kind in kinds]
-            if len(alone) == 1:
-                names = []
-                break
-            kept = [n for group in alone for n in group if _wraps(skeleton, settings, group)]
-        else:
-            if wrapped == set(names):
-                break
-            kept = [name for name in names if name in wrapped]
-        names = [] if kept == names else kept  # equal: each kind alone, but not all together
+            fits = [group for group in alone if alone[1:] and _wraps(skeleton, settings, group)]
+            wrapped = {name for group in fits for name in group}
+            if wrapped == set(names):  # each kind alone, but not all together
+                wrapped = set()
+        elif wrapped == set(names):
+            break
+        names = [name for name in names if name in wrapped]
     if not names:
         why = f": {reason}" if reason else ""
         raise InputError(
@@ -138,6 +141,12 @@ def _asked(model: PreTrainedModel, targets: list[str] | str, blocks: Sequence[st
             )
         found.update(own)
     return [name for name in inside if name in found]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer computes what its base class does: PEFT adds B A x to that."""
+    base = Conv1D if isinstance(module, Conv1D) else nn.Linear
+    return type(module).forward is base.forward
 
 
 def _wraps(skeleton: PreTrainedModel, settings: LowRankSettings, names: list[str]) -> bool:

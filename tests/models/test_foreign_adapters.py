@@ -121,6 +121,24 @@ def test_first_values_change_nothing_in_transposed_layers() -> None:
     torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=1e-5 * 20)
 
 
+def test_a_linear_layer_that_computes_something_else_gets_none() -> None:
+    """Oracle: a class whose own forward pass no sum of two products is."""
+
+    class Grouped(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).tanh()
+
+    config = configuration("llama")
+    kind = class_of(config)
+    model = skeleton(kind, config)
+    model.get_submodule("model.layers.1.mlp.down_proj").__class__ = Grouped
+    blocks = [*empty_foreign(kind, config).units()]
+    found = foreign_targets(model, LORA, blocks)
+    assert found.left_out == ["model.layers.1.mlp.down_proj"] and len(found.names) == 13
+    alone = LoraSettings(targets=["down_proj"])
+    assert foreign_targets(model, alone, blocks).names == ["model.layers.0.mlp.down_proj"]
+
+
 def test_what_is_left_out_is_counted_and_named() -> None:
     """Oracle: the shared expert's three layers in each of the four blocks."""
     config = configuration("qwen3_next")
