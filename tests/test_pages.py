@@ -38,6 +38,7 @@ NOT_RUN = {
     "bash tools/test.sh": "runs this test",
     "bash tools/bootstrap.sh": "installs from the network",
     "accelerate launch": "tests/distributed launches several processes",
+    "sbatch": "tests/launch/test_slurm.py submits it, tools/slurm_here.sh to a real Slurm",
     "LLMNORM_TORCH_INDEX=": "installs from the network",
     "LLMNORM_PYTHON=": "installs from the network",
     "python3 -m venv": "makes the environment that the tests run in",

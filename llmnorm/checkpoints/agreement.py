@@ -28,15 +28,17 @@ class Processes:
 
     Args:
         rank, world: this process and how many there are.
+        advance: called on a process each time that it has done some work.
     """
 
-    def __init__(self, rank: int, world: int) -> None:
+    def __init__(self, rank: int, world: int, advance: Callable[[], None] = lambda: None) -> None:
+        self._advance = advance
         self.rank, self.world = rank, world
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
 
     def every(self, work: Callable[[], T]) -> T:
         """`work()` on every process; each gets its own result."""
-        result, error = _attempt(work)
+        result, error = self._attempt(work)
         for rank, sent in enumerate(self.gather(_to_send(error))):
             if sent is not None:
                 raise error if error is not None and rank == self.rank else sent
@@ -44,10 +46,10 @@ class Processes:
 
     def first(self, work: Callable[[], T]) -> T:
         """`work()` on process 0; all get its result."""
-        result, error = _attempt(work) if self.rank == 0 else (None, None)
+        result, error = self._attempt(work) if self.rank == 0 else (None, None)
         if self.world > 1:
             shared: list[Any] = [result, _to_send(error)]
-            dist.broadcast_object_list(shared, src=0, group=self._group)
+            dist.broadcast_object_list(shared, src=0, group=self.group)
             result, error = shared[0], error or shared[1]
         if error is not None:
             raise error
@@ -57,7 +59,7 @@ class Processes:
         """Every process's small value, in the order of ranks."""
         values: list[Any] = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value, group=self._group)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def gather_on_first(self, value: T) -> list[T]:
@@ -65,23 +67,24 @@ class Processes:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world if self.rank == 0 else []
-        dist.gather_object(value, values or None, group=self._group)
+        dist.gather_object(value, values or None, group=self.group)
         return values
 
     def exchange(self, ends: Ends | None) -> None:
         """Send and receive the ends of rows, and put them in place."""
         if ends is not None and self.world > 1:
             dist.all_to_all_single(
-                ends.received, ends.sent, ends.received_counts, ends.sent_counts, group=self._group
+                ends.received, ends.sent, ends.received_counts, ends.sent_counts, group=self.group
             )
             ends.put_in_place()
 
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return work(), None
-    except Exception as error:  # of any kind: the other processes must hear of it
-        return None, error
+    def _attempt(self, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        try:
+            return work(), None
+        except Exception as error:  # of any kind: the other processes must hear of it
+            return None, error
+        finally:
+            self._advance()
 
 
 def _to_send(error: Exception | None) -> Exception | None:

@@ -106,6 +106,24 @@ class TrainingSettings(Settings):
             f"the nearest that does is {close}"
         )
 
+    def check_processes(self, count: int) -> None:
+        """Refuse a number of processes that the rows of a step do not divide over.
+
+        Raises:
+            ValueError: they do not; the nearest number of which they do is named.
+        """
+        if self.rows % count == 0:
+            return
+        close = min(
+            (d for d in range(1, self.rows + 1) if self.rows % d == 0),
+            key=lambda d: (abs(d - count), d),
+        )
+        raise ValueError(
+            f"training.global_batch: {self.rows} rows do not divide over {count} processes; start "
+            f"{close}, the nearest number that they divide over (a new run could have "
+            f"training.global_batch={max(1, round(self.rows / count)) * count})"
+        )
+
     @property
     def rows(self) -> int:
         """Rows a step, where `auto` has become a number."""
@@ -162,7 +180,8 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Checkpoints of a run. One is always written at the end and on SIGTERM or SIGINT."""
+    """Checkpoints of a run. One is always written at the end, and when a signal or a PREEMPT file
+    stops it."""
 
     every: Count | None = None
     """Steps between two checkpoints; left out, only at the end."""
@@ -174,6 +193,9 @@ class CheckpointSettings(Settings):
     """Keep the one with the lowest validation loss too."""
     asynchronous: bool = False
     """Copy the state and write it in the background while training goes on."""
+    grace: Annotated[float, Field(gt=0, le=10**6)] = 25.0
+    """Seconds that a stopped run has for its last step and checkpoint; then it ends without them.
+    torchrun and accelerate kill 30 seconds after they were told to stop. Ctrl-C has no limit."""
 
 
 class ParallelSettings(Settings):
@@ -192,9 +214,16 @@ class ParallelSettings(Settings):
     """torch.compile every block (wants a C++ compiler on a CPU)."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass."""
+    timeout: Annotated[float, Field(ge=1, le=1e7)] = 100.0
+    """Seconds without progress (a micro-batch, a file, a token), or without a sign of life, after
+    which a process is lost; all others end and name it."""
+    timeout_first: Annotated[float, Field(ge=1, le=1e7)] = 1800.0
+    """The same for progress until the first step, where blocks are compiled, and at the end."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelSettings":
+        if self.timeout_first < self.timeout:
+            raise ValueError(f"parallel.timeout_first is less than parallel.timeout {self.timeout}")
         if self.sharding == "hsdp" and self.replicas == 1:
             raise ValueError("parallel.sharding 'hsdp' needs parallel.replicas; 1 is 'fsdp2'")
         if self.replicas > 1 and self.sharding not in ("auto", "fsdp2", "hsdp"):

@@ -13,7 +13,7 @@ What would surprise: `together`, prompts are padded on the left; the cache neith
 padding, so that logits are those of the prompt alone, up to the rounding of other shapes.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +46,7 @@ def continuations(
     ends: Collection[int],
     together: bool = False,
     calls: int = 0,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The tokens that follow each request's prompt, the end token included.
 
@@ -58,18 +59,20 @@ def continuations(
             requests of its own.
         calls: how many requests the process has that has most of them, where they may differ. A
             class of transformers runs as often on every process, each time for one row.
+        advance: called for each token, so that a long text can be told from one that hangs.
 
     Raises:
         InputError: a request asks for what cannot be, or the model's logits are not finite.
     """
     if isinstance(model, Foreign):
+        repeated = max(0, calls - len(requests)) if together else 0
         each = [
-            _generated(model, tokenizer, [requests[min(number, len(requests) - 1)]], ends, together)
-            for number in range(max(calls, len(requests)) if together else len(requests))
+            _generated(model, tokenizer, [request], ends, together, advance)
+            for request in [*requests, *[requests[-1]] * repeated]
         ]
         return [tokens for (tokens,) in each[: len(requests)]]
     if together:
-        return _generated(model, tokenizer, requests, ends, together)
+        return _generated(model, tokenizer, requests, ends, together, advance)
     longest = max(len(r.prompt) + r.sampling.max_tokens for r in requests)
     context = min(longest, model.config.max_position_embeddings)
     settings = GenerationSettings(slots=len(requests), context=context)
@@ -79,6 +82,7 @@ def continuations(
         if event.finish == "error":
             raise InputError(str(event.message))
         found[event.request] += event.tokens
+        advance()
     return found
 
 
@@ -88,6 +92,7 @@ def _generated(
     requests: Sequence[Request],
     ends: Collection[int],
     together: bool,
+    advance: Callable[[], None],
 ) -> list[list[int]]:
     """As `continuations`, by Hugging Face's `generate`."""
     config = model.config.get_text_config()
@@ -110,7 +115,7 @@ def _generated(
     for number, row in enumerate(rows):
         ids[number, width - row.prompt :] = torch.tensor(row.ids)
         mask[number, width - row.prompt :] = 1
-    chosen = _Chosen(rows)
+    chosen = _Chosen(rows, advance)
     model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -132,13 +137,14 @@ def _generated(
 class _Chosen(LogitsProcessor):
     """Leaves `generate` one token a row to choose: what the row's own chooser has chosen."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Sequence[Row], advance: Callable[[], None]) -> None:
+        self._rows, self._advance = rows, advance
         self.ended = [False] * len(rows)
         self.fault: str | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (rows, vocabulary) -> the same, -inf but for one token of each row."""
+        self._advance()
         going = [number for number, ended in enumerate(self.ended) if not ended]
         tokens = [PAD] * len(self._rows)
         verdicts = verify(

@@ -109,7 +109,8 @@ class Answers:
             # one, which is not counted.
             turn = first + parallel.rank
             batch = batches[turn] if turn < len(batches) else batches[0]
-            most = max(len(each) for each in batches[first : first + parallel.world])
+            turns = range(first, first + parallel.world)
+            most = max(len(batches[n if n < len(batches) else 0]) for n in turns)
             found = self._answer(model, batch, parallel, most)
             if turn < len(batches):
                 right += sum(a.is_right(q) for a, q in zip(found, batch, strict=True))
@@ -214,6 +215,7 @@ class Answers:
                 ends=stops,
                 together=parallel.spread,
                 calls=most,
+                advance=parallel.phases.advance,
             )
         answers = []
         for ids in found:

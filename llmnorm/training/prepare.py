@@ -42,6 +42,7 @@ from llmnorm.training.state import (
     trained_on,
     without_selection,
 )
+from llmnorm.training.stragglers import Stragglers
 from llmnorm.training.stretch import former_steps, stretched
 from llmnorm.training.teacher import NamedTeacher, give_teacher
 
@@ -69,6 +70,7 @@ class Prepared:
         micro_batch: rows that one process runs at once.
         noise_seed: step and rank are added to it, so that no random state is ever saved.
         selecting: chooses the rows of a step, where the run has a selection.
+        stragglers: which processes hold the others up.
     """
 
     config: RunConfig
@@ -93,6 +95,7 @@ class Prepared:
     micro_batch: int
     noise_seed: int
     selecting: Selecting | None
+    stragglers: Stragglers
 
     def batches(self) -> Iterator[list[MicroBatch]]:
         """Yield, without end, this process's micro-batches of each step from the run's next on.
@@ -160,6 +163,7 @@ def prepare(
     """
     parallel = Parallel(config.parallel, config.training)
     stack.callback(parallel.close)
+    parallel.watch(run.ranks)
     objective = config.objective.build(
         config,
         alone=parallel.world == 1,
@@ -182,9 +186,11 @@ def prepare(
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
         asynchronous=config.checkpoint.asynchronous,
+        phases=parallel.phases,
         rank=parallel.rank,
         world=parallel.world,
     )
+    parallel.calls.background = checkpoints.group
     stack.callback(checkpoints.wait)  # on the way out of an error too, while the lock is held
     if not dry_run:
         checkpoints.clean()
@@ -222,6 +228,7 @@ def prepare(
     if start is not None and not own:
         state = without_selection(state, start)
     progress, message = resume(checkpoints, start, state, data, parallel)
+    parallel.phases.step = progress.step
     parallel.weights_changed()  # what was loaded reaches the model under ZeRO too
     if message:
         parallel.say(message)
@@ -255,6 +262,7 @@ def prepare(
         micro_batch=micro_batch,
         noise_seed=_noise_seed(config.seed),
         selecting=selecting,
+        stragglers=Stragglers(parallel),
     )
 
 
@@ -274,11 +282,10 @@ def _micro_batch(config: RunConfig, objective: Objective, parallel: Parallel) ->
                 f"give at least {world}, or start fewer processes"
             )
         return micro_batch
-    if total % world:
-        raise InputError(
-            f"training.global_batch: {total} rows do not divide over {world} processes; "
-            f"the nearest that does is {max(1, round(total / world)) * world}"
-        )
+    try:
+        config.training.check_processes(world)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     share = total // world
     if share % micro_batch:
         nearest = min(

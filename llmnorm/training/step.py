@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmnorm.machine.phases import DEVICE, LOOP
 from llmnorm.models.foreign import Foreign
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.optim.fragments import master
@@ -21,7 +22,7 @@ from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
 from llmnorm.training.foreign import refuse_unused
 from llmnorm.training.prepare import Prepared
-from llmnorm.training.signals import StopRequest, agreed
+from llmnorm.training.signals import StopRequest
 
 
 class Outcome(NamedTuple):
@@ -54,17 +55,22 @@ def step(run: Prepared, micro_batches: list[MicroBatch], stop: StopRequest) -> O
     statistics as they were; it still advances the rows, the schedule and the moving average.
     """
     parallel, optimizer, progress = run.parallel, run.optimizer, run.progress
+    phases = parallel.phases
     torch.manual_seed(run.noise_seed + progress.step * 65_537 + parallel.rank)
     counts = count(micro_batches, parallel)
     loss = forward_backward(run.replica, micro_batches, counts[0], parallel)
+    phases.enter("exchange")
     norm = parallel.clip(run.parameters, run.config.training.max_grad_norm)
     run.hyperparameters.set(optimizer.param_groups, progress.step)
 
-    # One reduction serves the loss and the agreement to stop, one read everything.
-    reduced = parallel.reduce(torch.stack([loss, loss.new_full((), stop.exit_code)]))
+    # One reduction serves the loss, the agreement to stop and the processes' times; one read all.
+    mine = torch.stack([loss, loss.new_full((), stop.exit_code)])
+    reduced = parallel.reduce(torch.cat([mine, run.stragglers.slots(loss)]))
     read = torch.cat([reduced.double(), norm.double().view(1), counts.double()])
-    mean_loss, stopping, grad_norm, _, tokens = read.tolist()
-    exit_code = agreed(stop.exit_code, round(stopping))
+    with phases.waiting(DEVICE):
+        mean_loss, stopping, *seconds, grad_norm, _, tokens = read.tolist()
+    run.stragglers.hear(seconds, progress.step + 1)
+    exit_code = stop.agree(round(stopping))
     lr = optimizer.param_groups[0]["lr"]
     outcome = Outcome(mean_loss, grad_norm, lr, round(tokens), exit_code)
 
@@ -83,6 +89,8 @@ def step(run: Prepared, micro_batches: list[MicroBatch], stop: StopRequest) -> O
     progress.step += 1
     progress.row += run.config.pool
     progress.tokens += outcome.tokens
+    phases.enter(LOOP)
+    phases.end_step(progress.step)
     return outcome
 
 
@@ -107,9 +115,11 @@ def forward_backward(
     items = labels.clamp(min=1)
     total = torch.zeros((), device=parallel.device)
     for number, batch in enumerate(micro_batches):
+        parallel.phases.enter("forward")
         with parallel.accumulate(last=number == len(micro_batches) - 1):
             inputs = batch.inputs_on(parallel.device)
             loss = replica(**inputs, num_items_in_batch=items).loss
+        parallel.phases.enter("backward")
         parallel.backward(loss)
         total += loss.detach()
     parallel.collect_gradients()
@@ -133,7 +143,7 @@ def rehearse(run: Prepared, micro_batches: list[MicroBatch]) -> bool:
     buffers = {name: buffer.clone() for name, buffer in replica.named_buffers()}
     devices = [parallel.device] if parallel.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with parallel.phases.during("rehearsal"), torch.random.fork_rng(devices=devices):
             labels, _ = count(micro_batches, parallel)
             loss = parallel.reduce(forward_backward(replica, micro_batches, labels, parallel))
             finite = bool((loss + parallel.clip(run.parameters, 0.0)).isfinite())
