@@ -226,7 +226,8 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
     lora, merged = "no", "no"
     if isinstance(adapter, dict):
         left = f" ({', '.join(adapter['left_out'])})" if adapter["left_out"] else ""
-        lora, merged = f"{adapter['layers']}{left}", "yes"
+        same = _is_yes(adapter["peft"]) and _is_yes(adapter["merged"])
+        lora, merged = f"{adapter['layers']}{left}", "yes" if same else "no"
     ways = [row["ways"][0], row["ways"][1]]
     flags = ["yes" if _is_yes(row.get(key)) else "no" for key in ("recomputation", "sharded")]
     return [f"`{name}`", row["class"], *ways, flags[0], lora, flags[1], merged]
@@ -251,6 +252,10 @@ def _noes(row: dict[str, Any]) -> list[str]:
         if not _is_yes(value) and not isinstance(value, dict):
             found.append(f"{what}: {_plain(value)}")
     adapter = row.get("adapter")
+    if isinstance(adapter, dict):
+        for key, what in (("peft", "in plain PEFT"), ("merged", "merged")):
+            if not _is_yes(adapter[key]):
+                found.append(f"an adapter {what}: {_plain(adapter[key])}")
     if isinstance(adapter, dict) and adapter["without_gradient"]:
         found.append(f"adapters without a gradient: {', '.join(adapter['without_gradient'])}")
     return found
