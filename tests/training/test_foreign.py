@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from llmnorm import cli
 from llmnorm.models import adapters
 from llmnorm.part import InputError
 from llmnorm.training import foreign, loop
+from tests.distributed.processes import command, launch_environment
+from tests.distributed.processes import run as run_processes
 from tests.families import directory_of
 from tests.running import CHILDREN, PATIENCE, assert_same_run, llmnorm, metrics_of
 from tests.test_data.chats import save_tokenizer
@@ -136,6 +139,26 @@ def test_a_llama_of_transformers_learns_what_our_own_learns(
             assert found.get("exact_match") == wanted.get("exact_match")
     texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("own", "transformers")]
     assert texts[0] == texts[1] and texts[0].count("continuation") == 2
+
+
+def test_processes_evaluate_and_answer_as_one(place: Path, tmp_path: Path) -> None:
+    """Oracle: one process; of two that share the model one has more questions than the other."""
+    more = ["adapter=lora", "evaluation.answers=5", "evaluation.every=4"]
+    runs = {name: words(place, "chat", "mamba2", tmp_path / name, *more) for name in ("1", "2")}
+    llmnorm("train", *runs["1"])
+    found = run_processes(
+        partial(command, words=["train", *runs["2"], "parallel.sharding=fsdp2"]),
+        tmp_path / "processes",
+        environment=launch_environment("launch/accelerate/fsdp2.yaml"),
+    )
+    assert [answer[0] for answer in found] == [0, 0], found
+    alone, shared = (metrics_of(tmp_path / name) for name in runs)
+    assert [line["tokens"] for line in shared] == [line["tokens"] for line in alone]
+    wanted, figures = alone[-1]["validation"], shared[-1]["validation"]
+    assert figures["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert figures["exact_match"] == wanted["exact_match"]
+    texts = [(tmp_path / name / "samples.jsonl").read_text() for name in runs]
+    assert texts[0] == texts[1]
 
 
 def test_samples_are_the_classs_own(place: Path, tmp_path: Path) -> None:
