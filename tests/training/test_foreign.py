@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,14 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepared` makes, with a directory of each family that is trained here."""
+    return prepared(tmp_path_factory.mktemp("foreign"), [*RUNS, "llama"])
+
+
+def prepared(place: Path, families: Iterable[str]) -> Path:
     """Text, conversations and a directory of each family, all of one tokenizer."""
-    place = tmp_path_factory.mktemp("foreign")
     tokenizer = save_tokenizer(place / "tokenizer")
-    for family in [*RUNS, "llama"]:
+    for family in families:
         directory_of(family, place / family, tokenizer)
     text = [{"text": f"{n}+{n}? It is {2 * n}. " * (1 + n % 7)} for n in range(90)]
     chat = [
@@ -91,6 +96,14 @@ def test_a_run_goes_on_to_the_same_numbers(family: str, place: Path, tmp_path: P
     assert losses[-1] < losses[0]
 
 
+def killed(arguments: list[str], step: int) -> None:
+    """Train in a process of its own, which is killed by -9 in a step."""
+    process = CHILDREN.Process(target=_dies, args=(arguments, step))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
+
+
 def _dies(arguments: list[str], step: int) -> None:
     real = loop.step
 
@@ -108,10 +121,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(place: Path, tmp_path: Path) -
     more = ["adapter=lora", "training.trainable=norms"]
     arguments = [words(place, "text", "mamba2", tmp_path / n, *more) for n in "ab"]
     llmnorm("train", *arguments[0])
-    process = CHILDREN.Process(target=_dies, args=(arguments[1], 4))
-    process.start()
-    process.join(PATIENCE)
-    assert process.exitcode == -signal.SIGKILL
+    killed(arguments[1], 4)
     llmnorm("train", *arguments[1])
     assert_same_run(tmp_path / "a", tmp_path / "b", 4)
 
