@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from llmnorm import cli
 from llmnorm.models import adapters
 from llmnorm.part import InputError
 from llmnorm.training import foreign, loop
+from tests.distributed.processes import command, launch_environment
+from tests.distributed.processes import run as run_processes
 from tests.families import directory_of
 from tests.running import CHILDREN, PATIENCE, assert_same_run, llmnorm, metrics_of
 from tests.test_data.chats import save_tokenizer
@@ -36,10 +40,14 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepared` makes, with a directory of each family that is trained here."""
+    return prepared(tmp_path_factory.mktemp("foreign"), [*RUNS, "llama"])
+
+
+def prepared(place: Path, families: Iterable[str]) -> Path:
     """Text, conversations and a directory of each family, all of one tokenizer."""
-    place = tmp_path_factory.mktemp("foreign")
     tokenizer = save_tokenizer(place / "tokenizer")
-    for family in [*RUNS, "llama"]:
+    for family in families:
         directory_of(family, place / family, tokenizer)
     text = [{"text": f"{n}+{n}? It is {2 * n}. " * (1 + n % 7)} for n in range(90)]
     chat = [
@@ -88,6 +96,14 @@ def test_a_run_goes_on_to_the_same_numbers(family: str, place: Path, tmp_path: P
     assert losses[-1] < losses[0]
 
 
+def killed(arguments: list[str], step: int) -> None:
+    """Train in a process of its own, which is killed by -9 in a step."""
+    process = CHILDREN.Process(target=_dies, args=(arguments, step))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
+
+
 def _dies(arguments: list[str], step: int) -> None:
     real = loop.step
 
@@ -105,10 +121,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(place: Path, tmp_path: Path) -
     more = ["adapter=lora", "training.trainable=norms"]
     arguments = [words(place, "text", "mamba2", tmp_path / n, *more) for n in "ab"]
     llmnorm("train", *arguments[0])
-    process = CHILDREN.Process(target=_dies, args=(arguments[1], 4))
-    process.start()
-    process.join(PATIENCE)
-    assert process.exitcode == -signal.SIGKILL
+    killed(arguments[1], 4)
     llmnorm("train", *arguments[1])
     assert_same_run(tmp_path / "a", tmp_path / "b", 4)
 
@@ -136,6 +149,26 @@ def test_a_llama_of_transformers_learns_what_our_own_learns(
             assert found.get("exact_match") == wanted.get("exact_match")
     texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("own", "transformers")]
     assert texts[0] == texts[1] and texts[0].count("continuation") == 2
+
+
+def test_processes_evaluate_and_answer_as_one(place: Path, tmp_path: Path) -> None:
+    """Oracle: one process; of two that share the model one has more questions than the other."""
+    more = ["adapter=lora", "evaluation.answers=5", "evaluation.every=4"]
+    runs = {name: words(place, "chat", "mamba2", tmp_path / name, *more) for name in ("1", "2")}
+    llmnorm("train", *runs["1"])
+    found = run_processes(
+        partial(command, words=["train", *runs["2"], "parallel.sharding=fsdp2"]),
+        tmp_path / "processes",
+        environment=launch_environment("launch/accelerate/fsdp2.yaml"),
+    )
+    assert [answer[0] for answer in found] == [0, 0], found
+    alone, shared = (metrics_of(tmp_path / name) for name in runs)
+    assert [line["tokens"] for line in shared] == [line["tokens"] for line in alone]
+    wanted, figures = alone[-1]["validation"], shared[-1]["validation"]
+    assert figures["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert figures["exact_match"] == wanted["exact_match"]
+    texts = [(tmp_path / name / "samples.jsonl").read_text() for name in runs]
+    assert texts[0] == texts[1]
 
 
 def test_samples_are_the_classs_own(place: Path, tmp_path: Path) -> None:
