@@ -78,6 +78,7 @@ OTHERS: dict[str, dict[str, Any]] = {  # what sizes alone do not tell
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "xmod": {"default_language": "en_XX"},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "zaya": {"num_experts_per_tok": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
 }
 _LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types")

@@ -254,7 +254,11 @@ class _Looks:
         plain = isinstance(head, LanguageHead)
         fits = {"linear": plain, "own": True}
         for factor in (1.0, _LARGER):
-            wanted, hidden = self._own_logits(ids, factor)
+            asked = self._own_logits(ids, factor)
+            if asked is None:
+                fits = dict.fromkeys(fits, False)
+                break
+            wanted, hidden = asked
             for name in [name for name, so_far in fits.items() if so_far]:
                 try:
                     if name == "linear":
@@ -273,8 +277,11 @@ class _Looks:
         self._say("head", found)
         return way
 
-    def _own_logits(self, ids: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        """The class's logits where its base gives hidden states `factor` times as large; those."""
+    def _own_logits(self, ids: Tensor, factor: float) -> tuple[Tensor, Tensor] | None:
+        """The class's logits where its base gives hidden states `factor` times as large; those.
+
+        None where the class calls a part of its base and not the base itself (OPT).
+        """
         kept: list[Tensor] = []
 
         def enlarge(_: nn.Module, __: Any, output: Any) -> Any:
@@ -290,7 +297,7 @@ class _Looks:
             logits: Tensor = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
         finally:
             hook.remove()
-        return logits, kept[0]
+        return (logits, kept[0]) if kept else None
 
     @torch.no_grad()
     def _loss(self) -> None:

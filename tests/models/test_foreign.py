@@ -113,6 +113,17 @@ def test_loss_and_gradients_are_the_classs_own(family: str) -> None:
     assert distance(model, own) <= 1e-5
 
 
+class Past(LlamaForCausalLM):
+    """Its base's forward pass is called past the module, as OPT calls a part of its base."""
+
+    def forward(self, *args: Any, labels: Any = None, **given: Any) -> Any:
+        logits = self.lm_head(type(self.model).forward(self.model, *args, **given)[0])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size)
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
 class Capped(LlamaForCausalLM):
     """A head with a cap that no configuration names."""
 
@@ -215,6 +226,16 @@ def test_what_no_configuration_says_is_seen(kind: type[PreTrainedModel], ways: W
         model.ways = Ways("positions", "linear")
         train_step(model)
         assert distance(model, own) > 1e-4
+
+
+def test_a_class_whose_base_is_not_called_gives_all_its_logits() -> None:
+    """Oracle: the class's own loss and gradients."""
+    own = broken(Past)
+    model = looked(with_weights(own))
+    assert model.ways == ("positions", "logits")
+    found, wanted = train_step(model), own_step(own)
+    assert abs(found - wanted) <= 1e-5 * wanted
+    assert distance(model, own) <= 1e-5
 
 
 @pytest.mark.parametrize(
