@@ -18,6 +18,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -68,7 +69,15 @@ def foreign_targets(
         raise InputError(
             f"adapter.targets: {type(skeleton).__name__} has no linear layer in its blocks"
         )
-    names = [name for name in asked if _is_plain(skeleton.get_submodule(name))]
+    plain: dict[type[nn.Module], bool] = {}
+    names = []
+    for name in asked:
+        module = skeleton.get_submodule(name)
+        kind = type(module)
+        if kind not in plain:
+            plain[kind] = _is_plain(module)
+        if plain[kind]:
+            names.append(name)
     reason = "" if names else "its class computes something else than a linear layer"
     while names:
         wrapped, reason = _wrapped(skeleton, settings, names)
@@ -144,9 +153,27 @@ def _asked(model: PreTrainedModel, targets: list[str] | str, blocks: Sequence[st
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer computes what its base class does: PEFT adds B A x to that."""
-    base = Conv1D if isinstance(module, Conv1D) else nn.Linear
-    return type(module).forward is base.forward
+    """Whether a linear layer computes W x + b, to which PEFT adds B A x.
+
+    A class with a forward pass of its own may: Falcon's does, a router or grouped products do not.
+    So that is looked at, in a copy with numbers.
+    """
+    if isinstance(module, Conv1D) or type(module).forward is nn.Linear.forward:
+        return True
+    copy: Any = deepcopy(module).to_empty(device="cpu").float()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.normal_(generator=draw)
+        given = torch.randn(1, 3, copy.in_features, generator=draw)
+        wanted = F.linear(given, copy.weight, copy.bias)
+        try:
+            found = copy(given)
+        except Exception:  # of any kind: it is the class's own code
+            return False
+    return isinstance(found, torch.Tensor) and bool(
+        found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+    )
 
 
 def _wraps(skeleton: PreTrainedModel, settings: LowRankSettings, names: list[str]) -> bool:

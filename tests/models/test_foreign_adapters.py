@@ -122,16 +122,21 @@ def test_first_values_change_nothing_in_transposed_layers() -> None:
 
 
 def test_a_linear_layer_that_computes_something_else_gets_none() -> None:
-    """Oracle: a class whose own forward pass no sum of two products is."""
+    """Oracle: a class whose forward pass is no product, and one that writes the product out."""
 
     class Grouped(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input).tanh()
 
+    class Written(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return input @ self.weight.T
+
     config = configuration("llama")
     kind = class_of(config)
     model = skeleton(kind, config)
     model.get_submodule("model.layers.1.mlp.down_proj").__class__ = Grouped
+    model.get_submodule("model.layers.0.mlp.up_proj").__class__ = Written
     blocks = [*empty_foreign(kind, config).units()]
     found = foreign_targets(model, LORA, blocks)
     assert found.left_out == ["model.layers.1.mlp.down_proj"] and len(found.names) == 13
