@@ -40,7 +40,7 @@ def run(parsed: argparse.Namespace, _: list[str]) -> None:
         raise InputError(f"--type: belongs to a .gguf file, and {parsed.target} is a directory")
 
     import_modules(parsed.imports, "--import")
-    describe(parsed.path, "export")
+    describe(parsed.path, "export", classes="auto")
 
     which = {"average": parsed.average, "ema": parsed.ema, "checkpoint": parsed.checkpoint}
     if as_file:

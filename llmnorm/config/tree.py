@@ -16,6 +16,7 @@ from llmnorm.config.adapter import (
     NoAdapterSettings,
     frozen_refusal,
 )
+from llmnorm.config.foreign import foreign_refusal
 from llmnorm.config.serving import ServingSettings
 from llmnorm.config.values import Count, LocalPath, Rows, Seed
 from llmnorm.data.settings import DataSettings, TokenizerSettings
@@ -27,6 +28,7 @@ from llmnorm.optim.settings import AdamWSettings, Optimizer
 from llmnorm.part import Settings
 from llmnorm.selection.settings import NoSelectionSettings, Selection, SelectionSettings
 
+Share = Annotated[float, Field(ge=0, lt=1)]
 # accelerate's trackers. Asking accelerate would import torch, so they are written here.
 Tracker = Literal[
     "aim",
@@ -359,13 +361,28 @@ class RunModelSettings(ModelSettings):
 
     pretrained: LocalPath | None = None
     """Start from the weights in this directory with a new optimizer: a run (its newest checkpoint),
-    RUN/checkpoints/step_N, an exported model, or a Llama, Mistral, Qwen2 or Qwen3 with safetensors
-    files. It brings the model's settings (beside it only dropout, max_position_embeddings and
-    export_as may be given) and, where the file has no `tokenizer` section, its tokenizer."""
+    RUN/checkpoints/step_N, an exported model, or any causal language model of transformers with
+    safetensors files. It brings the model's settings (beside it only dropout,
+    max_position_embeddings and export_as may be given) and, where the file has no `tokenizer`
+    section, its tokenizer."""
+    classes: Literal["auto", "own", "transformers"] = "auto"
+    """Whose class the model of a stock directory is: llmnorm's `own` (Llama, Mistral, Qwen2 and
+    Qwen3: faster, with all parts), or the one that `transformers` has for it, whose configuration
+    nothing here changes. `auto`: our own where it fits."""
+    trust_remote_code: bool = False
+    """Run the code that lies in the directory of a class that transformers does not have."""
+    dropout: Share | Literal["config"] = 0.0  # type: ignore[assignment]
+    """Share of each mixer's and MLP's output that is dropped in training. Of a class of
+    transformers 0 or `config`: dropout and router noise as its config.json has them."""
     quantize: Literal["nf4"] | None = None
     """`nf4`: store the linear layers of the blocks in 4 bits beside an adapter (QLoRA: Dettmers et
     al. 2023, arXiv 2305.14314); one process, needs `llmnorm[quant]`. Left out, weights that are not
     trained are stored in the dtype of the products."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the model is of a class of transformers."""
+        return self.classes == "transformers"
 
 
 class RunConfig(Settings):
@@ -439,6 +456,8 @@ class RunConfig(Settings):
             why = self.selection.refusal(self)
             if why is not None:
                 raise ValueError(why)
+        if (why := foreign_refusal(self)) is not None:
+            raise ValueError(why)
         return self
 
     @property

@@ -299,9 +299,12 @@ def next_commands(run: RunDirectory, config: RunConfig, *, early: bool = False) 
     longer = "training.steps=N"
     if early and config.evaluation.patience is not None:  # it may have been taken away since
         longer = f"{PATIENCE}={2 * config.evaluation.patience} (null: to its last step)"
+    uses = config.objective.uses(str(run.path))
+    if config.model.foreign:  # not every class of transformers can be served
+        uses = f"use elsewhere: llmnorm export {run.path} DIR"
     return (
         f"everything lies in {run.path}: config.yaml, metrics.jsonl, checkpoints/, plots/\n"
-        f"  {config.objective.uses(str(run.path))}\n"
+        f"  {uses}\n"
         f"  train longer:  llmnorm train {run.path} {longer}"
     )
 

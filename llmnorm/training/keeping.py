@@ -16,10 +16,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmnorm.config.saved import to_tree
 from llmnorm.machine.failures import DIVERGED
 from llmnorm.models.flops import flops_per_token
+from llmnorm.models.foreign import Foreign
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.parallel.processes import Interrupted
 from llmnorm.part import InputError
@@ -191,7 +193,7 @@ def save(run: Prepared, metrics: Metrics) -> None:
         "data": data.identity,
         "environment": environment(run.parallel),
         "config": to_tree(run.config.model_copy(update={"run_dir": None})),
-        "model": json.loads(run.model.config.to_json_string()),
+        "model": json.loads(_configuration(run.model).to_json_string()),
         "sources": data.sizes(),
         "llmnorm": run_directory.version(),
     }
@@ -204,6 +206,11 @@ def save(run: Prepared, metrics: Metrics) -> None:
     with run.parallel.phases.during("save"), metrics.pause():
         run.checkpoints.save(progress.step, run.state, meta)
     run.saved = progress.step
+
+
+def _configuration(model: PreTrainedModel) -> PreTrainedConfig:
+    """What a checkpoint says of the model: of a class of transformers what its directory said."""
+    return model.saved_config if isinstance(model, Foreign) else model.config
 
 
 def evaluation_at_start(run: Prepared) -> tuple[bool, float | None]:

@@ -15,6 +15,7 @@ import torch
 
 from llmnorm.config.tree import RunConfig
 from llmnorm.machine.phases import END, LOOP
+from llmnorm.models.foreign import Foreign
 from llmnorm.parallel.check import check
 from llmnorm.runs import directory as run_directory
 from llmnorm.runs.account import Account, Timekeeper, read_account
@@ -22,6 +23,7 @@ from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.metrics import keep_until
 from llmnorm.runs.restarts import Restarts
 from llmnorm.runs.trackers import check as check_trackers
+from llmnorm.training.foreign import say_first_step
 from llmnorm.training.keeping import (
     Diverged,
     due,
@@ -86,7 +88,9 @@ def train(
         if not finished:
             first = prepared.unselected()
             check(parallel, prepared.model, torch.cat([batch.rows for batch in first]))
-            rehearse(prepared, first)
+            finite = rehearse(prepared, first)
+            if isinstance(prepared.model, Foreign):
+                say_first_step(prepared.config, prepared.model, first, finite, parallel)
         if dry_run:
             parallel.say("dry run: every check passed; nothing was trained, nothing written")
             return 0

@@ -14,8 +14,10 @@ from llmnorm.checkpoints.checkpoints import Checkpoints, State
 from llmnorm.config.tree import RunConfig
 from llmnorm.models import nf4
 from llmnorm.models.adapters import rate_factors
+from llmnorm.models.foreign import Foreign
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.norms.running import RunningStatistics
+from llmnorm.objectives.apart import as_asked
 from llmnorm.objectives.contract import MicroBatch, Objective
 from llmnorm.optim.build import raise_rates
 from llmnorm.optim.fragments import master, whole_shape
@@ -28,6 +30,7 @@ from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lock import RunLock
 from llmnorm.selection.settings import SelectionSettings
 from llmnorm.training.ema import EMA
+from llmnorm.training.foreign import foreign_model, looked_at
 from llmnorm.training.model import Base, run_model
 from llmnorm.training.selecting import Selecting
 from llmnorm.training.state import (
@@ -74,7 +77,7 @@ class Prepared:
     directory: RunDirectory
     parallel: Parallel
     objective: Objective
-    model: LlmNormForCausalLM
+    model: LlmNormForCausalLM | Foreign
     base: Base | None
     teacher: NamedTeacher | None
     replica: nn.Module
@@ -112,13 +115,14 @@ class Prepared:
         return next(self._in_order(self.progress.row if first_row is None else first_row))
 
     def _in_order(self, first_row: int) -> Iterator[list[MicroBatch]]:
-        return self.objective.batches(
+        steps = self.objective.batches(
             first_row,
             global_batch=self.config.training.rows,
             rank=self.parallel.rank,
             world=self.parallel.world,
             micro_batch=self.micro_batch,
         )
+        return (as_asked(self.model, step, self.parallel) for step in steps)
 
     def describe(self) -> str:
         """What the run reads, a line a source; its processes, its size and its length."""
@@ -196,7 +200,8 @@ def prepare(
     # Model, layout, optimizer, schedule. A branch may learn from another teacher than its parent.
     teacher = give_teacher(config, objective, parallel, start.meta if start and own else {})
     ends = end_tokens(config, start, objective.ends)
-    model, fill, base = run_model(config, objective, parallel, start, ends)
+    make = foreign_model if config.model.foreign else run_model
+    model, fill, base = make(config, objective, parallel, start, ends)
     replica = parallel.prepare(model, fill)
     statistics = RunningStatistics(model, parallel.reduce)
     groups = split(model)
@@ -227,6 +232,8 @@ def prepare(
     parallel.weights_changed()  # what was loaded reaches the model under ZeRO too
     if message:
         parallel.say(message)
+    if isinstance(model, Foreign):
+        looked_at(config, model, parallel)
     before = None
     if start is not None and own:
         before = former_steps(start, data.rows, data.context_length)
