@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmnorm.commands.arguments import add_config
@@ -73,6 +74,7 @@ def _train(
 ) -> int:
     from llmnorm.machine.gpus import check_gpu, launch_hint
     from llmnorm.runs import directory
+    from llmnorm.runs.address import Remote, on_this_machine
 
     config, automatic = resolve_auto(config)
     if parsed.print_groups:
@@ -85,10 +87,20 @@ def _train(
 
         print(memory_table(config))
         return 0
-    assert config.run_dir is not None
+    config, address = on_this_machine(config)
+    assert isinstance(config.run_dir, Path)
     is_own = parsed.config.is_dir() and parsed.config.resolve() == config.run_dir.resolve()
-    run = directory.agree(config, going_on=is_own)
-    if directory.finished(run, config):
+    run, remote = directory.RunDirectory(config.run_dir), None
+    if address is not None:
+        from llmnorm.remote.objects import open_store
+
+        remote = Remote(address, going_on=is_own)
+        store = open_store(address, "run_dir")  # its package may be missing
+        if parsed.dry_run:
+            store.names()
+    if remote is None or parsed.dry_run:
+        directory.agree(config, going_on=is_own)
+    if remote is None and directory.finished(run, config):
         early = directory.ended_early(run)
         why = f"; {directory.PATIENCE} has ended it early" if early else ""
         print(f"{run.path} is finished (step {directory.step_in(run.done)}{why})")
@@ -109,6 +121,7 @@ def _train(
         dry_run=parsed.dry_run,
         profile=parsed.profile,
         stop=stop,
+        remote=remote,
     )
 
 

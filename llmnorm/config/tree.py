@@ -6,6 +6,7 @@ that a mistake is answered at once.
 """
 
 import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -17,7 +18,7 @@ from llmnorm.config.adapter import (
     frozen_refusal,
 )
 from llmnorm.config.serving import ServingSettings
-from llmnorm.config.values import Count, LocalPath, Rows, Seed
+from llmnorm.config.values import Count, LocalPath, Place, Rows, Seed
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.nn.mixers.settings import MixerSettings
 from llmnorm.nn.settings import ModelSettings
@@ -172,6 +173,9 @@ class CheckpointSettings(Settings):
     """Keep the one with the lowest validation loss too."""
     asynchronous: bool = False
     """Copy the state and write it in the background while training goes on."""
+    local: LocalPath | None = None
+    """Where a run works whose `run_dir` is an address; left out, `runs/<last name of the
+    address>`."""
 
 
 class ParallelSettings(Settings):
@@ -342,8 +346,10 @@ class RunModelSettings(ModelSettings):
 class RunConfig(Settings):
     """The whole of a run."""
 
-    run_dir: LocalPath | None = None
-    """Where the run lives; left out, `runs/<name of the configuration file>`."""
+    run_dir: Place | None = None
+    """Where the run lives; left out, `runs/<name of the configuration file>`. Of an address
+    (`s3://bucket/run`; needs `llmnorm[remote]`) the run works in `checkpoint.local` and is copied
+    there."""
     seed: Seed = 0
     """Seed of the initial weights and of all randomness in training."""
     imports: list[str] = []
@@ -386,6 +392,11 @@ class RunConfig(Settings):
             raise ValueError(
                 f"data.context_length {self.data.context_length} is more than "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        if self.checkpoint.local is not None and isinstance(self.run_dir, Path):
+            raise ValueError(
+                f"checkpoint.local is for a run_dir that is an address (s3://bucket/run), and "
+                f"run_dir is {self.run_dir}; leave one of them out"
             )
         warmup, steps = getattr(self.schedule, "warmup", 0), self.training.steps
         if steps is not None and warmup >= max(steps, 2):

@@ -10,6 +10,7 @@ Whatever is wrong is an `InputError` that begins with the file, so that no calle
     read_settings(path, cls)     a JSON object, checked by a settings class
     json_lines(path)             the lines of a .jsonl file, broken ones included
     local_path(text)             text that a user typed, as a path of this machine
+    is_address(text)             whether it is an address of a store instead
 
 What would surprise: lines end at `\\n` alone. `str.splitlines` also splits at U+2028 and ten other
 characters, which stand inside of JSON strings. JSON from outside may hold NaN and Infinity; what we
@@ -266,6 +267,25 @@ def judge(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
     except InputError as error:
         return None, str(error)
     return (value, None) if isinstance(value, dict) else (None, f"it is {_json_kind(value)}")
+
+
+def is_address(text: str) -> bool:
+    """Whether text names a place in a store (`s3://bucket/run`), not a path or a file:// URL."""
+    return bool(_SCHEME.match(text)) and not text.startswith("file://")
+
+
+def check_address(text: str) -> str:
+    """An address of a store without a slash at its end.
+
+    Raises:
+        ValueError: it names no place below a bucket, or leads back with `..`.
+    """
+    address = text.rstrip("/")
+    _, _, rest = address.partition("://")
+    names = rest.split("/")
+    if len(names) < 2 or "" in names or not {".", ".."}.isdisjoint(names) or not rest.isprintable():
+        raise ValueError(f"'{text}' is no place in a store; write SCHEME://BUCKET/NAME")
+    return address
 
 
 def local_path(text: str) -> Path:

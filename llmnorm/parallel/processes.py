@@ -302,6 +302,24 @@ class Parallel:
         if self.reduce(torch.tensor(float(error is not None), device=self.device)):
             raise error or InputError("the main process stopped; its message says why")
 
+    def on_main_until(self, part: Callable[[], bool]) -> None:
+        """Call `part` on the main process again and again, until it returns True.
+
+        The others wait for one part at a time, so that work of any length is no process that does
+        not answer.
+
+        Raises:
+            InputError: as `on_main`.
+        """
+        over = torch.zeros((), device=self.device)
+
+        def once() -> None:
+            over.fill_(float(part()))
+
+        while not self.reduce(over):
+            self.on_main(once)
+            self.phases.advance()
+
     def poll(self) -> None:
         """Leave an evaluation where a process was asked to stop.
 

@@ -85,6 +85,11 @@ class RunDirectory(NamedTuple):
         return self.path / "plots"
 
     @property
+    def remote(self) -> Path:
+        """The address that this directory is copied up to; a line. It belongs to this machine."""
+        return self.path / "run.remote"
+
+    @property
     def done(self) -> Path:
         """Exists when the run has reached its last step, or `evaluation.patience` has ended it
         before; holds the step's number, in the second case `evaluation.patience` below it."""
@@ -126,7 +131,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
         InputError: the directory cannot be made, or holds other files or another run, whose
             differing keys are listed; its record cannot be read, or its checkpoints are gone.
     """
-    assert config.run_dir is not None
+    assert isinstance(config.run_dir, Path)
     run = RunDirectory(config.run_dir)
     if not run.path.exists():
         above = next(path for path in run.path.absolute().parents if path.exists())
@@ -138,8 +143,9 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
     if not run.path.is_dir():
         raise InputError(f"run_dir: {run.path} is a file")
     if not run.config.exists():
-        # A process that was killed in its first moments leaves only these two.
-        others = [p.name for p in run.path.iterdir() if p.name not in ("run.lock", "config.tmp")]
+        # A process that was killed in its first moments leaves only these.
+        own = ("run.lock", "config.tmp", run.remote.name)
+        others = [p.name for p in run.path.iterdir() if p.name not in own]
         if run.checkpoints.name in others:
             raise InputError(
                 f"run_dir: {run.path} has checkpoints, but no config.yaml; bring it back (each "

@@ -196,6 +196,8 @@ def save(run: Prepared, metrics: Metrics) -> None:
     if run.teacher is not None:
         meta["teacher"] = {"path": str(run.teacher.path), "hash": run.teacher.hash}
     with run.parallel.phases.during("save"), metrics.pause():
+        if run.elsewhere is not None:
+            run.elsewhere.check()
         run.checkpoints.save(progress.step, run.state, meta)
     run.saved = progress.step
 

@@ -17,6 +17,7 @@ from llmnorm.config.tree import RunConfig
 from llmnorm.machine.phases import LOOP
 from llmnorm.parallel.check import check
 from llmnorm.runs import directory as run_directory
+from llmnorm.runs.address import Remote
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.metrics import keep_until
 from llmnorm.runs.trackers import check as check_trackers
@@ -47,6 +48,7 @@ def train(
     dry_run: bool = False,
     profile: str | None = None,
     stop: StopRequest | None = None,
+    remote: Remote | None = None,
 ) -> int:
     """Train until the configured length or a signal; what is to be typed then is printed.
 
@@ -58,6 +60,8 @@ def train(
         dry_run: stop after the checks that precede the first step.
         profile: "time" or "memory": what a few steps are profiled for.
         stop: notes signals already; from the first step on it only notes them.
+        remote: what the run directory is copied up to, where it is an address; whether the two
+            agree is then checked here.
 
     Returns:
         The exit code: 0, or that of a signal (`signals.EXIT_CODES`), after which all is saved.
@@ -68,7 +72,15 @@ def train(
     """
     check_trackers(config.logging)
     with ExitStack() as stack:
-        prepared = prepare(config, run, stack, data_command=data_command, dry_run=dry_run)
+        prepared = prepare(
+            config,
+            run,
+            stack,
+            data_command=data_command,
+            dry_run=dry_run,
+            remote=remote,
+            asked=lambda: stop.exit_code if stop else 0,
+        )
         parallel, progress, steps = prepared.parallel, prepared.progress, prepared.steps
         phases = parallel.phases
         finished = progress.step >= steps

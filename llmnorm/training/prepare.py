@@ -3,7 +3,7 @@
 `prepare` refuses what can be refused, and writes nothing into the run directory but its lock.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoints, State
+from llmnorm.checkpoints.store import Keep
 from llmnorm.config.tree import RunConfig
 from llmnorm.models import nf4
 from llmnorm.models.adapters import rate_factors
@@ -24,8 +25,10 @@ from llmnorm.optim.schedule import HyperparameterSchedule
 from llmnorm.parallel.check import describe
 from llmnorm.parallel.processes import Parallel, local
 from llmnorm.part import InputError
-from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.address import Remote
+from llmnorm.runs.directory import RunDirectory, agree
 from llmnorm.runs.lock import RunLock
+from llmnorm.runs.remote_run import RemoteRun
 from llmnorm.selection.settings import SelectionSettings
 from llmnorm.training.ema import EMA
 from llmnorm.training.model import Base, run_model
@@ -66,6 +69,7 @@ class Prepared:
         micro_batch: rows that one process runs at once.
         noise_seed: step and rank are added to it, so that no random state is ever saved.
         selecting: chooses the rows of a step, where the run has a selection.
+        elsewhere: copies the run directory up, where it is an address.
     """
 
     config: RunConfig
@@ -90,6 +94,7 @@ class Prepared:
     micro_batch: int
     noise_seed: int
     selecting: Selecting | None
+    elsewhere: RemoteRun | None
 
     def batches(self) -> Iterator[list[MicroBatch]]:
         """Yield, without end, this process's micro-batches of each step from the run's next on.
@@ -140,7 +145,14 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig, run: RunDirectory, stack: ExitStack, *, data_command: str, dry_run: bool
+    config: RunConfig,
+    run: RunDirectory,
+    stack: ExitStack,
+    *,
+    data_command: str,
+    dry_run: bool,
+    remote: Remote | None = None,
+    asked: Callable[[], int] = lambda: 0,
 ) -> Prepared:
     """Join the processes, open the data, build the model, and load the newest checkpoint.
 
@@ -150,12 +162,26 @@ def prepare(
         stack: gets what must be closed at the end: process group, lock, the last save.
         data_command: prepares the data; quoted where it is missing.
         dry_run: neither lock the directory nor tidy its checkpoints.
+        remote: what the run directory is copied up to, where it is an address. The directory is
+            then checked here, after it was brought up to the store.
+        asked: not 0 where this process was asked to stop.
 
     Raises:
         InputError: something that the user can mend.
     """
     parallel = Parallel(config.parallel, config.training)
     stack.callback(parallel.close)
+
+    def lock() -> None:
+        stack.enter_context(RunLock(run.path))
+
+    keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
+    elsewhere = None
+    if remote is not None and not dry_run:
+        parallel.on_main(lock)
+        elsewhere = RemoteRun(remote.address, run, keep, parallel, asked)
+        stack.enter_context(elsewhere)
+        agree(config, going_on=remote.going_on)
     objective = config.objective.build(
         config,
         alone=parallel.world == 1,
@@ -167,20 +193,18 @@ def prepare(
     steps = config.total_steps(data.rows)
 
     # The run directory, and the checkpoint to start from.
-    def lock() -> None:
-        stack.enter_context(RunLock(run.path))
-
-    if not dry_run:
+    if remote is None and not dry_run:
         parallel.on_main(lock)
     checkpoints = Checkpoints(
         run.checkpoints,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        keep_best=config.checkpoint.keep_best,
+        keep=keep.newest,
+        keep_every=keep.every,
+        keep_best=keep.best,
         asynchronous=config.checkpoint.asynchronous,
         phases=parallel.phases,
         rank=parallel.rank,
         world=parallel.world,
+        needed=None if elsewhere is None else elsewhere.needs,
     )
     stack.callback(checkpoints.wait)  # on the way out of an error too, while the lock is held
     if not dry_run:
@@ -250,6 +274,7 @@ def prepare(
         micro_batch=micro_batch,
         noise_seed=_noise_seed(config.seed),
         selecting=selecting,
+        elsewhere=elsewhere,
     )
 
 

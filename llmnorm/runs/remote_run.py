@@ -1,0 +1,163 @@
+"""A run whose directory is an address: the lease, the way down, the copying up, and the end.
+
+    lease.py     one process at a time trains in the run, from whatever machine
+    download.py  before the run is looked at: what the store has more of it
+    upload.py    while it trains: everything that it writes, in a thread
+    here         the order of these, the wait at the end, and who of several processes does what
+
+The run itself knows of none of this: it works in a directory of this machine. The main process does
+all of it; the others only learn of its errors.
+"""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from llmnorm.checkpoints.store import Keep
+from llmnorm.parallel.processes import Parallel
+from llmnorm.part import InputError
+from llmnorm.remote.lease import Lease
+from llmnorm.remote.objects import ObjectStore, open_store
+from llmnorm.runs.address import bind
+from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.download import bring_down
+from llmnorm.runs.upload import Left, There, Upload
+
+PATIENCE = 600.0  # seconds at the end of a run in which nothing goes up, before it gives up
+HURRY = 20.0  # the same of a run that was stopped or has failed, over all
+PART = 10.0  # seconds between two lines that say what is still to go up
+
+
+class RemoteRun:
+    """Context manager around a run that is copied up to a store; on every process.
+
+    On entry the lease is taken and the directory of this machine gets what the store has more. On
+    exit everything that is left is copied up, for which a run that has ended well waits.
+
+    Args:
+        address: what the run is copied up to.
+        run: its directory on this machine, locked by this process.
+        keep: which checkpoints are kept, here and there.
+        parallel: the processes.
+        asked: not 0 where this process was asked to stop.
+
+    Raises:
+        StoreError: on entry, if the store does not answer, or refuses.
+        InputError: on entry, if another process trains in the run, or the directory is that of
+            another; on exit, if the run has ended well and something did not get up.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        run: RunDirectory,
+        keep: Keep,
+        parallel: Parallel,
+        asked: Callable[[], int],
+    ) -> None:
+        self._run, self._keep, self._parallel, self._asked = run, keep, parallel, asked
+        self._store: ObjectStore = open_store(address, "run_dir")
+        self._lease = Lease(self._store, say=parallel.say)
+        self._upload: Upload | None = None
+
+    def __enter__(self) -> "RemoteRun":
+        """Take the lease, bring down what is missing, and begin to copy up."""
+        parallel, there = self._parallel, There()
+        parallel.on_main(self._take)
+        files = bring_down(self._run, self._store, there, parallel.say)
+        try:
+            parallel.on_main_until(lambda: next(files, self) is self)
+            parallel.on_main(lambda: bind(self._run, self._store.address))
+        except BaseException:
+            self._give_back()
+            raise
+        if parallel.is_main:
+            self._upload = Upload(
+                self._run, self._store, self._keep, there, lambda: self._lease.sure
+            )
+            self._upload.start()
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> None:
+        """Wait until everything is up, then give the lease back."""
+        try:
+            if self._upload is not None:
+                self._upload.finish()
+            if error is None:
+                self._wait_for_all()
+            elif self._upload is not None and not self._upload.is_up(self._patience_on_error()):
+                self._parallel.say(f"llmnorm: note: {self._what_is_left(self._upload.left())}")
+        finally:
+            if self._upload is not None:
+                self._upload.stop()
+            self._give_back()
+
+    def needs(self, step: int) -> bool:
+        """Whether the checkpoint of a step must not be removed from this machine yet."""
+        return self._upload is not None and self._upload.needs(step)
+
+    def check(self) -> None:
+        """Refuse to go on where another process has taken the run over; on every process.
+
+        Raises:
+            InputError: it has.
+        """
+
+        def held() -> None:
+            if self._lease.lost is not None:
+                raise InputError(self._lease.lost)
+
+        self._parallel.on_main(held)
+
+    def _take(self) -> None:
+        self._lease.__enter__()
+
+    def _give_back(self) -> None:
+        if self._parallel.is_main:
+            self._lease.__exit__()
+
+    def _patience_on_error(self) -> float:
+        return 0.0 if self._lease.lost is not None else HURRY
+
+    def _wait_for_all(self) -> None:
+        """Wait on all processes until everything is up, or there is no hope that it will be.
+
+        Raises:
+            InputError: it is not, and the run was not stopped either.
+        """
+        start = moved_at = time.monotonic()
+        moved = -1
+        stopped = self._run.preempted.exists() and not self._run.done.exists()
+
+        def is_over() -> bool:
+            nonlocal moved, moved_at
+            assert self._upload is not None
+            if self._upload.is_up(PART if moved >= 0 else min(1.0, PART)):
+                return True
+            now, bytes_moved, left = time.monotonic(), self._store.moved.bytes, self._upload.left()
+            if bytes_moved > moved:
+                moved, moved_at = bytes_moved, now
+            hopeless = self._lease.lost is not None or now - moved_at > PATIENCE
+            hurried = stopped and now - start > HURRY
+            if hopeless or hurried or (not stopped and self._asked()):
+                text = self._what_is_left(left)
+                if not stopped:
+                    raise InputError(text)
+                self._parallel.say(f"llmnorm: note: {text}")
+                return True
+            problem = f" ({self._upload.problem})" if self._upload.problem else ""
+            self._parallel.say(f"copying up to {self._store.address}: {left} left{problem}")
+            return False
+
+        self._parallel.on_main_until(is_over)
+
+    def _what_is_left(self, left: Left) -> str:
+        assert self._upload is not None
+        why = self._lease.lost or self._upload.problem or "it takes too long"
+        why = why.removeprefix(f"{self._store.address}: ")
+        return (
+            f"{self._store.address}: {left} did not get up: {why}; they are whole in "
+            f"{self._run.path}, and this copies them up: llmnorm train {self._run.path}"
+        )
