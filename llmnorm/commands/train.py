@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmnorm.commands.arguments import add_config
+from llmnorm.commands.arguments import place
 from llmnorm.commands.configured import load_config, note, resolve_auto
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ TAKES_SETTINGS = True
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG, and what to do before or instead of training."""
-    add_config(parser)
+    help = "YAML file, llmnorm:NAME, run directory, or its address (s3://...)"
+    parser.add_argument("config", type=place, metavar="CONFIG", help=help)
     parser.add_argument(
         "--dry-run", action="store_true", help="stop after the checks before the first step"
     )
@@ -41,7 +42,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
     """Train a configuration, or go on with a run."""
+    bring_here(parsed, overrides)
     return start(parsed, overrides, load_config(parsed.config, overrides))
+
+
+def bring_here(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Put the directory of this machine in the place of a run's address."""
+    if isinstance(parsed.config, str):
+        from llmnorm.runs.address import fetch_settings
+
+        parsed.config = fetch_settings(parsed.config, overrides)
 
 
 def start(

@@ -195,7 +195,9 @@ class ObjectStore:
             text = f"{self.address}: does not answer (not done after {seconds:.0f} s)"
             raise StoreError(text) from error
         except FileNotFoundError as error:
-            raise Absent(f"{self.address}: not found ({_reason(error)})") from error
+            path = next(text for text in map(str, arguments) if text.startswith(self._root))
+            what = path.removeprefix(self._root).lstrip("/") or "object"
+            raise Absent(f"{self.address}: there is no {what} ({_reason(error)})") from error
         except Exception as error:
             raise StoreError(f"{self.address}: {_explained(error)}") from error
 

@@ -3,15 +3,17 @@
 The directory has a file `run.remote` that holds the address, so that `llmnorm train DIRECTORY` goes
 on copying it up. This file is of this machine, and is itself not copied.
 
-Nothing here imports torch or asks a store, so that a mistake is answered at once.
+Nothing here imports torch, so that a mistake is answered at once.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from llmnorm.config.tree import RunConfig
 from llmnorm.machine.files import write_whole
-from llmnorm.machine.reading import check_address, is_address, read_text
+from llmnorm.machine.reading import check_address, is_address, local_path, read_text
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 
@@ -49,6 +51,45 @@ def on_this_machine(config: RunConfig) -> tuple[RunConfig, str | None]:
     return config.model_copy(update={"run_dir": path}), address
 
 
+def fetch_settings(address: str, overrides: Sequence[str]) -> Path:
+    """The directory of this machine for the run at an address, with the run's settings.
+
+    Where the directory is new, settings and tokenizer are fetched; all else comes down when the run
+    begins (download.py).
+
+    Args:
+        address: of the run.
+        overrides: what was typed; the directory is `checkpoint.local` there, if it is among them.
+
+    Raises:
+        StoreError: the store does not answer, or refuses.
+        InputError: there is no run; the directory is of another, or cannot be written.
+    """
+    from llmnorm.remote.objects import open_store
+
+    typed = [text.partition("=")[2] for text in overrides if text.startswith("checkpoint.local=")]
+    try:
+        path = local_path(typed[-1] if typed else f"runs/{address.rpartition('/')[2]}")
+    except ValueError as error:
+        raise InputError(f"checkpoint.local: {error}") from None
+    run = RunDirectory(path)
+    other = _address_of(run)
+    if run.config.exists() and other != address:
+        has = f"is copied up to {other}" if other else "is another run"
+        raise InputError(f"{run.path} {has}; give checkpoint.local=DIR for {address}")
+    if not run.config.exists():
+        store = open_store(address, "CONFIG")
+        names = store.names()
+        if run.config.name not in names:
+            raise InputError(f"{address}: is no run (it has no {run.config.name})")
+        wanted = [name for name in names if name.startswith(f"{run.tokenizer.name}/")]
+        for name in (*wanted, run.config.name):
+            with _explained(run.path / name):
+                store.fetch(name, run.path / name)
+    bind(run, address)
+    return run.path
+
+
 def bind(run: RunDirectory, address: str) -> None:
     """Write down that a directory is copied up to an address.
 
@@ -57,11 +98,18 @@ def bind(run: RunDirectory, address: str) -> None:
     """
     if _address_of(run) == address:
         return
-    try:
+    with _explained(run.remote):
         run.path.mkdir(parents=True, exist_ok=True)
         write_whole(run.remote, f"{address}\n")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into a line."""
+    try:
+        yield
     except OSError as error:
-        raise InputError(f"{run.remote}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _address_of(run: RunDirectory) -> str | None:

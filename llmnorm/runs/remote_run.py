@@ -135,6 +135,8 @@ class RemoteRun:
             nonlocal moved, moved_at
             assert self._upload is not None
             if self._upload.is_up(PART if moved >= 0 else min(1.0, PART)):
+                address = self._store.address
+                self._parallel.say(f"all of it is in {address}: llmnorm train {address}")
                 return True
             now, bytes_moved, left = time.monotonic(), self._store.moved.bytes, self._upload.left()
             if bytes_moved > moved:
