@@ -29,6 +29,12 @@ CHANGEABLE = (
 )
 
 
+def portable(config: RunConfig) -> RunConfig:
+    """The settings as a run saves them: without where it lies, which a copy or a move changes."""
+    checkpoint = config.checkpoint.model_copy(update={"local": None})
+    return config.model_copy(update={"run_dir": None, "checkpoint": checkpoint})
+
+
 def to_tree(config: Settings) -> dict[str, Any]:
     """The resolved settings as plain JSON values.
 

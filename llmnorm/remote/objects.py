@@ -14,8 +14,8 @@ AWS_ENDPOINT_URL, ...), so that no secret is ever part of a configuration.
 What would surprise:
 - A store has no rename and no directories. One object appears whole or not at all; several do not
   appear together. So the object that makes the others count (a manifest) is sent last.
-- A call tries once, and ends within a limit of time that grows with its bytes. Who calls decides
-  whether to try again.
+- A call ends within a limit of time that grows with its bytes. A request of it to S3 that fails is
+  made again twice, within seconds; who calls decides whether to try again after that.
 """
 
 import importlib.util
@@ -218,18 +218,16 @@ def open_store(address: str, key: str) -> ObjectStore:
     if _PACKAGES.get(scheme) == "s3fs":
         if importlib.util.find_spec("s3fs") is None:
             raise missing_extra("s3fs")
-        parts, once = {"chunksize": PART}, {"total_max_attempts": 1}
+        parts, tries = {"chunksize": PART}, {"total_max_attempts": 3, "mode": "standard"}
         options |= {
             "max_concurrency": 2,
-            "config_kwargs": {"connect_timeout": CONNECT, "read_timeout": ANSWER, "retries": once},
+            "config_kwargs": {"connect_timeout": CONNECT, "read_timeout": ANSWER, "retries": tries},
         }
     try:
         files = fsspec.filesystem(scheme, **options)
     except ValueError:
-        known = sorted(fsspec.available_protocols())
-        raise InputError(
-            f"{key}: fsspec knows no '{scheme}://' ({address}); {nearest(scheme, known)}"
-        ) from None
+        hint = nearest(scheme, [*_PACKAGES, "az", "abfs", "oss", "sftp", "webdav"])
+        raise InputError(f"{key}: fsspec knows no '{scheme}://' ({address}); {hint}") from None
     except ImportError as error:
         package = _PACKAGES.get(scheme) or error.name
         raise InputError(

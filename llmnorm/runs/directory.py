@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from llmnorm.config.file import load
 from llmnorm.config.manifest import steps_in
-from llmnorm.config.saved import changeable, differences, to_tree, to_yaml
+from llmnorm.config.saved import changeable, differences, portable, to_tree, to_yaml
 from llmnorm.config.tree import CheckpointSettings, RunConfig
 from llmnorm.machine.doctor import version
 from llmnorm.machine.reading import open_file, read_text
@@ -158,8 +158,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
             )
         return run
     there = load(run.path).config
-    changed = differences(to_tree(there), to_tree(config))
-    changed.pop("run_dir", None)
+    changed = differences(to_tree(portable(there)), to_tree(portable(config)))
     if going_on:
         changed = {key: v for key, v in changed.items() if not changeable(key, config)}
     if changed:
@@ -340,7 +339,7 @@ def rewrite_settings(run: RunDirectory, config: RunConfig) -> None:
 
 def _write_settings(run: RunDirectory, config: RunConfig) -> None:
     temporary = run.config.with_suffix(".tmp")
-    settings = to_yaml(config.model_copy(update={"run_dir": None}))
+    settings = to_yaml(portable(config))
     temporary.write_text(f"# llmnorm {version()}\n{settings}", encoding="utf-8")
     temporary.replace(run.config)
 

@@ -97,7 +97,7 @@ class Upload:
         self._run, self._store, self._keep, self._may_write = run, store, keep, may_write
         self._losses = there.losses
         self._newest = max(self._losses, default=-1)  # another thread asks for it
-        self._damaged: dict[int, Stamp | None] = {}  # of manifests whose checkpoint is not whole
+        self._left_out: dict[int, Stamp | None] = {}  # manifests of what need not go up
         self._sent = dict(there.known)
         self._signs = {sign.name for sign in self._all_signs() if sign.name in there.names}
         self._copying: int | None = None
@@ -184,11 +184,11 @@ class Upload:
             self._up.set()
 
     def _pending(self) -> list[int]:
-        """Steps of checkpoints that are here, and not there; ascending."""
+        """Steps of checkpoints that are to go up; ascending."""
         found = []
         for step in steps_in(self._run.checkpoints):
             stamp = stamp_of(self._run.checkpoints / directory_of(step) / MANIFEST)
-            if step not in self._losses and self._damaged.get(step, ()) != stamp:
+            if step not in self._losses and self._left_out.get(step, ()) != stamp:
                 found.append(step)
         return found
 
@@ -197,8 +197,8 @@ class Upload:
         name = f"{CHECKPOINTS}/{path.name}"
         self._copying = step
         try:
-            manifest, stamp = path / MANIFEST, stamp_of(path / MANIFEST)
-            content = manifest.read_bytes()
+            stamp = stamp_of(path / MANIFEST)
+            content = (path / MANIFEST).read_bytes()
             try:
                 checkpoint = read_checkpoint(path)
                 check_files(checkpoint, contents=False)
@@ -206,7 +206,11 @@ class Upload:
                 if not path.is_dir():
                     raise FileNotFoundError(path) from None
                 log.warning("%s; it is not copied up", damage)
-                self._damaged[step] = stamp
+                self._left_out[step] = stamp
+                return
+            with_it = {**self._losses, step: checkpoint.manifest["validation_loss"]}
+            if step in superfluous(dict(sorted(with_it.items())), self._keep):
+                self._left_out[step] = stamp  # it would be removed there at once
                 return
             self._store.remove([f"{name}/{MANIFEST}"])  # of one that was found damaged there
             entries = checkpoint.manifest["files"]
@@ -237,6 +241,7 @@ class Upload:
             self._write(name, content)
             self._sent[name] = stamp
             self._losses[step] = json.loads(content)["validation_loss"]
+            self._store_retention()  # another one may be the best now
 
     def _store_retention(self) -> None:
         """Remove the checkpoints that need not be kept from the store, their manifests first."""

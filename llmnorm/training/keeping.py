@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llmnorm.config.saved import to_tree
+from llmnorm.config.saved import portable, to_tree
 from llmnorm.machine.failures import DIVERGED
 from llmnorm.models.flops import flops_per_token
 from llmnorm.objectives.contract import MicroBatch
@@ -184,7 +184,7 @@ def save(run: Prepared, metrics: Metrics) -> None:
         **asdict(progress),
         "data": data.identity,
         "environment": environment(run.parallel),
-        "config": to_tree(run.config.model_copy(update={"run_dir": None})),
+        "config": to_tree(portable(run.config)),
         "model": json.loads(run.model.config.to_json_string()),
         "sources": data.sizes(),
         "llmnorm": run_directory.version(),

@@ -59,8 +59,10 @@ def test_what_is_not_there_is_said(address: str, tmp_path: Path) -> None:
         store.send(tmp_path / "no file", "x")
     with pytest.raises(Absent, match=r"^s3://no-bucket/run: there is no bucket no-bucket$"):
         open_store("s3://no-bucket/run", "run_dir").names()
-    with pytest.raises(InputError, match=r"^run_dir: fsspec knows no 's4://'.*did you mean 's3'"):
-        open_store("s4://bucket/run", "run_dir")
+    with pytest.raises(InputError, match=r"^run_dir: fsspec knows no 'ss3://'.*you mean 's3'"):
+        open_store("ss3://bucket/run", "run_dir")
+    with pytest.raises(InputError, match=r"^run_dir: gs:// needs .*pip install gcsfs"):
+        open_store("gs://bucket/run", "run_dir")
 
 
 def test_a_connection_that_breaks_leaves_nothing_visible(
