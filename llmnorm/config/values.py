@@ -49,9 +49,15 @@ def _local_text(value: str) -> str:
     return str(found) if value.startswith("~") else value  # a Path would lose `./` and `//`
 
 
+def _place_text(value: str) -> str:
+    return check_address(value) if is_address(value) else _local_text(value)
+
+
 LocalPath = Annotated[Path, BeforeValidator(_local)]
 """A path of this machine; `~` is the home directory, `s3://...` is refused."""
 LocalText = Annotated[str, AfterValidator(_local_text)]
 """The same where the text is more than a path: a glob, or a dataset's name."""
+PlaceText = Annotated[str, AfterValidator(_place_text)]
+"""As `LocalText`, or an address of a store."""
 Place = Annotated[Path | str, GetPydanticSchema(_place_schema)]
 """A path of this machine, or (as text) an address of a store: `s3://bucket/name`."""

@@ -23,7 +23,8 @@ from typing import IO, Any
 import zstandard
 
 from llmnorm.config.shipped import is_shipped, locate
-from llmnorm.machine.reading import check_file, local_path, open_file, reason
+from llmnorm.data.fetched import fetched
+from llmnorm.machine.reading import check_file, is_address, local_path, open_file, reason
 from llmnorm.part import InputError, nearest
 
 KINDS = (".txt", ".jsonl", ".parquet", ".arrow")
@@ -37,16 +38,21 @@ class MissingInput(InputError):
 
 
 def files(pattern: str, key: str) -> list[Path]:
-    """The files that a path, a glob or `llmnorm:NAME` names, sorted.
+    """The files that a path, a glob, `llmnorm:NAME` or an address names, sorted.
 
     Args:
-        pattern: the path or glob.
+        pattern: the path or glob; what an address of a store names is fetched first.
         key: the configuration key of the pattern, for messages.
 
     Raises:
         InputError: there are none (`MissingInput`); one is no regular file, or of a kind that is
             not read; or links lead in a circle.
     """
+    if is_address(pattern):
+        paths = fetched(pattern, key)
+        for path in paths:
+            kind(path, key)
+        return paths
     path = _path(pattern, key)
     if os.path.lexists(path):
         found = [path]

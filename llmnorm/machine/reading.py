@@ -300,8 +300,8 @@ def local_path(text: str) -> Path:
         raise ValueError(f"'{text}' is a URL; write the path alone")
     if match := _SCHEME.match(text):
         raise ValueError(
-            f"'{text}' is not on this machine: {match[1]}:// is not read or written; mount it, or "
-            "copy it, and give the local path"
+            f"'{text}' is not on this machine: {match[1]}:// is not taken here; mount it, or copy "
+            "it, and give the local path"
         )
     if longest := next((p for p in text.split("/") if len(os.fsencode(p)) > 255), None):
         raise ValueError(f"the name '{longest[:20]}...' has more than 255 bytes")

@@ -22,6 +22,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ CONNECT, ANSWER = 10, 60  # seconds until a connection stands, and without a byt
 SLOWEST = 250_000  # bytes a second below which a store counts as not answering
 # The packages of schemes whose own name fsspec's message would not say plainly.
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+# What stores say of an object by which another content is told from it: sizes, checksums, times.
+_MARKS = ("size", "ETag", "etag", "md5Hash", "generation", "LastModified", "mtime", "created")
 _NO_ACCESS = ("Credential", "Token", "Profile", "Refresh", "Auth")
 
 
@@ -106,6 +109,20 @@ class ObjectStore:
             name.removeprefix(root): int(entry["size"] or 0)
             for name, entry in found.items()
             if name.startswith(root)
+        }
+
+    def matching(self, pattern: str) -> dict[str, dict[str, Any]]:
+        """The objects whose names match a glob, with what the store says of them.
+
+        Raises:
+            StoreError: as `names`.
+        """
+        found = self._ask("glob", self._path(pattern), detail=True)
+        root = f"{self._root}/"
+        return {
+            name.removeprefix(root): entry
+            for name, entry in found.items()
+            if entry.get("type") == "file"
         }
 
     def read(self, name: str) -> bytes:
@@ -200,6 +217,33 @@ class ObjectStore:
             raise Absent(f"{self.address}: there is no {what} ({_reason(error)})") from error
         except Exception as error:
             raise StoreError(f"{self.address}: {_explained(error)}") from error
+
+
+def find(pattern: str, key: str) -> tuple[ObjectStore, dict[str, tuple[int, str]]]:
+    """The objects that an address or a glob of addresses (`**` allowed) names.
+
+    Args:
+        pattern: `scheme://bucket/text/*.jsonl`.
+        key: what named it, for messages.
+
+    Returns:
+        The store of their bucket; and for each object its name there, its size in bytes, and a mark
+        (24 hexadecimal digits) that another content would not have.
+
+    Raises:
+        StoreError, InputError: as `ObjectStore.names` and `open_store`.
+    """
+    scheme, _, path = pattern.partition("://")
+    bucket, _, names = path.partition("/")
+    store = open_store(f"{scheme}://{bucket}", key)
+    found = {}
+    for name, entry in store.matching(names).items():
+        told = [f"{scheme}://{bucket}/{name}", *(str(entry.get(key)) for key in _MARKS)]
+        found[name] = (
+            int(entry["size"]),
+            blake2b("\n".join(told).encode(), digest_size=12).hexdigest(),
+        )
+    return store, found
 
 
 def open_store(address: str, key: str) -> ObjectStore:

@@ -49,12 +49,13 @@ class Line:
         port: where it listens.
         mode: "open"; "closed": every connection ends at once; "slow": a piece needs `delay`;
             "cut": connections end after `after` bytes to the server, once, and then it is "closed".
-        sent: bytes that went to the server.
+        sent, received: bytes that went to the server, and came from it.
     """
 
     def __init__(self, server: int) -> None:
         self._server = server
-        self.mode, self.delay, self.after, self.sent = "open", 0.05, 0, 0
+        self.mode, self.delay, self.after = "open", 0.002, 0
+        self.sent = self.received = 0
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = int(self._listening.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
@@ -84,7 +85,10 @@ class Line:
                 if self.mode == "closed":
                     break
                 other.sendall(data)
-                self.sent += len(data) if up else 0
+                if up:
+                    self.sent += len(data)
+                else:
+                    self.received += len(data)
         for ended in (one, other):
             with suppress(OSError):
                 ended.shutdown(socket.SHUT_RDWR)

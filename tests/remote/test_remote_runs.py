@@ -195,7 +195,9 @@ def test_a_second_machine_is_refused(
 def reset_auth(server: int, unchecked: str) -> None:
     """Tell the server how many requests it answers before it looks at credentials."""
     request = urllib.request.Request(
-        f"http://127.0.0.1:{server}/moto-api/reset-auth", data=unchecked.encode(), method="POST"
+        f"http://127.0.0.1:{server}/moto-api/reset-auth",
+        data=unchecked.encode(),
+        headers={"Content-Type": "text/plain"},
     )
     urllib.request.urlopen(request).close()
 
