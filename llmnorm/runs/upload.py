@@ -6,9 +6,9 @@
                   few seconds
     signs         DONE, PREEMPT, DIVERGED: when everything else is up
 
-One thread does all of it. It looks at the directory, so nothing has to be told to it, and no step
-waits for it. Where the store does not answer it tries again, less and less often, for as long as
-the run trains.
+One thread does all of it; large files go through a process (remote/sender.py). It looks at the
+directory, so nothing has to be told to it, and no step waits for it. Where the store does not
+answer it tries again, less and less often, for as long as the run trains.
 
 What would surprise:
 - A checkpoint that retention has removed here before it was copied is never copied: it would be
@@ -31,6 +31,7 @@ from llmnorm.checkpoints.format import check_files, read_checkpoint
 from llmnorm.checkpoints.store import LATEST, Keep, superfluous
 from llmnorm.config.manifest import MANIFEST, Damaged, directory_of, steps_in
 from llmnorm.remote.objects import ObjectStore, StoreError
+from llmnorm.remote.sender import Sender
 from llmnorm.runs.directory import RunDirectory
 
 EVERY = 15.0  # seconds between two copies of a file that grows
@@ -95,6 +96,7 @@ class Upload:
         may_write: Callable[[], bool] = lambda: True,
     ) -> None:
         self._run, self._store, self._keep, self._may_write = run, store, keep, may_write
+        self._sender = Sender(store)
         self._losses = there.losses
         self._newest = max(self._losses, default=-1)  # another thread asks for it
         self._left_out: dict[int, Stamp | None] = {}  # manifests of what need not go up
@@ -130,6 +132,7 @@ class Upload:
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join(timeout=1)
+        self._sender.close()
 
     def left(self) -> Left:
         """What is not up yet."""
@@ -285,7 +288,7 @@ class Upload:
         stamp = stamp_of(path)
         if stamp is not None and self._sent.get(name) == stamp:
             return
-        self._store.send(path, name)
+        self._sender.send(path, name)
         if stamp is not None:
             self._sent[name] = stamp
 
