@@ -143,7 +143,10 @@ def context(place: Path) -> Path:
 
 
 def base(root: Path) -> None:
-    """A base image: a `python3` whose environments see the packages that the tests run with."""
+    """A base image: a `python3` whose environments see the packages that the tests run with.
+
+    Python 3.11 puts an old setuptools into them, which pip would replace from the network.
+    """
     (root / "bin").mkdir(parents=True)
     seen = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     script = f"""#!/bin/sh
@@ -152,6 +155,7 @@ for last in "$@"; do :; done
 [ "$1 $2" = "-m venv" ] || exit 0
 for packages in "$last"/lib/python*/site-packages; do
     printf '%s\\n' {" ".join(shlex.quote(path) for path in seen)} > "$packages/of-the-base.pth"
+    rm -rf "$packages"/setuptools*
 done
 """
     (root / "bin" / "python3").write_text(script)
