@@ -157,8 +157,12 @@ class Lease:
         if not number:
             return None
         try:
-            return number, json.loads(self._store.read(_name(number)))
-        except (Absent, ValueError):  # removed meanwhile: there is a newer one
+            content = self._store.read(_name(number))
+        except Absent:  # removed a moment ago, since there is a newer one
+            return number, {"released": False}
+        try:
+            return number, dict(json.loads(content))
+        except (ValueError, TypeError):  # nobody of ours has written it
             return number, {"released": False}
 
     def _content(self) -> bytes:

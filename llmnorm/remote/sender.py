@@ -15,6 +15,7 @@ import queue
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,10 @@ class Sender:
     def close(self) -> None:
         """End the process, also in the middle of a file. May be called by another thread."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+            process, self._process = self._process, None
+            process.kill()
+            with suppress(OSError, ValueError):  # what was written to it and not read
+                process.communicate()
 
     def _started(self) -> "subprocess.Popen[str]":
         if self._process is None:

@@ -18,7 +18,7 @@ from llmnorm.config.file import load
 from llmnorm.config.manifest import MANIFEST, STEP, Damaged, checksum_of, directory_of, steps_in
 from llmnorm.config.saved import changeable, differences, to_tree
 from llmnorm.part import InputError
-from llmnorm.remote.objects import ObjectStore
+from llmnorm.remote.objects import Absent, ObjectStore
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.upload import CHECKPOINTS, There, stamp_of
 
@@ -72,7 +72,11 @@ def _steps(names: dict[str, int]) -> list[int]:
 def _look_at(step: int, store: ObjectStore, there: There) -> None:
     name = f"{CHECKPOINTS}/{directory_of(step)}"
     try:
-        manifest = json.loads(store.read(f"{name}/{MANIFEST}"))
+        content = store.read(f"{name}/{MANIFEST}")
+    except Absent:  # retention has removed it a moment ago
+        return
+    try:
+        manifest = json.loads(content)
         if manifest["crc32"] != checksum_of(manifest) or manifest["step"] != step:
             raise ValueError("its checksum differs")
         for file, entry in manifest["files"].items():

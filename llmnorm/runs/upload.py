@@ -225,11 +225,11 @@ class Upload:
                     self._sent.pop(f"{name}/{file}", None)
                     raise StoreError(f"{self._store.address}: {name}/{file} did not arrive whole")
             self._write(f"{name}/{MANIFEST}", content)
-            self._store.write(f"{CHECKPOINTS}/{LATEST}", f"{path.name}\n".encode())
             if stamp is not None:
                 self._sent[f"{name}/{MANIFEST}"] = stamp
             self._losses[step] = checkpoint.manifest["validation_loss"]
             self._newest = max(self._newest, step)
+            self._write(f"{CHECKPOINTS}/{LATEST}", f"{directory_of(self._newest)}\n".encode())
         finally:
             self._copying = None
 
