@@ -198,8 +198,10 @@ def test_whatever_is_cut_off_there_is_no_half_of_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Oracle: a fresh machine after each cut, which finds a whole checkpoint or none."""
+    assert store.names() == {}  # a client is told where its server is by its first call
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")
     undisturbed = open_store(store.address, "run_dir")
+    assert undisturbed.names() == {}
     checkpoints = Checkpoints(run.checkpoints)
     copying = Upload(run, store, KEEP, There())
     copying.start()
