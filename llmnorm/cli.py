@@ -70,6 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes
             stream.reconfigure(errors="backslashreplace")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed launcher leaves no process behind
+        from llmnorm.machine.parent import stop_with_parent
+
+        stop_with_parent()
     parsed = None
     try:
         parser = _parser()
@@ -87,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
             return found.exit_code
         return command.run(parsed, overrides) or 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == str(error.speaker):
             _print_error(str(error))
         return error.exit_code
     except BrokenPipeError:  # `llmnorm parts | head`

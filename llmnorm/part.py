@@ -67,10 +67,12 @@ class InputError(ValueError):
     """A mistake that a user can make, in a configuration, in data, with a checkpoint or a request.
 
     The message has a line for each mistake: the key or file, what is wrong, and the nearest valid
-    choice. The command line prints it without a traceback and exits with `exit_code`.
+    choice. The command line prints it without a traceback and exits with `exit_code`. Of several
+    processes that have the same error the one of rank `speaker` prints it.
     """
 
     exit_code = 2
+    speaker = 0
 
 
 class Imports(Enum):

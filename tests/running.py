@@ -40,7 +40,8 @@ CHILDREN.set_forkserver_preload(
 
 # Fields of metrics.jsonl that may differ between two runs of the same numbers.
 TIMES = (
-    *("seconds", "tokens_per_second", "mfu", "memory_bytes"),
+    *("seconds", "tokens_per_second", "mfu", "memory_bytes", "stragglers"),
+    *("spent", "wall", "goodput", "clock"),
     *("selection_seconds", "selection_share"),
 )
 
@@ -98,8 +99,8 @@ class ForkedRun:
     """A run of a comparison, forked from a process that has imported everything."""
 
     def __init__(self, words: Sequence[str], log: IO[bytes], _: Mapping[str, str]) -> None:
-        from llmnorm.analysis.compare.launch import stop_with_parent
         from llmnorm.cli import main
+        from llmnorm.machine.parent import stop_with_parent
 
         self._code: int | None = None
         self._pid = os.fork()

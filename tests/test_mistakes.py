@@ -231,6 +231,10 @@ SETTINGS = {
         "parallel.sharding=hsdp",
         "<place>: parallel.sharding 'hsdp' needs parallel.replicas; 1 is 'fsdp2'",
     ),
+    "less time for the first step": setting(
+        "parallel.timeout=2000",
+        "<place>: parallel.timeout_first is less than parallel.timeout <n>",
+    ),
     "unknown key": setting("model.nrom=rms", UNKNOWN_KEY, "model.nrom:", "did you mean 'norm'?"),
     "unknown section": setting("optimiser.lr=1", UNKNOWN_KEY, "did you mean 'optimizer'?"),
     "unknown key of a list's item": setting(
@@ -817,12 +821,24 @@ TROUBLE = {
     "launch with launch/accelerate/ddp.yaml)",
     "replicas": "parallel.replicas: <n> does not divide the <n> processes; "
     "the nearest that does is <n>",
+    "processes": "training.global_batch: <n> rows do not divide over <n> processes; start <n>, the "
+    "nearest number that they divide over (a new run could have training.global_batch=<n>)",
     "none of several": "parallel.sharding: 'none' is one process, but <n> were launched; "
     "did you mean 'ddp'?",
     "replicas, ddp": "parallel.replicas: <n> has no meaning for sharding '<sharding>'; "
     "launch with launch/accelerate/fsdp2.yaml",
     "whole model": "<option>: needs the whole model on every process, which sharding '<sharding>' "
     "does not give; launch with launch/accelerate/ddp.yaml and parallel.sharding=auto",
+    "silent process": "rank <n> (host <host>, process <n>): not heard of for <n> s: it was killed "
+    "or stopped, or its host is gone; last step <n>, in phase <phase><more>",
+    "stuck process": "rank <n> (host <host>, process <n>): nothing has advanced there for <n> s; "
+    "last step <n>, in phase <phase><more>",
+    "failed process": "rank <n> (host <host>, process <n>): <error>; last step <n>, in phase "
+    "<phase><more>",
+    "one of several fails": "rank <n> (host <host>, process <n>): <error>; <line>; to leave its "
+    "host out: --exclude=<host>",
+    "slow process": "rank <n> (host <host>, process <n>) is slow, and the others wait for it: in "
+    "the steps <n> to <n> it worked <n> ms a step, the median of the processes <n> ms",
     "dropped": "<key> was dropped: a later override chose another part",
     "short of a row": "<source>: <tokens> tokens do not fill a row of data.context_length <n>; "
     "give more text, or a shorter context_length",
@@ -1048,6 +1064,7 @@ LAUNCHES = {
     "zero, replicas": (ZERO, "parallel.replicas=2", "replicas, ddp", "'zero3'"),
     "three of four": (FSDP | PROCESSES, "parallel.replicas=3", "replicas", "does is 2"),
     "replicas of ddp": (PROCESSES, "parallel.replicas=2", "replicas, ddp", "'ddp'"),
+    "three of sixteen rows": ({"WORLD_SIZE": "3", "RANK": "0"}, "", "processes", "start 2, "),
     "none": (PROCESSES, "parallel.sharding=none", "none of several", "4 were launched"),
 }
 

@@ -38,6 +38,7 @@ NOT_RUN = {
     "bash tools/test.sh": "runs this test",
     "bash tools/bootstrap.sh": "installs from the network",
     "accelerate launch": "tests/distributed launches several processes",
+    "sbatch": "tests/launch/test_slurm.py submits it, tools/slurm_here.sh to a real Slurm",
     "LLMNORM_TORCH_INDEX=": "installs from the network",
     "LLMNORM_PYTHON=": "installs from the network",
     "python3 -m venv": "makes the environment that the tests run in",
@@ -75,6 +76,14 @@ NOT_RUN = {
     **dict.fromkeys(
         ("sudo", "openssl rand", "docker", "promtool", "prometheus"),
         "installs into the system, or needs other programs; tools/check_serving.py runs some",
+    ),
+    **dict.fromkeys(
+        (
+            "llmnorm train configs/smoke.yaml run_dir=s3://",
+            "llmnorm train s3://",
+            "llmnorm export runs/smoke s3://",
+        ),
+        "needs a store; tests/remote goes these ways to a server",
     ),
     "rm -rf .venv": "removes the environment that the tests run in",
 }

@@ -14,6 +14,10 @@ settings that differ between the runs. The states are
     damaged       its config.yaml or metrics.jsonl cannot be read; a line below the table says why
     interrupted   none of these
 
+A second table says what the runs' time was spent on, in percent of the wall clock, where their
+lines tell it; runs/account.py describes its columns. `goodput` is the share in steps that counted:
+training, data and waiting together.
+
 What would surprise: settings are compared as they are written in the files, and no part is
 imported, so that runs of missing parts or of other versions are listed too ("-": not in that file).
 """
@@ -29,6 +33,7 @@ from llmnorm.config.saved import differences
 from llmnorm.config.tree import RunConfig, TrainingSettings
 from llmnorm.config.yaml_text import read_yaml
 from llmnorm.part import InputError
+from llmnorm.runs.account import PARTS, Account, account_of
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lines import Lines, damage, read_lines
 from llmnorm.runs.lock import is_locked
@@ -50,7 +55,7 @@ def describe_runs(directory: Path) -> str:
     runs = [_look(RunDirectory(path)) for path in found]
     keys = differing([run.settings for run in runs if run.settings is not None])
     rows = [["run", "steps", "loss", "best", "state", *keys]]
-    problems = []
+    problems, accounts = [], {}
     for run in runs:
         path = run.directory.path
         name = str(path.relative_to(directory)) if path != directory else str(directory)
@@ -60,9 +65,37 @@ def describe_runs(directory: Path) -> str:
         total = "?" if run.settings is None else _total(run.settings)
         rows.append([name, f"{run.step}/{total}", last, best, run.state, *leaves])
         problems += run.problems
+        accounts[name] = run.account
+    text = "\n".join([_aligned(rows), *problems])
+    times = _times_table(accounts)
+    return f"{text}\n\n{times}" if times else text
+
+
+def _times_table(accounts: Mapping[str, Account]) -> str:
+    """What the time of runs was spent on, by their names; empty where no run tells it."""
+    columns = (*PARTS, "twice", "goodput")
+    rows = [["time in %", "restarts", "wall", *columns]]
+    for name, account in accounts.items():
+        if account.wall:
+            seconds = {**account.seconds, "twice": account.twice}
+            shares = [seconds[part] / account.wall for part in columns[:-1]]
+            percents = [f"{100 * share:.1f}" for share in (*shares, account.goodput)]
+            rows.append([name, str(account.restarts), _duration(account.wall), *percents])
+    return _aligned(rows) if len(rows) > 1 else ""
+
+
+def _duration(seconds: float) -> str:
+    """A time in the unit in which it is easy to read."""
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join([*(line.rstrip() for line in lines), *problems])
+    return "\n".join(line.rstrip() for line in lines)
 
 
 @dataclass
@@ -71,20 +104,23 @@ class _Run:
     settings: dict[str, Any] | None  # None where they cannot be read
     step: int
     losses: list[float]
+    account: Account
     state: str
     problems: list[str]
 
 
 def _look(directory: RunDirectory) -> _Run:
-    run = _Run(directory, None, 0, [], state(directory), [])
+    run = _Run(directory, None, 0, [], Account(), state(directory), [])
     try:
         run.settings = _settings(directory)
         lines = read_lines(directory.metrics)
+        repeated = read_lines(directory.repeated)
     except InputError as error:
         run.problems.append(str(error))
         run.state = "running" if run.state == "running" else "damaged"
         return run
     run.step, run.losses = _progress(lines)
+    run.account = account_of(lines.entries, repeated.entries)
     if text := damage(directory.metrics, lines.damaged):
         run.problems.append(f"{text} and left out")
     return run

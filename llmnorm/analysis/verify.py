@@ -64,7 +64,7 @@ def verify_run(path: Path) -> tuple[str, list[str]]:
     if newest and config:
         found += _weights(run, newest[0])
     reached, lines = _lines(run.metrics)
-    found += [*lines, *_lines(run.samples)[1]]
+    found += [*lines, *_lines(run.repeated)[1], *_lines(run.samples)[1]]
     trained = max(reached, last)
     if trained and not any(finding.name.startswith("checkpoints") for finding in checkpoints):
         found.append(Finding("checkpoints", f"none is there, of a run of {trained} steps", False))

@@ -34,7 +34,7 @@ class Processes:
     def __init__(self, rank: int, world: int, advance: Callable[[], None] = lambda: None) -> None:
         self._advance = advance
         self.rank, self.world = rank, world
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
 
     def every(self, work: Callable[[], T]) -> T:
         """`work()` on every process; each gets its own result."""
@@ -49,7 +49,7 @@ class Processes:
         result, error = self._attempt(work) if self.rank == 0 else (None, None)
         if self.world > 1:
             shared: list[Any] = [result, _to_send(error)]
-            dist.broadcast_object_list(shared, src=0, group=self._group)
+            dist.broadcast_object_list(shared, src=0, group=self.group)
             result, error = shared[0], error or shared[1]
         if error is not None:
             raise error
@@ -59,7 +59,7 @@ class Processes:
         """Every process's small value, in the order of ranks."""
         values: list[Any] = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value, group=self._group)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def gather_on_first(self, value: T) -> list[T]:
@@ -67,14 +67,14 @@ class Processes:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world if self.rank == 0 else []
-        dist.gather_object(value, values or None, group=self._group)
+        dist.gather_object(value, values or None, group=self.group)
         return values
 
     def exchange(self, ends: Ends | None) -> None:
         """Send and receive the ends of rows, and put them in place."""
         if ends is not None and self.world > 1:
             dist.all_to_all_single(
-                ends.received, ends.sent, ends.received_counts, ends.sent_counts, group=self._group
+                ends.received, ends.sent, ends.received_counts, ends.sent_counts, group=self.group
             )
             ends.put_in_place()
 

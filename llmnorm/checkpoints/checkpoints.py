@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -41,6 +42,7 @@ from llmnorm.checkpoints.format import (
     check_names,
     copy_into,
     make_manifest,
+    sync,
     write_file,
 )
 from llmnorm.checkpoints.fragments import Ends, begun_rows, fill, touched_rows
@@ -87,7 +89,8 @@ class Checkpoints:
         assert keep >= 2, "one checkpoint alone is lost when it turns out to be damaged"
         self._store = Store(directory, needed)
         self._keep = Keep(keep, keep_every, keep_best)
-        self._processes = Processes(rank, world, (phases or Phases()).advance)
+        self._phases = phases or Phases()
+        self._processes = Processes(rank, world, self._phases.advance)
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._saving: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -154,6 +157,11 @@ class Checkpoints:
         everyone = self._processes.gather(list(mine))
         lower = {key for keys in everyone[: self._processes.rank] for key in keys}
         return {**fragments, **{key[0]: part for key, part in mine.items() if key not in lower}}
+
+    @property
+    def group(self) -> "dist.ProcessGroup | None":
+        """The process group of saves and loads; None on one process."""
+        return self._processes.group
 
     def wait(self) -> None:
         """Until the save under way is on the disk; raises its error, once."""
@@ -291,7 +299,7 @@ class Checkpoints:
             if temporary is not None:
                 try:
                     file = temporary / f"rank_{processes.rank:05d}.safetensors"
-                    written = processes.every(lambda: write_file(file, parts))
+                    written = processes.every(lambda: self._write_file(file, parts))
                     reports = processes.gather_on_first(written)
                     processes.first(
                         lambda: store.commit(
@@ -302,6 +310,14 @@ class Checkpoints:
                     if processes.rank == 0:
                         store.abandon(temporary)
         processes.first(lambda: store.remove_superfluous(step, self._keep))
+
+    def _write_file(self, file: Path, parts: dict[str, Interval]) -> dict[str, Any] | None:
+        """Write this process's file and see it to the disk; on the way there it is progress."""
+        with self._phases.writing(file):
+            written = write_file(file, parts)
+        if written is not None:
+            sync(file, self._phases.advance)
+        return written
 
     def _copy_to_buffers(self, parts: dict[str, Interval]) -> dict[str, Interval]:
         """The parts, their tensors copied to the CPU buffers of the last save."""

@@ -13,12 +13,13 @@ tensor has no slices. A writer without rows of a tensor leaves it out, unless th
 0.
 """
 
+import ctypes
 import json
 import os
 import re
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,13 @@ _DTYPES = {
         for n in (8, 16, 32, 64)
     },
 }
+
+
+PIECE = 2**26
+_BEGIN, _WAIT = 2, 1 | 4  # of sync_file_range(2)
+_sync_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+if _sync_range is not None:
+    _sync_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
 class Interval(NamedTuple):
@@ -74,7 +82,7 @@ def as_interval(value: Tensor | Interval) -> Interval:
 
 
 def write_file(path: Path, parts: Mapping[str, Interval]) -> dict[str, Any] | None:
-    """Write the intervals of one process to one file and fsync it.
+    """Write the intervals of one process to one file; `sync` makes it durable.
 
     Returns:
         The file's entry for `make_manifest`: `{"name", "bytes", "crc32", "tensors": {name:
@@ -94,7 +102,6 @@ def write_file(path: Path, parts: Mapping[str, Interval]) -> dict[str, Any] | No
         if match := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
         raise
-    sync(path)
     return {
         "name": path.name,
         "bytes": path.stat().st_size,
@@ -323,10 +330,22 @@ def write_durably(path: Path, text: str) -> None:
     sync(path)
 
 
-def sync(path: Path) -> None:
-    """Fsync a file, or a directory's entries."""
+def sync(path: Path, advance: Callable[[], None] = lambda: None) -> None:
+    """Fsync a file, or a directory's entries.
+
+    Args:
+        advance: called after every 64 MiB that have reached the disk; a slow one takes minutes for
+            a large file, in which nobody could tell it from one that hangs.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        size = os.fstat(descriptor).st_size
+        if size > PIECE and _sync_range is not None:
+            _sync_range(descriptor, 0, 0, _BEGIN)  # of the whole file, so that the disk is busy
+            for start in range(0, size, PIECE):
+                if _sync_range(descriptor, start, PIECE, _BEGIN | _WAIT):
+                    break  # this file system has no such call
+                advance()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

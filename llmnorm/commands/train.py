@@ -1,15 +1,19 @@
 """`llmnorm train`: train, or resume a run."""
 
 import argparse
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmnorm.commands.arguments import place
 from llmnorm.commands.configured import load_config, note, resolve_auto
+from llmnorm.part import InputError
 
 if TYPE_CHECKING:
     from llmnorm.config.tree import RunConfig
+    from llmnorm.runs.directory import RunDirectory
     from llmnorm.training.signals import StopRequest
 
 HELP = "train, or resume a run"
@@ -116,6 +120,12 @@ def _train(
         print(f"{run.path} is finished (step {directory.step_in(run.done)}{why})")
         print(directory.next_commands(run, config, early=early))
         return 0
+    if not parsed.dry_run and (leaves := _leaves_at_once(run)):
+        code, why = leaves
+        if os.environ.get("RANK", "0") == "0":
+            print(f"llmnorm: {why}", file=sys.stderr)
+        return code
+    _check_processes(config)
     check_gpu(config.training.device)
     words = [str(parsed.config), *overrides]
     if config.training.device != "cpu" and (hint := launch_hint(words, command)):
@@ -133,6 +143,32 @@ def _train(
         stop=stop,
         remote=remote,
     )
+
+
+def _leaves_at_once(run: "RunDirectory") -> tuple[int, str] | None:
+    """Exit code and reason where the run does not take a step, though nothing is wrong with it."""
+    from llmnorm.runs import directory, restarts
+
+    if directory.asks_to_stop(run):
+        return restarts.PREEMPTED, (
+            f"stopped before its first step by the file {run.preempted}, which llmnorm has not "
+            "written; remove it, and the same command starts the run"
+        )
+    return restarts.in_vain(run)
+
+
+def _check_processes(config: "RunConfig") -> None:
+    """Refuse, before torch is loaded, as many processes as an elastic launcher may have left.
+
+    Raises:
+        InputError: the rows of a step do not divide over them.
+    """
+    if not getattr(config.objective, "even_batches", True):
+        return
+    try:
+        config.training.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _for_data(config: "RunConfig", command: str) -> list[str]:

@@ -6,7 +6,6 @@ that a mistake is answered at once.
 """
 
 import math
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -30,15 +29,7 @@ from llmnorm.selection.settings import NoSelectionSettings, Selection, Selection
 
 # accelerate's trackers. Asking accelerate would import torch, so they are written here.
 Tracker = Literal[
-    "aim",
-    "clearml",
-    "comet_ml",
-    "dvclive",
-    "mlflow",
-    "swanlab",
-    "tensorboard",
-    "trackio",
-    "wandb",
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]
 
 
@@ -105,6 +96,24 @@ class TrainingSettings(Settings):
             f"the nearest that does is {close}"
         )
 
+    def check_processes(self, count: int) -> None:
+        """Refuse a number of processes that the rows of a step do not divide over.
+
+        Raises:
+            ValueError: they do not; the nearest number of which they do is named.
+        """
+        if self.rows % count == 0:
+            return
+        close = min(
+            (d for d in range(1, self.rows + 1) if self.rows % d == 0),
+            key=lambda d: (abs(d - count), d),
+        )
+        raise ValueError(
+            f"training.global_batch: {self.rows} rows do not divide over {count} processes; start "
+            f"{close}, the nearest number that they divide over (a new run could have "
+            f"training.global_batch={max(1, round(self.rows / count)) * count})"
+        )
+
     @property
     def rows(self) -> int:
         """Rows a step, where `auto` has become a number."""
@@ -161,7 +170,8 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Checkpoints of a run. One is always written at the end and on SIGTERM or SIGINT."""
+    """Checkpoints of a run. One is always written at the end, and when a signal or a PREEMPT file
+    stops it."""
 
     every: Count | None = None
     """Steps between two checkpoints; left out, only at the end."""
@@ -174,8 +184,10 @@ class CheckpointSettings(Settings):
     asynchronous: bool = False
     """Copy the state and write it in the background while training goes on."""
     local: LocalPath | None = None
-    """Where a run works whose `run_dir` is an address; left out, `runs/<last name of the
-    address>`."""
+    """Where a run works whose `run_dir` is an address; left out, `runs/<its last name>`."""
+    grace: Annotated[float, Field(gt=0, le=10**6)] = 25.0
+    """Seconds that a stopped run has for its last step and checkpoint; then it ends without them.
+    torchrun and accelerate kill 30 seconds after they were told to stop. Ctrl-C has no limit."""
 
 
 class ParallelSettings(Settings):
@@ -194,9 +206,16 @@ class ParallelSettings(Settings):
     """torch.compile every block (wants a C++ compiler on a CPU)."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass."""
+    timeout: Annotated[float, Field(ge=1, le=1e7)] = 100.0
+    """Seconds without progress (a micro-batch, a file, a token), or without a sign of life, after
+    which a process is lost; all others end and name it."""
+    timeout_first: Annotated[float, Field(ge=1, le=1e7)] = 1800.0
+    """The same for progress until the first step, where blocks are compiled, and at the end."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelSettings":
+        if self.timeout_first < self.timeout:
+            raise ValueError(f"parallel.timeout_first is less than parallel.timeout {self.timeout}")
         if self.sharding == "hsdp" and self.replicas == 1:
             raise ValueError("parallel.sharding 'hsdp' needs parallel.replicas; 1 is 'fsdp2'")
         if self.replicas > 1 and self.sharding not in ("auto", "fsdp2", "hsdp"):
@@ -347,9 +366,8 @@ class RunConfig(Settings):
     """The whole of a run."""
 
     run_dir: Place | None = None
-    """Where the run lives; left out, `runs/<name of the configuration file>`. Of an address
-    (`s3://bucket/run`; needs `llmnorm[remote]`) the run works in `checkpoint.local` and is copied
-    there."""
+    """Where the run lives, or the address (`s3://bucket/run`) that it is copied up to; left out,
+    `runs/<name of the configuration file>`."""
     seed: Seed = 0
     """Seed of the initial weights and of all randomness in training."""
     imports: list[str] = []
@@ -392,11 +410,6 @@ class RunConfig(Settings):
             raise ValueError(
                 f"data.context_length {self.data.context_length} is more than "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
-            )
-        if self.checkpoint.local is not None and isinstance(self.run_dir, Path):
-            raise ValueError(
-                f"checkpoint.local is for a run_dir that is an address (s3://bucket/run), and "
-                f"run_dir is {self.run_dir}; leave one of them out"
             )
         warmup, steps = getattr(self.schedule, "warmup", 0), self.training.steps
         if steps is not None and warmup >= max(steps, 2):

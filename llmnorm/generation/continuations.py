@@ -11,7 +11,7 @@ What would surprise: `together`, prompts are padded on the left; the cache neith
 padding, so that logits are those of the prompt alone, up to the rounding of other shapes.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +41,7 @@ def continuations(
     *,
     ends: Collection[int],
     together: bool = False,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The tokens that follow each request's prompt, the end token included.
 
@@ -51,12 +52,13 @@ def continuations(
         ends: the model's end tokens.
         together: the model is spread over processes, all of which make this call, each with
             requests of its own.
+        advance: called for each token, so that a long text can be told from one that hangs.
 
     Raises:
         InputError: a request asks for what cannot be, or the model's logits are not finite.
     """
     if together:
-        return _together(model, tokenizer, requests, ends)
+        return _together(model, tokenizer, requests, ends, advance)
     longest = max(len(r.prompt) + r.sampling.max_tokens for r in requests)
     context = min(longest, model.config.max_position_embeddings)
     settings = GenerationSettings(slots=len(requests), context=context)
@@ -66,6 +68,7 @@ def continuations(
         if event.finish == "error":
             raise InputError(str(event.message))
         found[event.request] += event.tokens
+        advance()
     return found
 
 
@@ -74,6 +77,7 @@ def _together(
     tokenizer: "PreTrainedTokenizerBase",
     requests: Sequence[Request],
     ends: Collection[int],
+    advance: Callable[[], None],
 ) -> list[list[int]]:
     """As `continuations`, by Hugging Face's `generate`."""
     config = model.config
@@ -95,7 +99,7 @@ def _together(
     for number, row in enumerate(rows):
         ids[number, width - row.prompt :] = torch.tensor(row.ids)
         mask[number, width - row.prompt :] = 1
-    chosen = _Chosen(rows)
+    chosen = _Chosen(rows, advance)
     model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -116,13 +120,14 @@ def _together(
 class _Chosen(LogitsProcessor):
     """Leaves `generate` one token a row to choose: what the row's own chooser has chosen."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Sequence[Row], advance: Callable[[], None]) -> None:
+        self._rows, self._advance = rows, advance
         self.ended = [False] * len(rows)
         self.fault: str | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (rows, vocabulary) -> the same, -inf but for one token of each row."""
+        self._advance()
         going = [number for number, ended in enumerate(self.ended) if not ended]
         tokens = [PAD] * len(self._rows)
         verdicts = verify(

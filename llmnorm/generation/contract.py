@@ -237,6 +237,10 @@ class Lengths(Protocol):
         """Tokens to be drafted for each row in the next round."""
         ...
 
+    def proposed(self, asked: int, found: int) -> None:
+        """For `found` of the `asked` rows the draft had tokens."""
+        ...
+
     def observe(self, slot: int, drafted: int, accepted: int) -> None:
         """What became of a row's drafts."""
         ...

@@ -36,7 +36,7 @@ Times = Mapping[int, Mapping[int, tuple[float, float]]]
 
 UNMEASURED: Times = {1: {1: (0.2, 0.0)}}  # a GPU: as many launches, however many tokens
 LENGTHS = (1, 2, 3, 4, 8, 16)  # that are chosen from; the pass of each is traced once, in 30 steps
-ON, OFF = 1.05, 1.02  # the speed-up from which drafting begins, and under which it ends
+ON, OFF = 1.03, 0.99  # the speed-up from which drafting begins, and under which it ends
 BETTER = 1.03  # by how much another length must be better than the one in use
 LEAST = 0.02  # chance that a token is accepted, under which it is not drafted
 RETRY = 32  # rounds without drafts, after which one token is drafted to see
@@ -184,17 +184,32 @@ def speed_up(acceptance: float, drafted: int, batch: int, costs: Costs, drawn: i
 
 
 def _gain(
-    acceptances: Sequence[float], drafted: int, costs: Costs, *, riding: int = 0, drawn: int = 0
+    acceptances: Sequence[float],
+    drafted: int,
+    costs: Costs,
+    *,
+    riding: int = 0,
+    drawn: int = 0,
+    found: float = 1.0,
 ) -> float:
-    """The speed-up of a round in which these rows draft and `riding` others do not."""
-    batch = len(acceptances) + riding
-    tokens = sum(expected_tokens(p, drafted) for p in acceptances) + riding
-    time = drafted * costs.c(batch, drawn) + costs.v(batch, drafted + 1, drawn)
-    return tokens / batch / time
+    """The speed-up of a round in which these rows draft and `riding` others do not.
+
+    Each row has drafts with a chance of `found`; a pass for which no row has any is a plain step.
+    """
+    batch, any_found = len(acceptances) + riding, 1 - (1 - found) ** len(acceptances)
+    tokens = batch + found * sum(expected_tokens(p, drafted) - 1 for p in acceptances)
+    pass_time = drafted * costs.c(batch, drawn) + costs.v(batch, drafted + 1, drawn)
+    return tokens / batch / (any_found * pass_time + 1 - any_found)
 
 
 def best_length(
-    acceptances: Sequence[float], costs: Costs, *, riding: int = 0, drawn: int = 0, now: int = 0
+    acceptances: Sequence[float],
+    costs: Costs,
+    *,
+    riding: int = 0,
+    drawn: int = 0,
+    found: float = 1.0,
+    now: int = 0,
 ) -> int:
     """How many tokens a round should draft at most; 0: none, since it does not pay.
 
@@ -207,12 +222,14 @@ def best_length(
         costs: of the models.
         riding: rows of the pass that do not draft.
         drawn: rows whose tokens are drawn by temperature.
+        found: the chance that a draft has tokens for a row; below 1 for a lookup.
         now: the length in use.
     """
     if not acceptances:
         return 0
     gains = {
-        length: _gain(acceptances, length, costs, riding=riding, drawn=drawn) for length in LENGTHS
+        length: _gain(acceptances, length, costs, riding=riding, drawn=drawn, found=found)
+        for length in LENGTHS
     }
     best = max(LENGTHS, key=lambda length: gains[length])
     if not now:
@@ -249,8 +266,9 @@ class DraftLengths:
     """How many tokens are drafted for each row, from round to round.
 
     With a number, so many. With "auto", `best_length` by the measured acceptance of every row, with
-    that of all rows as its prior. A row is drafted fewer where the last ones would hardly be
-    accepted (LEAST). Where nothing is drafted, a round of one token is tried every RETRY rounds,
+    that of all rows as its prior, and by how often the draft has tokens for a row at all: a lookup
+    finds some for about half of the rows. A row is drafted fewer where the last ones would hardly
+    be accepted (LEAST). Where nothing is drafted, a round of one token is tried every RETRY rounds,
     and again as long as half of them are accepted.
 
     Args:
@@ -261,10 +279,10 @@ class DraftLengths:
     def __init__(self, costs: Costs, draft_tokens: int | Literal["auto"] = "auto") -> None:
         self.costs, self._fixed = costs, draft_tokens
         self.length = 0
-        self._all = _Acceptance(OF_ALL)
+        self._all, self._found = _Acceptance(OF_ALL), _Acceptance(OF_ALL)
         self._rows: dict[int, _Acceptance] = {}
         self._waited = RETRY  # rounds since the last one with drafts; at the start one is due
-        self._tried = [0, 0]  # drafted and accepted tokens of the round that was tried
+        self._tried = [0, 0]  # asked and accepted tokens of the round that was tried
 
     def acceptance(self, slot: int) -> float:
         """The chance that a row's drafted token is accepted, as it is estimated now."""
@@ -288,6 +306,7 @@ class DraftLengths:
             self.costs,
             riding=len(rows) - len(found),
             drawn=sum(row.chooser.sampling.temperature > 0 for row in rows),
+            found=self._found.estimate(1.0, FIRST),
             now=self.length,
         )
         if not self.length:
@@ -300,12 +319,18 @@ class DraftLengths:
 
     def _retried(self, wanted: Sequence[bool]) -> list[int]:
         """Of a round that drafts nothing, or one token a row to see whether that has changed."""
-        drafted, accepted = self._tried
+        asked, accepted = self._tried
         self._tried = [0, 0]
         self._waited += 1
-        if self._waited < RETRY and not (drafted and 2 * accepted >= drafted):
+        if self._waited < RETRY and not (asked and 2 * accepted >= asked):
             return [0] * len(wanted)
         return [int(some) for some in wanted]
+
+    def proposed(self, asked: int, found: int) -> None:
+        """Of `asked` rows that were to be drafted for, the draft had tokens for `found`."""
+        for number in range(asked):
+            self._found.observe(1, int(number < found))
+        self._tried[0] += asked - found
 
     def observe(self, slot: int, drafted: int, accepted: int) -> None:
         """What came of a row's drafts in the last round."""

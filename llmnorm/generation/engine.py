@@ -290,6 +290,9 @@ class Engine:
         proposals = self._draft.propose(rows, counts)
         for proposal, count in zip(proposals, counts, strict=True):
             assert len(proposal.tokens) <= count, "a draft proposes at most what is asked for"
+        if self._lengths is not None:
+            found = sum(bool(proposal.tokens) for proposal in proposals)
+            self._lengths.proposed(sum(count > 0 for count in counts), found)
         return proposals
 
     def _observe(self, row: Row, drafted: int, accepted: int) -> None:

@@ -10,6 +10,7 @@ import locale
 import os
 import platform
 import re
+import socket
 import sys
 import tempfile
 import threading
@@ -19,7 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from llmnorm.machine.gpus import own_serial
 from llmnorm.machine.memory import address_limit
+from llmnorm.part import InputError
 
 MISTAKE, DIVERGED, DEFECT, LOST_PROCESS = 2, 3, 70, 74  # exit codes
 TORCH_BYTES = 1_200_000_000  # of addresses; with less its libraries do not load (measured)
@@ -83,14 +86,42 @@ def of_interrupt() -> Failure | None:
     return None
 
 
+def connection_lost(error: BaseException) -> bool:
+    """Whether an exception says that the connection to another process of the run broke."""
+    return bool(_LOST.search(" ".join(str(error).split())))
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an exception's traceback; of a mistake of the user its message alone."""
+    kind, text = type(error), " ".join(str(error).split())
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return (text if isinstance(error, InputError) else f"{module}{kind.__qualname__}: {text}")[:600]
+
+
 def failure(error: BaseException, words: Sequence[str], run: Path | None) -> Failure:
     """What an unforeseen exception of a command means.
+
+    Of several processes, the line begins with who this one is and the traceback's last line, and
+    ends with how a scheduler leaves its host out.
 
     Args:
         error: the exception.
         words: what was typed after `llmnorm`.
         run: the run or model directory that the command was given, if there is one.
     """
+    found = _failure(error, words, run)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return found
+    torch = sys.modules.get("torch")
+    serial = own_serial() if torch is not None and torch.cuda.is_initialized() else ""
+    host, gpu = socket.gethostname(), f", GPU {serial}" if serial else ""
+    who = f"rank {os.environ.get('RANK')} (host {host}, process {os.getpid()}{gpu})"
+    line = f"{who}: {last_line(error)}; {found.line}; to leave its host out: --exclude={host}"
+    return Failure(line, found.exit_code)
+
+
+def _failure(error: BaseException, words: Sequence[str], run: Path | None) -> Failure:
+    """What the exception means on one process."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         asked = re.search(r"allocate (\d+) bytes|[Tt]ried to allocate ([\d.]+ \w+)", text)

@@ -87,6 +87,20 @@ def visible_gpus() -> list[GPU]:
     return found
 
 
+def own_serial() -> str:
+    """The serial number of this process's GPU, its UUID where it has none; "" without nvidia-smi.
+
+    A launcher gives each process of a computer one GPU, the one of its LOCAL_RANK.
+    """
+    gpus, index = visible_gpus(), int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= len(gpus):
+        return ""
+    uuid = gpus[index].uuid
+    query = ["nvidia-smi", "--query-gpu=serial", "--format=csv,noheader", f"--id={uuid}"]
+    serial = output_of(query)[0].strip()
+    return serial if serial.isdigit() and int(serial) else uuid
+
+
 def check_gpu(device: str) -> None:
     """Refuse to train on the CPU by accident, or on a GPU that is not there.
 

@@ -207,6 +207,7 @@ class Answers:
                 [Request(tuple(question.prompt), greedy) for question in questions],
                 ends=stops,
                 together=parallel.spread,
+                advance=parallel.phases.advance,
             )
         answers = []
         for ids in found:

@@ -80,6 +80,7 @@ class Samples:
                         [request_of(prompt, self._settings)],
                         ends=ends,
                         together=parallel.spread,
+                        advance=parallel.phases.advance,
                     )
                     texts.append({"prompt": self._text(prompt), "continuation": self._text(ids)})
         finally:

@@ -26,6 +26,7 @@ What would surprise:
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,11 +63,13 @@ class Exchange:
             it has all of it.
         payload: dtype that gradients and deltas are rounded to before they travel; None: they are
             not rounded.
+        waiting: entered while this process waits for others.
     """
 
     group: dist.ProcessGroup
     spread: bool
     payload: torch.dtype | None = None
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def local(self, parameter: Tensor) -> Tensor:
         """This process's part of a parameter, or of a gradient."""
@@ -83,7 +86,8 @@ class Exchange:
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes that have parts of the same tensor, in place."""
         if self.spread:
-            dist.all_reduce(values, group=self.group)
+            with self.waiting():
+                dist.all_reduce(values, group=self.group)
         return values
 
 
@@ -278,7 +282,8 @@ class ShardedRuleOptimizer(RuleOptimizer):
 
         def wait() -> Tensor:
             assert send is not None  # in memory until it has been sent
-            work.wait()
+            with self.exchange.waiting():
+                work.wait()
             return received
 
         return wait
@@ -290,7 +295,8 @@ class ShardedRuleOptimizer(RuleOptimizer):
 
         def wait() -> Tensor:
             assert padded is not None  # in memory until it has been sent
-            work.wait()
+            with self.exchange.waiting():
+                work.wait()
             return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
 
         return wait

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.machine.doctor import missing_extra
 from llmnorm.machine.gpus import launch_file
+from llmnorm.parallel.rendezvous import make_group
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def file_for(sharding: str) -> str:
 
 
 def accelerator(cuda: bool) -> "Accelerator":
-    """accelerate's object: it makes the process group and knows this process's rank and device.
+    """accelerate's object, which knows this process's rank and device; the process group is made.
 
     Removes the environment variables by which accelerate would shard (see above).
     """
@@ -151,6 +152,7 @@ def accelerator(cuda: bool) -> "Accelerator":
     for name in [*os.environ]:
         if name.startswith(ours):
             del os.environ[name]
+    make_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
     if not cuda:
         return Accelerator(cpu=True)
     if "LOCAL_RANK" not in os.environ:  # no launcher, so no group for a backend

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,11 +33,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
+from llmnorm.machine.gpus import own_serial
 from llmnorm.machine.phases import Phases
 from llmnorm.nn.head import LanguageHead
 from llmnorm.optim.sharded import Exchange
+from llmnorm.parallel.calls import Calls
+from llmnorm.parallel.heartbeat import Heartbeat
 from llmnorm.parallel.launch import accelerator, agreed_sharding, file_for
-from llmnorm.parallel.shards import Fill, Unit, fill_and_shard, make_mesh, replicate, shard
+from llmnorm.parallel.shards import Buckets, Fill, Unit, fill_and_shard, make_mesh, replicate, shard
 from llmnorm.parallel.zero import Zero
 from llmnorm.part import InputError
 
@@ -72,6 +76,8 @@ class Parallel:
         zero: DeepSpeed's part, under `zero1` to `zero3`.
         asked: what `poll` asks; not 0 where this process is to stop.
         phases: what this process is doing; an evaluation advances with every `poll`.
+        calls: how many collective calls it has begun.
+        heartbeat: the watch over all processes, where there are several, from `watch` on.
     """
 
     def __init__(self, parallel: ParallelSettings, training: TrainingSettings) -> None:
@@ -120,6 +126,9 @@ class Parallel:
                 self._group = self._mesh.get_group("shard")
         self.backend = dist.get_backend() if dist.is_initialized() else "no process group"
         self._model: nn.Module | None = None
+        self._buckets = Buckets(self.device)
+        self.heartbeat: Heartbeat | None = None
+        self.calls = Calls()
         self.asked: Callable[[], int] = lambda: 0
         self._polls = 0
 
@@ -157,7 +166,7 @@ class Parallel:
                 module.compiled = self.settings.compile
         self._model = self.lay_out(model, fill, trained=True)
         if self.sharding == "ddp":
-            self._model = replicate(model, self.device)
+            self._model = replicate(model, self._buckets)
         return self._model
 
     def lay_out(
@@ -170,7 +179,11 @@ class Parallel:
             trained: whether its weights will change; a model that is only evaluated has no
                 gradients and, under ZeRO, no master weights.
         """
-        unit: Unit | None = partial(shard, mesh=self._mesh) if self._mesh is not None else None
+        unit: Unit | None = (
+            partial(shard, mesh=self._mesh, waiting=self.phases.waiting)
+            if self._mesh is not None
+            else None
+        )
         if self.zero is not None and self.spread:
             unit = self.zero.partition
         fill_and_shard(model, fill, self.device, unit)
@@ -190,7 +203,7 @@ class Parallel:
         if group is None:
             return None
         payload = torch.bfloat16 if self.settings.exchange == "bf16" else None
-        return Exchange(group, spread=self._group is not None, payload=payload)
+        return Exchange(group, self._group is not None, payload, self.phases.waiting)
 
     def autocast(self) -> Any:
         """The context manager for a forward pass under `training.precision`."""
@@ -224,6 +237,7 @@ class Parallel:
             self.zero.backward(loss)
         else:
             loss.backward()  # type: ignore[no-untyped-call]
+            self.phases.waited(self._buckets.waited())
 
     def collect_gradients(self) -> None:
         """After the step's last backward pass: `grad` of what the optimizer steps is whole.
@@ -244,7 +258,8 @@ class Parallel:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._group is not None:
             square = norm.square()
-            dist.all_reduce(square, group=self._group)
+            with self.phases.waiting():
+                dist.all_reduce(square, group=self._group)
             norm = square.sqrt()
         if max_norm > 0:
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -273,13 +288,15 @@ class Parallel:
         if self.world == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.world)]
-        dist.all_gather(parts, values)
+        with self.phases.waiting():
+            dist.all_gather(parts, values)
         return torch.cat(parts)
 
     def reduce(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes. With several processes `values` is changed."""
         if self.world > 1:
-            dist.all_reduce(values)
+            with self.phases.waiting():
+                dist.all_reduce(values)
         return values
 
     def say(self, text: str) -> None:
@@ -302,24 +319,6 @@ class Parallel:
         if self.reduce(torch.tensor(float(error is not None), device=self.device)):
             raise error or InputError("the main process stopped; its message says why")
 
-    def on_main_until(self, part: Callable[[], bool]) -> None:
-        """Call `part` on the main process again and again, until it returns True.
-
-        The others wait for one part at a time, so that work of any length is no process that does
-        not answer.
-
-        Raises:
-            InputError: as `on_main`.
-        """
-        over = torch.zeros((), device=self.device)
-
-        def once() -> None:
-            over.fill_(float(part()))
-
-        while not self.reduce(over):
-            self.on_main(once)
-            self.phases.advance()
-
     def poll(self) -> None:
         """Leave an evaluation where a process was asked to stop.
 
@@ -339,18 +338,54 @@ class Parallel:
         if asked:
             raise Interrupted(asked)
 
+    def watch(self, directory: Path) -> None:
+        """Let the processes watch each other (heartbeat.py); every process calls it.
+
+        Args:
+            directory: where stacks are written when a process is lost.
+        """
+        if self.world == 1:
+            return
+        self.heartbeat = Heartbeat(
+            rank=self.rank,
+            world=self.world,
+            store=dist.distributed_c10d._get_default_store().clone(),  # type: ignore[attr-defined]
+            calls=self.calls,
+            phases=self.phases,
+            settings=self.settings,
+            directory=directory,
+            gpu=own_serial if self.device.type == "cuda" else lambda: "",
+        )
+
     def close(self) -> None:
         """Leave the process group when all are ready to: leaving alone can abort the others.
 
         A process that leaves because of an error waits for those that have the same error, but not
         for long. One that waits for it in another call then learns that this process is gone.
+
+        Raises:
+            Lost: another process was lost.
         """
         if not dist.is_initialized():
             return
-        if sys.exc_info()[0] is None:
-            dist.barrier()
-            dist.destroy_process_group()
-        elif self.world == 1:
+        error = sys.exc_info()[1]
+        if error is None:
+            try:
+                dist.barrier()
+            except RuntimeError as found:
+                if self.heartbeat is None:
+                    raise
+                error = found
+        if self.heartbeat is not None:
+            verdict = None if error is None else self.heartbeat.leave(error)
+            self.heartbeat.close()
+            if verdict is not None:
+                raise self.heartbeat.lost(verdict) from error
+            if error is not None:
+                if sys.exc_info()[1] is None:
+                    raise error
+                return
+        if error is None or self.world == 1:
             dist.destroy_process_group()
         elif self.backend == "gloo" and dist.group.WORLD is not None:
             options = dist.BarrierOptions()

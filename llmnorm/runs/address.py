@@ -17,6 +17,8 @@ from llmnorm.machine.reading import check_address, is_address, local_path, read_
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 
+MARKER = "run.remote"
+
 
 class Remote(NamedTuple):
     """A run directory that is an address.
@@ -35,11 +37,18 @@ def on_this_machine(config: RunConfig) -> tuple[RunConfig, str | None]:
     """The settings with a `run_dir` of this machine, and the address that it is copied up to.
 
     Raises:
-        InputError: the directory is copied up to another address, or its `run.remote` is damaged.
+        InputError: the directory is copied up to another address, or its `run.remote` is damaged;
+            `checkpoint.local` is given, and `run_dir` is no address.
     """
     assert config.run_dir is not None
     if isinstance(config.run_dir, Path):
-        return config, _address_of(RunDirectory(config.run_dir))
+        found = _address_of(RunDirectory(config.run_dir))
+        if config.checkpoint.local is not None and found is None:
+            raise InputError(
+                "checkpoint.local: is for a run_dir that is an address (s3://bucket/run), and "
+                f"run_dir is {config.run_dir}; leave one of them out"
+            )
+        return config, found
     address = config.run_dir
     path = config.checkpoint.local or Path("runs") / address.rpartition("/")[2]
     other = _address_of(RunDirectory(path))
@@ -98,9 +107,9 @@ def bind(run: RunDirectory, address: str) -> None:
     """
     if _address_of(run) == address:
         return
-    with _explained(run.remote):
+    with _explained(run.path / MARKER):
         run.path.mkdir(parents=True, exist_ok=True)
-        write_whole(run.remote, f"{address}\n")
+        write_whole(run.path / MARKER, f"{address}\n")
 
 
 @contextmanager
@@ -113,14 +122,13 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _address_of(run: RunDirectory) -> str | None:
-    if not run.remote.exists():
+    marker = run.path / MARKER
+    if not marker.exists():
         return None
-    text = read_text(run.remote, limit=10_000).strip()
+    text = read_text(marker, limit=10_000).strip()
     try:
         if is_address(text):
             return check_address(text)
     except ValueError:
         pass
-    raise InputError(
-        f"{run.remote}: holds no address; remove it to go on without copying the run up"
-    )
+    raise InputError(f"{marker}: holds no address; remove it to go on without copying the run up")

@@ -50,6 +50,11 @@ class RunDirectory(NamedTuple):
         return self.path / "metrics.jsonl"
 
     @property
+    def repeated(self) -> Path:
+        """JSON lines: those of metrics.jsonl whose steps were done twice, as they were."""
+        return self.path / "metrics.repeated.jsonl"
+
+    @property
     def samples(self) -> Path:
         """JSON lines: for each evaluation the prompts and their generated continuations."""
         return self.path / "samples.jsonl"
@@ -85,9 +90,9 @@ class RunDirectory(NamedTuple):
         return self.path / "plots"
 
     @property
-    def remote(self) -> Path:
-        """The address that this directory is copied up to; a line. It belongs to this machine."""
-        return self.path / "run.remote"
+    def ranks(self) -> Path:
+        """What the threads of each process did when a lost process has ended the run."""
+        return self.path / "ranks"
 
     @property
     def done(self) -> Path:
@@ -97,8 +102,14 @@ class RunDirectory(NamedTuple):
 
     @property
     def preempted(self) -> Path:
-        """Exists when a signal has stopped the last process; holds the step's number."""
+        """Exists when the last process was stopped; holds the step's number. One that holds no
+        number is not llmnorm's: it asks the run to stop (`asks_to_stop`)."""
         return self.path / "PREEMPT"
+
+    @property
+    def restarts(self) -> Path:
+        """What the next life of the run is to know, under a launcher that restarts it."""
+        return self.path / "restarts.txt"
 
     @property
     def diverged(self) -> Path:
@@ -143,9 +154,9 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
     if not run.path.is_dir():
         raise InputError(f"run_dir: {run.path} is a file")
     if not run.config.exists():
-        # A process that was killed in its first moments leaves only these.
-        own = ("run.lock", "config.tmp", run.remote.name)
-        others = [p.name for p in run.path.iterdir() if p.name not in own]
+        # A process that was ended in its first moments leaves only these.
+        first = ("run.lock", "config.tmp", run.ranks.name, "run.remote")
+        others = [p.name for p in run.path.iterdir() if p.name not in first]
         if run.checkpoints.name in others:
             raise InputError(
                 f"run_dir: {run.path} has checkpoints, but no config.yaml; bring it back (each "
@@ -204,6 +215,11 @@ def finished(run: RunDirectory, config: RunConfig) -> bool:
     return same_base and same_teacher and _as_long(run, there, config)
 
 
+def has_ended(run: RunDirectory) -> bool:
+    """Whether the last process of the run has ended it, and was not stopped or killed."""
+    return run.done.exists() or run.diverged.exists()
+
+
 def ended_early(run: RunDirectory) -> bool:
     """Whether the run is DONE because `evaluation.patience` has ended it before its last step."""
     try:
@@ -253,6 +269,15 @@ def _check_checkpoints(run: RunDirectory, settings: CheckpointSettings) -> None:
     )
 
 
+def asks_to_stop(run: RunDirectory) -> bool:
+    """Whether somebody else has put a file PREEMPT into the run directory.
+
+    A run's own has the number of a step in it. Any other, an empty one too, asks the run to save
+    and stop, and keeps it from its first step until it is removed.
+    """
+    return run.preempted.exists() and step_in(run.preempted) is None
+
+
 def step_in(sign: Path) -> int | None:
     """The step in DONE, PREEMPT or DIVERGED; None where there is no number in the first line."""
     try:
@@ -281,10 +306,10 @@ def next_commands(run: RunDirectory, config: RunConfig, *, early: bool = False) 
 
 
 def stopped(run: RunDirectory, signal: str, step: int, steps: int) -> str:
-    """What is said of a run that a signal has stopped and that is saved; a line.
+    """What is said of a run that was stopped and that is saved; a line.
 
     Args:
-        signal: its name.
+        signal: the signal's name, or what else has asked.
         step: the step that it was stopped after.
         steps: the run's length.
     """
@@ -298,7 +323,8 @@ def stopped(run: RunDirectory, signal: str, step: int, steps: int) -> str:
 def begin(
     run: RunDirectory, config: RunConfig, tokenizer: Path, automatic: Sequence[str] = ()
 ) -> None:
-    """Make the directory; write the resolved settings and the tokenizer; remove the old sign.
+    """Make the directory; write the resolved settings and the tokenizer; remove the old sign, but
+    not one that asks to stop.
 
     config.yaml is renamed into place, so that a killed process does not leave half of it.
 
@@ -315,8 +341,10 @@ def begin(
             run.automatic.write_text("\n".join(automatic) + "\n", encoding="utf-8")
         run.plots.mkdir(exist_ok=True)
         shutil.copytree(tokenizer, run.tokenizer, dirs_exist_ok=True)
-        for sign in (run.done, run.preempted, run.diverged):
+        for sign in (run.done, run.diverged):
             sign.unlink(missing_ok=True)
+        if not asks_to_stop(run):
+            run.preempted.unlink(missing_ok=True)
     except shutil.Error as error:  # of copytree: a list of (from, to, reason)
         raise InputError(
             f"run_dir: {run.tokenizer} cannot be written: {error.args[0][0][2]}"

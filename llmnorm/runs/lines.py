@@ -86,6 +86,18 @@ def read_lines(path: Path) -> Lines:
     return found
 
 
+def whole_lines(path: Path) -> Iterator[Entry]:
+    """The records of a run's file, one at a time; lines that are not one whole record are left out.
+
+    Raises:
+        InputError: as `read_lines`.
+    """
+    if path.exists():
+        for line in json_lines(path):
+            if line.value is not None and _has_step(line.value):
+                yield Entry(line.number, line.raw.rstrip(b"\r\n"), line.value)
+
+
 def damage(path: Path, damaged: Sequence[tuple[int, bytes]]) -> str | None:
     """The beginning of a sentence about a file's damaged lines; None if there are none."""
     if not damaged:
@@ -171,6 +183,28 @@ def plan_cut(path: Path, step: int) -> Cut:
         unfinished=found.unfinished,
         closed=found.closed,
     )
+
+
+def append_whole(path: Path, lines: Sequence[bytes]) -> None:
+    """Append lines to a file, but for those that it has; they are on the disk when it returns.
+
+    A process that is killed in between leaves an unfinished line, which the next call removes.
+
+    Args:
+        lines: without their ends.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    *known, unfinished = (path.read_bytes() if path.exists() else b"").split(b"\n")
+    there = set(known)
+    new = [line for line in lines if line not in there]
+    if not new:
+        return
+    with path.open("ab") as file:
+        file.truncate(file.tell() - len(unfinished))
+        file.writelines(line + b"\n" for line in new)
+        _sync(file)
 
 
 def _has_step(value: Any) -> bool:

@@ -2,11 +2,12 @@
 
 metrics.jsonl has a line for each logged step (`step`, `tokens`, `loss`, `grad_norm`, `lr`,
 `tokens_per_second`, ..., at intervals `health`) and one for each evaluation (`step`, `tokens`,
-`validation`). Losses are in nats per token. samples.jsonl has a line for each evaluation (`step`,
-`tokens`, `samples`). A number that is not finite is null (`machine/files.py`).
+`validation`). Losses are in nats per token. Both say what the time since the last line was spent on
+(account.py). samples.jsonl has a line for each evaluation (`step`, `tokens`, `samples`). A number
+that is not finite is null (`machine/files.py`).
 
 What would surprise: on resume both files are cut to the checkpoint's step (lines.py), so that they
-read as if the run had not stopped.
+read as if the run had not stopped. The lines that are taken back go to metrics.repeated.jsonl.
 """
 
 import math
@@ -24,8 +25,9 @@ from tqdm import tqdm
 from llmnorm.machine.files import json_text
 from llmnorm.objectives.figures import sentence
 from llmnorm.part import InputError
+from llmnorm.runs.account import Timekeeper
 from llmnorm.runs.directory import RunDirectory
-from llmnorm.runs.lines import Cut, plan_cut
+from llmnorm.runs.lines import Cut, append_whole, plan_cut
 from llmnorm.runs.trackers import Trackers
 
 # Dense bf16 peak of one GPU in FLOP/s, from the vendors' data sheets, by a part of the device's
@@ -66,20 +68,24 @@ class Kept(NamedTuple):
     """What a run that goes on from a step keeps of its two files.
 
     Attributes:
+        repeated: where lines of metrics.jsonl go that are taken back.
         metrics, samples: of each file.
         validation_loss: of that very step in metrics.jsonl; None where it was not evaluated.
     """
 
+    repeated: Path
     metrics: Cut
     samples: Cut
     validation_loss: float | None
 
     def apply(self) -> None:
-        """Remove the lines past the step, and keep damaged ones aside.
+        """Take the lines past the step back, and keep damaged ones aside.
 
         Raises:
             InputError: a file cannot be written.
         """
+        with _explained(self.repeated):
+            append_whole(self.repeated, [entry.raw for entry in self.metrics.past])
         for each in (self.metrics, self.samples):
             with _explained(each.path):
                 each.apply()
@@ -114,7 +120,7 @@ def keep_until(run: RunDirectory, step: int) -> Kept:
             found = figures.get("loss")
             loss = float(found) if isinstance(found, int | float) else math.nan
     samples = plan_cut(run.samples, step if loss is not None else step - 1)
-    return Kept(metrics, samples, loss)
+    return Kept(run.repeated, metrics, samples, loss)
 
 
 @contextmanager
@@ -139,6 +145,7 @@ class Metrics:
         flops_per_token: of the forward and backward pass, for the MFU.
         world: processes, for the MFU.
         enabled: whether this is the main process; the others write and print nothing.
+        timekeeper: says what the time of each line was spent on.
         seconds: training time of the run's earlier processes.
     """
 
@@ -153,6 +160,7 @@ class Metrics:
         device: torch.device,
         world: int,
         enabled: bool,
+        timekeeper: Timekeeper,
         seconds: float = 0.0,
     ) -> None:
         """Open metrics.jsonl for appending and draw the bar."""
@@ -169,7 +177,7 @@ class Metrics:
         )
         peak = peak_flops(device)
         self._flops_share = flops_per_token / (peak * world) if peak else None
-        self._device = device
+        self._device, self._timekeeper = device, timekeeper
         self._seconds_before = seconds
         self._started = self._last = time.perf_counter()
         self._tokens_since = 0
@@ -260,6 +268,7 @@ class Metrics:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file:
+            record = record | self._timekeeper.line()
             with _explained(self._run.metrics):
                 self._file.write(json_text(record) + "\n")
                 self._file.flush()

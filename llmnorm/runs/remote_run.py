@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+import torch
+
 from llmnorm.checkpoints.store import Keep
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
@@ -24,7 +26,7 @@ from llmnorm.runs.download import bring_down
 from llmnorm.runs.upload import Left, There, Upload
 
 PATIENCE = 600.0  # seconds at the end of a run in which nothing goes up, before it gives up
-HURRY = 20.0  # the same of a run that was stopped or has failed, over all
+HURRY = 20.0  # that a run which has failed waits
 PART = 10.0  # seconds between two lines that say what is still to go up
 
 
@@ -39,7 +41,7 @@ class RemoteRun:
         run: its directory on this machine, locked by this process.
         keep: which checkpoints are kept, here and there.
         parallel: the processes.
-        asked: not 0 where this process was asked to stop.
+        seconds_left: until a process that was asked to stop must end; infinite before that.
 
     Raises:
         StoreError: on entry, if the store does not answer, or refuses.
@@ -53,9 +55,10 @@ class RemoteRun:
         run: RunDirectory,
         keep: Keep,
         parallel: Parallel,
-        asked: Callable[[], int],
+        seconds_left: Callable[[], float],
     ) -> None:
-        self._run, self._keep, self._parallel, self._asked = run, keep, parallel, asked
+        self._run, self._keep, self._parallel = run, keep, parallel
+        self._seconds_left = seconds_left
         self._store: ObjectStore = open_store(address, "run_dir")
         self._lease = Lease(self._store, say=parallel.say)
         self._upload: Upload | None = None
@@ -66,7 +69,7 @@ class RemoteRun:
         parallel.on_main(self._take)
         files = bring_down(self._run, self._store, there, parallel.say)
         try:
-            parallel.on_main_until(lambda: next(files, self) is self)
+            _on_main_until(parallel, lambda: next(files, self) is self)
             parallel.on_main(lambda: bind(self._run, self._store.address))
         except BaseException:
             self._give_back()
@@ -127,14 +130,14 @@ class RemoteRun:
         Raises:
             InputError: it is not, and the run was not stopped either.
         """
-        start = moved_at = time.monotonic()
-        moved = -1
+        moved_at, moved = time.monotonic(), -1
         stopped = self._run.preempted.exists() and not self._run.done.exists()
 
         def is_over() -> bool:
             nonlocal moved, moved_at
             assert self._upload is not None
-            if self._upload.is_up(PART if moved >= 0 else min(1.0, PART)):
+            part = min(PART, max(0.0, self._seconds_left()))
+            if self._upload.is_up(part if moved >= 0 else min(1.0, part)):
                 address = self._store.address
                 self._parallel.say(f"all of it is in {address}: llmnorm train {address}")
                 return True
@@ -142,8 +145,7 @@ class RemoteRun:
             if bytes_moved > moved:
                 moved, moved_at = bytes_moved, now
             hopeless = self._lease.lost is not None or now - moved_at > PATIENCE
-            hurried = stopped and now - start > HURRY
-            if hopeless or hurried or (not stopped and self._asked()):
+            if hopeless or self._seconds_left() <= 0:
                 text = self._what_is_left(left)
                 if not stopped:
                     raise InputError(text)
@@ -153,7 +155,7 @@ class RemoteRun:
             self._parallel.say(f"copying up to {self._store.address}: {left} left{problem}")
             return False
 
-        self._parallel.on_main_until(is_over)
+        _on_main_until(self._parallel, is_over)
 
     def _what_is_left(self, left: Left) -> str:
         assert self._upload is not None
@@ -163,3 +165,21 @@ class RemoteRun:
             f"{self._store.address}: {left} did not get up: {why}; they are whole in "
             f"{self._run.path}, and this copies them up: llmnorm train {self._run.path}"
         )
+
+
+def _on_main_until(parallel: Parallel, part: Callable[[], bool]) -> None:
+    """Call `part` on the main process again and again, until it returns True.
+
+    The others wait for one part at a time. So work of any length makes no process look lost.
+
+    Raises:
+        InputError: as `Parallel.on_main`.
+    """
+    over = torch.zeros((), device=parallel.device)
+
+    def once() -> None:
+        over.fill_(float(part()))
+
+    while not parallel.reduce(over):
+        parallel.on_main(once)
+        parallel.phases.advance()

@@ -39,7 +39,7 @@ from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lines import read_lines
 
 # Keys of a line of metrics.jsonl that a tracker does not get.
-LEFT_OUT = ("step", "skipped_in_a_row", "not_finite")
+LEFT_OUT = ("step", "skipped_in_a_row", "not_finite", "clock")
 
 
 def check(settings: LoggingSettings) -> None:

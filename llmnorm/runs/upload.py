@@ -32,6 +32,7 @@ from llmnorm.checkpoints.store import LATEST, Keep, superfluous
 from llmnorm.config.manifest import MANIFEST, Damaged, directory_of, steps_in
 from llmnorm.remote.objects import ObjectStore, StoreError
 from llmnorm.remote.sender import Sender
+from llmnorm.runs.address import MARKER
 from llmnorm.runs.directory import RunDirectory
 
 EVERY = 15.0  # seconds between two copies of a file that grows
@@ -302,7 +303,8 @@ class Upload:
 
     def _files(self) -> Iterator[tuple[str, Stamp]]:
         """The files beside checkpoints and signs that are not half written, with their stamps."""
-        left_out = {"run.lock", self._run.remote.name, *(s.name for s in self._all_signs())}
+        signs = (sign.name for sign in self._all_signs())
+        left_out = {"run.lock", MARKER, self._run.restarts.name, *signs}
         for folder, folders, names in os.walk(self._run.path):
             top = Path(folder) == self._run.path
             folders[:] = sorted(

@@ -24,21 +24,23 @@ from llmnorm.objectives.contract import MicroBatch
 from llmnorm.parallel.processes import Interrupted
 from llmnorm.part import InputError
 from llmnorm.runs import directory as run_directory
+from llmnorm.runs.account import Timekeeper
 from llmnorm.runs.metrics import Metrics, keep_until
 from llmnorm.runs.trackers import Trackers
 from llmnorm.training.evaluation import evaluate
 from llmnorm.training.health import health
 from llmnorm.training.prepare import Prepared
 from llmnorm.training.profiling import Profiler
-from llmnorm.training.signals import StopRequest, agreed
+from llmnorm.training.signals import StopRequest
 from llmnorm.training.state import environment
 from llmnorm.training.step import Outcome, rehearse
 
 
-def open_metrics(run: Prepared, stack: ExitStack, *, left: bool) -> Metrics:
+def open_metrics(run: Prepared, stack: ExitStack, timekeeper: Timekeeper, *, left: bool) -> Metrics:
     """The record of a run, with its progress bar and its trackers; `stack` closes them.
 
     Args:
+        timekeeper: gives the lines their times.
         left: whether the evaluation of the present step is still to be made.
     """
     config, parallel, start = run.config, run.parallel, run.progress.step
@@ -57,6 +59,7 @@ def open_metrics(run: Prepared, stack: ExitStack, *, left: bool) -> Metrics:
         device=parallel.device,
         world=parallel.world,
         enabled=parallel.is_main,
+        timekeeper=timekeeper,
         seconds=run.progress.seconds,
     )
     return stack.enter_context(metrics)
@@ -102,12 +105,15 @@ def keep_line(
     }
     if run.selecting is not None:
         run.selecting.step_ended()
+    for note in run.stragglers.notes():
+        metrics.say(f"llmnorm: note: {note}")
     if examined := due(progress.step, logging.health_every):
         with run.parallel.phases.during("health"), metrics.pause():
             line["health"] = health(run.model, first.inputs_on(run.parallel.device), run.parallel)
     if ending or examined or progress.step % logging.every == 0:
         if run.selecting is not None:
             line |= run.selecting.line()
+        line |= run.stragglers.line()
         metrics.log_step(line)
 
 
@@ -136,7 +142,7 @@ def keep_evaluation(run: Prepared, metrics: Metrics, stop: StopRequest) -> int:
             sound = math.isfinite(figures["loss"])
             texts = run.objective.texts(run.model, parallel) if sound else []
     except Interrupted as found:
-        return agreed(stop.exit_code, found.asked)
+        return stop.agree(found.asked)
     metrics.log_evaluation(progress.step, progress.tokens, figures, texts)
     progress.count_evaluation(figures["loss"])
     if run.saved != progress.step and (_best_is_kept(run) or out_of_patience(run)):

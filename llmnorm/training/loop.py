@@ -8,18 +8,21 @@ A checkpoint holds weights, optimizer state and counts, nothing else: everything
 needs is a function of its number.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
 
 from llmnorm.config.tree import RunConfig
-from llmnorm.machine.phases import LOOP
+from llmnorm.machine.phases import END, LOOP
 from llmnorm.parallel.check import check
 from llmnorm.runs import directory as run_directory
+from llmnorm.runs.account import Account, Timekeeper, read_account
 from llmnorm.runs.address import Remote
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.metrics import keep_until
+from llmnorm.runs.restarts import Restarts
 from llmnorm.runs.trackers import check as check_trackers
 from llmnorm.training.keeping import (
     Diverged,
@@ -35,7 +38,7 @@ from llmnorm.training.keeping import (
     save,
 )
 from llmnorm.training.prepare import Prepared, prepare
-from llmnorm.training.signals import StopRequest, name_of
+from llmnorm.training.signals import StopRequest, Watch
 from llmnorm.training.step import rehearse, step
 
 
@@ -50,7 +53,7 @@ def train(
     stop: StopRequest | None = None,
     remote: Remote | None = None,
 ) -> int:
-    """Train until the configured length or a signal; what is to be typed then is printed.
+    """Train until the configured length or a request to stop; what is to be typed then is printed.
 
     Args:
         config: resolved settings that agree with the run directory.
@@ -79,7 +82,7 @@ def train(
             data_command=data_command,
             dry_run=dry_run,
             remote=remote,
-            asked=lambda: stop.exit_code if stop else 0,
+            seconds_left=lambda: stop.seconds_left(config.checkpoint.grace) if stop else math.inf,
         )
         parallel, progress, steps = prepared.parallel, prepared.progress, prepared.steps
         phases = parallel.phases
@@ -104,16 +107,27 @@ def train(
             stop = stack.enter_context(StopRequest())
         stop.at_once = None
 
+        watch = Watch(stop, run, config.checkpoint.grace, looks=parallel.is_main)
+        stack.enter_context(watch)
+        restarts = stack.enter_context(Restarts(run, enabled=parallel.is_main))
+
         # Everything that could be refused has been looked at: only now is anything written.
+        timekeeper = Timekeeper(Account(), phases)  # of processes that write no lines
+
         def begin() -> None:
+            nonlocal timekeeper
             there = keep_until(run, progress.step)
             for note in there.notes():
                 parallel.say(f"llmnorm: note: {note}")
             there.apply()
+            resumed = not run_directory.has_ended(run)
+            timekeeper = Timekeeper(read_account(run), phases, resumed=resumed)
+            if again := restarts.begin(progress.step, progress.row, config.pool):
+                parallel.say(f"llmnorm: note: {again}")
             run_directory.begin(run, config, prepared.objective.data.tokenizer_directory, automatic)
 
         parallel.on_main(begin)
-        metrics = open_metrics(prepared, stack, left=left)
+        metrics = open_metrics(prepared, stack, timekeeper, left=left)
         profiler = open_profiler(prepared, profile, metrics, stack)
         if _gave_up(prepared):
             progress.skipped_in_a_row = 0  # who resumes a run that has given up gives it new tries
@@ -122,6 +136,7 @@ def train(
         phases.enter(LOOP)
         while progress.step < steps and not exit_code and not out_of_patience(prepared):
             phases.enter("data")
+            restarts.at(progress.step + 1)
             micro_batches = next(batches)
             outcome = step(prepared, micro_batches, stop)
             exit_code = outcome.exit_code
@@ -141,13 +156,15 @@ def train(
                     save(prepared, metrics)
         with phases.during("save"):
             prepared.checkpoints.wait()
+        phases.enter(END)
         if parallel.is_main:
             early = not exit_code and progress.step < steps
             run_directory.end(run.preempted if exit_code else run.done, progress.step, early=early)
+            if exit_code and not stop.from_another:
+                restarts.stopped(progress.step)
     if parallel.is_main:
-        name = stop.name or name_of(exit_code)
         print(
-            run_directory.stopped(run, name, progress.step, steps)
+            run_directory.stopped(run, stop.name, progress.step, steps)
             if exit_code
             else _ended(prepared)
         )

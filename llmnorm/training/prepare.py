@@ -3,6 +3,7 @@
 `prepare` refuses what can be refused, and writes nothing into the run directory but its lock.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from llmnorm.training.state import (
     trained_on,
     without_selection,
 )
+from llmnorm.training.stragglers import Stragglers
 from llmnorm.training.stretch import former_steps, stretched
 from llmnorm.training.teacher import NamedTeacher, give_teacher
 
@@ -70,6 +72,7 @@ class Prepared:
         noise_seed: step and rank are added to it, so that no random state is ever saved.
         selecting: chooses the rows of a step, where the run has a selection.
         elsewhere: copies the run directory up, where it is an address.
+        stragglers: which processes hold the others up.
     """
 
     config: RunConfig
@@ -95,6 +98,7 @@ class Prepared:
     noise_seed: int
     selecting: Selecting | None
     elsewhere: RemoteRun | None
+    stragglers: Stragglers
 
     def batches(self) -> Iterator[list[MicroBatch]]:
         """Yield, without end, this process's micro-batches of each step from the run's next on.
@@ -152,7 +156,7 @@ def prepare(
     data_command: str,
     dry_run: bool,
     remote: Remote | None = None,
-    asked: Callable[[], int] = lambda: 0,
+    seconds_left: Callable[[], float] = lambda: math.inf,
 ) -> Prepared:
     """Join the processes, open the data, build the model, and load the newest checkpoint.
 
@@ -164,13 +168,14 @@ def prepare(
         dry_run: neither lock the directory nor tidy its checkpoints.
         remote: what the run directory is copied up to, where it is an address. The directory is
             then checked here, after it was brought up to the store.
-        asked: not 0 where this process was asked to stop.
+        seconds_left: until a process that was asked to stop must end; infinite before that.
 
     Raises:
         InputError: something that the user can mend.
     """
     parallel = Parallel(config.parallel, config.training)
     stack.callback(parallel.close)
+    parallel.watch(run.ranks)
 
     def lock() -> None:
         stack.enter_context(RunLock(run.path))
@@ -179,7 +184,7 @@ def prepare(
     elsewhere = None
     if remote is not None and not dry_run:
         parallel.on_main(lock)
-        elsewhere = RemoteRun(remote.address, run, keep, parallel, asked)
+        elsewhere = RemoteRun(remote.address, run, keep, parallel, seconds_left)
         stack.enter_context(elsewhere)
         agree(config, going_on=remote.going_on)
     objective = config.objective.build(
@@ -206,6 +211,7 @@ def prepare(
         world=parallel.world,
         needed=None if elsewhere is None else elsewhere.needs,
     )
+    parallel.calls.background = checkpoints.group
     stack.callback(checkpoints.wait)  # on the way out of an error too, while the lock is held
     if not dry_run:
         checkpoints.clean()
@@ -275,6 +281,7 @@ def prepare(
         noise_seed=_noise_seed(config.seed),
         selecting=selecting,
         elsewhere=elsewhere,
+        stragglers=Stragglers(parallel),
     )
 
 
@@ -294,11 +301,10 @@ def _micro_batch(config: RunConfig, objective: Objective, parallel: Parallel) ->
                 f"give at least {world}, or start fewer processes"
             )
         return micro_batch
-    if total % world:
-        raise InputError(
-            f"training.global_batch: {total} rows do not divide over {world} processes; "
-            f"the nearest that does is {max(1, round(total / world)) * world}"
-        )
+    try:
+        config.training.check_processes(world)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     share = total // world
     if share % micro_batch:
         nearest = min(

@@ -219,6 +219,7 @@ class Selecting:
                 with parallel.autocast():
                     inputs = batch.inputs_on(parallel.device)
                     found = feature.measure(model, inputs, batch.spans)
+                parallel.phases.advance()
                 rows = (batch.rows - int(numbers[0])).to(parallel.device)
                 table[rows, :-1] = found.features.to(dtype)
                 if found.losses is not None:

@@ -6,11 +6,21 @@ evaluation, so that all of them save and stop after the same step.
 
 Before the first step there is nothing to save, and the handler ends the process itself: whatever
 is written then is written so that a kill leaves the old or the new file.
+
+A file can ask too, where no signal gets through: `Watch`, a thread, looks for it, so that no step
+does. The same thread ends a process whose last step and save take longer than its launcher would
+wait before it kills.
 """
 
+import math
 import os
 import signal
+import threading
+import time
 from types import FrameType
+
+from llmnorm.runs import directory
+from llmnorm.runs.directory import RunDirectory
 
 # Exit codes: those of a shell, but that of SIGTERM for the two signals that mean the same (the
 # terminal is gone, the time is used up). 75 is EX_TEMPFAIL: schedulers start the job again.
@@ -22,6 +32,9 @@ EXIT_CODES = {
     signal.SIGUSR1: 75,
 }
 ELSEWHERE = 143  # of a process that was not asked itself, where it cannot be told what another was
+PREEMPTED = EXIT_CODES[signal.SIGUSR1]  # by a PREEMPT file too
+HURRIED = (EXIT_CODES[signal.SIGTERM], PREEMPTED)  # a kill follows; Ctrl-C has all the time
+TICK = 0.5  # seconds between two looks of a Watch
 
 
 class StopRequest:
@@ -35,8 +48,10 @@ class StopRequest:
             with this line, until `at_once` is set to None.
 
     Attributes:
-        exit_code: 0; after a signal its exit code.
-        name: the signal's name; empty before one came.
+        exit_code: 0; after a request its exit code.
+        name: of the signal, or of what else asked; empty before.
+        since: when the first request came, by time.monotonic.
+        from_another: whether another process was asked, and this one has only heard of it.
     """
 
     def __init__(self, at_once: str | None = None) -> None:
@@ -44,6 +59,8 @@ class StopRequest:
         self.at_once = at_once
         self.exit_code = 0
         self.name = ""
+        self.since = 0.0
+        self.from_another = False
         self._before: dict[int, object] = {}
         self._process = 0
 
@@ -69,8 +86,82 @@ class StopRequest:
                 line = f"llmnorm: stopped by {signal.Signals(number).name} {self.at_once}"
                 os.write(2, f"{line}\n".encode(errors="backslashreplace"))
             os._exit(code)
+        self.ask(code, signal.Signals(number).name)
+
+    def ask(self, code: int, name: str) -> None:
+        """Ask for a stop; the first request counts.
+
+        Args:
+            code: what the process is to exit with.
+            name: what asks.
+        """
         if not self.exit_code:
-            self.exit_code, self.name = code, signal.Signals(number).name
+            self.name, self.since = name, time.monotonic()
+            self.exit_code = code  # the last, since another thread goes by it
+
+    def seconds_left(self, grace: float) -> float:
+        """Of the seconds that a request leaves, those that are left; infinite before there is one.
+
+        Args:
+            grace: seconds from the request on.
+        """
+        return self.since + grace - time.monotonic() if self.exit_code else math.inf
+
+    def agree(self, total: int) -> int:
+        """`agreed` for this process's own code; from then on it is asked itself."""
+        code = agreed(self.exit_code, total)
+        if code and not self.exit_code:
+            self.from_another = True
+            self.ask(code, name_of(code))
+        return code
+
+
+class Watch:
+    """Context manager of a thread that sees a PREEMPT file and holds `checkpoint.grace`.
+
+    Args:
+        stop: is asked where the file is found.
+        run: where the file may be dropped.
+        grace: seconds from a request to the end of the process, which this thread ends then.
+        looks: whether this process looks for the file; one of a run's processes does.
+    """
+
+    def __init__(self, stop: StopRequest, run: RunDirectory, grace: float, *, looks: bool) -> None:
+        self._stop, self._run, self._grace, self._looks = stop, run, grace, looks
+        # The process that looks also says why all end, so the others leave after it.
+        self._limit = grace if looks else grace + 2 * TICK
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        """Begin to look."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the thread; one that waits for a file system is left behind."""
+        self._ended.set()
+        self._thread.join(2 * TICK)
+
+    def _watch(self) -> None:
+        stop = self._stop
+        while not self._ended.wait(TICK):
+            if self._looks and not stop.exit_code and directory.asks_to_stop(self._run):
+                stop.ask(PREEMPTED, "a PREEMPT file")
+            late = stop.exit_code in HURRIED and time.monotonic() - stop.since > self._limit
+            if late and not self._ended.is_set():
+                self._leave()
+
+    def _leave(self) -> None:
+        if self._looks:
+            path = self._run.path
+            line = (
+                f"llmnorm: stopped by {self._stop.name}; the step under way and its checkpoint "
+                f"took longer than checkpoint.grace ({self._grace:g} s) and are lost, those saved "
+                f"before are whole; go on with: llmnorm train {path}\n"
+            )
+            os.write(2, line.encode(errors="backslashreplace"))
+        os._exit(self._stop.exit_code)
 
 
 def agreed(own: int, total: int) -> int:

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmnorm.machine.phases import LOOP
+from llmnorm.machine.phases import DEVICE, LOOP
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.optim.fragments import master
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
 from llmnorm.training.prepare import Prepared
-from llmnorm.training.signals import StopRequest, agreed
+from llmnorm.training.signals import StopRequest
 
 
 class Outcome(NamedTuple):
@@ -61,11 +61,14 @@ def step(run: Prepared, micro_batches: list[MicroBatch], stop: StopRequest) -> O
     norm = parallel.clip(run.parameters, run.config.training.max_grad_norm)
     run.hyperparameters.set(optimizer.param_groups, progress.step)
 
-    # One reduction serves the loss and the agreement to stop, one read everything.
-    reduced = parallel.reduce(torch.stack([loss, loss.new_full((), stop.exit_code)]))
+    # One reduction serves the loss, the agreement to stop and the processes' times; one read all.
+    mine = torch.stack([loss, loss.new_full((), stop.exit_code)])
+    reduced = parallel.reduce(torch.cat([mine, run.stragglers.slots(loss)]))
     read = torch.cat([reduced.double(), norm.double().view(1), counts.double()])
-    mean_loss, stopping, grad_norm, _, tokens = read.tolist()
-    exit_code = agreed(stop.exit_code, round(stopping))
+    with phases.waiting(DEVICE):
+        mean_loss, stopping, *seconds, grad_norm, _, tokens = read.tolist()
+    run.stragglers.hear(seconds, progress.step + 1)
+    exit_code = stop.agree(round(stopping))
     lr = optimizer.param_groups[0]["lr"]
     outcome = Outcome(mean_loss, grad_norm, lr, round(tokens), exit_code)
 

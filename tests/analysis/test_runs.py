@@ -130,3 +130,21 @@ def test_a_loss_that_is_not_finite_is_no_best(tmp_path: Path) -> None:
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "validation": {"loss": null}}\n')
     assert describe_runs(tmp_path).split("\n")[1].split()[1:4] == ["3/30", "2.5000", "2.5000"]
+
+
+def test_a_second_table_says_what_the_time_was_spent_on(tmp_path: Path) -> None:
+    """Oracle: by hand; steps 2 and 3 were done twice, and an older version's run has no times."""
+    make(tmp_path, "old", steps=3)
+    make(tmp_path, "run", steps=0)
+    first = {"step": 1, "spent": {"starting": 10, "training": 60, "data": 4}}
+    again = [{"step": 2, "spent": {"training": 50}}, {"step": 3, "spent": {"saving": 6}}]
+    last = {"step": 2, "spent": {"restarting": 30, "training": 36, "evaluation": 4}}
+    (tmp_path / "run" / "metrics.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(last)}\n")
+    lines = "".join(f"{json.dumps(line)}\n" for line in again)
+    (tmp_path / "run" / "metrics.repeated.jsonl").write_text(lines)
+    expected = """
+        time in %  restarts  wall     training  data  waiting  evaluation  saving  starting  restarting  twice  goodput
+        run        1         3.3 min  48.0      2.0   0.0      2.0         0.0     5.0       15.0        28.0   50.0
+    """  # noqa: E501
+    table = describe_runs(tmp_path).split("\n\n")[1]
+    assert table == textwrap.dedent(expected).strip()

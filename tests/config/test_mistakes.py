@@ -10,6 +10,7 @@ from llmnorm.config.file import load, section
 from llmnorm.config.saved import to_yaml
 from llmnorm.config.tree import RunConfig
 from llmnorm.part import InputError, Settings, settings_in
+from llmnorm.runs.address import on_this_machine
 
 SMOKE = Path("configs/smoke.yaml")
 MINIMAL = "data: {sources: default}\ntraining: {steps: 10}\n"
@@ -199,8 +200,8 @@ def test_an_address_is_taken_as_it_was_typed(key: str) -> None:
 
 def test_a_place_of_this_machine_is_for_an_address_alone() -> None:
     """Oracle: the line of each key, by hand; beside an address it is taken."""
-    (line,) = refused("run_dir=x", "checkpoint.local=y")
-    assert line.startswith("checkpoint.local is for a run_dir that is an address (s3://bucket/run)")
+    with pytest.raises(InputError, match="checkpoint.local: is for a run_dir that is an address"):
+        on_this_machine(load(SMOKE, ["run_dir=x", "checkpoint.local=y"]).config)
     (line,) = refused("data.local=y")
     assert line.startswith("data: 'local' is for a 'dir' that is an address (s3://bucket/data)")
     config = load(SMOKE, ["run_dir=s3://b/x", "checkpoint.local=y"]).config

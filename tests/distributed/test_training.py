@@ -168,6 +168,21 @@ def difference(run: Path, other: Path) -> float:
     )
 
 
+def test_the_time_of_a_run_is_told_to_the_last_line(two, one) -> None:
+    """Oracle: the monotonic clock; two processes wait for each other, one waits for nobody."""
+    for run, waits in ((two, True), (one, False)):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        first, *_, last = lines
+        passed = last["clock"]["monotonic"] - first["clock"]["monotonic"]
+        assert last["wall"] - first["wall"] == pytest.approx(passed, rel=0.05)
+        assert sum(sum(line["spent"].values()) for line in lines) == pytest.approx(last["wall"])
+        assert waits == any(line["spent"].get("waiting", 0) > 0 for line in lines)
+        counted = sum(
+            line["spent"].get(part, 0) for line in lines for part in ("training", "data", "waiting")
+        )
+        assert last["goodput"] == pytest.approx(counted / last["wall"], rel=1e-4)
+
+
 def test_two_processes_generate_what_one_does(two, one) -> None:
     """Oracle: the samples of one process, whose logits differ in the last bits."""
     found, expected = ((run / "samples.jsonl").read_text().splitlines() for run in (two, one))

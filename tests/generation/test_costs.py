@@ -136,7 +136,8 @@ def test_a_length_in_use_stays_until_another_is_clearly_better() -> None:
         anew.append(best_length([p] * 4, some))
     changes = [sum(a != b for a, b in itertools.pairwise(some)) for some in (kept, anew)]
     assert changes[0] <= 2 < 10 < changes[1]
-    border = next(p / 1000 for p in range(1000) if speed_up(p / 1000, 1, 4, some) >= 1.03)
+    between = (module.ON + module.OFF) / 2
+    border = next(p / 1000 for p in range(1000) if speed_up(p / 1000, 1, 4, some) >= between)
     assert best_length([border] * 4, some, now=0) == 0
     assert best_length([border] * 4, some, now=1) == 1
     assert best_length([border - 0.1] * 4, some, now=1) == 0
@@ -217,6 +218,42 @@ def test_a_lookup_is_tried_until_it_finds_something() -> None:
         (count,) = lengths.counts(rows)
         lengths.observe(0, count, count)
     assert lengths.length >= 8
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("found", [0.0, 0.3, 1.0])
+def test_the_gain_counts_rows_without_drafts(rows: int, found: float) -> None:
+    """Oracle: every set of rows for which a lookup has tokens, by its probability."""
+    some = Costs([{1: {1: (1.0, 0.0), 17: (9.0, 0.0)}}], Size(1, 0.0), Size(1, 0.0))
+    acceptances, made, time = [0.9, 0.5, 0.7][:rows], 0.0, 0.0
+    for having in itertools.product((True, False), repeat=rows):
+        chance = math.prod(found if has else 1 - found for has in having)
+        pairs = zip(acceptances, having, strict=True)
+        tokens = [expected_tokens(p, 3) if has else 1 for p, has in pairs]
+        made += chance * sum(tokens)
+        time += chance * (3 * some.c(rows) + some.v(rows, 4) if any(having) else 1.0)
+    expected = made / rows / time
+    assert module._gain(acceptances, 3, some, found=found) == pytest.approx(expected)
+
+
+def test_a_lookup_that_finds_little_is_not_asked_for_long_drafts() -> None:
+    """Oracle: the speed-up by the costs of simulated rounds: every token found is accepted.
+
+    With half of the rows found, rounds of 8 rows cost more than they give by this table.
+    """
+    table = {8: {1: (1.0, 0.0), 2: (1.6, 0.0), 5: (2.6, 0.0), 17: (6.0, 0.0)}}
+    some, slots, draws = Costs([table], Size(1, 0.0)), [Row(n) for n in range(8)], random.Random(0)
+    lengths, made, time = DraftLengths(some), 0, 0.0
+    for _ in range(400):
+        counts = lengths.counts(slots)
+        drafted = [count * (draws.random() < 0.3) for count in counts]
+        if any(counts):
+            lengths.proposed(sum(c > 0 for c in counts), sum(d > 0 for d in drafted))
+        for row, count in zip(slots, drafted, strict=True):
+            lengths.observe(row.slot, count, count)
+        made += sum(drafted) + 8
+        time += some.v(8, max(drafted) + 1)
+    assert made / 8 / time >= 0.97
 
 
 def test_rows_have_lengths_of_their_own() -> None:

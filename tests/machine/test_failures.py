@@ -2,9 +2,11 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,23 @@ def test_kinds_of_failure(error: Exception, code: int, word: str, tmp_path: Path
     found = failure(error, ["train", "a.yaml"], tmp_path)
     assert found.exit_code == code and word in found.line
     assert "\n" not in found.line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), KeyError("x"), OSError(errno.ENOSPC, "full", "x")]
+)
+def test_one_of_several_processes_says_who_it_is(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: rank, host and the traceback's last line first, the scheduler's option last."""
+    alone = failure(error, ["train", "a.yaml"], tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    found = failure(error, ["train", "a.yaml"], tmp_path)
+    host, last = socket.gethostname(), traceback.format_exception_only(error)[-1].strip()
+    assert found.exit_code == alone.exit_code
+    assert found.line.startswith(f"rank 3 (host {host}, process {os.getpid()}): {last.strip()}")
+    assert found.line.endswith(f"; to leave its host out: --exclude={host}")
 
 
 @pytest.mark.parametrize(

@@ -154,3 +154,18 @@ def test_what_keeps_fla_from_being_used(monkeypatch: pytest.MonkeyPatch) -> None
         said.append(gpus.fla_problem.__wrapped__())
         there.add(module)
     assert said == ["fla is not installed", "triton is not installed", "no device"]
+
+
+def test_the_own_gpu_has_a_serial_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: that of the stand-in for the process's LOCAL_RANK; the UUID where it has none."""
+    nvidia_smi(tmp_path, used=[3, 3])
+    listing = (tmp_path / "nvidia-smi").read_text().removeprefix("#!/bin/sh\n")
+    for serial, expected in (("1654922006536", "1654922006536"), ("[N/A]", "GPU-1abc")):
+        query = f'case "$*" in *query-gpu=serial*GPU-1abc*) echo "{serial}"; exit;; esac'
+        write_program(tmp_path / "nvidia-smi", f"{query}\n{listing}")
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert gpus.own_serial() == expected
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert gpus.own_serial() == ""

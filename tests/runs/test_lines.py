@@ -11,7 +11,7 @@ import pytest
 
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
-from llmnorm.runs.lines import plan_cut, read_lines
+from llmnorm.runs.lines import append_whole, plan_cut, read_lines
 from llmnorm.runs.metrics import keep_until
 from llmnorm.runs.record import read_metrics
 
@@ -251,3 +251,18 @@ def test_a_kill_while_a_file_is_cut_loses_nothing(
     assert path.read_bytes() == old
     shutil.copy(tmp_path / "metrics.damaged.jsonl", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == bad
+
+
+def test_lines_are_appended_once_and_a_torn_one_is_removed(tmp_path: Path) -> None:
+    """Oracle: by hand; the second call was killed in the middle of its last line."""
+    path = tmp_path / "metrics.repeated.jsonl"
+    append_whole(path, [])
+    assert not path.exists()
+    append_whole(path, [b"a", b"b"])
+    with path.open("ab") as file:
+        file.write(b"c\nd")
+    append_whole(path, [b"b", b"c", b"d1"])
+    assert path.read_bytes() == b"a\nb\nc\nd1\n"
+    before = path.stat().st_mtime_ns
+    append_whole(path, [b"d1", b"a"])
+    assert path.stat().st_mtime_ns == before

@@ -142,6 +142,7 @@ def test_metrics_have_the_promised_fields(tmp_path, smoke_data) -> None:
     trained = [line for line in lines if "loss" in line]
     assert [line["step"] for line in trained] == [2, 4]
     promised = {"step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "mfu"}
+    promised |= {"spent", "wall", "goodput", "clock"}
     assert promised | {"memory_bytes", "seconds", "skipped_steps"} == set(trained[0])
     validated = [line for line in lines if "validation" in line]
     assert [line["step"] for line in validated] == [2, 4]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llmnorm.runs.account import read_account
+from llmnorm.runs.directory import RunDirectory
 from tests.running import SMOKE, Child, assert_same_run, metrics_of
 
 STEPS = 64
@@ -56,6 +58,46 @@ def test_twenty_kills_and_then_to_the_end(start, tmp_path, uninterrupted, asynch
     assert_same_run(run, uninterrupted, STEPS)
     leftovers = [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
     assert leftovers == []
+    assert_times_add_up(run)
+
+
+def set_back() -> None:
+    """The time of day is an hour less than it was."""
+    real = time.time
+    time.time = lambda: real() - 3600
+
+
+def test_a_clock_that_is_set_back_an_hour_changes_nothing(
+    tmp_path, uninterrupted, smoke_data
+) -> None:
+    """Oracle: the uninterrupted run, and the monotonic clock; the time of day decides nothing."""
+    run = tmp_path / "run"
+    words = ["train", str(SMOKE), f"run_dir={run}", f"data.dir={smoke_data}", *LENGTH]
+    child = Child(words, tmp_path / "log.txt")
+    while lines_in(run) < 5:
+        assert child.process.is_alive(), child.log.read_text()
+        time.sleep(0.005)
+    child.process.kill()
+    child.finish()
+    assert Child(words, tmp_path / "log.txt", before=set_back).finish() == 0
+    assert_same_run(run, uninterrupted, STEPS)
+    assert_times_add_up(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["clock"]["unix"] < lines[0]["clock"]["unix"] - 3000
+
+
+def assert_times_add_up(run: Path) -> None:
+    """What the lines of a killed run say of its time is what the monotonic clock says."""
+    lines = []
+    for name in ("metrics.jsonl", "metrics.repeated.jsonl"):
+        if (run / name).exists():
+            lines += [json.loads(line) for line in (run / name).read_text().splitlines()]
+    first, *_, last = sorted(lines, key=lambda line: line["wall"])
+    passed = last["clock"]["monotonic"] - first["clock"]["monotonic"]
+    assert last["wall"] - first["wall"] == pytest.approx(passed, rel=0.05)
+    assert sum(sum(line["spent"].values()) for line in lines) == pytest.approx(last["wall"])
+    account = read_account(RunDirectory(run))
+    assert account.wall == pytest.approx(last["wall"]) and account.restarts >= 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

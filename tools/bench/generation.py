@@ -18,7 +18,8 @@ that has llama-cpp-python) the greedy steps alone, without prompts.
   lookup, draft `ragged` with prompt lookup and with the draft; lengths by the table of costs
 Beside them: p, accepted drafts of those that were looked at; drafted tokens a round; tokens a round
 and row; distinct tokens of a row's (small models loop when greedy); rows that equal our plain ones
-at batch 1; c and v, measured on these models in this run; and the speed-up that p, c and v predict.
+at batch 1; c and v, measured on these models in this run; the speed-up that p, c and v predict; and
+that of the rounds alone, by the times less those of the same prompts with one new token.
 methods: `ragged`, EQSPEC and EXSPEC at batch 8 with 4 drafted tokens, on prompts of one length (the
 paper's condition) and of several. Grouping rate, and the share of the time that copies rows.
 continuous: 32 prompts of uneven length, our engine with 16 slots beside `generate_batch`.
@@ -32,6 +33,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ from report import RESULTS, publish
 from tqdm import tqdm
 
 from llmnorm.exchange.gguf_file import export_gguf
-from llmnorm.generation.costs import size_of
+from llmnorm.generation.costs import LENGTHS, size_of
 
 METHODS_BATCH, METHODS_TOKENS, SLOTS = 8, 4, 16
 PAGES = ((32, 64), (32, 256), (128, 256))  # tokens of a page, and of a pass, of `generate_batch`
@@ -122,14 +124,19 @@ def drafts_part(
                 told[kind] = Told()
                 return our_engine(pair, kind, work, told[kind])
 
+            def prompts_alone(work: Work) -> Answers:
+                return our_engine(pair, "plain", replace(work, new=1), Told())
+
             candidates: Candidates = {k: partial(ours, k) for k in ("plain", "lookup", "draft")}
             candidates["generate"] = partial(generated, pair.theirs)
+            candidates["prompts"] = prompts_alone
             if batch == 1:
                 candidates["assisted"] = partial(
                     generated, pair.theirs, assistant_model=pair.assistant
                 )
             times, found = turns(candidates, work, options.rounds, clock, bar)
-            measured = next(e for e in options.costs if e["batch"] == batch)
+            alone_times = times.pop("prompts")
+            measured = measured_costs(pair, batch, clock, LENGTHS[:2] if options.quick else LENGTHS)
             for name, rate in rates(times, work.new * rows).items():
                 entry = {
                     "temperature": temperature,
@@ -147,7 +154,14 @@ def drafts_part(
                         "p": told[name].acceptance,
                         "drafted": told[name].drafted,
                         "tokens a round": work.new * rows / told[name].rows,
+                        "rounds over plain": statistics.median(
+                            (plain - prompt) / (own - prompt)
+                            for plain, own, prompt in zip(
+                                times["plain"], times[name], alone_times, strict=True
+                            )
+                        ),
                         "predicted": predicted(told[name], measured, name == "lookup"),
+                        "costs": measured,
                     }
                 entries.append(entry)
     return entries
@@ -250,6 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.batches, options.rounds, options.new = [1, 2], 1, 6
     elif not (options.target and options.draft):
         parser.error("--target RUN and --draft RUN are needed, or --quick")
+    elif options.llama_cpp and "drafts" not in options.parts:
+        parser.error("--llama-cpp needs the part drafts, whose steps it is compared with")
     elif options.out is None:
         options.out = RESULTS / "generation.json"
     before, clock = torch.get_num_threads(), Clock(options.threads)
@@ -258,7 +274,6 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as made, tqdm() as bar:
         directory = Path(made)
         pair, prompts = pair_of(options, directory)
-        figures["costs"] = options.costs = measured_costs(pair, options, clock)
         for part in options.parts:
             figures[part] = PARTS[part](pair, prompts, options, clock, bar)
         if options.llama_cpp:

@@ -7,8 +7,8 @@ from typing import Any
 from report import Table
 
 COLUMNS = (
-    *("tokens/s", "over plain", "over generate", "predicted", "p", "drafted a round"),
-    *("tokens a round", "distinct", "rows as plain at 1"),
+    *("tokens/s", "over plain", "over generate", "rounds alone", "predicted", "p"),
+    *("drafted a round", "tokens a round", "distinct", "rows as plain at 1"),
 )
 
 
@@ -18,22 +18,22 @@ def tables(figures: dict[str, Any], options: argparse.Namespace) -> list[Table]:
         f"{options.threads} thread(s), {'CPU seconds' if options.threads == 1 else 'by the clock'}"
     )
     made = []
-    widths = list(figures["costs"][0]["v"])
-    made.append(
-        Table(
-            f"c and v of this pair, {kind}",
-            ["rows", "ms a step", "c", *(f"v of {n}" for n in widths)],
+    # Of the first temperature: the passes are the same at the others.
+    first = [e for e in figures.get("drafts", []) if e["temperature"] == options.temperatures[0]]
+    costs = [e["costs"] | {"batch": e["batch"]} for e in first if e["name"] == "draft"]
+    if costs:
+        widths = list(costs[0]["v"])
+        rows = [
             [
-                [
-                    str(e["batch"]),
-                    f"{e['milliseconds']:.2f}",
-                    f"{e['c']:.3f}",
-                    *(f"{e['v'][n]:.2f}" for n in widths),
-                ]
-                for e in figures["costs"]
-            ],
-        )
-    )
+                str(e["batch"]),
+                f"{e['milliseconds']:.2f}",
+                f"{e['c']:.3f}",
+                *(f"{e['v'][n]:.2f}" for n in widths),
+            ]
+            for e in costs
+        ]
+        columns = ["rows", "ms a step", "c", *(f"v of {n}" for n in widths)]
+        made.append(Table(f"c and v of this pair, {kind}", columns, rows))
     for temperature in dict.fromkeys(e["temperature"] for e in figures.get("drafts", [])):
         rows = []
         for e in figures["drafts"]:
@@ -73,7 +73,7 @@ def tables(figures: dict[str, Any], options: argparse.Namespace) -> list[Table]:
         title = f"{figures['continuous'][0]['prompts']} prompts of uneven length at once, {kind}"
         made.append(Table(title, ["", "tokens/s", "over plain", "rows as plain"], rows))
     if "llama.cpp" in figures:
-        plain = {e["batch"]: 1e3 * e["batch"] / e["milliseconds"] for e in figures["costs"]}
+        plain = {e["batch"]: 1e3 * e["batch"] / e["milliseconds"] for e in costs}
         rows = [
             [str(batch), f"{rate:.1f}", f"{plain[batch]:.1f}", f"{plain[batch] / rate:.2f}"]
             for batch, rate in figures["llama.cpp"].items()
@@ -89,6 +89,7 @@ def cells(entry: dict[str, Any]) -> list[str]:
         "tokens/s": ".1f",
         "ratio": ".2f",
         "over generate": ".2f",
+        "rounds over plain": ".2f",
         "predicted": ".2f",
         "p": ".2f",
         "drafted": ".1f",

@@ -29,7 +29,10 @@ from llmnorm.training.signals import EXIT_CODES
 from tools.campaigns.trials import SECONDS, Result, Trial, campaign, command, start
 
 STEPS = 12
-TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
+TIMES = (
+    *("seconds", "tokens_per_second", "mfu", "memory_bytes"),
+    *("spent", "wall", "goodput", "clock"),
+)
 CONFIG = """
 data: {sources: [{name: text, path: text.txt}], context_length: 32, dir: data}
 tokenizer: {vocab_size: 300}
@@ -120,7 +123,7 @@ def make(number: int, chance: random.Random, folder: Path) -> Trial:
             assert time.monotonic() < sent + 4 * SECONDS, f"{kind.name} is not answered: {folder}"
             time.sleep(0.001)
     wrong = _judged(kind, code, alive, folder, time.monotonic() - sent)
-    step = _newest(folder / "run")
+    step = newest(folder / "run")
     what = f"{kind.name} at {moment} + {wait:.2f} s, checkpoint.every={every}: {code}, saved {step}"
     return Trial(
         what,
@@ -128,7 +131,7 @@ def make(number: int, chance: random.Random, folder: Path) -> Trial:
         folder,
         names=[],
         codes=(0,),
-        check=partial(_same_end, wrong, folder, reference.folder),
+        check=partial(same_end, wrong, folder, reference.folder),
     )
 
 
@@ -154,7 +157,8 @@ def _seen(run: Path, moment: str) -> bool:
     return True
 
 
-def _newest(run: Path) -> int:
+def newest(run: Path) -> int:
+    """The step of a run's newest checkpoint; 0 where there is none."""
     return max((int(p.name[5:]) for p in (run / "checkpoints").glob("step_*")), default=0)
 
 
@@ -184,13 +188,13 @@ def _judged(
         if (
             said
             and "saved;" in said[0]
-            and (not sign.exists() or int(sign.read_text()) != _newest(folder / "run"))
+            and (not sign.exists() or int(sign.read_text()) != newest(folder / "run"))
         ):
             wrong.append("PREEMPT is not the newest checkpoint's step")
     return wrong
 
 
-def _same_end(wrong: list[str], folder: Path, reference: Path, result: Result) -> list[str]:
+def same_end(wrong: list[str], folder: Path, reference: Path, result: Result) -> list[str]:
     """What is not as in the run that was not stopped."""
     if result.code:
         return wrong

@@ -72,6 +72,7 @@ class Trial:
         environment: variables beside those of this process.
         times: how many times the usual limit it may take.
         script: a module with a `main(words)` that returns the exit code, run in place of `llmnorm`.
+        figures: what was measured, as JSON values; `check` may add to it.
     """
 
     what: str
@@ -83,6 +84,7 @@ class Trial:
     environment: dict[str, str] = field(default_factory=dict)
     times: float = 1.0
     script: str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 def command(
@@ -226,7 +228,12 @@ def judge(trial: Trial, result: Result) -> list[str]:
 
 
 def campaign(
-    name: str, make: Callable[[int, random.Random, Path], Trial], *, default: int, about: str
+    name: str,
+    make: Callable[[int, random.Random, Path], Trial],
+    *,
+    default: int,
+    about: str,
+    report: Callable[[list[dict[str, Any]]], str] | None = None,
 ) -> int:
     """The command line of a campaign: run its trials, print what failed and a last line.
 
@@ -235,6 +242,7 @@ def campaign(
         make: the trial of a number, given its generator and an empty folder.
         default: trials without `--trials`.
         about: what `--help` says.
+        report: what is printed of all finished trials' records, before the last line.
 
     Returns:
         The exit code: 1 if a trial failed.
@@ -260,7 +268,10 @@ def campaign(
         if given.out:
             with given.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-    return _summary(name, given.seed, [done[number] for number in numbers])
+    records = [done[number] for number in numbers]
+    if report is not None:
+        print(report(records))
+    return _summary(name, given.seed, records)
 
 
 def _one(
@@ -287,6 +298,7 @@ def _one(
         if show:
             name = f"python -m {trial.script}" if trial.script else "llmnorm"
             print(f"{trial.what}\n$ {name} {' '.join(trial.words)}\n{result.out}{result.err}")
+        wrong = judge(trial, result)
         return {
             "seed": seed,
             "number": number,
@@ -296,7 +308,8 @@ def _one(
             "seconds": round(result.seconds, 2),
             "memory": result.memory,
             "error": re.sub(r"\s+", " ", result.err)[-300:] if result.code else "",
-            "wrong": judge(trial, result),
+            "wrong": wrong,
+            "figures": trial.figures,
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)

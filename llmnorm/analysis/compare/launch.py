@@ -4,9 +4,7 @@ A run is a process of its own, `llmnorm train ...`, with a GPU to itself (or a s
 with its share of the CPU's cores. `Slots` are the places for runs; `launch` starts one.
 """
 
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from llmnorm.machine.gpus import FREE_GPU_MIB, visible_gpus
+from llmnorm.machine.parent import stop_with_parent
 from llmnorm.part import InputError
 
 
@@ -54,15 +53,6 @@ def launch(arguments: Sequence[str], log: IO[bytes], environment: Mapping[str, s
         start_new_session=True,
         preexec_fn=stop_with_parent,
     )
-
-
-def stop_with_parent() -> None:
-    """On Linux, have the kernel send SIGTERM to this process when its parent dies."""
-    if _prctl is not None:
-        _prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-_prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 @dataclass(frozen=True)
