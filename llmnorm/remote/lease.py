@@ -88,8 +88,7 @@ class Lease:
             with suppress(StoreError):
                 self._store.write(_name(self._number), self._content())
 
-    @property
-    def sure(self) -> bool:
+    def is_sure(self) -> bool:
         """Whether nobody else can have taken it yet: it was renewed not long ago, and not lost."""
         return self.lost is None and time.monotonic() - self._renewed < self._seconds
 
@@ -111,7 +110,7 @@ class Lease:
 
     def _renew_for_ever(self) -> None:
         while not self._stop.wait(self._seconds / _RENEWALS) and self.lost is None:
-            with suppress(StoreError):  # the next time, then; `sure` tells
+            with suppress(StoreError):  # the next time, then; `is_sure` tells
                 self.renew()
 
     def _lose(self, owner: str) -> None:

@@ -20,7 +20,7 @@ from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
 from llmnorm.remote.lease import Lease
 from llmnorm.remote.objects import ObjectStore, open_store
-from llmnorm.runs.address import bind
+from llmnorm.runs.address import MARKER, bind
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.download import bring_down
 from llmnorm.runs.upload import Left, There, Upload
@@ -33,8 +33,9 @@ PART = 10.0  # seconds between two lines that say what is still to go up
 class RemoteRun:
     """Context manager around a run that is copied up to a store; on every process.
 
-    On entry the lease is taken and the directory of this machine gets what the store has more. On
-    exit everything that is left is copied up, for which a run that has ended well waits.
+    On entry the lease is taken, and the directory of this machine gets what the store has more.
+    `begin` is called when that directory has been found to be this run's. On exit everything that
+    is left is copied up, for which a run that has ended well waits.
 
     Args:
         address: what the run is copied up to.
@@ -61,25 +62,35 @@ class RemoteRun:
         self._seconds_left = seconds_left
         self._store: ObjectStore = open_store(address, "run_dir")
         self._lease = Lease(self._store, say=parallel.say)
+        self._there = There()
         self._upload: Upload | None = None
 
     def __enter__(self) -> "RemoteRun":
-        """Take the lease, bring down what is missing, and begin to copy up."""
-        parallel, there = self._parallel, There()
+        """Take the lease, and bring down what is missing."""
+        parallel = self._parallel
         parallel.on_main(self._take)
-        files = bring_down(self._run, self._store, there, parallel.say)
+        files = bring_down(self._run, self._store, self._there, parallel.say)
         try:
             _on_main_until(parallel, lambda: next(files, self) is self)
-            parallel.on_main(lambda: bind(self._run, self._store.address))
         except BaseException:
             self._give_back()
             raise
-        if parallel.is_main:
-            self._upload = Upload(
-                self._run, self._store, self._keep, there, lambda: self._lease.sure
-            )
-            self._upload.start()
         return self
+
+    def begin(self) -> None:
+        """Begin to copy up: the directory is known to be this run's. Every process calls it.
+
+        Raises:
+            InputError: the directory cannot be written.
+        """
+
+        def start() -> None:
+            bind(self._run, self._store.address)
+            sure = self._lease.is_sure
+            self._upload = Upload(self._run, self._store, self._keep, self._there, sure)
+            self._upload.start()
+
+        self._parallel.on_main(start)
 
     def __exit__(
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
@@ -95,6 +106,8 @@ class RemoteRun:
         finally:
             if self._upload is not None:
                 self._upload.stop()
+                if not self._run.config.exists():  # refused before it has written anything
+                    (self._run.path / MARKER).unlink(missing_ok=True)
             self._give_back()
 
     def needs(self, step: int) -> bool:

@@ -187,6 +187,7 @@ def prepare(
         elsewhere = RemoteRun(remote.address, run, keep, parallel, seconds_left)
         stack.enter_context(elsewhere)
         agree(config, going_on=remote.going_on)
+        elsewhere.begin()
     objective = config.objective.build(
         config,
         alone=parallel.world == 1,

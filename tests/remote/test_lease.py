@@ -35,9 +35,9 @@ def test_a_second_process_is_refused_and_told_who_it_is(store: ObjectStore) -> N
         assert f"process {os.getpid()} on " in str(found.value)
         assert "is training in this run" in str(found.value)
         assert len(lines) == 1 and "waiting 8 s" in lines[0]
-        assert first.sure and first.lost is None
+        assert first.is_sure() and first.lost is None
     with Lease(store, say=lines.append) as second:  # the first has given it back: no wait
-        assert second.sure and len(lines) == 1
+        assert second.is_sure() and len(lines) == 1
     assert list(store.names()) == ["lease/00000002.json"]
 
 
@@ -48,7 +48,7 @@ def test_a_lease_that_nobody_renews_is_taken_over(store: ObjectStore) -> None:
     start = time.monotonic()
     with Lease(store, seconds=1.0, say=lines.append) as taken:
         assert time.monotonic() - start >= 1.0
-        assert taken.sure and "process 7 on far was training here" in lines[0]
+        assert taken.is_sure() and "process 7 on far was training here" in lines[0]
         assert list(store.names()) == ["lease/00000005.json"]
 
 
@@ -67,9 +67,9 @@ def test_who_has_lost_it_is_told_so_and_does_not_write(store: ObjectStore) -> No
     """Oracle: the higher number of the one who took it, whose object stays as it is."""
     held = Lease(store, seconds=1000.0).__enter__()
     elsewhere(2, store)
-    assert held.sure
+    assert held.is_sure()
     held.renew()
-    assert not held.sure and held.lost is not None
+    assert not held.is_sure() and held.lost is not None
     assert "process 7 on far has taken this run over" in held.lost
     held.__exit__()
     assert json.loads(store.read("lease/00000002.json"))["pid"] == 7
@@ -82,9 +82,9 @@ def test_a_store_that_does_not_answer_makes_it_unsure_and_no_more(
     """Oracle: the state of the line; it is renewed when the line is back."""
     with Lease(store, seconds=0.5) as held:
         line.mode = "closed"
-        wait_until(lambda: not held.sure)
+        wait_until(lambda: not held.is_sure())
         line.mode = "open"
-        wait_until(lambda: held.sure)
+        wait_until(lambda: held.is_sure())
         assert held.lost is None
 
 

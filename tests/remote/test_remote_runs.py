@@ -227,6 +227,13 @@ def test_what_does_not_belong_together_is_refused(
     assert "training.ema" in to(local) and not (tmp_path / "run" / "metrics.jsonl").exists()
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(whole, tmp_path / "run")
+    fresh = open_store(f"{address}-fresh", "run_dir")
+    assert "training.ema" in to(local, f"run_dir={fresh.address}")  # another run of this machine
+    assert [*fresh.names()] == ["lease/00000001.json"]
+    assert not (tmp_path / "run" / "run.remote").exists()
+    nothing = f"checkpoint.local={tmp_path / 'nothing'}"
+    assert "data.sources.0.path" in to(nothing, f"run_dir={fresh.address}", "data.sources.0.path=x")
+    assert not (tmp_path / "nothing").exists()
     (tmp_path / "run" / "run.remote").write_text("s3://bucket/another\n")
     assert "is copied up to s3://bucket/another, not to" in to(local)
     (tmp_path / "run" / "run.remote").write_text("nonsense\n")
