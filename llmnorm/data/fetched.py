@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmnorm.machine.reading import check_file
 from llmnorm.part import InputError
-from llmnorm.remote.objects import StoreError, find
+from llmnorm.remote.objects import find
 
 _TIME = 10**18  # of every fetched file, ns: a file is known by its path, and the same elsewhere
 
@@ -24,8 +24,12 @@ def fetched(pattern: str, key: str) -> list[Path]:
         pattern: the address.
         key: the configuration key of it, for messages.
 
+    Returns:
+        An empty list where there are none.
+
     Raises:
-        InputError: there are none; the store does not answer, or refuses; the disk does.
+        StoreError: the store does not answer, or refuses.
+        InputError: fsspec knows no such store, its package is not installed, or the disk refuses.
     """
     try:
         store, found = find(pattern, key)
@@ -36,12 +40,8 @@ def fetched(pattern: str, key: str) -> list[Path]:
                 store.fetch(name, path)
                 os.utime(path, ns=(_TIME, _TIME))
             paths.append(path)
-    except StoreError as error:
-        raise InputError(f"{key}: {error}") from None
     except OSError as error:
         raise InputError(f"{key}: {_cache()}: cannot be written: {error.strerror}") from None
-    if not paths:
-        raise InputError(f"{key}: nothing in the store matches {pattern}")
     return paths
 
 

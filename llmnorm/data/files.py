@@ -26,6 +26,7 @@ from llmnorm.config.shipped import is_shipped, locate
 from llmnorm.data.fetched import fetched
 from llmnorm.machine.reading import check_file, is_address, local_path, open_file, reason
 from llmnorm.part import InputError, nearest
+from llmnorm.remote.objects import StoreError
 
 KINDS = (".txt", ".jsonl", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
@@ -49,7 +50,12 @@ def files(pattern: str, key: str) -> list[Path]:
             not read; or links lead in a circle.
     """
     if is_address(pattern):
-        paths = fetched(pattern, key)
+        try:
+            paths = fetched(pattern, key)
+        except StoreError as error:
+            raise MissingInput(f"{key}: {error}") from None
+        if not paths:
+            raise MissingInput(f"{key}: nothing in the store matches {pattern}")
         for path in paths:
             kind(path, key)
         return paths

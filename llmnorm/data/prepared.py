@@ -6,6 +6,9 @@
     <data.dir>/packed/found/<quick key>          an identity, by the input files' paths, sizes and
                                                  times, so that `find` need not read the files
 
+Where `data.dir` is an address, <data.dir> is `data.local` here, and shared.py copies what is made
+to the store, or fetches what another machine has made.
+
 What the sources become is the business of a kind of `Preparation`: rows of packed text (packing.py)
 or conversations (conversations.py).
 """

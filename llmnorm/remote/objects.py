@@ -85,10 +85,6 @@ class ObjectStore:
         self._root = str(files._strip_protocol(address)).rstrip("/")
         self._limited = isinstance(files, AsyncFileSystem)
 
-    def below(self, name: str) -> "ObjectStore":
-        """The objects whose names begin with `name/`."""
-        return ObjectStore(f"{self.address}/{name}", self._files, self._parts)
-
     def names(self, prefix: str = "") -> dict[str, int]:
         """The objects whose names begin with `prefix`, with their sizes in bytes.
 

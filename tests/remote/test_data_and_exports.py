@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from llmnorm import cli
 from llmnorm.config.file import load
 from llmnorm.data import packing
+from llmnorm.data.files import MissingInput
+from llmnorm.data.settings import TrainedOn
 from llmnorm.part import InputError
 from llmnorm.remote.objects import open_store
 from tests.remote.served import Line
@@ -54,6 +56,13 @@ def test_a_corpus_in_a_store_becomes_the_same_tokens(
     received = line.received
     assert packing.find(config.data, config.tokenizer) is not None
     assert line.received - received < 20_000  # the answers what is there, not the texts
+    line.mode = "closed"  # a run that has its data goes on without the store
+    of_run = TrainedOn(tmp_path, got.identity)
+    kept = packing.ready(config.data, config.tokenizer, alone=True, command="", trained_on=of_run)
+    assert kept.identity == got.identity
+    with pytest.raises(MissingInput, match=r"data\.sources\.0\.path: s3://bucket: does not answer"):
+        packing.find(config.data, config.tokenizer)
+    line.mode = "open"
     store = open_store(address, "test")  # an object that is changed is another file
     store.write("text/prose/a.jsonl", store.read("text/prose/a.jsonl").replace(b"the", b"The"))
     assert packing.find(config.data, config.tokenizer) is None
