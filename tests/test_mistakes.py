@@ -360,10 +360,15 @@ SETTINGS = {
         "logging.project=null", "<place>: <key>: expected text, got null", "logging.project:"
     ),
     "store that is not here": setting(
-        "run_dir=s3://bucket/run",
+        "tokenizer.path=s3://bucket/run",
         NOT_HERE,
-        "run_dir: 's3://bucket/run'",
+        "tokenizer.path: 's3://bucket/run'",
         real=True,
+    ),
+    "bucket alone": setting(
+        "run_dir=s3://bucket",
+        "<place>: <key>: '<address>' is no place in a store; write SCHEME://BUCKET/NAME",
+        "run_dir: 's3://bucket'",
     ),
     "name that is too long": setting(
         f"run_dir={'a' * 300}",
