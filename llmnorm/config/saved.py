@@ -30,6 +30,16 @@ CHANGEABLE = (
 )
 
 
+def portable(config: RunConfig) -> RunConfig:
+    """The settings as a run saves them: without the places that are of this machine."""
+    own: dict[str, Any] = {
+        "run_dir": None,
+        "checkpoint": config.checkpoint.model_copy(update={"local": None}),
+        "data": config.data.model_copy(update={"local": None}),
+    }
+    return config.model_copy(update=own)
+
+
 def to_tree(config: Settings) -> dict[str, Any]:
     """The resolved settings as plain JSON values.
 

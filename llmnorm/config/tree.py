@@ -18,7 +18,7 @@ from llmnorm.config.adapter import (
 )
 from llmnorm.config.foreign import foreign_refusal
 from llmnorm.config.serving import ServingSettings
-from llmnorm.config.values import Count, LocalPath, Rows, Seed
+from llmnorm.config.values import Count, LocalPath, Place, Rows, Seed
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.nn.mixers.settings import MixerSettings
 from llmnorm.nn.settings import ModelSettings
@@ -31,15 +31,7 @@ from llmnorm.selection.settings import NoSelectionSettings, Selection, Selection
 Share = Annotated[float, Field(ge=0, lt=1)]
 # accelerate's trackers. Asking accelerate would import torch, so they are written here.
 Tracker = Literal[
-    "aim",
-    "clearml",
-    "comet_ml",
-    "dvclive",
-    "mlflow",
-    "swanlab",
-    "tensorboard",
-    "trackio",
-    "wandb",
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]
 
 
@@ -193,6 +185,8 @@ class CheckpointSettings(Settings):
     """Keep the one with the lowest validation loss too."""
     asynchronous: bool = False
     """Copy the state and write it in the background while training goes on."""
+    local: LocalPath | None = None
+    """Where a run works whose `run_dir` is an address; left out, `runs/<its last name>`."""
     grace: Annotated[float, Field(gt=0, le=10**6)] = 25.0
     """Seconds that a stopped run has for its last step and checkpoint; then it ends without them.
     torchrun and accelerate kill 30 seconds after they were told to stop. Ctrl-C has no limit."""
@@ -388,8 +382,9 @@ class RunModelSettings(ModelSettings):
 class RunConfig(Settings):
     """The whole of a run."""
 
-    run_dir: LocalPath | None = None
-    """Where the run lives; left out, `runs/<name of the configuration file>`."""
+    run_dir: Place | None = None
+    """Where the run lives, or the address (`s3://bucket/run`) that it is copied up to; left out,
+    `runs/<name of the configuration file>`."""
     seed: Seed = 0
     """Seed of the initial weights and of all randomness in training."""
     imports: list[str] = []

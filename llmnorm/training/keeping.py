@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmnorm.config.saved import to_tree
+from llmnorm.config.saved import portable, to_tree
 from llmnorm.machine.failures import DIVERGED
 from llmnorm.models.flops import flops_per_token
 from llmnorm.models.foreign import Foreign
@@ -192,7 +192,7 @@ def save(run: Prepared, metrics: Metrics) -> None:
         **asdict(progress),
         "data": data.identity,
         "environment": environment(run.parallel),
-        "config": to_tree(run.config.model_copy(update={"run_dir": None})),
+        "config": to_tree(portable(run.config)),
         "model": json.loads(_configuration(run.model).to_json_string()),
         "sources": data.sizes(),
         "llmnorm": run_directory.version(),
@@ -204,6 +204,8 @@ def save(run: Prepared, metrics: Metrics) -> None:
     if run.teacher is not None:
         meta["teacher"] = {"path": str(run.teacher.path), "hash": run.teacher.hash}
     with run.parallel.phases.during("save"), metrics.pause():
+        if run.elsewhere is not None:
+            run.elsewhere.check()
         run.checkpoints.save(progress.step, run.state, meta)
     run.saved = progress.step
 

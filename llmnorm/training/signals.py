@@ -12,6 +12,7 @@ does. The same thread ends a process whose last step and save take longer than i
 wait before it kills.
 """
 
+import math
 import os
 import signal
 import threading
@@ -97,6 +98,14 @@ class StopRequest:
         if not self.exit_code:
             self.name, self.since = name, time.monotonic()
             self.exit_code = code  # the last, since another thread goes by it
+
+    def seconds_left(self, grace: float) -> float:
+        """Of the seconds that a request leaves, those that are left; infinite before there is one.
+
+        Args:
+            grace: seconds from the request on.
+        """
+        return self.since + grace - time.monotonic() if self.exit_code else math.inf
 
     def agree(self, total: int) -> int:
         """`agreed` for this process's own code; from then on it is asked itself."""
