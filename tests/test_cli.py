@@ -9,7 +9,7 @@ import pytest
 
 from llmnorm import cli
 from llmnorm.commands.arguments import count, local, split_overrides
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from tests.running import SMOKE
 
 

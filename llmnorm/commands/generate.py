@@ -13,7 +13,7 @@ from llmnorm.commands.configured import load_config, note
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
-    from llmnorm.config.tree import GenerationSettings
+    from llmnorm.config.generation import GenerationSettings
     from llmnorm.exchange.served import Target
     from llmnorm.generation.batch_file import Totals
     from llmnorm.generation.contract import Request
@@ -55,8 +55,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def after_help() -> str:
     """Every setting, with its default; --max-tokens and so on stand for four of them."""
+    from llmnorm.config.generation import GenerationSettings
     from llmnorm.config.schema import field_docs
-    from llmnorm.config.tree import GenerationSettings
 
     lines, docs = ["\nsettings, also in a run's config.yaml:"], field_docs(GenerationSettings)
     for name, field in GenerationSettings.model_fields.items():

@@ -10,8 +10,8 @@ from llmnorm.commands.configured import load_config, note
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
+    from llmnorm.config.generation import GenerationSettings
     from llmnorm.config.serving import ServingSettings
-    from llmnorm.config.tree import GenerationSettings
 
 HELP = "serve a trained run or a model directory over HTTP, by OpenAI's API"
 TAKES_SETTINGS = True

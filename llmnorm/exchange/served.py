@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmnorm.checkpoints.format import checksum
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.config.pretrained import describe, refuse_encoder
-from llmnorm.config.tree import GenerationSettings
 from llmnorm.exchange.foreign import is_foreign, load_foreign
 from llmnorm.exchange.loading import DTYPES, device_of, load_model, model_of, open_source
 from llmnorm.exchange.peft_adapter import with_adapter

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.cache_memory import refuse_what_does_not_fit
 from llmnorm.generation.contract import Draft, Step
 from llmnorm.generation.costs import DraftLengths, costs_for, size_of

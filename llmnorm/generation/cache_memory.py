@@ -2,7 +2,7 @@
 
 import torch
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.contract import Step
 from llmnorm.machine.memory import available
 from llmnorm.nn.cache import KeyValues

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from llmnorm.config.foreign import LONGEST
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.contract import Proposal, Request
 from llmnorm.generation.engine import Engine
 from llmnorm.generation.row import Row, rows_of

@@ -25,7 +25,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.admission import Admission
 from llmnorm.generation.cache_memory import refuse_what_does_not_fit
 from llmnorm.generation.contract import Draft, Event, Lengths, Proposal, Request, Step

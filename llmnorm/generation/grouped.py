@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.contract import Draft, Event, Request, Step
 from llmnorm.generation.eqspec import Costs, eqspec
 from llmnorm.generation.exspec import Schedule, exspec

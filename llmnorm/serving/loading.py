@@ -10,9 +10,9 @@ import hashlib
 import json
 import time
 
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.config.saved import to_tree
 from llmnorm.config.serving import ServingSettings
-from llmnorm.config.tree import GenerationSettings
 from llmnorm.exchange.served import Target
 from llmnorm.generation.contract import Request, Sampling
 from llmnorm.generation.engine import Counters, Engine

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.batch_file import Output, Totals, answer_all
 from llmnorm.generation.contract import Event, Request
 from llmnorm.generation.requests import Asked, asked_in

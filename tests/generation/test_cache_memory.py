@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.build import engine_of
 from llmnorm.generation.engine import Engine
 from llmnorm.generation.model_draft import ModelDraft

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation import engine as engine_module
 from llmnorm.generation import slots as slots_module
 from llmnorm.generation.contract import Request, Sampling, Verdict

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation import exact
 from llmnorm.generation.contract import Event, Request, Sampling
 from llmnorm.generation.draft import Lookup

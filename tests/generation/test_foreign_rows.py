@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.contract import Request, Sampling
 from llmnorm.generation.engine import Engine
 from llmnorm.models.foreign_decoding import ForeignStep

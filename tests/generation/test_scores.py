@@ -4,7 +4,7 @@ alone."""
 import pytest
 import torch
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.contract import Event, Request, Sampling
 from llmnorm.generation.engine import Engine
 from llmnorm.models.decoding import Decoder

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.contract import Draft, Request, Sampling
 from llmnorm.generation.draft import Lookup
 from llmnorm.generation.engine import Engine

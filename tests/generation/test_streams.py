@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.contract import Request, Sampling
 from llmnorm.generation.engine import Engine
 from llmnorm.generation.streams import answers, converse

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.contract import Draft, DraftedRow, Event, Proposal, Request, Sampling
 from llmnorm.generation.engine import Engine
 from llmnorm.models import LlmNormForCausalLM

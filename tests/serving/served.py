@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.config.serving import ServingSettings
-from llmnorm.config.tree import GenerationSettings
 from llmnorm.exchange.served import Target, load_target
 from llmnorm.generation.contract import Request, Sampling
 from llmnorm.generation.engine import Engine

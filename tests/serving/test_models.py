@@ -66,7 +66,7 @@ def test_a_chat_of_two_turns_with_drafts(name: str, tmp_path: Path) -> None:
 def test_an_adapter_is_merged(tmp_path: Path) -> None:
     """Oracle: PEFT's own layers beside the weights."""
     peft = pytest.importorskip("peft", reason="the extra finetune is not installed")
-    from llmnorm.config.tree import GenerationSettings
+    from llmnorm.config.generation import GenerationSettings
 
     directory = save_model(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(directory)

@@ -20,7 +20,7 @@ from draft_costs import timed  # noqa: E402
 from generation_peers import Answers, Work, without_ends  # noqa: E402
 
 from llmnorm.config.file import load  # noqa: E402
-from llmnorm.config.tree import GenerationSettings  # noqa: E402
+from llmnorm.config.generation import GenerationSettings  # noqa: E402
 from llmnorm.generation.contract import DraftedRow, Proposal, Request  # noqa: E402
 from llmnorm.generation.costs import (  # noqa: E402
     LENGTHS,

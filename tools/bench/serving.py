@@ -48,7 +48,7 @@ from serving_clients import (
     transformers_server,
 )
 
-from llmnorm.config.tree import GenerationSettings
+from llmnorm.config.generation import GenerationSettings
 from llmnorm.exchange.served import Target, load_target
 from llmnorm.generation.contract import Request, Sampling
 from llmnorm.generation.engine import Engine
