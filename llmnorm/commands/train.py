@@ -88,7 +88,7 @@ def _train(
     stop: "StopRequest",
 ) -> int:
     from llmnorm.machine.gpus import check_gpu, launch_hint
-    from llmnorm.runs import directory
+    from llmnorm.runs import directory, signs
     from llmnorm.runs.address import Remote, on_this_machine
 
     config, automatic = resolve_auto(config)
@@ -116,9 +116,9 @@ def _train(
     if remote is None or parsed.dry_run:
         directory.agree(config, going_on=is_own)
     if remote is None and directory.finished(run, config):
-        early = directory.ended_early(run)
-        why = f"; {directory.PATIENCE} has ended it early" if early else ""
-        print(f"{run.path} is finished (step {directory.step_in(run.done)}{why})")
+        early = signs.ended_early(run)
+        why = f"; {signs.PATIENCE} has ended it early" if early else ""
+        print(f"{run.path} is finished (step {signs.step_in(run.done)}{why})")
         print(directory.next_commands(run, config, early=early))
         return 0
     if not parsed.dry_run and (leaves := _leaves_at_once(run)):
@@ -151,9 +151,9 @@ def _train(
 def _leaves_at_once(run: "RunDirectory") -> tuple[int, str] | None:
     """Exit code and reason where the run does not take a step, though nothing is wrong with it."""
     from llmnorm.machine.failures import PREEMPTED
-    from llmnorm.runs import directory, restarts
+    from llmnorm.runs import restarts, signs
 
-    if directory.asks_to_stop(run):
+    if signs.asks_to_stop(run):
         return PREEMPTED, (
             f"stopped before its first step by the file {run.preempted}, which llmnorm has not "
             "written; remove it, and the same command starts the run"

@@ -22,11 +22,10 @@ from llmnorm.config.manifest import steps_in
 from llmnorm.config.saved import changeable, differences, portable, to_tree, to_yaml
 from llmnorm.config.tree import CheckpointSettings, RunConfig
 from llmnorm.machine.doctor import version
-from llmnorm.machine.reading import open_file, read_text
+from llmnorm.machine.reading import open_file
 from llmnorm.part import InputError
 from llmnorm.runs.lines import read_lines
-
-PATIENCE = "evaluation.patience"
+from llmnorm.runs.signs import PATIENCE, asks_to_stop, ended_early, step_in
 
 
 class RunDirectory(NamedTuple):
@@ -215,19 +214,6 @@ def finished(run: RunDirectory, config: RunConfig) -> bool:
     return same_base and same_teacher and _as_long(run, there, config)
 
 
-def has_ended(run: RunDirectory) -> bool:
-    """Whether the last process of the run has ended it, and was not stopped or killed."""
-    return run.done.exists() or run.diverged.exists()
-
-
-def ended_early(run: RunDirectory) -> bool:
-    """Whether the run is DONE because `evaluation.patience` has ended it before its last step."""
-    try:
-        return read_text(run.done, limit=1000).split()[1:] == [PATIENCE]
-    except InputError:
-        return False
-
-
 def _as_long(run: RunDirectory, there: RunConfig, here: RunConfig) -> bool:
     """Whether a run that is DONE is asked for the same length; if it ended early, also patience."""
     keys = ["training.steps", "training.tokens", "training.epochs"]
@@ -267,24 +253,6 @@ def _check_checkpoints(run: RunDirectory, settings: CheckpointSettings) -> None:
         f"{run.checkpoints}: a checkpoint of step {saved} was written ({knows}), but {found}: is a "
         f"disk not mounted, or a copy not complete? Bring it back; {again}"
     )
-
-
-def asks_to_stop(run: RunDirectory) -> bool:
-    """Whether somebody else has put a file PREEMPT into the run directory.
-
-    A run's own has the number of a step in it. Any other, an empty one too, asks the run to save
-    and stop, and keeps it from its first step until it is removed.
-    """
-    return run.preempted.exists() and step_in(run.preempted) is None
-
-
-def step_in(sign: Path) -> int | None:
-    """The step in DONE, PREEMPT or DIVERGED; None where there is no number in the first line."""
-    try:
-        text = read_text(sign, limit=1000).partition("\n")[0].strip()
-    except InputError:
-        return None
-    return int(text) if text.isascii() and text.isdecimal() else None
 
 
 def next_commands(run: RunDirectory, config: RunConfig, *, early: bool = False) -> str:
@@ -373,28 +341,6 @@ def _write_settings(run: RunDirectory, config: RunConfig) -> None:
     settings = to_yaml(portable(config))
     temporary.write_text(f"# llmnorm {version()}\n{settings}", encoding="utf-8")
     temporary.replace(run.config)
-
-
-def end(sign: Path, step: int, *, early: bool = False) -> None:
-    """Write the file that says how this process ended.
-
-    Args:
-        sign: `run.done`, `run.preempted` or `run.diverged`.
-        step: the step that it ended after.
-        early: `evaluation.patience` has ended it before its last step.
-
-    Raises:
-        InputError: the directory cannot be written.
-    """
-    temporary = sign.with_suffix(".tmp")
-    try:
-        temporary.write_text(
-            f"{step}\n{PATIENCE if early else ''}".strip() + "\n", encoding="utf-8"
-        )
-        temporary.replace(sign)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{sign}: cannot be written: {error.strerror}") from None
 
 
 def free(path: Path) -> Path:

@@ -26,6 +26,7 @@ from llmnorm.objectives.contract import MicroBatch
 from llmnorm.parallel.processes import Interrupted
 from llmnorm.part import InputError
 from llmnorm.runs import directory as run_directory
+from llmnorm.runs import signs
 from llmnorm.runs.account import Timekeeper
 from llmnorm.runs.metrics import Metrics, keep_until
 from llmnorm.runs.trackers import Trackers
@@ -278,7 +279,7 @@ def give_up(run: Prepared, metrics: Metrics, stop: StopRequest) -> Diverged:
     newest = checkpoints.newest()
     kept = newest.path if newest else None
     if run.parallel.is_main:
-        run_directory.end(run.directory.diverged, progress.step)
+        signs.end(run.directory.diverged, progress.step)
 
     path = run.directory.path
     text = (

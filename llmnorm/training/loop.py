@@ -19,6 +19,7 @@ from llmnorm.machine.phases import END, LOOP
 from llmnorm.models.foreign import Foreign
 from llmnorm.parallel.check import check
 from llmnorm.runs import directory as run_directory
+from llmnorm.runs import signs
 from llmnorm.runs.account import Account, Timekeeper, read_account
 from llmnorm.runs.address import Remote
 from llmnorm.runs.directory import RunDirectory
@@ -124,7 +125,7 @@ def train(
             for note in there.notes():
                 parallel.say(f"llmnorm: note: {note}")
             there.apply()
-            resumed = not run_directory.has_ended(run)
+            resumed = not signs.has_ended(run)
             timekeeper = Timekeeper(read_account(run), phases, resumed=resumed)
             if again := restarts.begin(progress.step, progress.row, config.pool):
                 parallel.say(f"llmnorm: note: {again}")
@@ -163,7 +164,7 @@ def train(
         phases.enter(END)
         if parallel.is_main:
             early = not exit_code and progress.step < steps
-            run_directory.end(run.preempted if exit_code else run.done, progress.step, early=early)
+            signs.end(run.preempted if exit_code else run.done, progress.step, early=early)
             if exit_code and not stop.from_another:
                 restarts.stopped(progress.step)
     if parallel.is_main:
@@ -206,6 +207,6 @@ def _already_finished(run: Prepared, dry_run: bool) -> int:
     if run.parallel.is_main and not dry_run:
         if run.base or run.teacher:  # a new place, where the same base or teacher was found
             run_directory.rewrite_settings(run.directory, run.config)
-        run_directory.end(run.directory.done, step, early=step < run.steps)
+        signs.end(run.directory.done, step, early=step < run.steps)
         print(_ended(run))
     return 0

@@ -20,8 +20,8 @@ import time
 from types import FrameType
 
 from llmnorm.machine.failures import PREEMPTED
-from llmnorm.runs import directory
 from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.signs import asks_to_stop
 
 # Exit codes: those of a shell, but that of SIGTERM for the two signals that mean the same (the
 # terminal is gone, the time is used up). 75 is EX_TEMPFAIL: schedulers start the job again.
@@ -146,7 +146,7 @@ class Watch:
     def _watch(self) -> None:
         stop = self._stop
         while not self._ended.wait(TICK):
-            if self._looks and not stop.exit_code and directory.asks_to_stop(self._run):
+            if self._looks and not stop.exit_code and asks_to_stop(self._run):
                 stop.ask(PREEMPTED, "a PREEMPT file")
             late = stop.exit_code in HURRIED and time.monotonic() - stop.since > self._limit
             if late and not self._ended.is_set():

@@ -10,7 +10,8 @@ from llmnorm import cli
 from llmnorm.checkpoints.format import read_checkpoint
 from llmnorm.config.file import load
 from llmnorm.part import InputError
-from llmnorm.runs.directory import RunDirectory, agree, begin, end, free, step_in
+from llmnorm.runs.directory import RunDirectory, agree, begin, free
+from llmnorm.runs.signs import end, step_in
 from tests.running import SMOKE, assert_same_run, metrics_of
 
 QUICK = ["training.steps=4", "checkpoint.every=2", "evaluation.samples=0", "schedule=constant"]

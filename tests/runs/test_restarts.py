@@ -9,8 +9,9 @@ import pytest
 from llmnorm.machine.parent import parent
 from llmnorm.part import InputError
 from llmnorm.runs import restarts
-from llmnorm.runs.directory import RunDirectory, asks_to_stop, end
+from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.restarts import Launcher, Restarts, in_vain, launcher
+from llmnorm.runs.signs import asks_to_stop, end
 
 
 @pytest.fixture

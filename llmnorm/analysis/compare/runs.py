@@ -30,10 +30,11 @@ from llmnorm.analysis.runs import progress
 from llmnorm.machine.doctor import version
 from llmnorm.machine.failures import DIVERGED
 from llmnorm.part import InputError
-from llmnorm.runs.directory import RunDirectory, step_in
+from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lines import read_lines
 from llmnorm.runs.lock import is_locked
 from llmnorm.runs.record import read_metrics
+from llmnorm.runs.signs import step_in
 from llmnorm.training.signals import EXIT_CODES, StopRequest
 
 POLL_SECONDS = 0.2
