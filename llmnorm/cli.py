@@ -32,6 +32,7 @@ from llmnorm.commands import (
 )
 from llmnorm.commands.arguments import Command, Parser, split_overrides
 from llmnorm.machine.failures import failure, of_interrupt, too_little_memory
+from llmnorm.machine.parent import let_speak, stop_with_parent
 from llmnorm.part import InputError
 
 WITHOUT_TORCH = ("config", "configs", "parts", "runs")
@@ -71,8 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes
             stream.reconfigure(errors="backslashreplace")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed launcher leaves no process behind
-        from llmnorm.machine.parent import stop_with_parent
-
         stop_with_parent()
     parsed = None
     try:
@@ -93,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         if os.environ.get("RANK", "0") == str(error.speaker):
             _print_error(str(error))
+        else:
+            let_speak()
         return error.exit_code
     except BrokenPipeError:  # `llmnorm parts | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

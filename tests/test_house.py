@@ -21,6 +21,7 @@ FLOORS = {
     "config": GROUND,
     "machine": GROUND,
     "nn": 1,
+    "remote": 1,
     "models": 2,
     "optim": 2,
     "data": 3,

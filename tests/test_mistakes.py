@@ -108,8 +108,8 @@ COMMAND_LINE = {
         "config: --schema takes no CONFIG and no settings; the schema is always the same",
     ),
     "configuration that is not here": Case(
-        "train hf://org/name.yaml",
-        "argument <name>: '<path>' is not on this machine: <scheme>:// is not read or written; "
+        "data hf://org/name.yaml",
+        "argument <name>: '<path>' is not on this machine: <scheme>:// is not taken here; "
         "mount it, or copy it, and give the local path "
         "(`llmnorm <command> --help` shows the usage)",
         ("CONFIG: 'hf://org/name.yaml'",),
@@ -209,8 +209,8 @@ FILES = {
 
 WHOLE_NUMBER = "<place>: <key>: expected a whole number, got <value>"
 NOT_HERE = (
-    "<place>: <key>: '<path>' is not on this machine: <scheme>:// is not read or written; mount "
-    "it, or copy it, and give the local path"
+    "<place>: <key>: '<path>' is not on this machine: <scheme>:// is not taken here; mount it, or "
+    "copy it, and give the local path"
 )
 AT_LEAST = "<place>: <key>: must be at least <number>, got <number>"
 NOT_VALID = "<place>: <key>: '<word>' is not valid; <hint>"
@@ -360,10 +360,15 @@ SETTINGS = {
         "logging.project=null", "<place>: <key>: expected text, got null", "logging.project:"
     ),
     "store that is not here": setting(
-        "run_dir=s3://bucket/run",
+        "tokenizer.path=s3://bucket/run",
         NOT_HERE,
-        "run_dir: 's3://bucket/run'",
+        "tokenizer.path: 's3://bucket/run'",
         real=True,
+    ),
+    "bucket alone": setting(
+        "run_dir=s3://bucket",
+        "<place>: <key>: '<address>' is no place in a store; write SCHEME://BUCKET/NAME",
+        "run_dir: 's3://bucket'",
     ),
     "name that is too long": setting(
         f"run_dir={'a' * 300}",
@@ -939,6 +944,7 @@ def test_free_gpus_are_pointed_at(
     [
         ("tensorboard", "track", "logging.trackers=[tensorboard]"),
         ("deepspeed", "deepspeed", "parallel.sharding=zero2"),
+        ("s3fs", "remote", "run_dir=s3://bucket/x"),
     ],
 )
 def test_a_missing_extra_names_the_line_that_installs_it(

@@ -77,6 +77,14 @@ NOT_RUN = {
         ("sudo", "openssl rand", "docker", "promtool", "prometheus"),
         "installs into the system, or needs other programs; tools/check_serving.py runs some",
     ),
+    **dict.fromkeys(
+        (
+            "llmnorm train configs/smoke.yaml run_dir=s3://",
+            "llmnorm train s3://",
+            "llmnorm export runs/smoke s3://",
+        ),
+        "needs a store; tests/remote goes these ways to a server",
+    ),
     "rm -rf .venv": "removes the environment that the tests run in",
 }
 

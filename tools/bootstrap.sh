@@ -2,7 +2,7 @@
 # Make the virtual environment .venv with llmnorm in it (editable), or find that there is nothing to do.
 #
 #   bash tools/bootstrap.sh                  the base install
-#   bash tools/bootstrap.sh dev finetune     with extras: deepspeed flash fla finetune quant gguf eval serve structured track docs dev
+#   bash tools/bootstrap.sh dev finetune     with extras: deepspeed flash fla finetune quant gguf eval serve structured track remote docs dev
 #
 # torch is installed first, by itself and pinned; everything else follows constraints.txt, which never
 # moves torch. A torch >= 2.11 that is in .venv already is kept. Extras add up over calls. To build on the
@@ -19,7 +19,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TORCH_PIN=torch==2.13.0
-EXTRAS=(deepspeed flash fla finetune quant gguf eval serve structured track docs dev)
+EXTRAS=(deepspeed flash fla finetune quant gguf eval serve structured track remote docs dev)
 stamp=.venv/llmnorm-stamp           # what the environment was made from; its extras; where it was made
 busy=.venv/llmnorm-busy             # there while pip writes: found at the start, the last run was cut off
 index_file=.venv/llmnorm-torch-index

@@ -6,7 +6,7 @@
 #   torchrun     fsdp2, started by torchrun on both hosts, trained to its end
 #   accelerate   ddp, started by accelerate launch on both hosts, trained to its end
 #   cut          the cable is out for 20 seconds: the run waits and goes on to its end
-#   gone         the cable stays out: both hosts end within parallel.timeout, the run goes on with one host alone
+#   gone         the cable stays out: both hosts end within parallel.timeout (TIMEOUT=20), and the run goes on with one
 #
 # Needs root and iproute2. Ends with 0 where all held, 1 where something did not, and 77 where this machine cannot do it,
 # with the reason. Takes about three minutes on an idle machine.
@@ -64,6 +64,7 @@ on() { # HOST LOG COMMAND...: starts a command on a host, in a session of its ow
     setsid ip netns exec "${hosts[$number]}" unshare --uts bash -c 'hostname "$0" && exec "$@"' "host$number" \
         env GLOO_SOCKET_IFNAME="cable$$" "$@" >"$log" 2>&1 &
     launchers+=($!)
+    disown $! # or bash would tell of each that is killed
 }
 failed() { # LOG MESSAGE
     echo "$2" >&2

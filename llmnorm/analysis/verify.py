@@ -148,11 +148,11 @@ def _data(config: RunConfig, meta: dict[str, Any]) -> str:
     preparation = config.objective.preparation(config)
     if preparation is None:
         return "is read from its files when the run starts; not checked"
-    known = config.data.dir / "packed" / str(meta.get("data"))
+    known = config.data.directory / "packed" / str(meta.get("data"))
     if not (known / "MANIFEST.json").is_file():
         found = preparation.find()
         if found is None:
-            raise InputError(f"is not prepared in {config.data.dir}")
+            raise InputError(f"is not prepared in {config.data.directory}")
         if meta and found.identity != meta["data"]:
             raise InputError(
                 f"{found.directory}: is not {meta['data']}, which the checkpoint was trained on"

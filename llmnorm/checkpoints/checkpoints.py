@@ -21,7 +21,7 @@ all of them, so that none waits for one that has given up.
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -69,6 +69,8 @@ class Checkpoints:
         asynchronous: `save` copies the state and returns; a thread writes.
         rank, world: this process and how many there are.
         phases: of this process; every part of a save or a load that ends advances it.
+        needed: tells of a step whose checkpoint need not be kept whether it must stay for now; only
+            process 0 asks.
     """
 
     def __init__(
@@ -82,9 +84,10 @@ class Checkpoints:
         rank: int = 0,
         world: int = 1,
         phases: Phases | None = None,
+        needed: Callable[[int], bool] | None = None,
     ) -> None:
         assert keep >= 2, "one checkpoint alone is lost when it turns out to be damaged"
-        self._store = Store(directory)
+        self._store = Store(directory, needed)
         self._keep = Keep(keep, keep_every, keep_best)
         self._phases = phases or Phases()
         self._processes = Processes(rank, world, self._phases.advance)

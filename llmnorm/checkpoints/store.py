@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,13 +54,18 @@ class Keep(NamedTuple):
 class Store:
     """The checkpoints in one directory, which the first `begin` makes.
 
+    Args:
+        directory: where they are.
+        needed: tells whether the checkpoint of a step must stay for now, whatever `Keep` says.
+
     Attributes:
         damaged: what is wrong with checkpoints whose contents were found damaged, by their paths.
             `find` passes them over, and they do not count among those to keep.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, needed: Callable[[int], bool] | None = None) -> None:
         self.directory = directory
+        self._needed = needed or (lambda step: False)
         self.damaged: dict[Path, str] = {}
 
     def path(self, step: int) -> Path:
@@ -177,11 +182,11 @@ class Store:
             self._check_latest(steps)
             return steps[::-1]
         if name == BEST:
-            manifests = {}
+            losses = {}
             for step in steps:
                 with suppress(Damaged):
-                    manifests[step] = read_checkpoint(self.path(step))
-            best = _best(manifests)
+                    losses[step] = read_checkpoint(self.path(step)).manifest["validation_loss"]
+            best = _best(losses)
             if best is None:
                 raise InputError(
                     f"{self.directory}: no checkpoint has a validation loss; "
@@ -210,15 +215,11 @@ class Store:
         whole = {}
         for found in steps:
             with suppress(Damaged):
-                whole[found] = self._open(found)
+                whole[found] = self._open(found).manifest["validation_loss"]
         if len(whole) < 2:
             return []
-        kept: set[int | None] = {*list(whole)[-keep.newest :]}
-        if keep.every:
-            kept |= {s for s in whole if s % keep.every == 0}
-        if keep.best:
-            kept.add(_best(whole))
-        return [s for s in steps if s not in kept]
+        left = [s for s in steps if s not in whole]
+        return sorted(s for s in [*left, *superfluous(whole, keep)] if not self._needed(s))
 
     def _open(self, step: int) -> Checkpoint:
         """The checkpoint of a step, its files' sizes compared.
@@ -284,9 +285,23 @@ class Store:
             log.warning("%s names %r, which is not there", file, named)
 
 
-def _best(checkpoints: Mapping[int, Checkpoint]) -> int | None:
+def superfluous(losses: Mapping[int, float | None], keep: Keep) -> list[int]:
+    """The steps of whole checkpoints that `keep` does not keep.
+
+    Args:
+        losses: of each step that has a whole checkpoint the validation loss, None where it was not
+            evaluated; in ascending order.
+    """
+    kept: set[int | None] = {*list(losses)[-keep.newest :]}
+    if keep.every:
+        kept |= {step for step in losses if step % keep.every == 0}
+    if keep.best:
+        kept.add(_best(losses))
+    return [step for step in losses if step not in kept]
+
+
+def _best(losses: Mapping[int, float | None]) -> int | None:
     """The step of the lowest finite validation loss, of equal ones the newest."""
-    losses = {step: one.manifest["validation_loss"] for step, one in checkpoints.items()}
     finite = {s: loss for s, loss in losses.items() if loss is not None and math.isfinite(loss)}
     return min(finite, key=lambda step: (finite[step], -step), default=None)
 

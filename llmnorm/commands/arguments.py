@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from llmnorm.config.mistakes import shown
-from llmnorm.machine.reading import local_path
+from llmnorm.machine.reading import check_address, is_address, local_path
 from llmnorm.part import InputError, nearest
 
 _OVERRIDE = re.compile(r"[^\W\d][^=/]*=")  # no path, and no option: its key may be misspelt
@@ -177,6 +177,16 @@ def local(text: str) -> Path:
     """A path of this machine, or `llmnorm:NAME`; `~` is the home directory."""
     try:
         return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def place(text: str) -> Path | str:
+    """As `local`, or an address of a store (`s3://bucket/run`), which stays text."""
+    if not is_address(text):
+        return local(text)
+    try:
+        return check_address(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

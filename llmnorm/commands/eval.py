@@ -37,7 +37,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from llmnorm.config.pretrained import describe
 
     import_modules(parsed.imports, "--import")
-    describe(parsed.path, "eval")
+    describe(parsed.path, "eval", classes="auto")
 
     from llmnorm.evaluation.directory import evaluate_directory
 

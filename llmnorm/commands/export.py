@@ -2,7 +2,7 @@
 
 import argparse
 
-from llmnorm.commands.arguments import add_checkpoint, add_import, add_model, count, local
+from llmnorm.commands.arguments import add_checkpoint, add_import, add_model, count, place
 from llmnorm.part import InputError
 
 HELP = "write a model directory for other tools, or a .gguf file for llama.cpp"
@@ -12,8 +12,8 @@ TAKES_SETTINGS = False
 def arguments(parser: argparse.ArgumentParser) -> None:
     """RUN_OR_DIR, the target, which weights, and as which class of model."""
     add_model(parser)
-    help = "directory to write, new or empty; or a new file NAME.gguf"
-    parser.add_argument("target", type=local, metavar="DIR|FILE.gguf", help=help)
+    help = "directory to write, new or empty, or a new file NAME.gguf; or their address (s3://...)"
+    parser.add_argument("target", type=place, metavar="DIR|FILE.gguf", help=help)
     add_checkpoint(parser)
     add_import(parser)
     help = "as a Llama, a Qwen3 (QK-norm), or the class that it came from"
@@ -31,7 +31,7 @@ def run(parsed: argparse.Namespace, _: list[str]) -> None:
     from llmnorm.config.modules import import_modules
     from llmnorm.config.pretrained import describe
 
-    as_file = parsed.target.suffix == ".gguf"
+    as_file = str(parsed.target).endswith(".gguf")
     if as_file and parsed.stock:
         raise InputError("--stock: a .gguf file is of a stock architecture as it is; leave it out")
     if as_file and parsed.merge:
@@ -40,14 +40,17 @@ def run(parsed: argparse.Namespace, _: list[str]) -> None:
         raise InputError(f"--type: belongs to a .gguf file, and {parsed.target} is a directory")
 
     import_modules(parsed.imports, "--import")
-    describe(parsed.path, "export")
+    describe(parsed.path, "export", classes="auto")
+
+    from llmnorm.exchange.elsewhere import written_up
 
     which = {"average": parsed.average, "ema": parsed.ema, "checkpoint": parsed.checkpoint}
-    if as_file:
-        from llmnorm.exchange.gguf_file import export_gguf
+    with written_up(parsed.target) as target:
+        if as_file:
+            from llmnorm.exchange.gguf_file import export_gguf
 
-        export_gguf(parsed.path, parsed.target, type=parsed.type or "f16", **which)
-    else:
-        from llmnorm.exchange.export import export
+            export_gguf(parsed.path, target, type=parsed.type or "f16", **which)
+        else:
+            from llmnorm.exchange.export import export
 
-        export(parsed.path, parsed.target, stock=parsed.stock, merge=parsed.merge, **which)
+            export(parsed.path, target, stock=parsed.stock, merge=parsed.merge, **which)

@@ -32,6 +32,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
     Raises:
         InputError: the configuration names no weights to start from, or the run began from none.
     """
+    train.bring_here(parsed, overrides)
     path = parsed.config
     if path.is_dir() and not (path / "config.yaml").is_file():
         raise InputError(

@@ -4,10 +4,12 @@ import argparse
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmnorm.commands.arguments import add_config
+from llmnorm.commands.arguments import place
 from llmnorm.commands.configured import load_config, note, resolve_auto
+from llmnorm.machine.parent import let_speak
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ TAKES_SETTINGS = True
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG, and what to do before or instead of training."""
-    add_config(parser)
+    help = "YAML file, llmnorm:NAME, run directory, or its address (s3://...)"
+    parser.add_argument("config", type=place, metavar="CONFIG", help=help)
     parser.add_argument(
         "--dry-run", action="store_true", help="stop after the checks before the first step"
     )
@@ -44,7 +47,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> int:
     """Train a configuration, or go on with a run."""
+    bring_here(parsed, overrides)
     return start(parsed, overrides, load_config(parsed.config, overrides))
+
+
+def bring_here(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Put the directory of this machine in the place of a run's address."""
+    if isinstance(parsed.config, str):
+        from llmnorm.runs.address import fetch_settings
+
+        parsed.config = fetch_settings(parsed.config, overrides)
 
 
 def start(
@@ -77,6 +89,7 @@ def _train(
 ) -> int:
     from llmnorm.machine.gpus import check_gpu, launch_hint
     from llmnorm.runs import directory
+    from llmnorm.runs.address import Remote, on_this_machine
 
     config, automatic = resolve_auto(config)
     if parsed.print_groups:
@@ -89,10 +102,20 @@ def _train(
 
         print(memory_table(config))
         return 0
-    assert config.run_dir is not None
+    config, address = on_this_machine(config)
+    assert isinstance(config.run_dir, Path)
     is_own = parsed.config.is_dir() and parsed.config.resolve() == config.run_dir.resolve()
-    run = directory.agree(config, going_on=is_own)
-    if directory.finished(run, config):
+    run, remote = directory.RunDirectory(config.run_dir), None
+    if address is not None:
+        from llmnorm.remote.objects import open_store
+
+        remote = Remote(address, going_on=is_own)
+        store = open_store(address, "run_dir")  # its package may be missing
+        if parsed.dry_run:
+            store.names()
+    if remote is None or parsed.dry_run:
+        directory.agree(config, going_on=is_own)
+    if remote is None and directory.finished(run, config):
         early = directory.ended_early(run)
         why = f"; {directory.PATIENCE} has ended it early" if early else ""
         print(f"{run.path} is finished (step {directory.step_in(run.done)}{why})")
@@ -102,6 +125,8 @@ def _train(
         code, why = leaves
         if os.environ.get("RANK", "0") == "0":
             print(f"llmnorm: {why}", file=sys.stderr)
+        else:
+            let_speak()
         return code
     _check_processes(config)
     check_gpu(config.training.device)
@@ -119,15 +144,17 @@ def _train(
         dry_run=parsed.dry_run,
         profile=parsed.profile,
         stop=stop,
+        remote=remote,
     )
 
 
 def _leaves_at_once(run: "RunDirectory") -> tuple[int, str] | None:
     """Exit code and reason where the run does not take a step, though nothing is wrong with it."""
+    from llmnorm.machine.failures import PREEMPTED
     from llmnorm.runs import directory, restarts
 
     if directory.asks_to_stop(run):
-        return restarts.PREEMPTED, (
+        return PREEMPTED, (
             f"stopped before its first step by the file {run.preempted}, which llmnorm has not "
             "written; remove it, and the same command starts the run"
         )

@@ -46,6 +46,7 @@ from llmnorm.part import (
     settings_in,
 )
 
+CLASSES = ("auto", "own", "transformers")  # of `model.classes`; another is refused with all else
 MAX_FILES = 1_000  # that the `base` of files leads to, each counted as often as it is named
 _Cls = TypeVar("_Cls", bound=Settings)
 
@@ -131,14 +132,21 @@ def _with_pretrained(tree: dict[str, Any], written: Node) -> tuple[dict[str, Any
         raise InputError(f"{key}: {error}") from None
     modules = tree.get("imports")
     modules = [m for m in modules if isinstance(m, str)] if isinstance(modules, list) else []
-    found = describe(named, key, modules)
+    classes = model.get("classes", "auto")
+    found = describe(named, key, modules, classes=classes if classes in CLASSES else "auto")
     for name, value in model.items():
         if name in ModelSettings.model_fields and not found.admits(name, value):
-            raise InputError(
-                f"{where_of(written, ('model', name))}: model.{name}: {named} brings its own; "
-                f"leave it out (these may be set beside model.pretrained: {', '.join(FREE)})"
+            why = (
+                "is trained as transformers' own class, which has none of llmnorm's parts and "
+                "brings all of its settings; leave it out"
+                if found.foreign
+                else "brings its own; leave it out (these may be set beside model.pretrained: "
+                f"{', '.join(FREE)})"
             )
+            raise InputError(f"{where_of(written, ('model', name))}: model.{name}: {named} {why}")
     tree = tree | {"model": found.model | model}
+    if found.foreign:
+        tree["model"]["classes"] = "transformers"
     tokenizer = tree.get("tokenizer")
     kept: dict[str, Any] = {}  # what a section may hold beside the tokenizer that is brought
     if isinstance(tokenizer, dict) and tokenizer.keys() <= {*OF_TEMPLATE}:

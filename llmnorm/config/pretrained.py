@@ -1,9 +1,10 @@
 """What a directory of weights holds: the run it belongs to, the model's settings, the tokenizer.
 
-Four kinds of directory hold weights: a run (its newest whole checkpoint), one checkpoint of a run
-(RUN/checkpoints/step_N), a model of our class that `llmnorm export` or `save_pretrained` wrote, and
-a stock Llama, Mistral, Qwen2 or Qwen3. Only JSON is read here, so that a mistake is answered before
-torch is loaded.
+Five kinds of directory hold weights: a run (its newest whole checkpoint), one checkpoint of a run
+(RUN/checkpoints/step_N), a model of our class that `llmnorm export` or `save_pretrained` wrote, a
+stock Llama, Mistral, Qwen2 or Qwen3, and any other model of transformers. The last is "foreign":
+it stays a model of transformers' class, as do runs that train it. Only JSON is read here, so that a
+mistake is answered before torch is loaded.
 """
 
 import re
@@ -13,6 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
+from llmnorm.config.foreign import brought
 from llmnorm.config.manifest import (
     MANIFEST,
     Damaged,
@@ -22,7 +24,7 @@ from llmnorm.config.manifest import (
     steps_in,
 )
 from llmnorm.config.modules import refuse_unimported
-from llmnorm.config.stock import Tokens, all_tokens, from_stock
+from llmnorm.config.stock import DoesNotFit, Tokens, all_tokens, from_stock
 from llmnorm.machine import reading
 from llmnorm.nn.settings import ModelSettings
 from llmnorm.part import Imports, InputError, Settings, explain, nearest, one_line
@@ -41,6 +43,7 @@ class Pretrained(NamedTuple):
         config: `LlmNormConfig`'s keys, token ids and the like included; `eos_token_id` holds the
             end tokens of generation_config.json too.
         tokenizer: the directory that holds tokenizer.json, None where there is none.
+        foreign: the model is of a class of transformers, and `config` has that class's keys.
     """
 
     path: Path
@@ -48,6 +51,7 @@ class Pretrained(NamedTuple):
     checkpoint: str
     config: dict[str, Any]
     tokenizer: Path | None
+    foreign: bool = False
 
     @property
     def architectures(self) -> list[str] | None:
@@ -57,10 +61,14 @@ class Pretrained(NamedTuple):
     @property
     def model(self) -> dict[str, Any]:
         """The keys of `config` that are `ModelSettings`'."""
+        if self.foreign:
+            return brought(self.config)
         return {k: v for k, v in self.config.items() if k in ModelSettings.model_fields}
 
     def admits(self, key: str, value: Any) -> bool:
         """Whether the weights compute the same with the model setting `key: value`."""
+        if self.foreign:
+            return key == "dropout" or self.model.get(key) == value
         own = _settings(self.model)
         scaled = own.rope_parameters.rope_type in ("dynamic", "longrope")  # by the longest context
         if key in FREE and not (key == "max_position_embeddings" and scaled):
@@ -109,13 +117,16 @@ class _Generation(Settings):
 _DTYPES = ["float32", "bfloat16", "float16", "float64", "auto"]
 
 
-def describe(path: Path, key: str, imports: Collection[str] | None = None) -> Pretrained:
+def describe(
+    path: Path, key: str, imports: Collection[str] | None = None, *, classes: str | None = None
+) -> Pretrained:
     """Find out which kind of directory `path` is and what it holds.
 
     Args:
         key: the setting or command that the path was given to, for messages (`model.pretrained`).
         imports: for `model.pretrained`, the modules that the configuration names under `imports`;
             None for a command, which imports the parts of a run's own config.yaml.
+        classes: the run's `model.classes`; None: a model of a class of transformers is refused.
 
     Raises:
         InputError: it holds no weights that can be loaded; the message says what it lacks.
@@ -134,13 +145,30 @@ def describe(path: Path, key: str, imports: Collection[str] | None = None) -> Pr
         found = Pretrained(path, path, "latest", _of_newest(path, key), _tokenizer(path))
         file = path / "config.yaml"
     else:
-        return _exported(path, key, cure, imports or ())
+        return _exported(path, key, cure, imports or (), classes)
+    if found.config.get("model_type") not in (None, "llmnorm"):
+        if classes in (None, "own"):
+            raise InputError(f"{key}: {path} {_foreign_run(found.config)}")
+        return found._replace(foreign=True)
+    if classes == "transformers":
+        raise InputError(f"{key}: {path} {_ALREADY_OWN}")
     if imports is not None or not (run / "config.yaml").is_file():
         refuse_unimported(found.model, f"{key}: {file}", cure, imports or ())
     return found
 
 
-def _exported(path: Path, key: str, cure: str, imports: Collection[str]) -> Pretrained:
+_ALREADY_OWN = "is of llmnorm's own class, not of one of transformers; leave model.classes out"
+
+
+def _foreign_run(config: dict[str, Any]) -> str:
+    """Why a run of a class of transformers cannot be had as one of ours."""
+    name = (config.get("architectures") or [config["model_type"]])[0]
+    return f"is of transformers' class {name}, not of llmnorm's own"
+
+
+def _exported(
+    path: Path, key: str, cure: str, imports: Collection[str], classes: str | None
+) -> Pretrained:
     """What an exported or a stock directory holds."""
     file = path / "config.json"
     if not file.is_file():
@@ -150,10 +178,25 @@ def _exported(path: Path, key: str, cure: str, imports: Collection[str]) -> Pret
     where = f"{key}: {file}"
     config = reading.read_object(file, key)
     ends: list[Tokens] = [config.get("eos_token_id")]
+    foreign = False
     if config.get("model_type") == "llmnorm":
+        if classes == "transformers":
+            raise InputError(f"{key}: {path} {_ALREADY_OWN}")
         reading.checked(config, Bookkeeping, where)
+    elif classes == "transformers":
+        foreign = True
     else:
-        config = from_stock(config, where)
+        try:
+            config = from_stock(config, where)
+        except DoesNotFit as error:
+            if classes == "own":
+                raise InputError(
+                    f"{error}; model.classes=transformers trains it as the class that "
+                    "transformers has for it"
+                ) from None
+            if classes is None:
+                raise
+            foreign = True
     generation = path / "generation_config.json"
     if generation.exists():
         values = reading.read_object(generation, key)
@@ -163,7 +206,9 @@ def _exported(path: Path, key: str, cure: str, imports: Collection[str]) -> Pret
     if (named := all_tokens(*ends)) is not None:
         config = config | {"eos_token_id": named}
     tokenizer = path if (path / "tokenizer.json").is_file() else None
-    found = Pretrained(path, None, "latest", config, tokenizer)
+    found = Pretrained(path, None, "latest", config, tokenizer, foreign)
+    if foreign:
+        return found
     refuse_unimported(found.model, where, cure, imports)
     _check_model(found.model, where)
     return found
@@ -226,6 +271,8 @@ def _of_checkpoint(path: Path, key: str) -> dict[str, Any]:
 
 def _model_of(path: Path, manifest: dict[str, Any], key: str) -> dict[str, Any]:
     config: dict[str, Any] = meta_of_run(path, manifest)["model"]
+    if config.get("model_type") not in (None, "llmnorm"):
+        return config
     where = f"{key}: {path / MANIFEST}: meta.model"
     reading.checked(config, Bookkeeping, where)
     _check_model({k: v for k, v in config.items() if k in ModelSettings.model_fields}, where)

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from llmnorm.config.tree import RunConfig
+from llmnorm.config.foreign import KEPT
+from llmnorm.config.tree import RunConfig, RunModelSettings
 from llmnorm.part import Settings
 
 # What `train RUN_DIR key=value` may change; any other key makes another run.
@@ -29,12 +30,22 @@ CHANGEABLE = (
 )
 
 
+def portable(config: RunConfig) -> RunConfig:
+    """The settings as a run saves them: without the places that are of this machine."""
+    own: dict[str, Any] = {
+        "run_dir": None,
+        "checkpoint": config.checkpoint.model_copy(update={"local": None}),
+        "data": config.data.model_copy(update={"local": None}),
+    }
+    return config.model_copy(update=own)
+
+
 def to_tree(config: Settings) -> dict[str, Any]:
     """The resolved settings as plain JSON values.
 
-    Two kinds of keys are left out: one that is derived from other fields and was not written
-    (`head_dim`), so that it follows when those are overridden later; and one that has no value
-    (most of `rope_parameters`).
+    Three kinds of keys are left out: one that is derived from other fields and was not written
+    (`head_dim`), so that it follows when those are overridden later; one that has no value (most of
+    `rope_parameters`); and the settings of our own classes where the model is of another.
     """
     tree = config.model_dump(mode="json")
     for name, field in type(config).model_fields.items():
@@ -47,6 +58,8 @@ def to_tree(config: Settings) -> dict[str, Any]:
         elif isinstance(value, list):
             pairs = zip(tree[name], value, strict=True)
             tree[name] = [_named(t, v) if isinstance(v, Settings) else v for t, v in pairs]
+    if isinstance(config, RunModelSettings) and config.foreign:
+        tree = {name: value for name, value in tree.items() if name in KEPT}
     return tree
 
 

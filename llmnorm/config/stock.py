@@ -21,6 +21,10 @@ from llmnorm.nn.settings import ModelSettings, SwiGLUSettings
 from llmnorm.part import InputError, Settings, nearest
 
 
+class DoesNotFit(InputError):
+    """A stock model that our classes cannot compute; transformers' own class may."""
+
+
 class Kind(NamedTuple):
     """A stock architecture: its class, and what a key that is left out means."""
 
@@ -140,12 +144,13 @@ def from_stock(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         where: the file, for messages.
 
     Raises:
-        InputError: the architecture is not one of the four, or a key asks for something that our
+        DoesNotFit: the architecture is not one of the four, or a key asks for something that our
             model does not compute.
+        InputError: it is no causal language model, or a value is not valid.
     """
 
     def refuse(key: str, why: str) -> NoReturn:
-        raise InputError(f"{where}: {key}: {why}")
+        raise DoesNotFit(f"{where}: {key}: {why}")
 
     name = config.get("model_type")
     if not isinstance(name, str) or name not in KINDS:
@@ -156,7 +161,10 @@ def from_stock(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     reading.checked(given, _Keys, where)
     classes = config.get("architectures") or [kind.architecture]
     if kind.architecture not in classes:
-        refuse("architectures", f"{classes[0]} is no causal language model ({kind.architecture})")
+        raise InputError(
+            f"{where}: architectures: {classes[0]} is no causal language model "
+            f"({kind.architecture})"
+        )
     for key in ("quantization_config", "per_layer_config"):
         if config.get(key):
             refuse(key, "only models with plain weights and the same layers throughout are loaded")

@@ -16,8 +16,9 @@ from llmnorm.config.adapter import (
     NoAdapterSettings,
     frozen_refusal,
 )
+from llmnorm.config.foreign import foreign_refusal
 from llmnorm.config.serving import ServingSettings
-from llmnorm.config.values import Count, LocalPath, Rows, Seed
+from llmnorm.config.values import Count, LocalPath, Place, Rows, Seed
 from llmnorm.data.settings import DataSettings, TokenizerSettings
 from llmnorm.nn.mixers.settings import MixerSettings
 from llmnorm.nn.settings import ModelSettings
@@ -27,17 +28,10 @@ from llmnorm.optim.settings import AdamWSettings, Optimizer
 from llmnorm.part import Settings
 from llmnorm.selection.settings import NoSelectionSettings, Selection, SelectionSettings
 
+Share = Annotated[float, Field(ge=0, lt=1)]
 # accelerate's trackers. Asking accelerate would import torch, so they are written here.
 Tracker = Literal[
-    "aim",
-    "clearml",
-    "comet_ml",
-    "dvclive",
-    "mlflow",
-    "swanlab",
-    "tensorboard",
-    "trackio",
-    "wandb",
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]
 
 
@@ -191,6 +185,8 @@ class CheckpointSettings(Settings):
     """Keep the one with the lowest validation loss too."""
     asynchronous: bool = False
     """Copy the state and write it in the background while training goes on."""
+    local: LocalPath | None = None
+    """Where a run works whose `run_dir` is an address; left out, `runs/<its last name>`."""
     grace: Annotated[float, Field(gt=0, le=10**6)] = 25.0
     """Seconds that a stopped run has for its last step and checkpoint; then it ends without them.
     torchrun and accelerate kill 30 seconds after they were told to stop. Ctrl-C has no limit."""
@@ -359,20 +355,36 @@ class RunModelSettings(ModelSettings):
 
     pretrained: LocalPath | None = None
     """Start from the weights in this directory with a new optimizer: a run (its newest checkpoint),
-    RUN/checkpoints/step_N, an exported model, or a Llama, Mistral, Qwen2 or Qwen3 with safetensors
-    files. It brings the model's settings (beside it only dropout, max_position_embeddings and
-    export_as may be given) and, where the file has no `tokenizer` section, its tokenizer."""
+    RUN/checkpoints/step_N, an exported model, or any causal language model of transformers with
+    safetensors files. It brings the model's settings (beside it only dropout,
+    max_position_embeddings and export_as may be given) and, where the file has no `tokenizer`
+    section, its tokenizer."""
+    classes: Literal["auto", "own", "transformers"] = "auto"
+    """Whose class the model of a stock directory is: llmnorm's `own` (Llama, Mistral, Qwen2 and
+    Qwen3: faster, with all parts), or the one that `transformers` has for it, whose configuration
+    nothing here changes. `auto`: our own where it fits."""
+    trust_remote_code: bool = False
+    """Run the code that lies in the directory of a class that transformers does not have."""
+    dropout: Share | Literal["config"] = 0.0  # type: ignore[assignment]
+    """Share of each mixer's and MLP's output that is dropped in training. Of a class of
+    transformers 0 or `config`: dropout and router noise as its config.json has them."""
     quantize: Literal["nf4"] | None = None
     """`nf4`: store the linear layers of the blocks in 4 bits beside an adapter (QLoRA: Dettmers et
     al. 2023, arXiv 2305.14314); one process, needs `llmnorm[quant]`. Left out, weights that are not
     trained are stored in the dtype of the products."""
 
+    @property
+    def foreign(self) -> bool:
+        """Whether the model is of a class of transformers."""
+        return self.classes == "transformers"
+
 
 class RunConfig(Settings):
     """The whole of a run."""
 
-    run_dir: LocalPath | None = None
-    """Where the run lives; left out, `runs/<name of the configuration file>`."""
+    run_dir: Place | None = None
+    """Where the run lives, or the address (`s3://bucket/run`) that it is copied up to; left out,
+    `runs/<name of the configuration file>`."""
     seed: Seed = 0
     """Seed of the initial weights and of all randomness in training."""
     imports: list[str] = []
@@ -439,6 +451,8 @@ class RunConfig(Settings):
             why = self.selection.refusal(self)
             if why is not None:
                 raise ValueError(why)
+        if (why := foreign_refusal(self)) is not None:
+            raise ValueError(why)
         return self
 
     @property

@@ -23,8 +23,10 @@ from typing import IO, Any
 import zstandard
 
 from llmnorm.config.shipped import is_shipped, locate
-from llmnorm.machine.reading import check_file, local_path, open_file, reason
+from llmnorm.data.fetched import fetched
+from llmnorm.machine.reading import check_file, is_address, local_path, open_file, reason
 from llmnorm.part import InputError, nearest
+from llmnorm.remote.objects import StoreError
 
 KINDS = (".txt", ".jsonl", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
@@ -37,16 +39,26 @@ class MissingInput(InputError):
 
 
 def files(pattern: str, key: str) -> list[Path]:
-    """The files that a path, a glob or `llmnorm:NAME` names, sorted.
+    """The files that a path, a glob, `llmnorm:NAME` or an address names, sorted.
 
     Args:
-        pattern: the path or glob.
+        pattern: the path or glob; what an address of a store names is fetched first.
         key: the configuration key of the pattern, for messages.
 
     Raises:
         InputError: there are none (`MissingInput`); one is no regular file, or of a kind that is
             not read; or links lead in a circle.
     """
+    if is_address(pattern):
+        try:
+            paths = fetched(pattern, key)
+        except StoreError as error:
+            raise MissingInput(f"{key}: {error}") from None
+        if not paths:
+            raise MissingInput(f"{key}: nothing in the store matches {pattern}")
+        for path in paths:
+            kind(path, key)
+        return paths
     path = _path(pattern, key)
     if os.path.lexists(path):
         found = [path]

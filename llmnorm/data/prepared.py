@@ -6,6 +6,9 @@
     <data.dir>/packed/found/<quick key>          an identity, by the input files' paths, sizes and
                                                  times, so that `find` need not read the files
 
+Where `data.dir` is an address, <data.dir> is `data.local` here, and shared.py copies what is made
+to the store, or fetches what another machine has made.
+
 What the sources become is the business of a kind of `Preparation`: rows of packed text (packing.py)
 or conversations (conversations.py).
 """
@@ -36,6 +39,7 @@ from llmnorm.data.settings import (
     TokenizerSettings,
     TrainedOn,
 )
+from llmnorm.data.shared import SharedData, write_known
 from llmnorm.machine.reading import read_bytes
 from llmnorm.part import InputError
 
@@ -58,6 +62,7 @@ class Preparation(ABC, Generic[Opened]):
 
     def __init__(self, data: DataSettings, tokenizer: TokenizerSettings) -> None:
         self.data, self.tokenizer = data, tokenizer
+        self._shared = None if isinstance(data.dir, Path) else SharedData(data.dir)
 
     @abstractmethod
     def make(self, directory: Path, sources: list[SourceSettings], made: dict[str, Any]) -> None:
@@ -149,7 +154,7 @@ class Preparation(ABC, Generic[Opened]):
         Raises:
             InputError: a source, the tokenizer or the output directory cannot be used.
         """
-        packed = self.data.dir / "packed"
+        packed = self.data.directory / "packed"
         created = [p for p in (packed / "found", packed, *packed.parents) if not p.exists()]
         try:
             self._fetch()
@@ -163,13 +168,16 @@ class Preparation(ABC, Generic[Opened]):
             directory.mkdir(parents=True, exist_ok=True)
             (packed / "found").mkdir(exist_ok=True)
             with _lock(packed / f"{identity}.lock") as lock:
-                if not os.path.lexists(directory / NAME):
+                there = os.path.lexists(directory / NAME)
+                if not there and not (self._shared and self._shared.fetch(directory)):
                     try:
                         self.make(directory, sources, made)
                     except InputError:
                         _remove_if_unusable(directory, lock)
                         raise
             files.write_file(packed / "found" / quick, identity.encode())
+            if self._shared:
+                self._shared.send(directory, quick)
             return self.open(directory, sources, contents=True)
         except (InputError, OSError) as error:
             for path in created:
@@ -193,7 +201,9 @@ class Preparation(ABC, Generic[Opened]):
 
     def _known(self, quick: str) -> str | None:
         """The identity that was written down for a quick key; None where none is, or damaged."""
-        known = self.data.dir / "packed" / "found" / quick
+        known = self.data.directory / "packed" / "found" / quick
+        if not known.is_file() and self._shared and (there := self._shared.known(quick)):
+            write_known(known, there)
         if not known.is_file():
             return None
         written = read_bytes(known).decode(errors="replace")
@@ -201,9 +211,15 @@ class Preparation(ABC, Generic[Opened]):
 
     def _finished(self, identity: str) -> Path | None:
         """The directory of prepared data; None where it is not prepared to the end."""
-        directory = self.data.dir / "packed" / identity
-        there = _IDENTITY.fullmatch(identity) and os.path.lexists(directory / NAME)
-        return directory if there else None
+        directory = self.data.directory / "packed" / identity
+        if not _IDENTITY.fullmatch(identity):
+            return None
+        if not os.path.lexists(directory / NAME) and self._shared:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(directory.with_name(f"{identity}.lock")):
+                if not os.path.lexists(directory / NAME):
+                    self._shared.fetch(directory)
+        return directory if os.path.lexists(directory / NAME) else None
 
     def _format_of(self, trained_on: TrainedOn) -> int:
         """The format in which the settings give the data `trained_on`.
@@ -215,7 +231,7 @@ class Preparation(ABC, Generic[Opened]):
         """
         sources = sources_of(self.data)
         if not sources:
-            raise MissingInput(f"data.sources: default: {self.data.dir / 'default'} is gone")
+            raise MissingInput(f"data.sources: default: {self.data.directory / 'default'} is gone")
         quick = {format: self._quick_key(sources, format) for format in FORMATS}
         for format, key in quick.items():
             if self._known(key) == trained_on.identity:
@@ -224,12 +240,12 @@ class Preparation(ABC, Generic[Opened]):
         for format, key in quick.items():
             if hash_of(made | {"format": format}) == trained_on.identity:
                 if self._finished(trained_on.identity):
-                    found = self.data.dir / "packed" / "found" / key
+                    found = self.data.directory / "packed" / "found" / key
                     files.write_file(found, trained_on.identity.encode())
                 return format
         raise InputError(
             f"{trained_on.where}: was trained on the data {trained_on.identity}, this run's data "
-            f"is now {hash_of(made)} ({self.data.dir}); restore the corpus or "
+            f"is now {hash_of(made)} ({self.data.directory}); restore the corpus or "
             f"{trained_on.otherwise}"
         )
 
@@ -266,7 +282,7 @@ class Preparation(ABC, Generic[Opened]):
 
     def _fetch(self) -> None:
         if self.data.sources == "default":
-            default_corpus.fetch(self.data.dir / "default")
+            default_corpus.fetch(self.data.directory / "default")
 
 
 def sources_of(data: DataSettings) -> list[SourceSettings]:
@@ -274,11 +290,11 @@ def sources_of(data: DataSettings) -> list[SourceSettings]:
     if data.sources != "default":
         assert isinstance(data.sources, list)
         return data.weighted(data.sources)
-    return _default_sources(data, default_corpus.source_names(data.dir / "default"))
+    return _default_sources(data, default_corpus.source_names(data.directory / "default"))
 
 
 def _default_sources(data: DataSettings, names: list[str]) -> list[SourceSettings]:
-    directory = data.dir / "default"
+    directory = data.directory / "default"
     if not names:
         return []
     return data.weighted(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from llmnorm.config.shipped import locate
-from llmnorm.config.values import Count, LocalPath, LocalText, Seed
+from llmnorm.config.values import Count, LocalPath, LocalText, Place, PlaceText, Seed
 from llmnorm.part import InputError, Settings, nearest
 
 # Version of the rules by which sources and settings become tokens; raised when they would give
@@ -56,10 +56,11 @@ class SourceSettings(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
     """What the source is called in metrics and plots: letters, digits, `_`, `-` and `.`."""
-    path: LocalText | None = None
+    path: PlaceText | None = None
     """A file or a glob (`**` allowed) of .txt (a file is a document), .jsonl, .parquet or .arrow (a
     record is); .txt and .jsonl may end in .gz or .zst. Relative to the working directory;
-    `llmnorm:NAME` is a file that the package brings."""
+    `llmnorm:NAME` is a file that the package brings. Or an address of such files in a store
+    (`s3://bucket/text/*.jsonl`; needs `llmnorm[remote]`), which are fetched once."""
     dataset: LocalText | None = None
     """Instead of `path`: a dataset's name on the Hugging Face hub (streamed while preparing), or a
     local directory that `datasets` saved or can load."""
@@ -80,8 +81,9 @@ class SourceSettings(Settings):
     weight: int | None = Field(default=None, ge=1, lt=2**31)
     """Share of this source among all rows, as a whole number beside the other sources' weights;
     left out by all sources: their numbers of rows, so that an epoch shows every row once."""
-    validation: LocalText | None = None
-    """File or glob of the source's own validation text; left out: 2 % of the source is held out."""
+    validation: PlaceText | None = None
+    """File, glob or address of the source's own validation text; left out: 2 % of the source is
+    held out."""
 
     @field_validator("fields")
     @classmethod
@@ -116,10 +118,20 @@ class DataSettings(Settings):
     """At most this much text of each source is held out for validation."""
     seed: Seed | None = None
     """Seed of the order of rows; left out: the run's seed."""
-    dir: LocalPath = Path("data")
-    """Where the default corpus and the tokens are kept, relative to the working directory."""
+    dir: Place = Path("data")
+    """Where the default corpus and the tokens are kept, relative to the working directory; or the
+    address of a store (`s3://bucket/data`; needs `llmnorm[remote]`) through which machines share
+    the tokens."""
+    local: LocalPath | None = None
+    """Where this machine keeps what it has prepared or fetched where `dir` is an address; left out,
+    `data`."""
     processes: int | None = Field(default=None, ge=1, le=4096)
     """How many texts are tokenised at once; left out: one a core."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the data are on this machine."""
+        return self.dir if isinstance(self.dir, Path) else self.local or Path("data")
 
     @field_validator("sources")
     @classmethod
@@ -137,6 +149,15 @@ class DataSettings(Settings):
         elif sum(source.weight or 0 for source in sources) >= 2**31:
             raise ValueError("the weights must sum to less than 2147483648 (2**31)")
         return sources
+
+    @model_validator(mode="after")
+    def _local_belongs_to_an_address(self) -> "DataSettings":
+        if self.local is not None and isinstance(self.dir, Path):
+            raise ValueError(
+                f"'local' is for a 'dir' that is an address (s3://bucket/data), and 'dir' is "
+                f"{self.dir}; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights_agree(self) -> "DataSettings":

@@ -12,21 +12,28 @@ The file is `RUN/eval/step_00001000.json` (`step_00001000-ema.json` for the movi
 exported or stock directory `DIR/eval.json`, with an adapter `ADAPTER/eval.json`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from llmnorm.config.foreign import LONGEST
 from llmnorm.config.pretrained import refuse_encoder
 from llmnorm.config.tree import ParallelSettings, RunConfig, TrainingSettings
 from llmnorm.evaluation import benchmark_tasks
-from llmnorm.exchange.loading import Source, empty_of, open_source, tokenizer_of
+from llmnorm.exchange.loading import empty_of, open_source, tokenizer_of
 from llmnorm.exchange.peft_adapter import with_adapter
+from llmnorm.exchange.source import Source
 from llmnorm.machine.doctor import version
 from llmnorm.machine.files import json_text, write_whole
 from llmnorm.models.building import class_of
 from llmnorm.models.convert import named_weights
+from llmnorm.models.foreign import empty_foreign
+from llmnorm.models.looks import look
 from llmnorm.objectives.figures import table
 from llmnorm.objectives.heldout import configuration, validation_objective
+from llmnorm.objectives.settings import CausalLMSettings
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
 from llmnorm.training.evaluation import evaluate
@@ -68,7 +75,7 @@ def evaluate_directory(
         raise InputError("--limit: counts examples of --tasks; validation rows are all evaluated")
     benchmark = benchmark_tasks.find(tasks) if tasks else None
     source = open_source(path, checkpoint=checkpoint, ema=ema)
-    if benchmark:
+    if benchmark and source.kind is None:  # transformers' classes are known to be causal here
         refuse_encoder(source.config.architectures, f"--tasks: {path}", "lm-eval's tasks ask for")
     config = _config(path, source, data, list(overrides), bool(tasks))
     parallel = Parallel(
@@ -89,17 +96,17 @@ def evaluate_directory(
                 config,
                 parallel,
                 data=data,
-                architecture=class_of(source.config).__name__,
-                longest=source.config.max_position_embeddings,
+                architecture=_architecture(source),
+                longest=_longest(source),
                 tokenizer=source.tokenizer,
                 trained_on=source.meta.get("data"),
             )
         tokenizer = tokenizer_of(source, path)
-        model = empty_of(source, "meta").eval()
-        parallel.lay_out(model, lambda modules: source.read_into(named_weights(modules)))
-        scored: PreTrainedModel = model
+        scored = _laid_out(source, parallel)
         if adapter is not None:
-            scored = with_adapter(scored, adapter)
+            wrapped = with_adapter(scored, adapter)
+            # What a foreign model is asked here is not what PEFT's wrapper hands on.
+            scored = wrapped if source.kind is None else scored
         result: dict[str, Any] = {
             "llmnorm": version(),
             "weights": str(path),
@@ -132,6 +139,36 @@ def evaluate_directory(
             print(f"\nwritten to {output}")
     finally:
         parallel.close()
+
+
+def _laid_out(source: Source, parallel: Parallel) -> "PreTrainedModel":
+    """The model in evaluation mode, over all processes; of transformers' classes looked at."""
+
+    def fill(modules: Mapping[str, nn.Module]) -> None:
+        source.read_into(named_weights(modules))
+
+    if source.kind is None:
+        own = empty_of(source, "meta").eval()
+        parallel.lay_out(own, fill)
+        return own
+    model = empty_foreign(source.kind, source.config).eval()
+    parallel.lay_out(model, fill)
+    found = look(model, autocast=parallel.autocast, gradient=parallel.gradient)
+    parallel.say(f"{source.kind.__name__}, as it was found to be:\n{found.table()}")
+    return model
+
+
+def _architecture(source: Source) -> str:
+    """The class of ours whose objectives fit the weights."""
+    if source.kind is not None:
+        return CausalLMSettings.architecture
+    return class_of(source.own).__name__
+
+
+def _longest(source: Source) -> int:
+    """How many positions the model has; a class of transformers may name no number."""
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else LONGEST
 
 
 def _config(

@@ -15,13 +15,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmnorm.config.adapter import ALL_LINEAR, Adapter, LowRankSettings, NoAdapterSettings
 from llmnorm.machine import reading
 from llmnorm.models import nf4
 from llmnorm.models.adapters import Factors, factor_names, is_adapter, merged, target_modules
-from llmnorm.models.building import class_of
-from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.convert import Stored, named_weights
 from llmnorm.models.new_rows import rows_name
 from llmnorm.part import InputError, Settings
@@ -99,12 +99,12 @@ def quantize_of(meta: Mapping[str, Any], where: str) -> str | None:
 
 
 def beside(
-    config: LlmNormConfig, base: Mapping[str, Stored], read_base: Reader, trained: Trained
+    model: PreTrainedModel, base: Mapping[str, Stored], read_base: Reader, trained: Trained
 ) -> tuple[dict[str, Stored], Reader]:
     """The tensors of the whole model, and what reads them.
 
     Args:
-        config: of the run's model.
+        model: the run's, without an adapter, its parameters on the meta device.
         base: the base's tensors, by parameter name.
         read_base: fills tensors from the base.
         trained: what the run has trained.
@@ -113,14 +113,16 @@ def beside(
         Dtypes and shapes, those of the base (a new head has the dtype of the base's embedding);
         and a function that fills tensors of any dtype, rounding once what was computed in float32.
     """
-    with torch.device("meta"):
-        model = class_of(config)(config)
-    names = named_weights(model)
+    names, config = named_weights(model), model.config
+    turned = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+    }
     in_four_bits: set[str] = set()
     if trained.quantize is not None:
         in_four_bits = {f"{layer}.weight" for layer in target_modules(model, ALL_LINEAR)}
     own = set(trained.whole)
-    new = base["model.embed_tokens.weight"].dtype
+    embedding = model.get_input_embeddings().weight
+    new = base[next(name for name, p in model.named_parameters() if p is embedding)].dtype
     stored = {}
     for name in names:
         if rows_name(name) in trained.tensors:
@@ -158,7 +160,8 @@ def beside(
                 with torch.no_grad():
                     if factors is not None:
                         assert trained.adapter is not None
-                        weight = merged(weight, factors, trained.adapter.scale)
+                        scale = trained.adapter.scale
+                        weight = merged(weight, factors, scale, turned=name in turned)
                     tensor.copy_(weight)
         read_base(rest)
 

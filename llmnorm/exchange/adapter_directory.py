@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 
 from llmnorm.data import tokenizer
 from llmnorm.exchange.directories import new_directory
-from llmnorm.exchange.loading import Source
+from llmnorm.exchange.loading import plain_model
 from llmnorm.exchange.model_card import adapter_card
+from llmnorm.exchange.source import Source
 from llmnorm.generation.prompts import begin_with
 from llmnorm.models.adapters import WEIGHTS, peft_name, write_config
-from llmnorm.models.building import empty_model
 
 
 def write_adapter(source: Source, directory: Path, *, ema: bool) -> None:
@@ -49,7 +49,7 @@ def write_adapter(source: Source, directory: Path, *, ema: bool) -> None:
         write_config(
             temporary,
             trained.adapter,
-            model=empty_model(source.config, device="meta"),
+            model=plain_model(source),
             trained=trained.tensors,
             base=str(trained.base),
             new_tokens=trained.new_tokens,

@@ -49,9 +49,10 @@ def convert_directory(
         _convert_gpt2(path, directory, target, untie)
         return
     source = open_source(path, checkpoint=checkpoint)
+    source.refuse_foreign(f"convert: {path}")
     refuse_encoder(source.config.architectures, f"convert: {path}", "the algebra is that of")
     before = _read(source.tensors, source.read_into)
-    settings, tensors = convert(Weights(source.config.settings(), before), target, untie=untie)
+    settings, tensors = convert(Weights(source.own.settings(), before), target, untie=untie)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     tokens = {name: getattr(source.config, name) for name in names}
     config = LlmNormConfig.from_settings(settings, **tokens)

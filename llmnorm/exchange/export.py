@@ -9,7 +9,8 @@
     README.md               the model card: data, settings, losses, how to load it
 
 A run that has trained an adapter gives what PEFT reads instead (adapter_directory.py), or with
-`--merge` such a directory, in the dtype of its base.
+`--merge` such a directory, in the dtype of its base. Of a model of a class of transformers the
+directory is as `save_pretrained` writes it: names and shapes of tensors are those on disk.
 
 All files are written to a temporary directory next to the target, which is renamed at the end.
 Weights move file by file: in memory are the tensors of the file that is being written, and for an
@@ -25,16 +26,19 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from llmnorm.checkpoints.checkpoints import Checkpoints
 from llmnorm.config.modules import outside_modules
 from llmnorm.config.pretrained import refuse_encoder
-from llmnorm.config.stock import to_stock
+from llmnorm.config.stock import KINDS, to_stock
 from llmnorm.data import tokenizer
 from llmnorm.exchange.adapter_directory import write_adapter
 from llmnorm.exchange.directories import check_empty, new_directory
-from llmnorm.exchange.loading import Source, open_source, refuse_mean
+from llmnorm.exchange.foreign_weights import on_disk
+from llmnorm.exchange.loading import open_source, plain_model, refuse_mean
 from llmnorm.exchange.model_card import model_card
+from llmnorm.exchange.source import Source
 from llmnorm.generation.prompts import begin_with
 from llmnorm.machine import reading
 from llmnorm.machine.files import write_whole
@@ -84,11 +88,19 @@ def export(
             raise InputError(f"{option}: {path} is an adapter; add --merge for a whole model")
         write_adapter(newest, directory, ema=ema)
         return
-    config, read_into = newest.config, reader(sources)
-    architecture = class_of(config).__name__
+    config, read_into, tensors = newest.config, reader(sources), newest.tensors
+    model = None
+    if newest.kind is not None:
+        if stock:
+            newest.refuse_foreign(f"--stock: {path}")
+        model, architecture = plain_model(newest), newest.kind.__name__
+        model.generation_config = _generation(newest, model)
+        tensors, read_into = on_disk(model, tensors, read_into)
+    else:
+        architecture = class_of(newest.own).__name__
     if stock:
         refuse_encoder(config.architectures, f"--stock: {path}", "the stock architectures are of")
-        settings = config.settings()
+        settings = newest.own.settings()
         architecture, keys = to_stock(settings)
         tokens = {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         class_name = architecture.replace("ForCausalLM", "Config")
@@ -99,11 +111,12 @@ def export(
     write_directory(
         directory,
         config,
-        newest.tensors,
+        tensors,
         read_into,
         tokenizer_directory=newest.tokenizer,
         first_token=newest.first_token,
         card=model_card(directory.name, newest, architecture, steps=steps, ema=ema),
+        model=model,
         max_shard_bytes=max_shard_bytes,
     )
 
@@ -117,6 +130,7 @@ def write_directory(
     tokenizer_directory: Path | None,
     first_token: int | None,
     card: str,
+    model: transformers.PreTrainedModel | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model directory under a temporary name, and rename it.
@@ -129,6 +143,8 @@ def write_directory(
         tokenizer_directory: the tokenizer to copy, if there is one.
         first_token: the token that its copy begins texts with; None: as the tokenizer does.
         card: README.md.
+        model: of a class of transformers, which has more files: how it generates, and code of its
+            own; None: of our classes.
         max_shard_bytes: as in `write_weights`.
 
     Raises:
@@ -140,11 +156,17 @@ def write_directory(
         write_weights(temporary, tensors, read_into, max_shard_bytes=max_shard_bytes)
         config.save_pretrained(temporary)
         _add_older_rope(temporary / "config.json")
-        GenerationConfig(
+        generation = GenerationConfig(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
-        ).save_pretrained(temporary)
+        )
+        if model is not None:
+            generation = model.generation_config or generation
+            if getattr(config, "auto_map", None):
+                for each in (model, config):
+                    custom_object_save(each, temporary)  # the files that define it
+        generation.save_pretrained(temporary)
         if tokenizer_directory is not None:
             tokenizer.copy(tokenizer_directory, temporary)
             if first_token is not None:
@@ -156,20 +178,36 @@ def write_directory(
         print(f"it needs your module {module}: llmnorm generate {directory} --import {module}")
 
 
+def _generation(source: Source, model: transformers.PreTrainedModel) -> GenerationConfig | None:
+    """How a model generates: as its base's file says, which a run's checkpoints lack."""
+    settings = source.meta.get("config", {}).get("model", {})
+    base = Path(
+        source.trained.base if source.trained else settings.get("pretrained", source.origin)
+    )
+    generation = model.generation_config
+    if (base / "generation_config.json").is_file():
+        generation = GenerationConfig.from_dict(
+            reading.read_object(base / "generation_config.json")
+        )
+    if generation is not None:
+        generation.eos_token_id = source.config.eos_token_id
+    return generation
+
+
 def _settings(config: transformers.PreTrainedConfig) -> dict[str, Any]:
     """The model's settings as plain values; empty for stock classes, which have no parts."""
     return config.settings().model_dump(mode="json") if isinstance(config, LlmNormConfig) else {}
 
 
 def _add_older_rope(file: Path) -> None:
-    """Write a stock model's rotary positions in the keys of transformers 4 too.
+    """Write rotary positions in the keys of transformers 4 too, where our classes are stock ones.
 
     There `rope_theta` and `rope_scaling` stand at the top level. Readers that know these alone
     would take the default for a theta that they do not find, and say nothing.
     """
     tree = reading.read_object(file)
     rope = tree.get("rope_parameters")
-    if tree["model_type"] == LlmNormConfig.model_type or not isinstance(rope, dict):
+    if tree["model_type"] not in KINDS or not isinstance(rope, dict):
         return
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     tree["rope_theta"] = rope["rope_theta"]

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from llmnorm.config.pretrained import is_stock
 from llmnorm.config.stock import all_tokens, from_stock
+from llmnorm.exchange.foreign_class import foreign_class
 from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.machine import reading
 from llmnorm.models.convert import Weights
 from llmnorm.models.foreign_decoding import refuse_foreign
-from llmnorm.part import InputError, nearest
+from llmnorm.part import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def is_foreign(path: Path) -> bool:
@@ -48,7 +47,12 @@ def load_foreign(path: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]
     Raises:
         InputError: the class is not served, its weights are not whole, or there is no tokenizer.
     """
-    config, kind = _class_of(path)
+    config, kind, quantization = foreign_class(path)
+    if quantization:
+        raise InputError(
+            f"{path / 'config.json'}: quantization_config: only models with plain weights are "
+            "served"
+        )
     refuse_foreign(config, kind, str(path))
     tokenizer = open_tokenizer(path)
     Weights(path)  # whole safetensors files, or a message of ours
@@ -77,41 +81,6 @@ def load_foreign(path: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]
     model.config.eos_token_id = all_tokens(*ends)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
-
-
-def _class_of(path: Path) -> "tuple[PreTrainedConfig, type[PreTrainedModel]]":
-    """The configuration in a directory, and the class of causal language model that it is of.
-
-    Raises:
-        InputError: transformers has no such class, or the values do not fit it.
-    """
-    file = path / "config.json"
-    values = reading.read_object(file)
-    name = values.get("model_type")
-    if name not in CONFIG_MAPPING_NAMES:
-        code = "; code that lies beside it (auto_map) is not run" if "auto_map" in values else ""
-        raise InputError(
-            f"{file}: model_type: transformers {transformers.__version__} has no '{name}'{code}; "
-            f"{nearest(str(name), list(CONFIG_MAPPING_NAMES))}"
-        )
-    if values.get("quantization_config"):
-        raise InputError(f"{file}: quantization_config: only models with plain weights are loaded")
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # of any kind: it checks its own keys
-        raise InputError(f"{file}: {_reason(error)}") from None
-    classes = transformers.AutoModelForCausalLM._model_mapping
-    named = values.get("architectures") or []
-    kind = classes.get(type(config), None)
-    if kind is None or (named and kind.__name__ not in named):
-        what = named[0] if named else name
-        raise InputError(
-            f"{file}: {what} is no causal language model, which predicts the next token from those "
-            "before it"
-        )
-    return config, kind
 
 
 def _reason(error: Exception) -> str:

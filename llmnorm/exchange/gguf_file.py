@@ -25,7 +25,7 @@ from llmnorm.config.pretrained import refuse_encoder
 from llmnorm.config.stock import to_stock
 from llmnorm.exchange import gguf_tokenizer
 from llmnorm.exchange.export import folding, open_sources, reader
-from llmnorm.exchange.loading import Source
+from llmnorm.exchange.source import Source
 from llmnorm.machine.doctor import missing_extra
 from llmnorm.models.equivalence import depth_factors
 from llmnorm.nn.mixers.rotary import Rotary
@@ -73,10 +73,11 @@ def export_gguf(
         raise InputError(f"{file}: is there already; name a new file")
     sources = open_sources(path, average=average, ema=ema, checkpoint=checkpoint)
     source = sources[-1]
+    source.refuse_foreign(f"{file}: {path}")
     refuse_encoder(
         source.config.architectures, f"{file}: {path}", "llama.cpp's architectures are of"
     )
-    settings = source.config.settings()
+    settings = source.own.settings()
     architecture, keys = to_stock(settings, str(file), "export a directory")
     _check(settings, architecture, file)
     if source.tokenizer is None:

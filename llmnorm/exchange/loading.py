@@ -5,10 +5,9 @@ Hugging Face directories name them `<parameter>`. `open_source` hides the differ
 (commands, `model.pretrained`, export) see parameter names and copy the tensors that they need.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,48 +18,27 @@ from llmnorm.config.file import load
 from llmnorm.config.manifest import MANIFEST, meta_of_run
 from llmnorm.config.pretrained import Pretrained, describe
 from llmnorm.exchange.adapted import Trained, adapter_of, beside, quantize_of
+from llmnorm.exchange.foreign_source import class_of_run, loaded, of_directory, skeleton_of
+from llmnorm.exchange.source import Source, base_path, hash_of, refuse_other_base
 from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.models.building import class_of, empty_model
 from llmnorm.models.configuration import LlmNormConfig
-from llmnorm.models.convert import Stored, check_weights, named_weights, open_weights
+from llmnorm.models.convert import (
+    Stored,
+    check_weights,
+    compare_names,
+    named_weights,
+    open_weights,
+)
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.norms.running import RunningNorm
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Source(NamedTuple):
-    """Weights that have been found and checked, but not read yet.
-
-    Attributes:
-        config: the model's configuration.
-        tensors: dtype and shape of the model's tensors, by parameter name, in the model's order.
-        read_into: fills the tensors that it is given, by parameter name.
-        tokenizer: a tokenizer directory, None where there is none.
-        first_token: the token that began every document in training; None where that is not known,
-            and the tokenizer decides.
-        run: the run that the weights belong to; None for exported and stock directories.
-        meta: what the checkpoint holds beside tensors; empty for exported and stock directories.
-        origin: the directory that the weights lie in; of a run the checkpoint.
-        contents: gives a hash of their files, which it reads.
-        trained: of a run that has left weights as they were, what it has trained; else None.
-    """
-
-    config: LlmNormConfig
-    tensors: dict[str, Stored]
-    read_into: Callable[[Mapping[str, Tensor]], None]
-    tokenizer: Path | None
-    first_token: int | None
-    run: RunDirectory | None
-    meta: dict[str, Any]
-    origin: Path
-    contents: Callable[[], str]
-    trained: Trained | None = None
 
 
 def load_model(
@@ -93,11 +71,18 @@ def load_model(
 def model_of(
     source: Source, path: Path, *, device: str = "auto", dtype: str = "auto"
 ) -> "tuple[LlmNormForCausalLM, PreTrainedTokenizerBase]":
-    """As `load_model`, for weights at `path` that `open_source` has opened."""
+    """As `load_model`, for weights at `path` that `open_source` has opened.
+
+    Those of a class of transformers give a model of that class; the type named here is the usual
+    one's.
+    """
     tokenizer = tokenizer_of(source, path)
     if device == "auto" and source.run is not None:
         trained = load(source.run.path).config.training.device
         device = "cpu" if trained == "cpu" else "auto"
+    if source.kind is not None:
+        model: Any = loaded(source, device_of(device), DTYPES.get(dtype) or _own_dtype(source))
+        return model, tokenizer
     model = empty_of(source, device_of(device), DTYPES.get(dtype))
     source.read_into(named_weights(model))
     return model.eval(), tokenizer
@@ -120,13 +105,16 @@ def device_of(name: str) -> torch.device:
 def empty_of(
     source: Source, device: torch.device | str, dtype: torch.dtype | None = None
 ) -> LlmNormForCausalLM:
-    """The model that the weights belong to, its tensors on `device` and uninitialised.
+    """The model of our class that the weights belong to, its tensors on `device`, uninitialised.
 
     Args:
         dtype: of its parameters; None: as wide as the files', float32 for a run.
     """
-    own = torch.float32 if source.run else _widest(source.tensors)
-    return empty_model(source.config, device=device, dtype=dtype or own)
+    return empty_model(source.own, device=device, dtype=dtype or _own_dtype(source))
+
+
+def _own_dtype(source: Source) -> torch.dtype:
+    return torch.float32 if source.run else _widest(source.tensors)
 
 
 def open_source(
@@ -137,6 +125,8 @@ def open_source(
     key: str | None = None,
     rank: int = 0,
     world: int = 1,
+    classes: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Source:
     """Find the weights at `path` and check that they are whole and fit their configuration.
 
@@ -146,6 +136,8 @@ def open_source(
         ema: of a run: the moving average instead of the weights.
         key: the setting that named the path, for messages; the path itself if None.
         rank, world: this process and how many make this call together.
+        classes: whose class a stock directory is loaded as, as `model.classes`.
+        trust_remote_code: run the code that lies in a stock directory, where it names some.
 
     Where the newest checkpoint of a run is damaged, "latest" is the newest whole one; this is
     logged.
@@ -154,12 +146,14 @@ def open_source(
         InputError: there are no such weights, or they do not fit their configuration.
     """
     # For `model.pretrained` all modules are imported by now that its configuration names.
-    found = describe(path, key or str(path), None if key is None else ())
+    found = describe(path, key or str(path), None if key is None else (), classes=classes)
     if found.run is not None:
         return _of_run(found, found.run, checkpoint, ema, rank, world, parts=key is None)
     if checkpoint != "latest" or ema:
         option = "--ema" if ema else "--checkpoint"
         raise InputError(f"{option}: {path} is no run; it holds one set of weights")
+    if found.foreign:
+        return of_directory(found, key, trust_remote_code=trust_remote_code)
     config = _configuration(found.config, path / "config.json")
     weights = open_weights(path, config)
     tensors = {name: weights.tensors[name] for name in check_weights(config, weights.tensors, path)}
@@ -173,7 +167,7 @@ def open_source(
         run=None,
         meta={},
         origin=path,
-        contents=lambda: _hash({file.name: checksum(file) for file in weights.files}),
+        contents=lambda: hash_of({file.name: checksum(file) for file in weights.files}),
     )
 
 
@@ -221,7 +215,11 @@ def _of_run(
     saved = Checkpoints(run.checkpoints, rank=rank, world=world).find(name)
     path, stored_tensors = saved.path, saved.manifest["tensors"]
     meta = meta_of_run(path, saved.manifest)
-    config = _configuration(meta["model"], path / MANIFEST)
+    kind = None
+    if found.foreign:
+        config, kind, _ = class_of_run(meta, str(path / MANIFEST))
+    else:
+        config = _configuration(meta["model"], path / MANIFEST)
     # Buffers have no average: of those the model's own are read.
     prefixes = ("model.", "ema.") if ema else ("model.",)
     names = {
@@ -259,8 +257,14 @@ def _of_run(
             new_tokens=range(*meta["base"].get("new_tokens", (0, 0))),
             base_rows=base.config.vocab_size,
         )
-        stored, read_into = beside(config, base.tensors, base.read_into, trained)
-    tensors = {name: stored[name] for name in check_weights(config, stored, path)}
+        stored, read_into = beside(
+            _skeleton(config, kind, path), base.tensors, base.read_into, trained
+        )
+    if kind is None:
+        wanted = check_weights(config, stored, path)
+    else:
+        wanted = compare_names(named_weights(_skeleton(config, kind, path)), stored, path)
+    tensors = {name: stored[name] for name in wanted}
     return Source(
         config,
         tensors,
@@ -270,9 +274,25 @@ def _of_run(
         run=run,
         meta=meta,
         origin=path,
-        contents=lambda: _hash({n: f["crc32"] for n, f in saved.manifest["files"].items()}),
+        contents=lambda: hash_of({n: f["crc32"] for n, f in saved.manifest["files"].items()}),
         trained=trained,
+        kind=kind,
     )
+
+
+def plain_model(source: Source) -> "PreTrainedModel":
+    """The model that the weights belong to, without an adapter, on the meta device."""
+    return _skeleton(source.config, source.kind, source.origin)
+
+
+def _skeleton(
+    config: "PreTrainedConfig", kind: "type[PreTrainedModel] | None", path: Path
+) -> "PreTrainedModel":
+    if kind is not None:
+        return skeleton_of(kind, config, where=str(path))
+    assert isinstance(config, LlmNormConfig)
+    with torch.device("meta"):
+        return class_of(config)(config)
 
 
 def _base_of(
@@ -292,66 +312,19 @@ def _base_of(
             f"{checkpoint}: its base {path} is not there; if it was moved: "
             f"llmnorm train {run.path} model.pretrained=NEW"
         )
-    source = open_source(path, rank=rank, world=world)
+    settings = meta["config"]["model"]
+    source = open_source(
+        path,
+        rank=rank,
+        world=world,
+        classes=settings.get("classes", "auto"),
+        trust_remote_code=settings.get("trust_remote_code", False),
+    )
     refuse_other_base(path, source.contents(), meta, checkpoint)
     return source
 
 
-def refuse_other_base(path: Path, found: str, meta: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raise an InputError if the base at `path` is not the one that a checkpoint names.
-
-    Args:
-        found: the hash of its files.
-        meta: of the checkpoint.
-    """
-    named = meta["base"]
-    if found != named["hash"]:
-        raise InputError(
-            f"{path}: holds other weights than the base that {checkpoint} was trained beside: the "
-            f"hash of its files is {found}, and that of {named['path']} was {named['hash']}; bring "
-            "that base back"
-        )
-
-
-def base_path(pretrained: Path, meta: Mapping[str, Any]) -> Path:
-    """Where the base of a run lies that freezes weights.
-
-    Args:
-        pretrained: the run's `model.pretrained`, which may have been changed since `meta`.
-        meta: of a checkpoint of the run; empty before there is one.
-
-    Returns:
-        As `path_of_named`.
-    """
-    then = meta["config"]["model"].get("pretrained") if meta else None
-    return path_of_named(meta.get("base"), then, pretrained)
-
-
-def path_of_named(named: Mapping[str, Any] | None, then: str | None, now: Path) -> Path:
-    """Where weights lie that a run reads at every start, and that its checkpoints name.
-
-    Args:
-        named: their path and hash in a checkpoint; None where it names none.
-        then: the setting that gave their directory, as the checkpoint holds it.
-        now: the same setting today.
-
-    Returns:
-        The path in `named`, so that weights of a run that was trained further are read at the step
-        that it had; else, where that is gone or the setting was changed, `now`.
-    """
-    if named is None or str(now) != then:
-        return now
-    path = Path(named["path"])
-    return path if path.is_dir() else now
-
-
-def _hash(checksums: Mapping[str, str]) -> str:
-    """One hash of files, from their names and checksums."""
-    text = "".join(f"{name} {checksums[name]}\n" for name in sorted(checksums))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def refuse_mean(config: LlmNormConfig, who: str) -> None:
+def refuse_mean(config: "PreTrainedConfig", who: str) -> None:
     """Raise an InputError if the model's norms keep statistics, which no mean of weights has.
 
     A mean of weights gives other activations than any of the weights in it. The statistics of the
@@ -360,6 +333,8 @@ def refuse_mean(config: LlmNormConfig, who: str) -> None:
     Args:
         who: how the message begins: the option and the path.
     """
+    if not isinstance(config, LlmNormConfig):
+        return
     with torch.device("meta"):
         running = [m for m in class_of(config)(config).modules() if isinstance(m, RunningNorm)]
     if running:

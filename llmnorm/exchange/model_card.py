@@ -1,5 +1,6 @@
 """The README.md of an exported model or adapter: data, settings and losses, and how to load it."""
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -10,7 +11,7 @@ import torch
 import yaml
 
 from llmnorm.config.modules import outside_modules
-from llmnorm.exchange.loading import Source
+from llmnorm.exchange.source import Source
 from llmnorm.objectives.figures import names
 from llmnorm.part import InputError
 from llmnorm.runs.lines import read_lines
@@ -29,6 +30,14 @@ _KINDS = {  # by the ending of the class's name
         "text classifier", "text-classification", "AutoModelForSequenceClassification"
     ),
 }
+
+
+def _kind(architecture: str) -> _Kind:
+    """By the class's name; one of transformers is a causal language model, whatever its name."""
+    causal = _KINDS["ForCausalLM"]
+    return next((k for ending, k in _KINDS.items() if architecture.endswith(ending)), causal)
+
+
 _NF4 = (  # the layers that llmnorm stores so: all linear ones but the head
     'config = BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type="nf4", '
     "bnb_4bit_use_double_quant=True\n)\n"
@@ -51,7 +60,7 @@ def model_card(
     """
     total = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
     own = architecture.startswith("LlmNorm")
-    kind = next(kind for ending, kind in _KINDS.items() if architecture.endswith(ending))
+    kind = _kind(architecture)
     blocks = [
         f"---\nlibrary_name: transformers\npipeline_tag: {kind.pipeline}\ntags: [llmnorm]\n---",
         f"# {name}",
@@ -79,7 +88,7 @@ def adapter_card(name: str, source: Source, *, ema: bool) -> str:
     assert trained is not None and trained.adapter is not None
     total = sum(torch.Size(stored.shape).numel() for stored in trained.tensors.values())
     (architecture,) = source.config.architectures or ["LlmNormForCausalLM"]
-    kind = next(kind for ending, kind in _KINDS.items() if architecture.endswith(ending))
+    kind = _kind(architecture)
     base = f"`llmnorm export {trained.base} BASE`" if trained.base_is_run else str(trained.base)
     given = ", num_labels=N" if architecture.endswith("ForSequenceClassification") else ""
     needs, before, resized, ends = "", "", "", ""
@@ -203,7 +212,9 @@ def _no_run() -> str:
 
 
 def _settings(source: Source) -> dict[str, Any]:
-    return source.config.settings().model_dump(mode="json", exclude_none=True)
+    if source.kind is not None:
+        return json.loads(source.config.to_json_string())
+    return source.own.settings().model_dump(mode="json", exclude_none=True)
 
 
 def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ model is spread over processes (`together`), a pass needs all of them, and an en
 have to be the same in each: there Hugging Face's `generate` runs the passes until every process has
 ended, and the tokens are chosen as the engine chooses them, by the same noise.
 
+A class of transformers runs its own `generate`, a row at a time: not every class takes padding.
+
 What would surprise: `together`, prompts are padded on the left; the cache neither stores nor shows
 padding, so that logits are those of the prompt alone, up to the rounding of other shapes.
 """
@@ -18,12 +20,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from llmnorm.config.foreign import LONGEST
 from llmnorm.config.tree import GenerationSettings
 from llmnorm.generation.contract import Proposal, Request
 from llmnorm.generation.engine import Engine
 from llmnorm.generation.row import Row, rows_of
 from llmnorm.generation.sampling import verify
 from llmnorm.models.eager_step import EagerStep
+from llmnorm.models.foreign import Foreign
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
@@ -35,12 +39,13 @@ PAD = 0  # any token: no row sees it, and none is told it
 
 
 def continuations(
-    model: "LlmNormForCausalLM",
+    model: "LlmNormForCausalLM | Foreign",
     tokenizer: "PreTrainedTokenizerBase",
     requests: Sequence[Request],
     *,
     ends: Collection[int],
     together: bool = False,
+    calls: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The tokens that follow each request's prompt, the end token included.
@@ -52,13 +57,22 @@ def continuations(
         ends: the model's end tokens.
         together: the model is spread over processes, all of which make this call, each with
             requests of its own.
+        calls: how many requests the process has that has most of them, where they may differ. A
+            class of transformers runs as often on every process, each time for one row.
         advance: called for each token, so that a long text can be told from one that hangs.
 
     Raises:
         InputError: a request asks for what cannot be, or the model's logits are not finite.
     """
+    if isinstance(model, Foreign):
+        repeated = max(0, calls - len(requests)) if together else 0
+        each = [
+            _generated(model, tokenizer, [request], ends, together, advance)
+            for request in [*requests, *[requests[-1]] * repeated]
+        ]
+        return [tokens for (tokens,) in each[: len(requests)]]
     if together:
-        return _together(model, tokenizer, requests, ends, advance)
+        return _generated(model, tokenizer, requests, ends, together, advance)
     longest = max(len(r.prompt) + r.sampling.max_tokens for r in requests)
     context = min(longest, model.config.max_position_embeddings)
     settings = GenerationSettings(slots=len(requests), context=context)
@@ -72,15 +86,17 @@ def continuations(
     return found
 
 
-def _together(
-    model: "LlmNormForCausalLM",
+def _generated(
+    model: "LlmNormForCausalLM | Foreign",
     tokenizer: "PreTrainedTokenizerBase",
     requests: Sequence[Request],
     ends: Collection[int],
+    together: bool,
     advance: Callable[[], None],
 ) -> list[list[int]]:
     """As `continuations`, by Hugging Face's `generate`."""
-    config = model.config
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or LONGEST
     made = [
         rows_of(
             number,
@@ -88,7 +104,7 @@ def _together(
             tokenizer=tokenizer,
             ends=ends,
             vocabulary=config.vocab_size,
-            context=config.max_position_embeddings,
+            context=context,
         )
         for number, request in enumerate(requests)
     ]
@@ -110,7 +126,8 @@ def _together(
         pad_token_id=PAD,
         logits_processor=[chosen],
         stopping_criteria=[_Ended(chosen)],
-        synced_gpus=True,
+        synced_gpus=together,
+        use_cache=True,
     )
     if chosen.fault is not None:
         raise InputError(chosen.fault)

@@ -44,6 +44,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "structured": ("llguidance",),
     "track": ("tensorboard", "wandb", "trackio"),
+    "remote": ("s3fs",),
     "docs": ("mkdocs", "material"),
     "dev": ("pytest", "hypothesis", "jsonschema", "mypy", "openai", "ruff", "hatchling"),
 }

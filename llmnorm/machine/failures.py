@@ -24,7 +24,7 @@ from llmnorm.machine.gpus import own_serial
 from llmnorm.machine.memory import address_limit
 from llmnorm.part import InputError
 
-MISTAKE, DIVERGED, DEFECT, LOST_PROCESS = 2, 3, 70, 74  # exit codes
+MISTAKE, DIVERGED, DEFECT, LOST_PROCESS, PREEMPTED = 2, 3, 70, 74, 75  # exit codes
 TORCH_BYTES = 1_200_000_000  # of addresses; with less its libraries do not load (measured)
 _NO_MEMORY = re.compile(
     r"allocate memory|DefaultCPUAllocator|out of memory|not enough memory|"

@@ -10,6 +10,7 @@ Whatever is wrong is an `InputError` that begins with the file, so that no calle
     read_settings(path, cls)     a JSON object, checked by a settings class
     json_lines(path)             the lines of a .jsonl file, broken ones included
     local_path(text)             text that a user typed, as a path of this machine
+    is_address(text)             whether it is an address of a store instead
 
 What would surprise: lines end at `\\n` alone. `str.splitlines` also splits at U+2028 and ten other
 characters, which stand inside of JSON strings. JSON from outside may hold NaN and Infinity; what we
@@ -268,6 +269,25 @@ def judge(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
     return (value, None) if isinstance(value, dict) else (None, f"it is {_json_kind(value)}")
 
 
+def is_address(text: str) -> bool:
+    """Whether text names a place in a store (`s3://bucket/run`), not a path or a file:// URL."""
+    return bool(_SCHEME.match(text)) and not text.startswith("file://")
+
+
+def check_address(text: str) -> str:
+    """An address of a store without a slash at its end.
+
+    Raises:
+        ValueError: it names no place below a bucket, or leads back with `..`.
+    """
+    address = text.rstrip("/")
+    _, _, rest = address.partition("://")
+    names = rest.split("/")
+    if len(names) < 2 or "" in names or not {".", ".."}.isdisjoint(names) or not rest.isprintable():
+        raise ValueError(f"'{text}' is no place in a store; write SCHEME://BUCKET/NAME")
+    return address
+
+
 def local_path(text: str) -> Path:
     """Text that a user typed as a path of this machine; a leading `~` is the home directory.
 
@@ -280,8 +300,8 @@ def local_path(text: str) -> Path:
         raise ValueError(f"'{text}' is a URL; write the path alone")
     if match := _SCHEME.match(text):
         raise ValueError(
-            f"'{text}' is not on this machine: {match[1]}:// is not read or written; mount it, or "
-            "copy it, and give the local path"
+            f"'{text}' is not on this machine: {match[1]}:// is not taken here; mount it, or copy "
+            "it, and give the local path"
         )
     if longest := next((p for p in text.split("/") if len(os.fsencode(p)) > 255), None):
         raise ValueError(f"the name '{longest[:20]}...' has more than 255 bytes")

@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmnorm.config.adapter import ALL_LINEAR, AdapterSettings, LowRankSettings
 from llmnorm.machine import reading
@@ -55,6 +56,11 @@ def inject(model: PreTrainedModel, settings: LowRankSettings) -> None:
     names = target_modules(model, settings.targets)
     config = peft.LoraConfig(target_modules=names, **settings.peft_keys())
     peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    widen(model)
+
+
+def widen(model: nn.Module) -> None:
+    """Give the parameters of an adapter, which hold nothing yet, the dtype that they train in."""
     layers = dict(model.named_modules())
     for name, module in layers.items():
         if match := _MODULE.fullmatch(name):
@@ -148,9 +154,11 @@ def set_first_values(modules: Mapping[str, nn.Module], *, seed: int) -> None:
         elif match[2] == "B":
             weight.zero_()
         else:
-            loaded = modules[f"{match[1]}.base_layer"].weight
+            base = modules[f"{match[1]}.base_layer"]
+            loaded = base.weight
             assert isinstance(loaded, Tensor)
-            weight.copy_(torch.linalg.norm(loaded.to(weight.dtype), dim=1))
+            inputs = 0 if isinstance(base, Conv1D) else 1
+            weight.copy_(torch.linalg.norm(loaded.to(weight.dtype), dim=inputs))
 
 
 def rate_factors(model: nn.Module, settings: AdapterSettings) -> dict[str, float]:
@@ -169,11 +177,16 @@ class Factors(NamedTuple):
     m: Tensor | None
 
 
-def merged(weight: Tensor, factors: Factors, scale: float) -> Tensor:
+def merged(weight: Tensor, factors: Factors, scale: float, *, turned: bool = False) -> Tensor:
     """The weight (out, in) of a plain layer that computes the same; in float32 or float64.
 
     The operations are those of PEFT's `merge_and_unload`, in its order.
+
+    Args:
+        turned: the weight is (in, out), and so is what is returned: GPT-2's `Conv1D`.
     """
+    if turned:
+        return merged(weight.T, factors, scale).T
     total = weight.to(wide_dtype(weight.dtype)) + (factors.b @ factors.a) * scale
     if factors.m is None:
         return total
@@ -229,19 +242,30 @@ def write_config(
                 f"export: '{module}' is trained without its '{lacking[0]}', which PEFT's files "
                 "cannot say; add --merge for a whole model"
             )
-    last = {layer.rpartition(".")[2] for layer in layers}
-    alike = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in last}
     class_name = type(model).__name__
-    tasks = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+    tasks = {"ForSequenceClassification": "SEQ_CLS", "ForMaskedLM": None}
     peft_package().LoraConfig(
-        target_modules=sorted(last if alike == layers else layers),
+        target_modules=written_targets(model, layers),
         modules_to_save=[*whole] or None,
         trainable_token_indices=token_indices(names, new_tokens) or None,
         base_model_name_or_path=base,
-        task_type=next((task for end, task in tasks.items() if class_name.endswith(end)), None),
+        # transformers' classes of language models have several endings
+        task_type=next((t for end, t in tasks.items() if class_name.endswith(end)), "CAUSAL_LM"),
         inference_mode=True,
+        fan_in_fan_out=all(isinstance(model.get_submodule(n), Conv1D) for n in layers),
         **settings.peft_keys(),
     ).save_pretrained(str(directory))
+
+
+def written_targets(model: nn.Module, layers: set[str]) -> list[str]:
+    """PEFT's `target_modules` for these layers: last names where they name nothing else.
+
+    Args:
+        model: without an adapter.
+    """
+    last = {layer.rpartition(".")[2] for layer in layers}
+    alike = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in last}
+    return sorted(last if alike == layers else layers)
 
 
 def token_indices(trained: Iterable[str], new_tokens: range) -> dict[str, list[int]]:

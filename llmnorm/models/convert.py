@@ -12,9 +12,10 @@ be equal. Nothing is unpickled, so a directory with `pytorch_model.bin` alone is
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ConfigDict
@@ -39,6 +40,14 @@ _DTYPES = {
     "I32": torch.int32,
     "BOOL": torch.bool,
 }
+# What quantised directories hold beside them: packed numbers and their scales.
+_PACKED = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 class Stored(NamedTuple):
@@ -58,15 +67,20 @@ class _Index(Settings):
 
 
 class Weights:
-    """The weights of a directory, by parameter name; only headers are read until `read_into`.
+    """The weights of a directory, by the names in its files; headers alone are read at first.
+
+    Args:
+        directory: holds safetensors files.
+        packed: whether the dtypes of quantised weights are served.
 
     Attributes:
         tensors: every tensor's dtype and shape.
         files: the files that hold them.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, packed: bool = False) -> None:
         self.directory = directory
+        dtypes = _DTYPES | _PACKED if packed else _DTYPES
         self.files = _shards(directory)
         self.tensors: dict[str, Stored] = {}
         self._files: dict[str, Path] = {}
@@ -76,11 +90,11 @@ class Weights:
                 with safe_open(file, framework="pt", device="cpu") as stored:
                     for name in stored.keys():  # noqa: SIM118 (no mapping)
                         header = stored.get_slice(name)
-                        dtype = _DTYPES.get(header.get_dtype())
+                        dtype = dtypes.get(header.get_dtype())
                         if dtype is None:
                             raise InputError(
                                 f"{file}: '{name}' has dtype {header.get_dtype()}, which is not "
-                                f"served; known are {', '.join(_DTYPES)}"
+                                f"served; known are {', '.join(dtypes)}"
                             )
                         if name in self.tensors:
                             raise InputError(f"{file}: '{name}' is in {self._files[name]} too")
@@ -92,13 +106,33 @@ class Weights:
     def read_into(self, into: Mapping[str, Tensor]) -> None:
         """Copy stored tensors into those of `into`, file by file, converting the dtype."""
         for file in dict.fromkeys(self._files[name] for name in into):
-            try:
-                with safe_open(file, framework="pt", device="cpu") as stored, torch.no_grad():
-                    for name, tensor in into.items():
-                        if self._files[name] == file:
-                            tensor.copy_(stored.get_tensor(name))
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{file}: cannot be read ({error})") from None
+            with self.opened() as read, torch.no_grad():
+                for name, tensor in into.items():
+                    if self._files[name] == file:
+                        tensor.copy_(read(name))
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[str], Tensor]]:
+        """Context manager: a function that gives a stored tensor, mapped from its file.
+
+        Raises:
+            InputError: by that function, where a file cannot be read.
+        """
+        files: dict[Path, Any] = {}
+        with ExitStack() as stack:
+
+            def read(name: str) -> Tensor:
+                file = self._files[name]
+                try:
+                    if file not in files:
+                        stored = safe_open(file, framework="pt", device="cpu")
+                        files[file] = stack.enter_context(stored)
+                    tensor: Tensor = files[file].get_tensor(name)
+                except (OSError, SafetensorError) as error:
+                    raise InputError(f"{file}: cannot be read ({error})") from None
+                return tensor
+
+            yield read
 
 
 def named_weights(of: nn.Module | Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -131,6 +165,27 @@ def check_weights(config: LlmNormConfig, tensors: Mapping[str, Stored], where: P
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond what torch counts
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{where}: no model of this configuration can be made: {reason}") from None
+    return compare_names(wanted, tensors, where, ignored=lambda name: _ignored(name, config))
+
+
+def compare_names(
+    wanted: Mapping[str, Tensor],
+    tensors: Mapping[str, Stored],
+    where: Path,
+    *,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> list[str]:
+    """The names of a model's tensors, all of which are stored with their shapes.
+
+    Args:
+        wanted: the model's tensors by name.
+        tensors: those that are stored.
+        where: their directory, for messages.
+        ignored: whether a stored tensor may have no place in the model.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or has no place in the model.
+    """
     if missing := [name for name in wanted if name not in tensors]:
         hint = nearest(missing[0], list(tensors)[:1000])
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -139,7 +194,7 @@ def check_weights(config: LlmNormConfig, tensors: Mapping[str, Stored], where: P
         have, want = tensors[name].shape, tuple(tensor.shape)
         if have != want:
             raise InputError(f"{where}: '{name}' has shape {have}, and config.json asks for {want}")
-    if unasked := sorted(n for n in tensors if n not in wanted and not _ignored(n, config)):
+    if unasked := sorted(n for n in tensors if n not in wanted and not ignored(n)):
         more = f" and {len(unasked) - 1} more" if len(unasked) > 1 else ""
         raise InputError(f"{where}: '{unasked[0]}'{more} has no place in the model")
     return list(wanted)

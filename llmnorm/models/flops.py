@@ -5,16 +5,24 @@ of a matrix product (two forward, four backward) and three times the mixers' own
 has four: it gets no gradient. Weights are counted from the modules, so a tied head counts (it
 multiplies) and an embedding does not (it looks up); recomputation under activation checkpointing is
 not counted.
+
+Of a class of transformers, whose modules say nothing of what they do: a stack of matrices counts
+with the share of its matrices that a token is sent to, and attention as softmax attention over the
+context or its window.
 """
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmnorm.models import nf4
 from llmnorm.models.building import class_of
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.foreign import Foreign
 from llmnorm.nn.mixers.contract import Mixer
+
+_CHOSEN = ("top_k", "num_experts_per_tok")  # experts that a token is sent to
 
 
 def flops_per_token(
@@ -36,5 +44,34 @@ def flops_per_token(
         for m in modules
         if isinstance(m, nn.Linear)
     )
+    if isinstance(model, Foreign):
+        products += sum(_of_stacks(m) for m in modules)
+        return products + 3.0 * sum(_of_attention(m, context_length) for m in modules)
     mixing = sum(m.flops_per_token(context_length) for m in modules if isinstance(m, Mixer))
     return products + 3.0 * mixing
+
+
+def _of_stacks(module: nn.Module) -> float:
+    """Operations of a module's own matrices that are no linear layer: GPT-2's, and experts'."""
+    if isinstance(module, Conv1D):
+        return (6.0 if module.weight.requires_grad else 4.0) * module.weight.numel()
+    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+    experts = getattr(module, "num_experts", None)
+    if not stacks or not isinstance(experts, int):
+        return 0.0
+    config = getattr(module, "config", None)
+    chosen = [getattr(at, n, None) for at in (module, config) for n in _CHOSEN]
+    per_token = next((n for n in chosen if isinstance(n, int)), experts)
+    own = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in stacks if len(p) == experts)
+    return own * per_token / experts
+
+
+def _of_attention(module: nn.Module, context_length: int) -> float:
+    """Operations of a token's forward pass in softmax attention."""
+    heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+    width = getattr(module, "head_dim", None)
+    if not hasattr(module, "is_causal") or not isinstance(heads, int) or not isinstance(width, int):
+        return 0.0
+    window = getattr(module, "sliding_window", None)
+    seen = min(context_length, window) if isinstance(window, int) else context_length
+    return 4.0 * heads * width * seen

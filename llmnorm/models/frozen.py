@@ -9,11 +9,13 @@ What would surprise: an embedding whose file is float32 is rounded by this, once
 one whose file is bfloat16 is not.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from llmnorm.models.adapters import is_adapter
 from llmnorm.models.configuration import LlmNormConfig
@@ -44,21 +46,43 @@ def freeze(model: PreTrainedModel, *, norms: bool, new_head: bool) -> None:
 
 
 def norm_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """All norms of a model: those that its settings name, and those of queries and keys."""
-    assert isinstance(model.config, LlmNormConfig)
+    """All norms of a model: those that its settings name, and those of queries and keys.
+
+    Of a class of transformers the modules that are called so.
+    """
+    if not isinstance(model.config, LlmNormConfig):
+        return [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     settings = model.config.settings()
     with torch.device("meta"):  # a norm of another package need not be derived from ours
         kinds = (Norm, type(settings.norm.build(settings.hidden_size)))
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
+def kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which parameters stay in float32, by name, where the others are stored in `dtype`.
+
+    A class of transformers names them (`_keep_in_fp32_modules_strict`, and for float16
+    `_keep_in_fp32_modules`); our classes name none.
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda name: False
+    pattern = build_glob_alternation(list(plan))[0]
+    return lambda name: pattern.search(name) is not None
+
+
 def narrow(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> None:
     """Store the frozen weights of linear layers and embeddings in `dtype`, the products' own.
+
+    Those that a class of transformers keeps in float32 stay so.
 
     Args:
         model: on the meta device, after `freeze`.
     """
-    for module in model.modules():
+    wide = kept_wide(model, dtype)
+    for name, module in model.named_modules():
+        if wide(f"{name}.weight"):
+            continue
         if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(dtype)
             if isinstance(module, nn.Embedding):

@@ -106,6 +106,12 @@ class LlmNormPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch
 
+    def units(self) -> dict[str, nn.Module]:
+        """The blocks by name: what is sharded and recomputed."""
+        blocks: nn.ModuleList = self.base_model.layers
+        inside = f"{self.base_model_prefix}." if self.base_model is not self else ""
+        return {f"{inside}layers.{number}": block for number, block in enumerate(blocks)}
+
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing: the installed package is what a saved directory names (configuration.py)."""

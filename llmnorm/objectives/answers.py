@@ -109,7 +109,9 @@ class Answers:
             # one, which is not counted.
             turn = first + parallel.rank
             batch = batches[turn] if turn < len(batches) else batches[0]
-            found = self._answer(model, batch, parallel)
+            turns = range(first, first + parallel.world)
+            most = max(len(batches[n if n < len(batches) else 0]) for n in turns)
+            found = self._answer(model, batch, parallel, most)
             if turn < len(batches):
                 right += sum(a.is_right(q) for a, q in zip(found, batch, strict=True))
         return float(parallel.reduce(right)) / len(questions)
@@ -193,8 +195,13 @@ class Answers:
         return batches
 
     def _answer(
-        self, model: "LlmNormForCausalLM", questions: Sequence[Question], parallel: Parallel
+        self,
+        model: "LlmNormForCausalLM",
+        questions: Sequence[Question],
+        parallel: Parallel,
+        most: int = 1,
     ) -> list[Answer]:
+        """What the model answers; `most`: the questions of the process that has most of them."""
         own = model.config.eos_token_id  # those of the weights that it started from among them
         stops = self._stops | ({own} if isinstance(own, int) else set(own or ()))
         longest = max(question.longest for question in questions)
@@ -207,6 +214,7 @@ class Answers:
                 [Request(tuple(question.prompt), greedy) for question in questions],
                 ends=stops,
                 together=parallel.spread,
+                calls=most,
                 advance=parallel.phases.advance,
             )
         answers = []

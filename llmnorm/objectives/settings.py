@@ -46,6 +46,8 @@ class ObjectiveSettings(Settings):
     any, say how many an average one has (`row_tokens`)."""
     selects: ClassVar[bool] = False
     """Whether its rows can be read by their numbers, for `selection`."""
+    foreign: ClassVar[bool] = False
+    """Whether it can train a causal language model of a class of transformers."""
     answers: ClassVar[bool] = False
     """Whether its held-out examples have answers, for `evaluation.answers`."""
 
@@ -102,6 +104,7 @@ class CausalLMSettings(ObjectiveSettings):
 
     name: Literal["causal_lm"] = "causal_lm"
     architecture = "LlmNormForCausalLM"
+    foreign = True
     selects = True
 
     def refusal(self, config: "RunConfig") -> str | None:
@@ -250,6 +253,7 @@ class SFTSettings(ObjectiveSettings):
     architecture = "LlmNormForCausalLM"
     even_batches = False
     full_rows = False
+    foreign = True
     selects = True
     answers = True
     too_long: Literal["truncate", "drop"] = "truncate"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmnorm.objectives.apart import as_asked
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.parallel.processes import Parallel
 
@@ -29,12 +30,13 @@ def summed_loss(
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         parallel.poll()
-        # A forward pass over shards needs all processes, those without rows too.
-        if batch.labels == 0 and not parallel.spread:
-            continue
-        with parallel.autocast():
-            inputs = batch.inputs_on(parallel.device)
-            loss = model(**inputs, num_items_in_batch=1.0).loss
-        total += torch.tensor([float(loss), batch.labels], dtype=torch.float64)
+        for part in as_asked(model, [batch], parallel):
+            # A forward pass over shards needs all processes, those without rows too.
+            if part.labels == 0 and not parallel.spread:
+                continue
+            with parallel.autocast():
+                inputs = part.inputs_on(parallel.device)
+                loss = model(**inputs, num_items_in_batch=1.0).loss
+            total += torch.tensor([float(loss), part.labels], dtype=torch.float64)
     summed, labels = parallel.reduce(total).tolist()
     return summed, labels

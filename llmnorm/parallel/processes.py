@@ -45,7 +45,8 @@ from llmnorm.parallel.zero import Zero
 from llmnorm.part import InputError
 
 if TYPE_CHECKING:
-    from llmnorm.models.modeling import LlmNormForCausalLM
+    from llmnorm.models.foreign import Foreign
+    from llmnorm.models.pretrained_model import LlmNormPreTrainedModel
 
 
 POLLED = 8  # batches of an evaluation between two reductions of who was asked to stop
@@ -142,7 +143,7 @@ class Parallel:
         """Whether a forward pass needs all processes, because each holds a part of the model."""
         return self._mesh is not None or self.sharding == "zero3"
 
-    def prepare(self, model: "LlmNormForCausalLM", fill: Fill) -> nn.Module:
+    def prepare(self, model: "LlmNormPreTrainedModel | Foreign", fill: Fill) -> nn.Module:
         """Prepare the model for training; returns what to call for a forward pass.
 
         Args:
@@ -152,7 +153,7 @@ class Parallel:
         Returns:
             The model itself, or a wrapper around it with the same parameters.
         """
-        for block in model.model.layers:
+        for block in model.units().values():
             if self.settings.activation_checkpointing:
                 block.forward = partial(  # type: ignore[method-assign]
                     torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
@@ -160,7 +161,8 @@ class Parallel:
             if self.settings.compile:
                 # block.compile() would leave the forward that recomputes uncompiled, silently.
                 block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-        model.model.fixed_shapes |= self.settings.compile
+        if self.settings.compile:
+            model.base_model.fixed_shapes = True  # of our classes: others are not compiled
         for module in model.modules():
             if isinstance(module, LanguageHead):
                 module.compiled = self.settings.compile
@@ -170,7 +172,7 @@ class Parallel:
         return self._model
 
     def lay_out(
-        self, model: "LlmNormForCausalLM", fill: Fill, *, trained: bool = False
+        self, model: "LlmNormPreTrainedModel | Foreign", fill: Fill, *, trained: bool = False
     ) -> nn.Module:
         """Give the model, which is on the meta device, its values, and each process its part.
 
@@ -238,6 +240,19 @@ class Parallel:
         else:
             loss.backward()  # type: ignore[no-untyped-call]
             self.phases.waited(self._buckets.waited())
+
+    def gradient(self, loss: Tensor, tensor: Tensor) -> Tensor:
+        """The gradient of a loss by a tensor that it was computed from, outside of a step.
+
+        Weights are left without a gradient.
+
+        Args:
+            tensor: requires a gradient, and was made by no operation that autograd knows.
+        """
+        if self.zero is not None and self.spread:
+            return self.zero.gradient(loss, tensor)
+        (found,) = torch.autograd.grad(loss, tensor)
+        return found
 
     def collect_gradients(self) -> None:
         """After the step's last backward pass: `grad` of what the optimizer steps is whole.

@@ -32,8 +32,8 @@ def make_group(backend: str) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=WAIT)
-    store = dist.PrefixStore(agreed_name(store, rank, world, WAIT), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    own = dist.PrefixStore(agreed_name(store, rank, world, WAIT), store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world)
 
 
 def agreed_name(store: dist.Store, rank: int, world: int, wait: timedelta) -> str:
@@ -46,7 +46,7 @@ def agreed_name(store: dist.Store, rank: int, world: int, wait: timedelta) -> st
     if rank == 0:
         store.set("llmnorm/life", own)
         for other in range(1, world):
-            store.set(f"{own}/answer/{other}", store.get(f"{own}/{other}"))
+            store.set(f"{own}/answer/{other}", store.get(f"{own}/{other}").decode())
         return own
     until = time.monotonic() + wait.total_seconds()
     while time.monotonic() < until:

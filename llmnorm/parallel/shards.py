@@ -23,7 +23,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
-    from llmnorm.models.modeling import LlmNormForCausalLM
+    from llmnorm.models.foreign import Foreign
+    from llmnorm.models.pretrained_model import LlmNormPreTrainedModel
 
 # Gives values to the tensors of some modules, passed as {name: module}; not to those of submodules.
 Fill = Callable[[Mapping[str, nn.Module]], None]
@@ -56,7 +57,7 @@ def shard(unit: nn.Module, mesh: DeviceMesh, waiting: Waiting) -> None:
 
 
 def fill_and_shard(
-    model: "LlmNormForCausalLM", fill: Fill, device: torch.device, unit: Unit | None
+    model: "LlmNormPreTrainedModel | Foreign", fill: Fill, device: torch.device, unit: Unit | None
 ) -> None:
     """Allocate the model, which is on the meta device, and give it its values.
 
@@ -64,13 +65,14 @@ def fill_and_shard(
     whole model.
 
     Args:
+        model: its parameters are on the meta device. Buffers may have values (those of a class of
+            transformers), which they keep.
         fill: called with the modules of each block, and with those outside of blocks.
         unit: called with each block, and then with the model; None: nothing is sharded.
     """
     rest = dict(model.named_modules())
     if unit is not None:
-        for number, block in enumerate(model.model.layers):
-            name = f"model.layers.{number}"
+        for name, block in model.units().items():
             inside = {n: rest.pop(n) for n in [*rest] if n == name or n.startswith(f"{name}.")}
             _allocate(inside, device)
             fill(inside)
@@ -142,5 +144,8 @@ def _sum(buckets: Buckets, bucket: dist.GradBucket) -> torch.futures.Future[Tens
 
 
 def _allocate(modules: Mapping[str, nn.Module], device: torch.device) -> None:
+    def place(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
     for module in modules.values():
-        module.to_empty(device=device, recurse=False)
+        module._apply(place, recurse=False)

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from llmnorm.optim.fragments import Fragment
 
 if TYPE_CHECKING:
-    from llmnorm.models.modeling import LlmNormForCausalLM
+    from llmnorm.models.foreign import Foreign
+    from llmnorm.models.pretrained_model import LlmNormPreTrainedModel
 
 REDUCE_ELEMENTS = 2**25  # gradients that are reduced at once: 128 MiB of float32
 
@@ -92,7 +93,7 @@ class Zero:
         """Shard a module's parameters that are not sharded yet (stage 3)."""
         self._deepspeed.zero.Init(module=module, config_dict_or_path=self.config)
 
-    def wrap(self, model: "LlmNormForCausalLM", *, trained: bool) -> nn.Module:
+    def wrap(self, model: "LlmNormPreTrainedModel | Foreign", *, trained: bool) -> nn.Module:
         """DeepSpeed's engine, to be called in place of `model`; sets each parameter's `master`.
 
         Args:
@@ -102,7 +103,7 @@ class Zero:
         if self.stage < 3 and not trained:
             return model
         if self.stage == 3:
-            kinds = {type(block) for block in model.model.layers}
+            kinds = {type(block) for block in model.units().values()}
             self._deepspeed.utils.set_z3_leaf_modules(model, [*kinds])
             if not model.get_input_embeddings().weight.requires_grad:
                 # A block's gradients are reduced when its input's gradient is there.
@@ -168,6 +169,15 @@ class Zero:
     def backward(self, loss: Tensor) -> None:
         """The backward pass of the micro-batch whose forward pass gave `loss`."""
         self._engine.backward(loss)
+
+    def gradient(self, loss: Tensor, tensor: Tensor) -> Tensor:
+        """As `Parallel.gradient`. DeepSpeed's hooks count a whole backward pass, so one is run."""
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(loss)
+        self._arrived.clear()
+        self.step()
+        assert tensor.grad is not None
+        return tensor.grad
 
     def collect(self) -> None:
         """Give every master its gradient, summed over the processes; None if it was not used."""

@@ -15,8 +15,8 @@ A line of either file has `spent`, the seconds since the line before it by what 
     restarting   from the last line of a process to the first step of the next
 
 It also has `wall`, the sum of all this over every line so far; `goodput`; and `clock`, its moment.
-Nothing else is saved, so a kill at any moment leaves sums that are exact to one line: what a
-process did after its last line is counted as `restarting`.
+Nothing else is saved. So a kill at any moment leaves sums that are exact to one line
+(tests/runs/test_account.py): what a process did after its last line is counted as `restarting`.
 
 What would surprise: of two processes only a clock that both know tells the time between them. On
 one boot of one machine that is the monotonic clock, and setting the time of day changes nothing.

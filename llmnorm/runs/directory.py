@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from llmnorm.config.file import load
 from llmnorm.config.manifest import steps_in
-from llmnorm.config.saved import changeable, differences, to_tree, to_yaml
+from llmnorm.config.saved import changeable, differences, portable, to_tree, to_yaml
 from llmnorm.config.tree import CheckpointSettings, RunConfig
 from llmnorm.machine.doctor import version
 from llmnorm.machine.reading import open_file, read_text
@@ -142,7 +142,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
         InputError: the directory cannot be made, or holds other files or another run, whose
             differing keys are listed; its record cannot be read, or its checkpoints are gone.
     """
-    assert config.run_dir is not None
+    assert isinstance(config.run_dir, Path)
     run = RunDirectory(config.run_dir)
     if not run.path.exists():
         above = next(path for path in run.path.absolute().parents if path.exists())
@@ -155,7 +155,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
         raise InputError(f"run_dir: {run.path} is a file")
     if not run.config.exists():
         # A process that was ended in its first moments leaves only these.
-        first = ("run.lock", "config.tmp", run.ranks.name)
+        first = ("run.lock", "config.tmp", run.ranks.name, "run.remote")
         others = [p.name for p in run.path.iterdir() if p.name not in first]
         if run.checkpoints.name in others:
             raise InputError(
@@ -169,8 +169,7 @@ def agree(config: RunConfig, *, going_on: bool) -> RunDirectory:
             )
         return run
     there = load(run.path).config
-    changed = differences(to_tree(there), to_tree(config))
-    changed.pop("run_dir", None)
+    changed = differences(to_tree(portable(there)), to_tree(portable(config)))
     if going_on:
         changed = {key: v for key, v in changed.items() if not changeable(key, config)}
     if changed:
@@ -299,9 +298,12 @@ def next_commands(run: RunDirectory, config: RunConfig, *, early: bool = False) 
     longer = "training.steps=N"
     if early and config.evaluation.patience is not None:  # it may have been taken away since
         longer = f"{PATIENCE}={2 * config.evaluation.patience} (null: to its last step)"
+    uses = config.objective.uses(str(run.path))
+    if config.model.foreign:  # not every class of transformers can be served
+        uses = f"use elsewhere: llmnorm export {run.path} DIR"
     return (
         f"everything lies in {run.path}: config.yaml, metrics.jsonl, checkpoints/, plots/\n"
-        f"  {config.objective.uses(str(run.path))}\n"
+        f"  {uses}\n"
         f"  train longer:  llmnorm train {run.path} {longer}"
     )
 
@@ -368,7 +370,7 @@ def rewrite_settings(run: RunDirectory, config: RunConfig) -> None:
 
 def _write_settings(run: RunDirectory, config: RunConfig) -> None:
     temporary = run.config.with_suffix(".tmp")
-    settings = to_yaml(config.model_copy(update={"run_dir": None}))
+    settings = to_yaml(portable(config))
     temporary.write_text(f"# llmnorm {version()}\n{settings}", encoding="utf-8")
     temporary.replace(run.config)
 

@@ -22,15 +22,14 @@ import os
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from llmnorm.machine.failures import LOST_PROCESS
+from llmnorm.machine.failures import LOST_PROCESS, PREEMPTED
 from llmnorm.machine.parent import parent
 from llmnorm.part import InputError
-from llmnorm.runs.directory import RunDirectory, step_in
+from llmnorm.runs.directory import RunDirectory
 
 PAGE = 4096  # bytes: a block of the disk, which is overwritten as a whole
 DIGITS = 12  # of the step
 FALLS = 3  # at the same step, before the run is given up
-PREEMPTED = 75  # the exit code of a run that was stopped and is to be started again
 
 
 class Launcher(NamedTuple):
@@ -57,7 +56,8 @@ class Life(NamedTuple):
         falls: the steps in which lives of this launcher ended without a word, in their order.
         stopped: the step after which it was told to stop and has saved; 0 if it was not told.
         refusal: exit code and line of an error after which nothing is tried again.
-        under_way: the step that it had begun last; 0 before its first.
+        under_way: the step that it had begun last; 0 before its first, and where it has ended in
+            good order.
     """
 
     launcher: str
@@ -69,6 +69,10 @@ class Life(NamedTuple):
     stopped: int = 0
     refusal: tuple[int, str] | None = None
     under_way: int = 0
+
+    def all_falls(self) -> list[int]:
+        """The falls, that of this life included."""
+        return [*self.falls, self.under_way] if self.under_way else self.falls
 
     def rows_of(self, step: int) -> str:
         """The rows that a step reads, for messages."""
@@ -110,7 +114,7 @@ def in_vain(run: RunDirectory) -> tuple[int, str] | None:
                 f"{path}: not started again, since it was stopped at step {life.stopped} and is "
                 f"saved; go on with: llmnorm train {path}"
             )
-    falls = _falls(run, life)
+    falls = life.all_falls()
     if os.environ.get("RANK", "0") == "0" and life.under_way:
         # From now on it counts as one of the falls, also if this life has none of its own.
         _write(run, life._replace(falls=falls, under_way=0))
@@ -156,7 +160,7 @@ class Restarts:
             return None
         before = _read(self._run)
         same = before is not None and before.launcher == self._me.name
-        falls = _falls(self._run, before) if same and before else []
+        falls = before.all_falls() if same and before else []
         self._life = Life(self._me.name, self._me.restarts, step, row, pool, falls)
         try:
             _write(self._run, self._life)
@@ -189,21 +193,17 @@ class Restarts:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Keep an error after which the next life does not train; a lost process is none."""
+        """Keep whether it ended in good order, or by an error after which no life is to train."""
         if self._file < 0:
             return
+        if error is None:
+            os.pwrite(self._file, _digits(0), 0)
         lost = getattr(error, "exit_code", LOST_PROCESS) == LOST_PROCESS
         if isinstance(error, InputError) and not lost and self._life is not None:
             refusal = (error.exit_code, str(error))
             with suppress(OSError):  # the run's own error is what counts
                 os.pwrite(self._file, _page(self._life._replace(refusal=refusal)), 0)
         os.close(self._file)
-
-
-def _falls(run: RunDirectory, life: Life) -> list[int]:
-    """The falls up to the end of a life: one that has saved and stopped is none."""
-    ended = life.under_way and step_in(run.preempted) is None
-    return [*life.falls, life.under_way] if ended else life.falls
 
 
 def _path(run: RunDirectory) -> str:

@@ -16,10 +16,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmnorm.config.saved import to_tree
+from llmnorm.config.saved import portable, to_tree
 from llmnorm.machine.failures import DIVERGED
 from llmnorm.models.flops import flops_per_token
+from llmnorm.models.foreign import Foreign
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.parallel.processes import Interrupted
 from llmnorm.part import InputError
@@ -190,8 +192,8 @@ def save(run: Prepared, metrics: Metrics) -> None:
         **asdict(progress),
         "data": data.identity,
         "environment": environment(run.parallel),
-        "config": to_tree(run.config.model_copy(update={"run_dir": None})),
-        "model": json.loads(run.model.config.to_json_string()),
+        "config": to_tree(portable(run.config)),
+        "model": json.loads(_configuration(run.model).to_json_string()),
         "sources": data.sizes(),
         "llmnorm": run_directory.version(),
     }
@@ -202,8 +204,15 @@ def save(run: Prepared, metrics: Metrics) -> None:
     if run.teacher is not None:
         meta["teacher"] = {"path": str(run.teacher.path), "hash": run.teacher.hash}
     with run.parallel.phases.during("save"), metrics.pause():
+        if run.elsewhere is not None:
+            run.elsewhere.check()
         run.checkpoints.save(progress.step, run.state, meta)
     run.saved = progress.step
+
+
+def _configuration(model: PreTrainedModel) -> PreTrainedConfig:
+    """What a checkpoint says of the model: of a class of transformers what its directory said."""
+    return model.saved_config if isinstance(model, Foreign) else model.config
 
 
 def evaluation_at_start(run: Prepared) -> tuple[bool, float | None]:

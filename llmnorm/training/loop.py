@@ -8,6 +8,7 @@ A checkpoint holds weights, optimizer state and counts, nothing else: everything
 needs is a function of its number.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -15,13 +16,16 @@ import torch
 
 from llmnorm.config.tree import RunConfig
 from llmnorm.machine.phases import END, LOOP
+from llmnorm.models.foreign import Foreign
 from llmnorm.parallel.check import check
 from llmnorm.runs import directory as run_directory
 from llmnorm.runs.account import Account, Timekeeper, read_account
+from llmnorm.runs.address import Remote
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.metrics import keep_until
 from llmnorm.runs.restarts import Restarts
 from llmnorm.runs.trackers import check as check_trackers
+from llmnorm.training.foreign import say_first_step
 from llmnorm.training.keeping import (
     Diverged,
     due,
@@ -49,6 +53,7 @@ def train(
     dry_run: bool = False,
     profile: str | None = None,
     stop: StopRequest | None = None,
+    remote: Remote | None = None,
 ) -> int:
     """Train until the configured length or a request to stop; what is to be typed then is printed.
 
@@ -60,6 +65,8 @@ def train(
         dry_run: stop after the checks that precede the first step.
         profile: "time" or "memory": what a few steps are profiled for.
         stop: notes signals already; from the first step on it only notes them.
+        remote: what the run directory is copied up to, where it is an address; whether the two
+            agree is then checked here.
 
     Returns:
         The exit code: 0, or that of a signal (`signals.EXIT_CODES`), after which all is saved.
@@ -70,7 +77,15 @@ def train(
     """
     check_trackers(config.logging)
     with ExitStack() as stack:
-        prepared = prepare(config, run, stack, data_command=data_command, dry_run=dry_run)
+        prepared = prepare(
+            config,
+            run,
+            stack,
+            data_command=data_command,
+            dry_run=dry_run,
+            remote=remote,
+            seconds_left=lambda: stop.seconds_left(config.checkpoint.grace) if stop else math.inf,
+        )
         parallel, progress, steps = prepared.parallel, prepared.progress, prepared.steps
         phases = parallel.phases
         finished = progress.step >= steps
@@ -86,7 +101,9 @@ def train(
         if not finished:
             first = prepared.unselected()
             check(parallel, prepared.model, torch.cat([batch.rows for batch in first]))
-            rehearse(prepared, first)
+            finite = rehearse(prepared, first)
+            if isinstance(prepared.model, Foreign):
+                say_first_step(prepared.config, prepared.model, first, finite, parallel)
         if dry_run:
             parallel.say("dry run: every check passed; nothing was trained, nothing written")
             return 0

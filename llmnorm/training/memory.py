@@ -92,6 +92,11 @@ def memory(config: RunConfig) -> Memory:
             f"--print-memory: objective '{config.objective.name}' trains another class of model; "
             "only causal language models are counted"
         )
+    if config.model.foreign:
+        raise InputError(
+            "--print-memory: counts the step of llmnorm's own classes, and model.pretrained is of "
+            "one of transformers"
+        )
     model = outline(config).train()
     if config.freezes and config.training.precision == "bf16":
         narrow(model)

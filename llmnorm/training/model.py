@@ -8,7 +8,7 @@ was moved is found by `model.pretrained=NEW`.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
@@ -17,7 +17,8 @@ from llmnorm.config.adapter import ALL_LINEAR, LowRankSettings, quantized_refusa
 from llmnorm.config.pretrained import FREE
 from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import RunConfig
-from llmnorm.exchange.loading import Source, base_path, open_source, refuse_other_base
+from llmnorm.exchange.loading import open_source
+from llmnorm.exchange.source import Source, base_path, refuse_other_base
 from llmnorm.machine.memory import refuse_what_cannot_fit
 from llmnorm.models import nf4
 from llmnorm.models.adapters import (
@@ -40,6 +41,9 @@ from llmnorm.nn.settings import ModelSettings
 from llmnorm.objectives.contract import Objective
 from llmnorm.parallel.processes import Fill, Parallel
 from llmnorm.part import InputError
+
+if TYPE_CHECKING:
+    from llmnorm.models.foreign import Foreign
 
 
 class Base(NamedTuple):
@@ -65,7 +69,7 @@ class RunModel(NamedTuple):
         base: what is frozen of it, if something is.
     """
 
-    model: LlmNormForCausalLM
+    model: "LlmNormForCausalLM | Foreign"
     fill: Fill
     base: Base | None
 
@@ -99,7 +103,7 @@ def run_model(
     model = empty_model(settings, device="meta").train()
     pretrained = config.model.pretrained
     if pretrained is None or (start is not None and not config.freezes):
-        _refuse_what_cannot_fit(model, parallel)
+        refuse_weights_that_cannot_fit(model, parallel)
         return RunModel(
             model, lambda modules: initialize(model, seed=config.seed, modules=modules), None
         )
@@ -112,7 +116,7 @@ def run_model(
                 f"llmnorm train {config.run_dir} model.pretrained=NEW"
             )
     source = open_source(path, key="model.pretrained", rank=parallel.rank, world=parallel.world)
-    new_head = not (config.objective.keeps_head and class_of(source.config) is class_of(settings))
+    new_head = not (config.objective.keeps_head and class_of(source.own) is class_of(settings))
     if new:
         _check_new_tokens(model, new_head)
     if config.freezes:
@@ -124,7 +128,7 @@ def run_model(
     if isinstance(adapter, LowRankSettings) and adapter.start is not None and start is None:
         first = PeftFiles(adapter.start)
         first.check(model, adapter, new)
-    _refuse_what_cannot_fit(model, parallel)
+    refuse_weights_that_cannot_fit(model, parallel)
     prefix = f"{model.base_model_prefix}."
 
     def fill(modules: Mapping[str, nn.Module]) -> None:
@@ -244,7 +248,8 @@ def _settings(config: RunConfig, objective: Objective, ends: Tokens) -> LlmNormC
     return settings
 
 
-def _refuse_what_cannot_fit(model: nn.Module, parallel: Parallel) -> None:
+def refuse_weights_that_cannot_fit(model: nn.Module, parallel: Parallel) -> None:
+    """Raise an InputError if this process's part of a model is larger than the memory."""
     if parallel.device.type == "cpu":  # a GPU refuses by itself
         weights = sum(parameter.nbytes for parameter in model.parameters())
         weights += sum(t.nbytes for layer in nf4.layers(model).values() for t in layer.four_bits)
@@ -259,7 +264,7 @@ def _check_base(config: RunConfig, source: Source, base: Base, start: Checkpoint
     Raises:
         InputError: it is another one; the message says what differs.
     """
-    ours, theirs = config.model, source.config.settings()
+    ours, theirs = config.model, source.own.settings()
     changed = [
         f"{name} ({getattr(ours, name)} in the run, {getattr(theirs, name)} there)"
         for name in ModelSettings.model_fields

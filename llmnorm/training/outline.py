@@ -17,11 +17,13 @@ from llmnorm.models.configuration import LlmNormConfig
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.optim.build import describe
 from llmnorm.optim.groups import split
+from llmnorm.training.foreign import outline_of_foreign
 from llmnorm.training.model import choose_trained
 
 
 def outline(config: RunConfig) -> LlmNormForCausalLM:
-    """The run's model on the meta device: shapes without numbers."""
+    """The run's model on the meta device, of our own class: shapes without numbers."""
+    assert not config.model.foreign, "outline_of_foreign"
     rows, path = config.model.vocab_size, config.tokenizer.directory
     tokens, new = config.tokenizer.vocab_size, range(0)
     packs = config.objective.packs  # other objectives do not use the chat template
@@ -59,5 +61,5 @@ def parameters_outside_the_embedding(config: RunConfig) -> int:
 
 def groups_table(config: RunConfig) -> str:
     """A table of the parameters and their optimizer rules: `train CONFIG --print-groups`."""
-    model = outline(config)
+    model = outline_of_foreign(config) if config.model.foreign else outline(config)
     return describe(config.optimizer, split(model), rate_factors(model, config.adapter))

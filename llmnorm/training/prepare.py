@@ -3,7 +3,8 @@
 `prepare` refuses what can be refused, and writes nothing into the run directory but its lock.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,11 +12,14 @@ import torch
 from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoints, State
+from llmnorm.checkpoints.store import Keep
 from llmnorm.config.tree import RunConfig
 from llmnorm.models import nf4
 from llmnorm.models.adapters import rate_factors
+from llmnorm.models.foreign import Foreign
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.nn.norms.running import RunningStatistics
+from llmnorm.objectives.apart import as_asked
 from llmnorm.objectives.contract import MicroBatch, Objective
 from llmnorm.optim.build import raise_rates
 from llmnorm.optim.fragments import master, whole_shape
@@ -24,10 +28,13 @@ from llmnorm.optim.schedule import HyperparameterSchedule
 from llmnorm.parallel.check import describe
 from llmnorm.parallel.processes import Parallel, local
 from llmnorm.part import InputError
-from llmnorm.runs.directory import RunDirectory
+from llmnorm.runs.address import Remote
+from llmnorm.runs.directory import RunDirectory, agree
 from llmnorm.runs.lock import RunLock
+from llmnorm.runs.remote_run import RemoteRun
 from llmnorm.selection.settings import SelectionSettings
 from llmnorm.training.ema import EMA
+from llmnorm.training.foreign import foreign_model, looked_at
 from llmnorm.training.model import Base, run_model
 from llmnorm.training.selecting import Selecting
 from llmnorm.training.state import (
@@ -67,6 +74,7 @@ class Prepared:
         micro_batch: rows that one process runs at once.
         noise_seed: step and rank are added to it, so that no random state is ever saved.
         selecting: chooses the rows of a step, where the run has a selection.
+        elsewhere: copies the run directory up, where it is an address.
         stragglers: which processes hold the others up.
     """
 
@@ -74,7 +82,7 @@ class Prepared:
     directory: RunDirectory
     parallel: Parallel
     objective: Objective
-    model: LlmNormForCausalLM
+    model: LlmNormForCausalLM | Foreign
     base: Base | None
     teacher: NamedTeacher | None
     replica: nn.Module
@@ -92,6 +100,7 @@ class Prepared:
     micro_batch: int
     noise_seed: int
     selecting: Selecting | None
+    elsewhere: RemoteRun | None
     stragglers: Stragglers
 
     def batches(self) -> Iterator[list[MicroBatch]]:
@@ -112,13 +121,14 @@ class Prepared:
         return next(self._in_order(self.progress.row if first_row is None else first_row))
 
     def _in_order(self, first_row: int) -> Iterator[list[MicroBatch]]:
-        return self.objective.batches(
+        steps = self.objective.batches(
             first_row,
             global_batch=self.config.training.rows,
             rank=self.parallel.rank,
             world=self.parallel.world,
             micro_batch=self.micro_batch,
         )
+        return (as_asked(self.model, step, self.parallel) for step in steps)
 
     def describe(self) -> str:
         """What the run reads, a line a source; its processes, its size and its length."""
@@ -143,7 +153,14 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig, run: RunDirectory, stack: ExitStack, *, data_command: str, dry_run: bool
+    config: RunConfig,
+    run: RunDirectory,
+    stack: ExitStack,
+    *,
+    data_command: str,
+    dry_run: bool,
+    remote: Remote | None = None,
+    seconds_left: Callable[[], float] = lambda: math.inf,
 ) -> Prepared:
     """Join the processes, open the data, build the model, and load the newest checkpoint.
 
@@ -153,6 +170,9 @@ def prepare(
         stack: gets what must be closed at the end: process group, lock, the last save.
         data_command: prepares the data; quoted where it is missing.
         dry_run: neither lock the directory nor tidy its checkpoints.
+        remote: what the run directory is copied up to, where it is an address. The directory is
+            then checked here, after it was brought up to the store.
+        seconds_left: until a process that was asked to stop must end; infinite before that.
 
     Raises:
         InputError: something that the user can mend.
@@ -160,6 +180,18 @@ def prepare(
     parallel = Parallel(config.parallel, config.training)
     stack.callback(parallel.close)
     parallel.watch(run.ranks)
+
+    def lock() -> None:
+        stack.enter_context(RunLock(run.path))
+
+    keep = Keep(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
+    elsewhere = None
+    if remote is not None and not dry_run:
+        parallel.on_main(lock)
+        elsewhere = RemoteRun(remote.address, run, keep, parallel, seconds_left)
+        stack.enter_context(elsewhere)
+        agree(config, going_on=remote.going_on)
+        elsewhere.begin()
     objective = config.objective.build(
         config,
         alone=parallel.world == 1,
@@ -171,20 +203,18 @@ def prepare(
     steps = config.total_steps(data.rows)
 
     # The run directory, and the checkpoint to start from.
-    def lock() -> None:
-        stack.enter_context(RunLock(run.path))
-
-    if not dry_run:
+    if remote is None and not dry_run:
         parallel.on_main(lock)
     checkpoints = Checkpoints(
         run.checkpoints,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        keep_best=config.checkpoint.keep_best,
+        keep=keep.newest,
+        keep_every=keep.every,
+        keep_best=keep.best,
         asynchronous=config.checkpoint.asynchronous,
         phases=parallel.phases,
         rank=parallel.rank,
         world=parallel.world,
+        needed=None if elsewhere is None else elsewhere.needs,
     )
     parallel.calls.background = checkpoints.group
     stack.callback(checkpoints.wait)  # on the way out of an error too, while the lock is held
@@ -196,7 +226,8 @@ def prepare(
     # Model, layout, optimizer, schedule. A branch may learn from another teacher than its parent.
     teacher = give_teacher(config, objective, parallel, start.meta if start and own else {})
     ends = end_tokens(config, start, objective.ends)
-    model, fill, base = run_model(config, objective, parallel, start, ends)
+    make = foreign_model if config.model.foreign else run_model
+    model, fill, base = make(config, objective, parallel, start, ends)
     replica = parallel.prepare(model, fill)
     statistics = RunningStatistics(model, parallel.reduce)
     groups = split(model)
@@ -227,6 +258,8 @@ def prepare(
     parallel.weights_changed()  # what was loaded reaches the model under ZeRO too
     if message:
         parallel.say(message)
+    if isinstance(model, Foreign):
+        looked_at(config, model, parallel)
     before = None
     if start is not None and own:
         before = former_steps(start, data.rows, data.context_length)
@@ -255,6 +288,7 @@ def prepare(
         micro_batch=micro_batch,
         noise_seed=_noise_seed(config.seed),
         selecting=selecting,
+        elsewhere=elsewhere,
         stragglers=Stragglers(parallel),
     )
 

@@ -12,12 +12,14 @@ does. The same thread ends a process whose last step and save take longer than i
 wait before it kills.
 """
 
+import math
 import os
 import signal
 import threading
 import time
 from types import FrameType
 
+from llmnorm.machine.failures import PREEMPTED
 from llmnorm.runs import directory
 from llmnorm.runs.directory import RunDirectory
 
@@ -28,10 +30,9 @@ EXIT_CODES = {
     signal.SIGINT: 130,
     signal.SIGHUP: 143,
     signal.SIGXCPU: 143,
-    signal.SIGUSR1: 75,
+    signal.SIGUSR1: PREEMPTED,
 }
 ELSEWHERE = 143  # of a process that was not asked itself, where it cannot be told what another was
-PREEMPTED = EXIT_CODES[signal.SIGUSR1]  # by a PREEMPT file too
 HURRIED = (EXIT_CODES[signal.SIGTERM], PREEMPTED)  # a kill follows; Ctrl-C has all the time
 TICK = 0.5  # seconds between two looks of a Watch
 
@@ -97,6 +98,14 @@ class StopRequest:
         if not self.exit_code:
             self.name, self.since = name, time.monotonic()
             self.exit_code = code  # the last, since another thread goes by it
+
+    def seconds_left(self, grace: float) -> float:
+        """Of the seconds that a request leaves, those that are left; infinite before there is one.
+
+        Args:
+            grace: seconds from the request on.
+        """
+        return self.since + grace - time.monotonic() if self.exit_code else math.inf
 
     def agree(self, total: int) -> int:
         """`agreed` for this process's own code; from then on it is asked itself."""

@@ -197,7 +197,7 @@ def end_tokens(config: RunConfig, start: Checkpoint | None, own: Tokens) -> Toke
         return all_tokens(own, meta_of_run(start.path, start.manifest)["model"].get("eos_token_id"))
     if config.model.pretrained is None:
         return own
-    base = describe(config.model.pretrained, "model.pretrained", ())
+    base = describe(config.model.pretrained, "model.pretrained", (), classes=config.model.classes)
     tokenizer = config.tokenizer.directory
     same = tokenizer and base.tokenizer and tokenizer.resolve() == base.tokenizer.resolve()
     return all_tokens(own, base.config.get("eos_token_id")) if same else own

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.machine.phases import DEVICE, LOOP
+from llmnorm.models.foreign import Foreign
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.optim.fragments import master
 from llmnorm.parallel.processes import Parallel
 from llmnorm.part import InputError
+from llmnorm.training.foreign import refuse_unused
 from llmnorm.training.prepare import Prepared
 from llmnorm.training.signals import StopRequest
 
@@ -134,7 +136,8 @@ def rehearse(run: Prepared, micro_batches: list[MicroBatch]) -> bool:
         Whether loss and gradient norm are finite.
 
     Raises:
-        InputError: the micro-batch does not fit into the GPU's memory.
+        InputError: the micro-batch does not fit into the GPU's memory, or a class of transformers
+            leaves what is trained without a gradient.
     """
     parallel, replica = run.parallel, run.replica
     buffers = {name: buffer.clone() for name, buffer in replica.named_buffers()}
@@ -153,6 +156,8 @@ def rehearse(run: Prepared, micro_batches: list[MicroBatch]) -> bool:
         ) from None
     trained = [(n, master(p)) for n, p in replica.named_parameters() if p.requires_grad]
     without = [name for name, parameter in trained if parameter.grad is None]
+    if isinstance(run.model, Foreign):
+        refuse_unused(without, trained, parallel)
     assert not without, f"trainable, but without a gradient: {without}"
     for name, buffer in replica.named_buffers():
         buffer.copy_(buffers[name])

@@ -5,6 +5,7 @@ once. A run whose rate had decayed jumps back up, which undoes much of the decay
 """
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmnorm.checkpoints.store import Store
@@ -72,7 +73,7 @@ def stretched(
 
 def _instead(config: RunConfig, before: int, steps: int) -> str:
     """What is better than to raise a rate again that had decayed."""
-    assert config.run_dir is not None
+    assert isinstance(config.run_dir, Path)
     run = RunDirectory(config.run_dir)
     new = f"llmnorm train {run.path} run_dir={free(run.path)} training.steps={steps}"
     stable = 0  # the last step at the peak, where the decay comes at the end

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.tokenizer import TextEncoder
-from llmnorm.exchange.loading import Source, empty_of, open_source, path_of_named
+from llmnorm.exchange.loading import empty_of, open_source
+from llmnorm.exchange.source import Source, path_of_named
 from llmnorm.machine.memory import refuse_what_cannot_fit
 from llmnorm.models.convert import named_weights
 from llmnorm.models.frozen import narrow

@@ -1,6 +1,7 @@
 """Every mistake in a configuration is a line with the key that the user wrote."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from llmnorm.config.file import load, section
 from llmnorm.config.saved import to_yaml
 from llmnorm.config.tree import RunConfig
 from llmnorm.part import InputError, Settings, settings_in
+from llmnorm.runs.address import on_this_machine
 
 SMOKE = Path("configs/smoke.yaml")
 MINIMAL = "data: {sources: default}\ntraining: {steps: 10}\n"
@@ -164,11 +166,10 @@ def test_a_number_that_no_run_reaches_is_answered_at_once() -> None:
 
 # Paths.
 
+PLACES = ["run_dir", "data.dir", "data.sources.0.path", "data.sources.0.validation"]
 PATHS = [
-    "run_dir",
-    "data.dir",
-    "data.sources.0.path",
-    "data.sources.0.validation",
+    "checkpoint.local",
+    "data.local",
     "data.sources.0.dataset",
     "tokenizer.path",
     "training.branch_from",
@@ -177,11 +178,43 @@ PATHS = [
 
 
 @pytest.mark.parametrize("key", PATHS)
+def test_an_address_is_refused_by_the_keys_that_take_none(key: str) -> None:
+    """Oracle: the key, and the reason of `local_path`."""
+    for address in ("s3://bucket/run", "hf://org/name"):
+        line = refused(f"{key}={address}")[0]
+        assert line.startswith(f"{key}: '{address}' is not on this machine: "), line
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_an_address_is_taken_as_it_was_typed(key: str) -> None:
+    """Oracle: the text, without a slash at its end; an address that names no place is refused."""
+    config = load(SMOKE, [f"{key}=s3://bucket/run/"]).config
+    found: Any = config
+    for name in key.split("."):
+        found = found[int(name)] if name.isdecimal() else getattr(found, name)
+    assert found == "s3://bucket/run" and not isinstance(found, Path)
+    for address in ("s3://bucket", "s3://bucket/../x", "gs://bucket//x"):
+        line = refused(f"{key}={address}")[0]
+        assert line == f"{key}: '{address}' is no place in a store; write SCHEME://BUCKET/NAME"
+
+
+def test_a_place_of_this_machine_is_for_an_address_alone() -> None:
+    """Oracle: the line of each key, by hand; beside an address it is taken."""
+    with pytest.raises(InputError, match="checkpoint.local: is for a run_dir that is an address"):
+        on_this_machine(load(SMOKE, ["run_dir=x", "checkpoint.local=y"]).config)
+    (line,) = refused("data.local=y")
+    assert line.startswith("data: 'local' is for a 'dir' that is an address (s3://bucket/data)")
+    config = load(SMOKE, ["run_dir=s3://b/x", "checkpoint.local=y"]).config
+    assert config.checkpoint.local == Path("y")
+    config = load(SMOKE, ["data.dir=s3://b/x", "data.local=y"]).config
+    assert config.data.directory == Path("y")
+    assert load(SMOKE, ["data.dir=s3://b/x"]).config.data.directory == Path("data")
+
+
+@pytest.mark.parametrize("key", [*PATHS, *PLACES])
 @pytest.mark.parametrize(
     ("path", "why"),
     [
-        ("s3://bucket/run", "'s3://bucket/run' is not on this machine: s3://"),
-        ("hf://org/name", "'hf://org/name' is not on this machine"),
         ("file:///x", "'file:///x' is a URL; write the path alone"),
         ("'" + "a" * 300 + "'", "the name 'aaaaaaaaaaaaaaaaaaaa...' has more than 255 bytes"),
         ('"a\\0b"', r"'a\x00b' has a NUL byte"),

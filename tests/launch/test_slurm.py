@@ -70,7 +70,7 @@ def test_preempted_three_times_and_finished_in_one_unbroken_curve(
     cluster: Cluster, smoke_data: Path
 ) -> None:
     """Oracle: the run that was not preempted, to the bit; the stand-in's list of events."""
-    steps = 1000
+    steps = 400
     words = ["schedule=constant", f"training.steps={steps}", "evaluation.every=null"]
     words += [
         "evaluation.samples=0",

@@ -128,7 +128,7 @@ def test_a_typed_path_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert local_path("~/runs/a") == Path("/home/me/runs/a")
     assert local_path("a/b") == Path("a/b") and local_path("llmnorm:smoke.yaml")
     for text, word in [
-        ("s3://bucket/run", "s3:// is not read or written"),
+        ("s3://bucket/run", "s3:// is not taken here"),
         ("a\0b", "NUL"),
         ("runs/" + "é" * 200, "more than 255 bytes"),
         ("~nobody-of-this-name/a", "no such user"),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from llmnorm.runs.account import Account, Stamp, Timekeeper, account_of, read_ac
 from llmnorm.runs.directory import RunDirectory
 from llmnorm.runs.lines import Entry, append_whole, plan_cut
 from llmnorm.runs.metrics import keep_until
+from tests.running import ROOT
 
 HOUR = 3600.0
 
@@ -114,6 +116,18 @@ def test_a_clock_that_is_set_moves_nothing(
     account = account_of([entry(1, {"training": 9}, 9.0, before._asdict())], [])
     keeper = Timekeeper(account, clock.phases(), resumed=True)
     assert keeper.line()["spent"] == {"restarting": expected}
+
+
+def test_nothing_else_in_a_run_reads_the_time_of_day() -> None:
+    """Oracle: the source. The server tells its clients when an answer was made."""
+    package = ROOT / "llmnorm"
+    reads = re.compile(r"\btime\.time\(|\bdatetime\.(now|today|utcnow)\(")
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if reads.search(file.read_text())
+    }
+    assert found == {"runs/account.py", "serving/answers.py", "serving/loading.py"}
 
 
 def test_the_time_after_an_end_is_not_the_runs(clock: Clock) -> None:

@@ -236,3 +236,13 @@ def test_a_file_that_holds_no_step_asks_to_stop(
     if text is not None:
         run.preempted.write_text(text)
     assert asks_to_stop(run) == asks
+
+
+def test_a_run_that_ends_in_good_order_has_not_fallen(run: RunDirectory, life) -> None:
+    """Oracle: by hand; the launcher's name is used again, as a user may choose it."""
+    for _ in range(3):
+        life(0)
+        assert in_vain(run) is None
+        with Restarts(run, enabled=True) as record:
+            assert record.begin(2, 0, 8) is None
+            record.at(3)

@@ -127,8 +127,11 @@ def lora() -> Any:
     return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM")
 
 
-def peer(name: str, count: int, steps: int, done: Done) -> None:
-    """A peer's train(); `done(loss)` is called after every step and may wait."""
+def train(name: str, base: nn.Module, adapter: Any, count: int, steps: int, done: Done) -> None:
+    """A peer's train() of an adapter beside a base, with our first values.
+
+    `done(loss)` is called after every step and may wait.
+    """
     from datasets import Dataset
     from peft import get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -166,7 +169,7 @@ def peer(name: str, count: int, steps: int, done: Done) -> None:
         "report_to": [],
         "disable_tqdm": True,
     }
-    model = get_peft_model(stock(), lora())
+    model = get_peft_model(base, adapter)
     set_first_values(dict(model.base_model.model.named_modules()), seed=0)
     both = [torch.cat(of) for of in zip(*(labelled(count, n) for n in range(steps)), strict=True)]
     data = Dataset.from_dict({"input_ids": both[0].tolist(), "labels": both[1].tolist()})
@@ -224,7 +227,7 @@ def serve(options: argparse.Namespace) -> None:
             turns.done(loss)
     else:
         steps = WARMUP + options.rounds * options.steps + 1
-        peer(options.candidate, options.rows, steps, turns.done)
+        train(options.candidate, stock(), lora(), options.rows, steps, turns.done)
 
 
 def start(name: str, options: argparse.Namespace) -> Candidate:

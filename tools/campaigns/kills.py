@@ -6,7 +6,8 @@ Of 115 trials, 100 kill a run of one process once; 10 kill one of two processes 
 under ZeRO-2, three times each, before it may end: one process or both. A third of the kills come
 inside a save: the run is held (SIGSTOP) when the files of an unfinished checkpoint are there, and
 killed if they still are. At the end the weights, the optimizer state and the metrics must be those
-of the run that was not killed, to the bit.
+of the run that was not killed, to the bit. No kill may cost more steps than lie between two
+checkpoints.
 
 The table at the end says what a kill costs: from the kill to the first step that had not been done
 before, and the tokens that were trained on twice. Most lives are forks of the campaign, which has
@@ -72,8 +73,10 @@ def make(number: int, chance: random.Random, folder: Path) -> Trial:
             elif found is not None and sharding != "none":
                 wrong += lives.wrong_codes(json.loads((folder / CODES).read_text()), victim)
             if found is not None:
-                twice = found.tokens - lives.saved_tokens(folder)
-                killed.append({**found._asdict(), "tokens_twice": max(0, twice)})
+                step, tokens = lives.saved(folder)
+                if found.step - step > lives.EVERY:
+                    wrong.append(f"killed at step {found.step}, the newest checkpoint is {step}")
+                killed.append({**found._asdict(), "tokens_twice": max(0, found.tokens - tokens)})
                 break
             if (folder / "run" / "DONE").exists():
                 wrong.append(f"the run has ended before kill {nth + 1} of {count}")

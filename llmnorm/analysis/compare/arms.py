@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from llmnorm.analysis.compare.plan import Arm, Horizons, Protocol, Run
 from llmnorm.config.file import load
-from llmnorm.config.saved import changeable, differences, to_tree
+from llmnorm.config.saved import changeable, differences, portable, to_tree
 from llmnorm.config.tree import RunConfig
 from llmnorm.machine.files import write_whole
 from llmnorm.machine.reading import read_settings
@@ -206,7 +206,7 @@ def _load(arm: Arm, overrides: Sequence[str] | None = None) -> RunConfig:
 
 def _comparable_settings(config: RunConfig) -> dict[str, Any]:
     """An arm's settings without its directories."""
-    tree = to_tree(config.model_copy(update={"run_dir": None}))
+    tree = to_tree(portable(config))
     tree["data"] = {key: value for key, value in tree["data"].items() if key != "dir"}
     return tree
 

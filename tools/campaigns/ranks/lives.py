@@ -21,6 +21,7 @@ from tools.campaigns.signals import newest, prepared, same_end
 from tools.campaigns.trials import Result, start
 
 LAUNCHER = "tools.campaigns.ranks.launcher"
+EVERY = 2  # steps between two checkpoints
 LOST = 74  # exit code of a process that has lost another
 PATIENCE = 600.0  # seconds after which what is left of a killed run counts as hung
 TIMES = 15.0  # of a trial's usual limit: two processes begin, perhaps on one processor
@@ -38,7 +39,7 @@ def words(sharding: str, *more: str) -> list[str]:
     """
     text, data = prepared() / "text.txt", prepared() / "data"
     sources = [f"data.sources=[{{name: text, path: {text}}}]", f"data.dir={data}"]
-    settings = ["optimizer=muon", "checkpoint.every=2", f"parallel.sharding={sharding}"]
+    settings = ["optimizer=muon", f"checkpoint.every={EVERY}", f"parallel.sharding={sharding}"]
     command = ["train", str(prepared() / "run.yaml"), "run_dir=run", *sources, *settings, *more]
     return command if sharding == "none" else ["2", *command]
 
@@ -136,8 +137,11 @@ def as_if_nothing(wrong: list[str], folder: Path, reference: Path, result: Resul
     return found
 
 
-def saved_tokens(folder: Path) -> int:
-    """The tokens of the newest checkpoint of the run in `folder`."""
+def saved(folder: Path) -> tuple[int, int]:
+    """The step of the newest checkpoint of the run in `folder`, and the tokens trained on by then.
+
+    (0, 0) where there is none.
+    """
     run = folder / "run"
     step = newest(run)
-    return steps_of(run)[step] if step else 0
+    return step, steps_of(run)[step] if step else 0

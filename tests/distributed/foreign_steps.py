@@ -1,0 +1,94 @@
+"""Steps of tiny models of classes of transformers under any sharding.
+
+tools/bench/foreign.py runs all families through it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from llmnorm.config.adapter import LoraSettings
+from llmnorm.config.tree import ParallelSettings, TrainingSettings
+from llmnorm.models.adapters import is_adapter, loaded_name, set_first_values
+from llmnorm.models.convert import named_weights
+from llmnorm.models.foreign import empty_foreign, skeleton
+from llmnorm.models.foreign_adapters import foreign_targets, inject_in_blocks
+from llmnorm.models.frozen import freeze
+from llmnorm.models.looks import look
+from llmnorm.objectives.apart import as_asked
+from llmnorm.optim.groups import split
+from llmnorm.optim.settings import AdamWSettings
+from llmnorm.parallel.check import check
+from llmnorm.parallel.processes import Parallel
+from llmnorm.training.step import count, forward_backward
+from tests.families import packed_rows, tiny
+
+STEPS, ROWS = 4, 4
+
+
+class Found(NamedTuple):
+    """What one run of a few steps gives.
+
+    Attributes:
+        ways: how the model was found to be run.
+        losses: of the steps, and of one more.
+        norms: of their gradients.
+    """
+
+    ways: list[str]
+    losses: list[float]
+    norms: list[float]
+
+
+def steps(
+    family: str,
+    sharding: str,
+    *,
+    adapter: bool = False,
+    recomputed: bool = False,
+    micro_batches: int = 1,
+) -> Found:
+    """Train a tiny model of a family for some steps of AdamW; every process makes the call."""
+    parallel = Parallel(
+        ParallelSettings(sharding=sharding, activation_checkpointing=recomputed),
+        TrainingSettings(steps=1, device="cpu"),
+    )
+    own = tiny(family)
+    model = empty_foreign(type(own), own.config).train()
+    if adapter:
+        settings, blocks = LoraSettings(rank=4), [*model.units()]
+        names = foreign_targets(skeleton(type(own), own.config), settings, blocks).names
+        inject_in_blocks(model, settings, names, blocks)
+        freeze(model, norms=False, new_head=False)
+    values = own.state_dict()
+
+    def fill(modules: Any) -> None:
+        with torch.no_grad():
+            for name, tensor in named_weights(modules).items():
+                if not is_adapter(name):
+                    tensor.copy_(values[loaded_name(name)])
+        set_first_values(modules, seed=0)
+
+    replica = parallel.prepare(model, fill)
+    look(model, autocast=parallel.autocast, gradient=parallel.gradient, recomputes=recomputed)
+    groups = split(model)
+    optimizer = AdamWSettings(lr=1e-3).build(groups, parallel.exchange())
+    parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
+    share = ROWS // parallel.world // micro_batches
+    losses, norms = [], []
+    for step in range(STEPS + 1):
+        first = step * ROWS + parallel.rank * share * micro_batches
+        batches = [packed_rows(share, first + share * n) for n in range(micro_batches)]
+        if step == 0:
+            check(parallel, model, torch.cat([batch.rows for batch in batches]))
+        batches = as_asked(model, batches, parallel)
+        labels, _ = count(batches, parallel)
+        loss = parallel.reduce(forward_backward(replica, batches, labels, parallel))
+        norms.append(float(parallel.clip(parameters, 1.0)))
+        losses.append(float(loss))
+        if step < STEPS:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        parallel.end_step()
+    assert model.ways is not None
+    return Found([*model.ways], losses, norms)
