@@ -5,6 +5,7 @@ Most runs of the file are made at once, since they mostly wait.
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from llmnorm.parallel.calls import Calls
 from tests.distributed.processes import run as run_processes
-from tests.running import PATIENCE, SMOKE, Child
+from tests.running import PATIENCE, ROOT, SMOKE, Child
 from tests.test_mistakes import says
 from tools.campaigns.victim import arm, slow
 
@@ -169,13 +170,16 @@ def test_a_process_that_holds_pythons_lock_is_ended_too(ended: dict[Any, Ended])
 
 
 def test_a_failed_process_says_what_failed(ended: dict[Any, Ended]) -> None:
-    """Oracle: its own line, which begins with who it is and ends with its host."""
+    """Oracle: its own line, which begins with who it is and ends with its host; its report."""
     found = ended["raising", 1]
     assert found.codes[1] == 70
     (line,) = [text for text in found.printed[1].splitlines() if "llmnorm: error" in text]
     assert says("one of several fails", line)
     assert line.startswith("llmnorm: error: rank 1 (host ")
     assert "): RuntimeError: planted for a test; llmnorm train" in line
+    (report,) = re.findall(r"details in (\S+);", line)
+    assert "in strike" in (ROOT / report).read_text()
+    (ROOT / report).unlink()
     assert line.endswith(f"--exclude={socket.gethostname()}")
 
 
