@@ -18,8 +18,7 @@ What would surprise:
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +39,7 @@ from llmnorm.optim.sharded import Exchange
 from llmnorm.parallel.calls import Calls
 from llmnorm.parallel.heartbeat import Heartbeat
 from llmnorm.parallel.launch import accelerator, agreed_sharding, file_for
+from llmnorm.parallel.leaving import leave
 from llmnorm.parallel.shards import Buckets, Fill, Unit, fill_and_shard, make_mesh, replicate, shard
 from llmnorm.parallel.zero import Zero
 from llmnorm.part import InputError
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 
 POLLED = 8  # batches of an evaluation between two reductions of who was asked to stop
-LEAVING = timedelta(seconds=10)  # for the others to fail too, before a failed process leaves
 
 
 class Interrupted(Exception):
@@ -373,40 +372,12 @@ class Parallel:
         )
 
     def close(self) -> None:
-        """Leave the process group when all are ready to: leaving alone can abort the others.
-
-        A process that leaves because of an error waits for those that have the same error, but not
-        for long. One that waits for it in another call then learns that this process is gone.
+        """Leave the process group (leaving.py).
 
         Raises:
             Lost: another process was lost.
         """
-        if not dist.is_initialized():
-            return
-        error = sys.exc_info()[1]
-        if error is None:
-            try:
-                dist.barrier()
-            except RuntimeError as found:
-                if self.heartbeat is None:
-                    raise
-                error = found
-        if self.heartbeat is not None:
-            verdict = None if error is None else self.heartbeat.leave(error)
-            self.heartbeat.close()
-            if verdict is not None:
-                raise self.heartbeat.lost(verdict) from error
-            if error is not None:
-                if sys.exc_info()[1] is None:
-                    raise error
-                return
-        if error is None or self.world == 1:
-            dist.destroy_process_group()
-        elif self.backend == "gloo" and dist.group.WORLD is not None:
-            options = dist.BarrierOptions()
-            options.timeout = LEAVING
-            with suppress(RuntimeError):  # another process is gone, or waits elsewhere
-                dist.group.WORLD.barrier(options).wait()
+        leave(self.heartbeat, self.backend, self.world)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -315,7 +315,7 @@ def test_the_loss_of_a_process_is_a_line_and_a_code_of_its_own(
 
 def failing(directory: Path, rank: int, world: int, *, words: list[str]) -> Any:
     """A scenario: one process alone finds that it has no memory, in the evaluation."""
-    processes.LEAVING = timedelta(seconds=1)
+    leaving.LEAVING = timedelta(seconds=1)
 
     def fail() -> None:
         raise MemoryError
