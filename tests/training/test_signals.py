@@ -16,7 +16,7 @@ import pytest
 from llmnorm import cli
 from llmnorm.checkpoints.checkpoints import Checkpoints
 from llmnorm.checkpoints.format import read_checkpoint
-from llmnorm.parallel import processes
+from llmnorm.parallel import leaving, processes
 from llmnorm.parallel.processes import Parallel
 from llmnorm.training import keeping
 from llmnorm.training.signals import EXIT_CODES, StopRequest, agreed
@@ -308,7 +308,8 @@ def test_the_loss_of_a_process_is_a_line_and_a_code_of_its_own(
     code, _, err = first
     errors = [line for line in err.split("\n") if line.startswith("llmnorm: error: ")]
     assert code == 74, err
-    assert len(errors) == 1 and "another process of this run was lost" in errors[0]
+    assert len(errors) == 1 and errors[0].startswith("llmnorm: error: rank 1 (host "), err
+    assert "not heard of" in errors[0] and "in phase" in errors[0]
     assert "Traceback" not in err
     assert 3 in saved(tmp_path / "run")
 
@@ -333,5 +334,7 @@ def test_a_process_that_fails_alone_does_not_leave_the_others_waiting(
     began = time.monotonic()
     first, second = run_processes(partial(failing, words=words), tmp_path / "d")
     assert time.monotonic() - began < 600
-    assert (first[0], second[0]) == (74, 2), first[2] + second[2]
-    assert "another process of this run was lost" in first[2] and "out of memory" in second[2]
+    said = [(tmp_path / "d" / f"err_{rank}").read_text() for rank in range(2)]
+    assert first == 74, "ended by its heartbeat, while it waits for the other"
+    assert second[0] == 2, said
+    assert "llmnorm: error: rank 1 (host " in said[0] and "out of memory" in said[1]
