@@ -89,22 +89,12 @@ def train(
         )
         parallel, progress, steps = prepared.parallel, prepared.progress, prepared.steps
         phases = parallel.phases
-        finished = progress.step >= steps
-        left, recorded = evaluation_at_start(prepared)
-        if recorded is not None and not dry_run:
-            prepared.checkpoints.add_loss(progress.step, recorded)
-        if out_of_patience(prepared) and prepared.former_steps not in (None, steps):
-            progress.not_better = 0  # who asks for another length wants the run to go on
-        impatient = out_of_patience(prepared) and not _gave_up(prepared)
-        if (finished and (not left or _gave_up(prepared))) or (impatient and not left):
+        left = _evaluation_left(prepared, dry_run)
+        if left is None:
             return _already_finished(prepared, dry_run)
         parallel.say(prepared.describe())
-        if not finished:
-            first = prepared.unselected()
-            check(parallel, prepared.model, torch.cat([batch.rows for batch in first]))
-            finite = rehearse(prepared, first)
-            if isinstance(prepared.model, Foreign):
-                say_first_step(prepared.config, prepared.model, first, finite, parallel)
+        if progress.step < steps:
+            _try_out(prepared)
         if dry_run:
             parallel.say("dry run: every check passed; nothing was trained, nothing written")
             return 0
@@ -112,26 +102,11 @@ def train(
             stop = stack.enter_context(StopRequest())
         stop.at_once = None
 
-        watch = Watch(stop, run, config.checkpoint.grace, looks=parallel.is_main)
-        stack.enter_context(watch)
+        stack.enter_context(Watch(stop, run, config.checkpoint.grace, looks=parallel.is_main))
         restarts = stack.enter_context(Restarts(run, enabled=parallel.is_main))
 
         # Everything that could be refused has been looked at: only now is anything written.
-        timekeeper = Timekeeper(Account(), phases)  # of processes that write no lines
-
-        def begin() -> None:
-            nonlocal timekeeper
-            there = keep_until(run, progress.step)
-            for note in there.notes():
-                parallel.say(f"llmnorm: note: {note}")
-            there.apply()
-            resumed = not signs.has_ended(run)
-            timekeeper = Timekeeper(read_account(run), phases, resumed=resumed)
-            if again := restarts.begin(progress.step, progress.row, config.pool):
-                parallel.say(f"llmnorm: note: {again}")
-            run_directory.begin(run, config, prepared.objective.data.tokenizer_directory, automatic)
-
-        parallel.on_main(begin)
+        timekeeper = _begin(prepared, restarts, automatic)
         metrics = open_metrics(prepared, stack, timekeeper, left=left)
         profiler = open_profiler(prepared, profile, metrics, stack)
         if _gave_up(prepared):
@@ -174,6 +149,55 @@ def train(
             else _ended(prepared)
         )
     return exit_code
+
+
+def _evaluation_left(run: Prepared, dry_run: bool) -> bool | None:
+    """Whether the evaluation of the last step is left to be made; None: the run has no step left.
+
+    A length or patience that was changed lets a run go on whose patience had ended it.
+    """
+    progress = run.progress
+    left, recorded = evaluation_at_start(run)
+    if recorded is not None and not dry_run:
+        run.checkpoints.add_loss(progress.step, recorded)
+    if out_of_patience(run) and run.former_steps not in (None, run.steps):
+        progress.not_better = 0
+    finished = progress.step >= run.steps
+    impatient = out_of_patience(run) and not _gave_up(run)
+    if (finished and (not left or _gave_up(run))) or (impatient and not left):
+        return None
+    return left
+
+
+def _try_out(run: Prepared) -> None:
+    """Find what would end the run at its next step, before anything is written."""
+    first = run.unselected()
+    check(run.parallel, run.model, torch.cat([batch.rows for batch in first]))
+    finite = rehearse(run, first)
+    if isinstance(run.model, Foreign):
+        say_first_step(run.config, run.model, first, finite, run.parallel)
+
+
+def _begin(run: Prepared, restarts: Restarts, automatic: Sequence[str]) -> Timekeeper:
+    """Write the run's settings, and take back the lines behind its checkpoint; on process 0."""
+    parallel, progress, directory = run.parallel, run.progress, run.directory
+    timekeeper = Timekeeper(Account(), parallel.phases)  # of processes that write no lines
+
+    def begin() -> None:
+        nonlocal timekeeper
+        there = keep_until(directory, progress.step)
+        for note in there.notes():
+            parallel.say(f"llmnorm: note: {note}")
+        there.apply()
+        resumed = not signs.has_ended(directory)
+        timekeeper = Timekeeper(read_account(directory), parallel.phases, resumed=resumed)
+        if again := restarts.begin(progress.step, progress.row, run.config.pool):
+            parallel.say(f"llmnorm: note: {again}")
+        tokenizer = run.objective.data.tokenizer_directory
+        run_directory.begin(directory, run.config, tokenizer, automatic)
+
+    parallel.on_main(begin)
+    return timekeeper
 
 
 def _gave_up(run: Prepared) -> bool:
