@@ -57,6 +57,7 @@ def test_every_arm_is_a_configuration_of_its_own(name: str) -> None:
         ("mixers", "mixers_masked", "mixers"),
         ("mixers", "mixers_recall", "mixers"),
         ("colm", "colm_pretraining", "selection"),
+        ("colm", "colm_finetuning", "selection"),
     ],
 )
 def test_a_page_shows_the_table_of_its_results(name: str, results: str, page: str) -> None:
