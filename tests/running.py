@@ -19,7 +19,7 @@ import torch
 
 from llmnorm.checkpoints.format import copy_into, read_checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # a test may be imported through a link
 SMOKE = ROOT / "configs" / "smoke.yaml"
 # What makes the smoke run one of masked tokens.
 MASKED = [

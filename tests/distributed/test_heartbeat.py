@@ -21,7 +21,7 @@ from llmnorm.parallel.calls import Calls
 from tests.distributed.processes import run as run_processes
 from tests.running import PATIENCE, ROOT, SMOKE, Child
 from tests.test_mistakes import says
-from tools.campaigns.victim import arm, slow
+from tools.campaigns.ranks.victim import arm, slow
 
 TIMEOUT = 6.0
 STEP = 3

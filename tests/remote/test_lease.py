@@ -95,7 +95,8 @@ def wait_until(true: object) -> None:
         time.sleep(0.02)
 
 
-def take_and_die(address: str) -> None:
+def take_and_die(address: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # the server of processes was started without it
     Lease(open_store(address, "run_dir")).__enter__()
     os._exit(9)
 
@@ -104,7 +105,7 @@ def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(
     address: str, store: ObjectStore
 ) -> None:
     """Oracle: nothing is said of waiting; the numbers."""
-    process = CHILDREN.Process(target=take_and_die, args=(address,))
+    process = CHILDREN.Process(target=take_and_die, args=(address, dict(os.environ)))
     process.start()
     process.join()
     assert process.exitcode == 9 and list(store.names()) == ["lease/00000001.json"]

@@ -169,7 +169,7 @@ def test_a_checkpoint_is_kept_here_until_it_is_up(
     checkpoints = Checkpoints(run.checkpoints, keep=2, needed=copying.needs)
     copying.start()
     checkpoints.save(1, state(1), {})
-    wait_until(lambda: steps_of(store) == [1])
+    wait_until(lambda: steps_of(store) == [1] and not copying.needs(1))
     line.mode = "closed"
     with caplog.at_level(logging.WARNING):
         for step in range(2, 6):
@@ -177,7 +177,7 @@ def test_a_checkpoint_is_kept_here_until_it_is_up(
         assert checkpoints.steps() == [2, 3, 4, 5]
         wait_until(lambda: copying.problem is not None)
         line.mode = "open"
-        wait_until(lambda: 5 in steps_of(store))
+        wait_until(lambda: 5 in steps_of(store) and not copying.needs(5))
         wait_until(lambda: copying.problem is None)
     checkpoints.save(6, state(6), {})
     assert checkpoints.steps() == [5, 6]

@@ -17,6 +17,7 @@ from llmnorm.checkpoints.format import read_checkpoint
 from llmnorm.config.file import load
 from llmnorm.part import InputError
 from llmnorm.runs import directory as run_directory
+from llmnorm.runs import signs
 from llmnorm.training import keeping, loop
 from llmnorm.training.prepare import Prepared
 from llmnorm.training.state import Progress
@@ -138,7 +139,7 @@ def test_the_count_survives_a_kill(
         elif what == "loss":
             kill_in(Checkpoints, "add_loss", lambda _, step, *__: step == number)
         else:
-            kill_in(run_directory, "end", lambda *_: True)
+            kill_in(signs, "end", lambda *_: True)
         train(run, smoke_data)
     assert not (run / "DONE").exists()
     with losses(LOSSES):

@@ -5,7 +5,7 @@
 It ends when all of them have ended, with the first exit code that is not 0, as a launcher does (1
 where a signal has killed a process). In the working directory, `pids/RANK` holds a process's
 number, and `codes.json` their exit codes. With KILL_AT in the environment, a process kills at a
-named moment (moments.py); with STRIKE something happens to one (tools/campaigns/victim.py).
+named moment (moments.py); with STRIKE something happens to one (tools/campaigns/ranks/victim.py).
 """
 
 import importlib
@@ -52,7 +52,7 @@ def _fork(rank: int, world: int, port: int, words: list[str]) -> int:
         if moment := os.environ.get("KILL_AT"):
             importlib.import_module("tools.campaigns.ranks.moments").arm(moment, rank)
         if stroke := os.environ.get("STRIKE"):
-            importlib.import_module("tools.campaigns.victim").arm_one(stroke, rank)
+            importlib.import_module("tools.campaigns.ranks.victim").arm_one(stroke, rank)
         code = importlib.import_module("llmnorm.cli").main(words)
         sys.stdout.flush()
     finally:
