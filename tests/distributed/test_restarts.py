@@ -279,9 +279,11 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_at_once
     assert not (tmp_path / "run").exists()
 
 
-def environment() -> dict[str, str]:
-    """Of a real command: one thread, and no launcher's variables."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def begun(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """A real launcher, with one thread a process; what it prints goes to `log`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
 
 
 def test_torchrun_restarts_after_a_kill_and_hands_on_a_schedulers_warning(
@@ -289,18 +291,14 @@ def test_torchrun_restarts_after_a_kill_and_hands_on_a_schedulers_warning(
 ) -> None:
     """Oracle: the signs and exit codes; the real command and its real processes."""
     run, log = tmp_path / "run", tmp_path / "log"
-    with log.open("wb") as out:
-        launcher = subprocess.Popen(
-            [
-                *python("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-                *("--max-restarts", "1", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
-                *("-m", "llmnorm", *words(run, smoke_data, "parallel.sharding=ddp", *LONG)),
-            ],
-            cwd=ROOT,
-            env=environment(),
-            stdout=out,
-            stderr=out,
-        )
+    launcher = begun(
+        [
+            *python("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("--max-restarts", "1", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
+            *("-m", "llmnorm", *words(run, smoke_data, "parallel.sharding=ddp", *LONG)),
+        ],
+        log,
+    )
     wait_until(lambda: steps_in(run) >= 25, log)
     first = children(launcher.pid)
     os.kill(max(first), signal.SIGKILL)
@@ -339,18 +337,14 @@ def test_accelerate_restarts_after_a_kill_and_stops_at_a_file(
 ) -> None:
     """Oracle: the signs and what is said; the real command and its real processes."""
     run, log = tmp_path / "run", tmp_path / "log"
-    with log.open("wb") as out:
-        launcher = subprocess.Popen(
-            [
-                *python("accelerate.commands.launch", "--config_file"),
-                *("launch/accelerate/ddp.yaml", "--num_processes", "2"),
-                *("--max_restarts", "2", "-m", "llmnorm", *words(run, smoke_data, *LONG)),
-            ],
-            cwd=ROOT,
-            env=environment(),
-            stdout=out,
-            stderr=out,
-        )
+    launcher = begun(
+        [
+            *python("accelerate.commands.launch", "--config_file"),
+            *("launch/accelerate/ddp.yaml", "--num_processes", "2"),
+            *("--max_restarts", "2", "-m", "llmnorm", *words(run, smoke_data, *LONG)),
+        ],
+        log,
+    )
     wait_until(lambda: steps_in(run) >= 25, log)
     os.kill(max(children(launcher.pid)), signal.SIGKILL)
     wait_until(lambda: "ended in step" in log.read_text(), log)
