@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,17 +59,8 @@ def make(number: int, chance: random.Random, folder: Path) -> Trial:
         wrong.append(f"said {said}")
     figures = {"kind": kind, "victim": victim, "sharding": sharding, "timeout": timeout}
     figures |= {"struck": f"step {step}, {phase}", "ended": seconds, "said": said}
-    return Trial(
-        f"{kind} rank {victim} under {sharding}, step {step}, {phase}, timeout {timeout}: {said}",
-        lives.words(sharding, *settings),
-        folder,
-        names=[],
-        codes=(0,),
-        check=partial(lives.as_if_nothing, wrong, folder, reference),
-        times=lives.TIMES,
-        script=lives.script(sharding),
-        figures=figures,
-    )
+    what = f"{kind} rank {victim} under {sharding}, step {step}, {phase}, timeout {timeout}: {said}"
+    return lives.trial(what, sharding, settings, folder, wrong, reference, figures)
 
 
 def _watched(folder: Path, kind: str, victim: int) -> tuple[float | None, list[str]]:

@@ -13,7 +13,6 @@ over.
 import json
 import random
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -44,16 +43,8 @@ def make(number: int, _: random.Random, folder: Path) -> Trial:
         wrong += lives.wrong_codes(json.loads((folder / CODES).read_text()), victim)
     elif (folder / "run" / "DONE").exists():
         wrong.append("the processes went on without their launcher")
-    return Trial(
-        f"{sharding}, {point}, victim {victim}",
-        lives.words(sharding, *more),
-        folder,
-        names=[],
-        codes=(0,),
-        check=partial(lives.as_if_nothing, wrong, folder, reference),
-        times=lives.TIMES,
-        script=lives.script(sharding),
-    )
+    what = f"{sharding}, {point}, victim {victim}"
+    return lives.trial(what, sharding, more, folder, wrong, reference)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ import shutil
 import signal
 import tempfile
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from tools.campaigns.ranks.launcher import CODES, PIDS
 from tools.campaigns.ranks.moments import REACHED
 from tools.campaigns.signals import newest, prepared, same_end
-from tools.campaigns.trials import Result, start
+from tools.campaigns.trials import Result, Trial, start
 
 LAUNCHER = "tools.campaigns.ranks.launcher"
 EVERY = 2  # steps between two checkpoints
@@ -123,6 +124,29 @@ def steps_of(run: Path) -> dict[int, int]:
     lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
     found = [json.loads(line) for line in lines]
     return {line["step"]: line["tokens"] for line in found if "loss" in line}
+
+
+def trial(
+    what: str,
+    sharding: str,
+    settings: list[str],
+    folder: Path,
+    wrong: list[str],
+    reference: Path,
+    figures: dict[str, Any] | None = None,
+) -> Trial:
+    """The life in which a struck run is to end as if nothing had happened; `as_if_nothing`."""
+    return Trial(
+        what,
+        words(sharding, *settings),
+        folder,
+        names=[],
+        codes=(0,),
+        check=partial(as_if_nothing, wrong, folder, reference),
+        times=TIMES,
+        script=script(sharding),
+        figures=figures or {},
+    )
 
 
 def as_if_nothing(wrong: list[str], folder: Path, reference: Path, result: Result) -> list[str]:
