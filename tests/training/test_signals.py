@@ -335,6 +335,8 @@ def test_a_process_that_fails_alone_does_not_leave_the_others_waiting(
     first, second = run_processes(partial(failing, words=words), tmp_path / "d")
     assert time.monotonic() - began < 600
     said = [(tmp_path / "d" / f"err_{rank}").read_text() for rank in range(2)]
-    assert first == 74, "ended by its heartbeat, while it waits for the other"
+    # Its own call fails when the other has gone, or its heartbeat ends it before that.
+    code = first if isinstance(first, int) else first[0]
+    assert code == 74, first
     assert second[0] == 2, said
     assert "llmnorm: error: rank 1 (host " in said[0] and "out of memory" in said[1]
