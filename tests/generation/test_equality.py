@@ -17,13 +17,14 @@ def test_the_campaign_names_every_model() -> None:
     assert set(equality.SHARES) < set(generation.DRAFTS)
 
 
+@pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_rows_that_differ_are_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], precision: str
 ) -> None:
     """Oracle: the same words with the rows of every pass in their order, and exchanged."""
-    assert equality.main(WORDS) == 0
-    assert "12 of 12 rows equal" in capsys.readouterr().out
+    assert equality.main([*WORDS, precision]) == 0
+    assert "12 of 12 rows equal, 0 ties" in capsys.readouterr().out
     feed = Slots.feed
     monkeypatch.setattr(Slots, "feed", lambda slots, blocks: feed(slots, blocks).flip(0))
     with pytest.raises(WrongTextError):
-        equality.main(WORDS)
+        equality.main([*WORDS, precision])
