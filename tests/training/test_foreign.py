@@ -266,6 +266,17 @@ def test_new_tokens_of_a_template_are_refused(
     assert "of transformers gets no rows for new ones" in line
 
 
+def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the line that names the directory and its rows."""
+    base = directory_of("gpt2", tmp_path / "base", place / "tokenizer", vocab_size=100)
+    arguments = words(place, "text", "gpt2", tmp_path / "run", f"model.pretrained={base}")
+    line = said(capfd, *arguments)
+    assert f"model.pretrained: {base} has 100 embedding rows" in line, line
+    assert not (tmp_path / "run").exists()
+
+
 def test_print_groups_names_the_classs_parameters(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
