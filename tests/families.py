@@ -125,11 +125,14 @@ def packed_rows(count: int, first: int = 0) -> MicroBatch:
     inputs = {"input_ids": ids, "position_ids": positions, "shift_labels": labels}
     bounds = document_bounds(positions)
     counted = int((labels != -100).sum())
+    length = sum(LENGTHS)
+    spans = [(start, start + length) for start in range(0, count * length, length)]
     return MicroBatch(
         {**inputs, **bounds, "loss_only": True},
         counted,
         counted,
         torch.arange(first, first + count),
+        spans,
     )
 
 

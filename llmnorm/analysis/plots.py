@@ -4,7 +4,8 @@
     plot([Path("runs/a"), Path("runs/b")], Path("a-b.png"))
 
 One picture shows all the runs together: loss against tokens and against time, bits per byte by
-source, learning rate, gradient norm and throughput. A single run is shown beside gzip and xz.
+source, learning rate, gradient norm and throughput. A single run is shown beside gzip and xz. A
+second picture shows the load of experts, where a run has measured it (expert_load.py).
 
 What would surprise: the loss axis is scaled to the losses after the first tenth of a run, and that
 of the gradient norm to its lower 98 %; all of them would flatten the rest.
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmnorm.analysis import expert_load
 from llmnorm.analysis.compression import MODEL, References, label, references, verdict
 from llmnorm.part import InputError
 from llmnorm.runs.directory import RunDirectory, existing
@@ -34,7 +36,8 @@ def plot(runs: Sequence[Path], output: Path | None = None) -> None:
     Args:
         runs: run directories.
         output: the picture to write (.png, .pdf, .svg); None: RUN/plots/loss.png for one run,
-            runs.png in the working directory for several.
+            runs.png in the working directory for several. The picture of experts' loads stands
+            beside it, with `-experts` at the end of its name.
 
     Raises:
         InputError: a directory is not a run or has no metrics, or the picture cannot be written.
@@ -49,6 +52,11 @@ def plot(runs: Sequence[Path], output: Path | None = None) -> None:
         output = found[0].plots / "loss.png" if len(found) == 1 else Path("runs.png")
     draw(records, output, rates)
     print(f"plot: {output}")
+    loads = {name: record.expert_load for name, record in records.items() if record.expert_load}
+    if loads:
+        beside = output.with_name(f"{output.stem}-experts{output.suffix}")
+        save(expert_load.picture(loads), beside)
+        print(f"plot: {beside}")
 
 
 def names(runs: Sequence[RunDirectory]) -> list[str]:

@@ -17,6 +17,7 @@ KEPT = (
     "classes",
     "trust_remote_code",
     "dropout",
+    "router_loss",
     "vocab_size",
     "max_position_embeddings",
     "tie_word_embeddings",
@@ -53,6 +54,11 @@ def foreign_refusal(config: "RunConfig") -> str | None:
                 "model.trust_remote_code: is for a class of transformers, and the model is "
                 "llmnorm's own; leave it out"
             )
+        if model.router_loss != "auto":
+            return (
+                f"model.router_loss: {model.router_loss}; llmnorm's own model has no experts to "
+                "balance; leave it out"
+            )
         return None
     if model.pretrained is None:
         return "model.classes: 'transformers' is the class of a directory; add model.pretrained"
@@ -81,6 +87,4 @@ def foreign_refusal(config: "RunConfig") -> str | None:
         )
     if config.parallel.compile:
         return "parallel.compile: is for llmnorm's own blocks; leave it out"
-    if config.logging.health_every is not None:
-        return "logging.health_every: a class of transformers tells nothing; leave it out"
     return None

@@ -236,7 +236,8 @@ class LoggingSettings(Settings):
     """Steps between two lines of metrics.jsonl."""
     health_every: Count | None = None
     """Steps between two lines that hold the mixers' health too (entropies, denominators, decays),
-    measured by one more forward pass over a micro-batch; left out, never."""
+    or of transformers' mixtures the load of every expert; measured by one more forward pass over a
+    micro-batch; left out, never."""
     trackers: list[Tracker] = []
     """Trackers beside metrics.jsonl; `llmnorm[track]` brings tensorboard, wandb and trackio."""
     project: str = "llmnorm"
@@ -263,6 +264,10 @@ class RunModelSettings(ModelSettings):
     dropout: Share | Literal["config"] = 0.0  # type: ignore[assignment]
     """Share of each mixer's and MLP's output that is dropped in training. Of a class of
     transformers 0 or `config`: dropout and router noise as its config.json has them."""
+    router_loss: Literal["auto", "off"] | Annotated[float, Field(gt=0, le=1000)] = "auto"
+    """What the balancing loss of a mixture of experts is multiplied by (of a class of
+    transformers). `auto`: the class's own coefficient where its config.json says
+    `output_router_logits: true`, which few do; else `off`. A run's loss is logged without it."""
     quantize: Literal["nf4"] | None = None
     """`nf4`: store the linear layers of the blocks in 4 bits beside an adapter (QLoRA: Dettmers et
     al. 2023, arXiv 2305.14314); one process, needs `llmnorm[quant]`. Left out, weights that are not

@@ -12,6 +12,7 @@ from llmnorm.exchange.loading import open_source
 from llmnorm.models.convert import named_weights
 from llmnorm.models.foreign import empty_foreign
 from llmnorm.models.looks import look
+from llmnorm.models.router_loss import coefficient
 from llmnorm.parallel.shards import fill_and_shard
 
 
@@ -28,6 +29,7 @@ def report(path: Path) -> str:
     source = open_source(path, classes="transformers")
     assert source.kind is not None
     model = empty_foreign(source.kind, source.config)
+    model.router_loss = coefficient("auto", model)
 
     def fill(modules: Mapping[str, nn.Module]) -> None:
         source.read_into(named_weights(modules))

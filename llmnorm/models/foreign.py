@@ -18,11 +18,14 @@ What would surprise:
 - Dropout and router noise of the class are off unless they are asked for. `saved_config` has the
   values of the directory, for checkpoints and exports.
 - A plain linear head becomes our `LanguageHead`, which can make the loss without the logits.
+- Routers of experts compute in float32, and trained experts are cast to the products' dtype
+  (nn/experts.py). The class's balancing loss is trained where `router_loss` is not 0
+  (models/router_loss.py), whatever its configuration says.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial, wraps
 from typing import Any, Literal, NamedTuple, cast
@@ -36,6 +39,8 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmnorm.models.foreign_head import OwnHead
+from llmnorm.models.router_loss import Balanced, balance_of_rows
+from llmnorm.nn.experts import give_precision, routers, stack_names
 from llmnorm.nn.head import LanguageHead
 from llmnorm.nn.loss import IGNORED, chunk_size, cross_entropy
 from llmnorm.part import InputError
@@ -66,11 +71,15 @@ class Foreign(PreTrainedModel):
         kind: the class.
         saved_config: its configuration as the directory has it.
         ways: how it is run; None before it was looked at.
+        is_mixture: whether it has experts.
+        router_loss: what its balancing loss is multiplied by in training; 0: it is left out.
     """
 
     kind: type[PreTrainedModel]
     saved_config: PreTrainedConfig
     ways: Ways | None
+    is_mixture: bool
+    router_loss: float
     _unit_names: tuple[str, ...]
     _accepted: Callable[[str], bool]
 
@@ -97,12 +106,12 @@ class Foreign(PreTrainedModel):
             documents: where they lie in the rows laid end to end, for `kernels`.
             rows: how documents are kept apart.
         """
-        shape = input_ids.shape
         given = self._inputs(input_ids, position_ids, documents, rows)
-        output = self.base_model(**{n: value for n, value in given.items() if self._accepted(n)})
-        found = getattr(output, "last_hidden_state", None)
-        hidden: Tensor = output[0] if found is None else found
-        return hidden.view(*shape, -1)
+        return _last(self._of_base(given)).view(*input_ids.shape, -1)
+
+    def _of_base(self, given: Mapping[str, Any]) -> Any:
+        """The base model's output; of the arguments it gets those that it takes."""
+        return self.base_model(**{n: value for n, value in given.items() if self._accepted(n)})
 
     def trained(
         self,
@@ -112,27 +121,59 @@ class Foreign(PreTrainedModel):
         label_positions: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         loss_only: bool = True,
+        row_tokens: Sequence[int] | None = None,
+        row_labels: Sequence[int] | None = None,
         **documents: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | Balanced:
         """The loss of a micro-batch, as `LlmNormForCausalLM` takes it with `loss_only`.
+
+        Where `router_loss` is not 0, in training mode and with `row_tokens`, the balancing loss is
+        part of the loss, and the output is a `Balanced`.
 
         Args:
             shift_labels: the label of position i stands at i; -100 is not counted.
             label_positions: (labels,), where labels are in the rows laid end to end; elsewhere the
                 head is not run.
             num_items_in_batch: what the summed loss is divided by; the real labels if None.
+            row_tokens, row_labels: of a mixture, how many tokens of each row are no padding, and
+                how many labels each has.
             documents: `DOCUMENTS`.
         """
         assert self.ways is not None, "looked at before it is trained"
         rows, head = self.ways
-        if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != IGNORED).sum().clamp(min=1)
+        items = num_items_in_batch
+        if items is None:
+            items = (shift_labels != IGNORED).sum().clamp(min=1)
+        given = self._inputs(input_ids, position_ids, documents, rows)
+        balanced = self.router_loss > 0 and self.training and row_tokens is not None
+        if balanced:
+            given["output_router_logits"] = True
+        output: Any
         if head == "logits":
-            given = self._inputs(input_ids, position_ids, documents, rows)
-            logits = self.kind.forward(self, **given).logits.view(*input_ids.shape, -1)
-            loss = cross_entropy(logits, shift_labels, num_items_in_batch)
+            output = self.kind.forward(self, **given)
+            logits = output.logits.view(*input_ids.shape, -1)
+            loss = cross_entropy(logits, shift_labels, items)
+        else:
+            output = self._of_base(given)
+            hidden = _last(output).view(input_ids.numel(), -1)
+            loss = self._summed(hidden, input_ids, shift_labels, label_positions, items)
+        if not balanced:
             return CausalLMOutputWithPast(loss=cast(Any, loss))
-        hidden = self.hidden(input_ids, position_ids, documents, rows).flatten(0, 1)
+        assert row_tokens is not None and row_labels is not None
+        found = getattr(output, "router_logits", None)
+        balance = balance_of_rows(self, found, row_tokens, row_labels) / items
+        return Balanced(loss + self.router_loss * balance, loss.detach(), balance.detach())
+
+    def _summed(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        shift_labels: Tensor,
+        label_positions: Tensor | None,
+        items: Tensor | float,
+    ) -> Tensor:
+        """The summed loss of hidden (tokens, hidden) over `items`, without all logits at once."""
+        assert self.ways is not None
         ids, labels = input_ids.flatten(), shift_labels.flatten()
         if label_positions is not None:
             if not len(label_positions):  # a pass over shards needs all weights on every process
@@ -140,11 +181,10 @@ class Foreign(PreTrainedModel):
             hidden, ids, labels = (
                 t.index_select(0, label_positions) for t in (hidden, ids, labels)
             )
-        if head == "linear":
-            loss = self.get_output_embeddings()(hidden, labels, num_items_in_batch)
-        else:
-            loss = self._by_own_head(hidden, ids, labels) / num_items_in_batch
-        return CausalLMOutputWithPast(loss=cast(Any, loss))
+        if self.ways.head == "linear":
+            loss: Tensor = self.get_output_embeddings()(hidden, labels, items)
+            return loss
+        return self._by_own_head(hidden, ids, labels) / items
 
     def own_logits(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """The class's own logits (batch, length, vocabulary) of given hidden states."""
@@ -227,6 +267,9 @@ def empty_foreign(
     quiet = deepcopy(config)
     if not dropout:
         _without_noise(quiet)
+    for each in (quiet, quiet.get_text_config()):  # they are asked for where they are wanted
+        if getattr(each, "output_router_logits", False):
+            each.output_router_logits = False
     model = skeleton(kind, quiet)
     if model.base_model is model:
         raise InputError(
@@ -234,10 +277,13 @@ def empty_foreign(
             "be asked for"
         )
     names = _unit_names(model)
+    is_mixture = bool(routers(model)) or any(stack_names(m) for m in model.modules())
+    give_precision(model)
     _give_language_head(model)
     model.__class__ = type(kind.__name__, (Foreign, kind), {"forward": _forward(kind)})
     foreign = cast(Foreign, model)
     foreign.kind, foreign.saved_config, foreign.ways = kind, deepcopy(config), None
+    foreign.is_mixture, foreign.router_loss = is_mixture, 0.0
     foreign._unit_names, foreign._accepted = names, _accepts(type(model.base_model))
     foreign.config.use_cache = False
     foreign.tie_weights()
@@ -305,6 +351,13 @@ def _give_language_head(model: PreTrainedModel) -> None:
         own = LanguageHead(head.in_features, head.out_features, bias=head.bias is not None)
     own.weight, own.bias, own.training = head.weight, head.bias, head.training
     model.set_submodule(name, own)
+
+
+def _last(output: Any) -> Tensor:
+    """The last hidden states of a base model's output."""
+    found = getattr(output, "last_hidden_state", None)
+    hidden: Tensor = output[0] if found is None else found
+    return hidden
 
 
 def _without_noise(config: PreTrainedConfig) -> None:

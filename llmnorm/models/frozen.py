@@ -1,9 +1,10 @@
 """What of a model is trained, and how the rest is stored.
 
 Frozen weights are stored in the dtype of the products that they make. Under `precision: bf16` those
-of linear layers, of the head and of the embedding are bfloat16: autocast would round the weight of
-a layer to bfloat16 at every use, so products are equal to the bit. The embedding's output is
-widened to float32 again, since the residual stream begins with it; norms and biases stay float32.
+of linear layers, of experts, of the head and of the embedding are bfloat16: autocast would round
+the weight of a layer to bfloat16 at every use, so products are equal to the bit. The embedding's
+output is widened to float32 again, since the residual stream begins with it; norms, biases and the
+routers of experts (nn/experts.py) stay float32.
 
 What would surprise: an embedding whose file is float32 is rounded by this, once, when it is loaded;
 one whose file is bfloat16 is not.
@@ -19,6 +20,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from llmnorm.models.adapters import is_adapter
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.nn.experts import can_be_narrow, routers, stack_names
 from llmnorm.nn.norms.contract import Norm
 from llmnorm.nn.norms.running import RunningNorm
 
@@ -72,16 +74,21 @@ def kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], boo
 
 
 def narrow(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Store the frozen weights of linear layers and embeddings in `dtype`, the products' own.
+    """Store frozen weights of linear layers, experts and embeddings in `dtype`, the products' own.
 
-    Those that a class of transformers keeps in float32 stay so.
+    Those that a class of transformers keeps in float32 stay so, and routers.
 
     Args:
         model: on the meta device, after `freeze`.
     """
-    wide = kept_wide(model, dtype)
+    wide, kept = kept_wide(model, dtype), {id(router) for router in routers(model).values()}
     for name, module in model.named_modules():
-        if wide(f"{name}.weight"):
+        for stack in stack_names(module):
+            parameter = module.get_parameter(stack)
+            narrowed = not parameter.requires_grad and can_be_narrow(parameter)
+            if narrowed and not wide(f"{name}.{stack}"):
+                parameter.data = parameter.data.to(dtype)
+        if wide(f"{name}.weight") or id(module) in kept:
             continue
         if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(dtype)

@@ -12,6 +12,7 @@ its head adds. So a row of three short documents is run:
 - head: the class's own logits are those of a linear head, also of hidden states 30 times as large,
   since a cap is invisible in small logits; else those of its own forward pass on hidden states.
 - loss: the class's own `labels=` loss is the cross-entropy of its logits.
+- router loss: the balancing loss of a row is the class's own, where it is to be trained.
 - recomputation: gradients are those without it.
 
 All processes make the same passes on the same tokens.
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.models.foreign import Foreign, Head, Rows, Ways
+from llmnorm.models.router_loss import balance_beside_own
 from llmnorm.nn.head import LanguageHead
 from llmnorm.nn.loss import cross_entropy
 from llmnorm.part import InputError
@@ -100,13 +102,15 @@ def look(
 
     Raises:
         InputError: no way keeps documents apart; numbers are not finite; recomputation gives other
-            gradients; or the class draws random numbers that dropout does not name.
+            gradients; the class draws random numbers that dropout does not name; or its balancing
+            loss is not that of the router logits it returns.
     """
     was_training, ways = model.training, model.ways
     with autocast():
         try:
             model.train()
-            return _Looks(model, gradient or _by_autograd, recomputes, dropout).all()
+            looks = _Looks(model, gradient or _by_autograd, recomputes, dropout, was_training)
+            return looks.all()
         finally:
             model.ways = model.ways or ways
             model.train(was_training)
@@ -121,10 +125,11 @@ class _Looks:
         gradient: Callable[[Tensor, Tensor], Tensor],
         recomputes: bool,
         dropout: bool,
+        trains: bool = True,
     ) -> None:
         self.model, self.name = model, model.kind.__name__
         self.gradient = gradient
-        self.recomputes, self.dropout = recomputes, dropout
+        self.recomputes, self.dropout, self.trains = recomputes, dropout, trains
         self.device = next(model.parameters()).device
         rows = model.get_input_embeddings().num_embeddings
         draws = torch.Generator().manual_seed(0)
@@ -148,6 +153,9 @@ class _Looks:
         head = self._head()
         self.model.ways = Ways(rows, head)
         self._loss()
+        if self.model.is_mixture and self.trains:
+            ids = self.ids[:, slice(*_SPANS[1])]
+            self._say("router loss", balance_beside_own(self.model, ids, self.bound))
         self._reach()
         if self.recomputes:
             self._recomputation(rows)

@@ -37,10 +37,37 @@ class _Document(NamedTuple):
 def as_asked(
     model: "PreTrainedModel", batches: list[MicroBatch], parallel: Parallel
 ) -> list[MicroBatch]:
-    """The micro-batches of a step as the model wants them: as they are, or `apart`."""
-    if isinstance(model, Foreign) and model.apart:
-        return apart(batches, parallel)
-    return batches
+    """The micro-batches of a step as the model wants them: as they are, or `apart`.
+
+    Those of a mixture of experts say besides what each row is of (`with_row_sizes`).
+    """
+    if not isinstance(model, Foreign):
+        return batches
+    if model.apart:
+        batches = apart(batches, parallel)
+    return [with_row_sizes(batch) for batch in batches] if model.is_mixture else batches
+
+
+def with_row_sizes(batch: MicroBatch) -> MicroBatch:
+    """The same micro-batch, telling a mixture of experts the tokens and labels of each row.
+
+    `row_tokens` are those in front of a row's padding (all, without `spans`); a row without labels
+    has none. They are numbers of the host, since the model cuts its rows by them and a device would
+    be waited for.
+    """
+    labels = batch.inputs["shift_labels"]
+    assert isinstance(labels, Tensor)
+    counts = (labels.numpy() != IGNORED).sum(1)
+    length = labels.shape[1]
+    tokens = np.full(len(counts), 0 if batch.spans else length)
+    for _, stop in batch.spans:
+        row = (stop - 1) // length
+        tokens[row] = max(tokens[row], stop - row * length)
+    sizes = {
+        "row_tokens": tuple(np.where(counts > 0, tokens, 0).tolist()),
+        "row_labels": tuple(counts.tolist()),
+    }
+    return batch._replace(inputs={**batch.inputs, **sizes})
 
 
 def apart(batches: Sequence[MicroBatch], parallel: Parallel) -> list[MicroBatch]:
@@ -104,7 +131,7 @@ def _laid_out(group: Sequence[_Document]) -> MicroBatch:
         labels[row, : len(document.ids)] = document.labels
         spans.append((row * longest, row * longest + len(document.ids)))
     positions = np.flatnonzero(labels != IGNORED)
-    inputs: dict[str, Tensor | int] = {
+    inputs: dict[str, Tensor | int | tuple[int, ...]] = {
         "input_ids": torch.from_numpy(ids),
         "shift_labels": torch.from_numpy(labels),
         "label_positions": torch.from_numpy(positions),

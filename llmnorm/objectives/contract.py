@@ -33,7 +33,7 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         inputs: the model's arguments by name, labels among them; tensors are on the CPU. Those of
-            language models in training ask for no logits (`loss_only`).
+            language models in training ask for no logits (`loss_only`). Tuples stay on the CPU.
         labels: how many labels of this micro-batch count in the loss.
         tokens: how many of its tokens count as trained on, which rate and MFU are taken of: the
             labels of causal_lm, all tokens that masked_lm, classification and sft read.
@@ -44,7 +44,7 @@ class MicroBatch(NamedTuple):
         teacher: the model whose distributions take the place of the labels, if there is one.
     """
 
-    inputs: Mapping[str, Tensor | int]
+    inputs: Mapping[str, Tensor | int | tuple[int, ...]]
     labels: int
     tokens: int
     rows: Tensor

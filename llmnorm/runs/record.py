@@ -16,6 +16,18 @@ ALL = "all"  # stands for every source, weighted by training bytes
 COLUMNS = ("step", "tokens", "seconds", "loss", "grad_norm", "lr", "tokens_per_second")
 
 
+class Load(NamedTuple):
+    """The load of a layer's experts at one step (training/expert_load.py).
+
+    Attributes:
+        tokens: trained on so far.
+        shares: of each expert; together 1.
+    """
+
+    tokens: float
+    shares: list[float]
+
+
 class Record(NamedTuple):
     """What metrics.jsonl holds.
 
@@ -25,12 +37,15 @@ class Record(NamedTuple):
         bits_per_byte: of the last evaluation, ALL first, then each source by name; empty for an
             objective without bits per byte.
         damaged: a sentence about damaged lines, which are left out; None if there are none.
+        expert_load: by layer the loads of its experts along the run; empty where none were
+            measured.
     """
 
     training: dict[str, list[float]]
     validation: dict[str, list[float]]
     bits_per_byte: dict[str, float]
-    damaged: str | None = None
+    damaged: str | None
+    expert_load: dict[str, list[Load]]
 
 
 def read_metrics(path: Path) -> Record:
@@ -46,6 +61,7 @@ def read_metrics(path: Path) -> Record:
     training: dict[str, list[float]] = {key: [] for key in COLUMNS}
     validation: dict[str, list[float]] = {key: [] for key in COLUMNS[:4]}
     bits_per_byte: dict[str, float] = {}
+    loads: dict[str, list[Load]] = {}
     for entry in lines.entries:
         try:
             if "validation" in entry.value:
@@ -60,6 +76,10 @@ def read_metrics(path: Path) -> Record:
                 into = validation
             else:
                 row, into = _row(entry.value, training), training
+                for layer, figures in entry.value.get("health", {}).items():
+                    if found := figures.get("expert_load"):
+                        load = Load(_number(entry.value["tokens"]), [*map(_number, found)])
+                        loads.setdefault(layer, []).append(load)
         except (ValueError, KeyError, TypeError, AttributeError):
             damaged.append((entry.number, entry.raw))
             continue
@@ -69,7 +89,7 @@ def read_metrics(path: Path) -> Record:
     if not training["loss"] and not validation["loss"]:
         text = damage(path, damaged)
         raise InputError(f"{path} holds no loss yet; {text or 'train the run first'}")
-    return Record(training, validation, bits_per_byte, damage(path, sorted(damaged)))
+    return Record(training, validation, bits_per_byte, damage(path, sorted(damaged)), loads)
 
 
 def _row(entry: Mapping[str, Any], keys: Iterable[str]) -> list[float]:

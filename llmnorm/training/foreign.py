@@ -24,6 +24,8 @@ from llmnorm.models.foreign import Foreign, Head, Rows, Ways, empty_foreign, ske
 from llmnorm.models.foreign_adapters import foreign_targets, inject_in_blocks
 from llmnorm.models.frozen import freeze, narrow
 from llmnorm.models.looks import WIDTH, Looks, look
+from llmnorm.models.router_loss import coefficient
+from llmnorm.nn.experts import stacked_modules
 from llmnorm.objectives.apart import padding
 from llmnorm.objectives.contract import MicroBatch, Objective
 from llmnorm.optim.fragments import master, whole_shape
@@ -45,8 +47,9 @@ def foreign_model(
     Raises:
         InputError: the directory cannot be read, or has no class that can be trained so; the
             vocabulary is too small for the tokenizer, the context longer than the model's; the
-            tokenizer wants tokens that the model has no rows for; or the base is another one than
-            the checkpoint names.
+            tokenizer wants tokens that the model has no rows for; a mixture's balancing loss or its
+            load is asked for and cannot be had; or the base is another one than the checkpoint
+            names.
     """
     if start is not None and not config.freezes:
         found = class_of_run(start.meta, str(start.path))
@@ -276,6 +279,12 @@ def _finish(config: RunConfig, objective: Objective, model: Foreign, ends: Token
         raise InputError(
             f"parallel.activation_checkpointing: {name} of transformers cannot be recomputed; "
             "leave it out"
+        )
+    model.router_loss = coefficient(config.model.router_loss, model)
+    if config.logging.health_every is not None and not stacked_modules(model):
+        raise InputError(
+            "logging.health_every: a class of transformers tells the load of its experts alone, "
+            f"and {name} has none; leave it out"
         )
     for each in (model.config, model.saved_config):
         each.eos_token_id = ends

@@ -4,7 +4,7 @@
 
 Layers are counted from 0; a layer is left out if its mixer has no figures. nn/mixers/health.py
 describes the figures. Every process measures a micro-batch of its own, and the results are combined
-into one number.
+into one number. Of a class of transformers it is the load of the experts (expert_load.py).
 
 What would surprise: this is one more forward pass, without gradients and dropout. Compiled blocks
 run uncompiled in it, so that nothing is compiled for it.
@@ -16,20 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmnorm.models.foreign import Foreign
 from llmnorm.nn.mixers.contract import Mixer
 from llmnorm.parallel.processes import Parallel
+from llmnorm.training.expert_load import expert_load
 
 
 @torch.no_grad()
 def health(
     model: nn.Module, inputs: Mapping[str, Any], parallel: Parallel
-) -> dict[str, dict[str, float]]:
+) -> Mapping[str, Mapping[str, float | list[float]]]:
     """The figures of each layer; every process must call it.
 
     Args:
         model: its mode is restored afterwards.
         inputs: the model's arguments, labels among them, on this process's device.
     """
+    if isinstance(model, Foreign):
+        return expert_load(model, inputs, parallel)
     found: list[dict[str, Tensor]] = []
 
     def look(mixer: Mixer, given: tuple[Any, ...]) -> None:

@@ -106,6 +106,8 @@ def keep_line(
         "lr": outcome.lr,
         "skipped_steps": progress.skipped_steps,
     }
+    if isinstance(run.model, Foreign) and run.model.router_loss:
+        line["router_loss"] = outcome.router_loss
     if run.selecting is not None:
         run.selecting.step_ended()
     for note in run.stragglers.notes():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmnorm.machine.phases import DEVICE, LOOP
 from llmnorm.models.foreign import Foreign
+from llmnorm.models.router_loss import Balanced
 from llmnorm.objectives.contract import MicroBatch
 from llmnorm.optim.fragments import master
 from llmnorm.parallel.processes import Parallel
@@ -29,7 +30,9 @@ class Outcome(NamedTuple):
     """What a step has found, the same on every process.
 
     Attributes:
-        loss: mean over the step's labels, nats.
+        loss: mean over the step's labels, nats; of a mixture of experts without its balancing loss.
+        router_loss: that balancing loss before its coefficient, the mean over the step's rows
+            weighted by their labels; 0 where none is trained.
         grad_norm: global norm of the gradients before clipping.
         lr: learning rate of the first parameter group.
         tokens: trained on in this step, over all processes.
@@ -37,6 +40,7 @@ class Outcome(NamedTuple):
     """
 
     loss: float
+    router_loss: float
     grad_norm: float
     lr: float
     tokens: int
@@ -58,21 +62,22 @@ def step(run: Prepared, micro_batches: list[MicroBatch], stop: StopRequest) -> O
     phases = parallel.phases
     torch.manual_seed(run.noise_seed + progress.step * 65_537 + parallel.rank)
     counts = count(micro_batches, parallel)
-    loss = forward_backward(run.replica, micro_batches, counts[0], parallel)
+    balance = torch.zeros((), device=parallel.device)
+    loss = forward_backward(run.replica, micro_batches, counts[0], parallel, balance)
     phases.enter("exchange")
     norm = parallel.clip(run.parameters, run.config.training.max_grad_norm)
     run.hyperparameters.set(optimizer.param_groups, progress.step)
 
-    # One reduction serves the loss, the agreement to stop and the processes' times; one read all.
-    mine = torch.stack([loss, loss.new_full((), stop.exit_code)])
+    # One reduction serves the losses, the agreement to stop and the processes' times; one read all.
+    mine = torch.stack([loss, balance, loss.new_full((), stop.exit_code)])
     reduced = parallel.reduce(torch.cat([mine, run.stragglers.slots(loss)]))
     read = torch.cat([reduced.double(), norm.double().view(1), counts.double()])
     with phases.waiting(DEVICE):
-        mean_loss, stopping, *seconds, grad_norm, _, tokens = read.tolist()
+        mean_loss, router_loss, stopping, *seconds, grad_norm, _, tokens = read.tolist()
     run.stragglers.hear(seconds, progress.step + 1)
     exit_code = stop.agree(round(stopping))
     lr = optimizer.param_groups[0]["lr"]
-    outcome = Outcome(mean_loss, grad_norm, lr, round(tokens), exit_code)
+    outcome = Outcome(mean_loss, router_loss, grad_norm, lr, round(tokens), exit_code)
 
     if outcome.finite:
         optimizer.step()
@@ -101,16 +106,22 @@ def count(micro_batches: list[MicroBatch], parallel: Parallel) -> Tensor:
 
 
 def forward_backward(
-    replica: nn.Module, micro_batches: list[MicroBatch], labels: Tensor, parallel: Parallel
+    replica: nn.Module,
+    micro_batches: list[MicroBatch],
+    labels: Tensor,
+    parallel: Parallel,
+    balance: Tensor | None = None,
 ) -> Tensor:
     """Gradients of the global mean loss over this process's micro-batches.
 
     Args:
         replica: what `Parallel.prepare` has returned.
         labels: 0-dim, on the device: what the summed loss is divided by, at least 1.
+        balance: 0-dim, on the device: this process's share of the balancing loss is added to it,
+            where one is trained (models/router_loss.py).
 
     Returns:
-        This process's share of the loss, 0-dim float32 on the device.
+        This process's share of the loss, 0-dim float32 on the device, without the balancing loss.
     """
     items = labels.clamp(min=1)
     total = torch.zeros((), device=parallel.device)
@@ -118,10 +129,16 @@ def forward_backward(
         parallel.phases.enter("forward")
         with parallel.accumulate(last=number == len(micro_batches) - 1):
             inputs = batch.inputs_on(parallel.device)
-            loss = replica(**inputs, num_items_in_batch=items).loss
+            output = replica(**inputs, num_items_in_batch=items)
         parallel.phases.enter("backward")
-        parallel.backward(loss)
-        total += loss.detach()
+        parallel.backward(output.loss)
+        if isinstance(output, Balanced):
+            assert output.cross_entropy is not None and output.balance is not None
+            total += output.cross_entropy
+            if balance is not None:
+                balance += output.balance
+        else:
+            total += output.loss.detach()
     parallel.collect_gradients()
     return total
 

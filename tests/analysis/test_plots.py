@@ -95,6 +95,28 @@ def test_several_runs_share_a_picture_and_are_told_by_name(run: Path, capsys) ->
     assert "<!-- not evaluated yet -->" in drawn(run.parent / "one.svg")
 
 
+def test_the_load_of_experts_has_a_picture_of_its_own(run: Path, capsys) -> None:
+    """Oracle: the texts of the SVG; of two runs one has measured loads, in two layers of three."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    load = {"expert_load": [0.7, 0.2, 0.1]}
+    lines = [
+        line | {"health": {"0": {"entropy": 0.5}, "1": load, "3": load}}
+        if line["step"] % 10 == 0 and "loss" in line
+        else line
+        for line in lines
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    record = read_metrics(run / "metrics.jsonl")
+    assert [*record.expert_load] == ["1", "3"] and record.damaged is None
+    assert record.expert_load["3"][1] == (2000, [0.7, 0.2, 0.1])
+    plot([run], run / "one.svg")
+    assert capsys.readouterr().out == f"plot: {run}/one.svg\nplot: {run}/one-experts.svg\n"
+    texts = drawn(run / "one-experts.svg")
+    for text in ("Load of the experts: small-run", "layer 1", "layer 3", "expert"):
+        assert f"<!-- {text} -->" in texts, text
+    assert "layer 0" not in texts
+
+
 def test_more_runs_than_colours_are_drawn(run: Path) -> None:
     """Oracle: every name stands in the legend."""
     record = read_metrics(run / "metrics.jsonl")

@@ -33,11 +33,13 @@ class Found(NamedTuple):
         ways: how the model was found to be run.
         losses: of the steps, and of one more.
         norms: of their gradients.
+        balances: of the mixture's balancing loss, 0 where none is trained.
     """
 
     ways: list[str]
     losses: list[float]
     norms: list[float]
+    balances: list[float]
 
 
 def steps(
@@ -47,8 +49,13 @@ def steps(
     adapter: bool = False,
     recomputed: bool = False,
     micro_batches: int = 1,
+    router_loss: float = 0.0,
 ) -> Found:
-    """Train a tiny model of a family for some steps of AdamW; every process makes the call."""
+    """Train a tiny model of a family for some steps of AdamW; every process makes the call.
+
+    Args:
+        router_loss: what a mixture's balancing loss is multiplied by.
+    """
     parallel = Parallel(
         ParallelSettings(sharding=sharding, activation_checkpointing=recomputed),
         TrainingSettings(steps=1, device="cpu"),
@@ -61,6 +68,7 @@ def steps(
         inject_in_blocks(model, settings, names, blocks)
         freeze(model, norms=False, new_head=False)
     values = own.state_dict()
+    model.router_loss = router_loss
 
     def fill(modules: Any) -> None:
         with torch.no_grad():
@@ -75,7 +83,7 @@ def steps(
     optimizer = AdamWSettings(lr=1e-3).build(groups, parallel.exchange())
     parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
     share = ROWS // parallel.world // micro_batches
-    losses, norms = [], []
+    losses, norms, balances = [], [], []
     for step in range(STEPS + 1):
         first = step * ROWS + parallel.rank * share * micro_batches
         batches = [packed_rows(share, first + share * n) for n in range(micro_batches)]
@@ -83,7 +91,9 @@ def steps(
             check(parallel, model, torch.cat([batch.rows for batch in batches]))
         batches = as_asked(model, batches, parallel)
         labels, _ = count(batches, parallel)
-        loss = parallel.reduce(forward_backward(replica, batches, labels, parallel))
+        balance = torch.zeros(())
+        loss = parallel.reduce(forward_backward(replica, batches, labels, parallel, balance))
+        balances.append(float(parallel.reduce(balance)))
         norms.append(float(parallel.clip(parameters, 1.0)))
         losses.append(float(loss))
         if step < STEPS:
@@ -91,4 +101,4 @@ def steps(
         optimizer.zero_grad(set_to_none=True)
         parallel.end_step()
     assert model.ways is not None
-    return Found([*model.ways], losses, norms)
+    return Found([*model.ways], losses, norms, balances)

@@ -16,7 +16,9 @@ CELLS: dict[str, tuple[str, str, dict[str, Any]]] = {
         ("gemma2", "fsdp2", {"recomputed": True}),
         ("gemma2", "zero3", {}),
         ("gpt_oss", "fsdp2", {"adapter": True}),
-        ("gpt_oss", "zero3", {}),
+        ("gpt_oss", "zero3", {"router_loss": 0.5}),
+        ("qwen3_moe", "ddp", {"router_loss": 0.5, "micro_batches": 2}),
+        ("qwen3_moe", "fsdp2", {"router_loss": 0.5, "recomputed": True}),
         ("falcon_h1", "ddp", {}),
         ("falcon_h1", "fsdp2", {}),
         ("mamba2", "zero3", {"adapter": True}),
@@ -61,9 +63,12 @@ def test_two_processes_train_what_one_does(two: dict[str, Any], name: str) -> No
     if name not in two:
         pytest.skip("the extra deepspeed is not installed")
     family, _, options = CELLS[name]
-    ways, losses, norms = two[name]
-    alone = steps(family, "none", adapter="adapter" in options)
+    ways, losses, norms, balances = two[name]
+    kept = {key: options[key] for key in ("adapter", "router_loss") if key in options}
+    alone = steps(family, "none", **kept)
     assert ways == alone.ways
     assert losses == pytest.approx(alone.losses, rel=1e-5)
     assert norms == pytest.approx(alone.norms, rel=1e-4)
+    assert balances == pytest.approx(alone.balances, rel=1e-5)
+    assert all(balances) is ("router_loss" in options)
     assert losses[-1] != losses[0]

@@ -48,6 +48,20 @@ def test_every_arm_is_a_configuration_of_its_own(name: str) -> None:
     assert list(protocol.configs) == list(module.ARMS)
 
 
+def test_every_arm_of_the_mixtures_is_a_configuration_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the comparison's own reading of the directory of random weights, made as it is."""
+    module = script("mixtures")
+    module.make_random(tmp_path)
+    every = module.arms()
+    shared = [f"model.pretrained={tmp_path}"]
+    arms = read_arms(ROOT / module.BASE, shared, [[n, *words] for n, words in every.items()])
+    protocol = read_protocol(arms, seeds=3)
+    found = [config.model.router_loss for config in protocol.configs.values()]
+    assert found == ["off", 0.01] * 3
+
+
 @pytest.mark.parametrize(
     ("name", "results", "page"),
     [

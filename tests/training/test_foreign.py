@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from llmnorm import cli
 from llmnorm.models import adapters
 from llmnorm.part import InputError
+from llmnorm.runs.record import read_metrics
 from llmnorm.training import foreign, loop
 from tests.distributed.processes import command, launch_environment
 from tests.distributed.processes import run as run_processes
@@ -187,6 +188,30 @@ def test_samples_are_the_classs_own(place: Path, tmp_path: Path) -> None:
     assert sample["continuation"] == tokenizer.decode(answer, skip_special_tokens=True)
 
 
+def test_a_mixtures_balancing_loss_is_logged_apart_with_the_load_of_its_experts(
+    place: Path, tmp_path: Path
+) -> None:
+    """Oracle: the run without it, whose first step has the same weights."""
+    asked = {"output_router_logits": True, "router_aux_loss_coef": 2.5}
+    directory_of("qwen3_moe", tmp_path / "base", place / "tokenizer", **asked)
+    more = [f"model.pretrained={tmp_path / 'base'}", "logging.health_every=2", "adapter=lora"]
+    more += ["training.precision=bf16", "training.micro_batch=2", "evaluation.every=4"]
+    for name in ("off", "auto"):
+        at = words(place, "text", "llama", tmp_path / name, *more, f"model.router_loss={name}")
+        llmnorm("train", *at)
+    off, auto = (metrics_of(tmp_path / name) for name in ("off", "auto"))
+    assert not any("router_loss" in line for line in off)
+    for line in (line for line in auto if "loss" in line):
+        assert 1.9 < line["router_loss"] < 4.1  # 2 of 4 experts: 2 if balanced, at most 4
+    assert auto[0]["loss"] == pytest.approx(off[0]["loss"], rel=1e-6)  # the cross-entropy alone
+    assert auto[0]["grad_norm"] != pytest.approx(off[0]["grad_norm"], rel=1e-3)
+    assert auto[-1]["validation"]["loss"] < 1.3 * off[-1]["validation"]["loss"]
+    loads = read_metrics(tmp_path / "auto" / "metrics.jsonl").expert_load
+    assert [*loads] == ["0", "1"] and [len(found) for found in loads.values()] == [2, 2]
+    for load in (load for found in loads.values() for load in found):
+        assert len(load.shares) == 4 and sum(load.shares) == pytest.approx(1, abs=1e-5)
+
+
 def test_a_dry_run_shows_the_table_and_writes_nothing(
     place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,7 +245,9 @@ def test_a_dry_run_shows_the_table_and_writes_nothing(
         (["objective.name=distill", "objective.teacher=x"], "choose causal_lm or sft"),
         (["selection=random", "selection.pool=8"], "selection: measures rows in llmnorm's own"),
         (["parallel.compile=true"], "parallel.compile: is for llmnorm's own blocks"),
-        (["logging.health_every=1"], "logging.health_every: a class of transformers"),
+        (["logging.health_every=1"], "health_every: a class .* the load of its experts .* none"),
+        (["model.router_loss=0.01"], "router_loss: 0.01; GPT2LMHeadModel .* no balancing loss"),
+        (["model.router_loss=on"], "model.router_loss: .*'on'"),
         (["optimizer.lr=auto"], "the Step Law"),
         (["data.context_length=1000"], "is more than model.max_position_embeddings 128"),
         (["--print-memory"], "--print-memory: counts the step of llmnorm's own classes"),
@@ -243,6 +270,7 @@ def test_what_a_foreign_class_cannot_have_is_refused_by_name(
     [
         (["model.dropout=config"], "model.dropout: 'config' is for a class of transformers"),
         (["model.trust_remote_code=true"], "model.trust_remote_code: is for a class"),
+        (["model.router_loss=0.1"], "model.router_loss: 0.1; llmnorm's own model has no experts"),
     ],
 )
 def test_what_our_own_class_cannot_have_is_refused_by_name(

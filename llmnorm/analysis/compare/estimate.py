@@ -77,7 +77,10 @@ def _operations(config: RunConfig, row_tokens: int) -> float:
     from llmnorm.models.building import class_of
     from llmnorm.models.configuration import LlmNormConfig
     from llmnorm.models.flops import flops_per_token
+    from llmnorm.training.foreign import outline_of_foreign
 
+    if config.model.foreign:
+        return flops_per_token(outline_of_foreign(config), row_tokens)
     settings = LlmNormConfig.from_settings(
         config.model,
         vocab_size=_vocabulary(config),
