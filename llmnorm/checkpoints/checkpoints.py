@@ -49,7 +49,7 @@ from llmnorm.checkpoints.fragments import Ends, begun_rows, fill, touched_rows
 from llmnorm.checkpoints.store import LATEST, Keep, Store
 from llmnorm.config.manifest import Damaged
 from llmnorm.machine.phases import Phases
-from llmnorm.optim.fragments import Fragment
+from llmnorm.optim.fragments import Fragment, Rows
 from llmnorm.part import InputError
 
 __all__ = ["Checkpoint", "Checkpoints", "Interval", "State", "own_rows"]
@@ -343,12 +343,14 @@ def own_rows(name: str, tensor: Tensor) -> Tensor | Interval:
 
     Args:
         name: the tensor's, for the message.
-        tensor: a plain tensor or a fragment; or a DTensor that is replicated, or sharded along dim
-            0 over one axis of its mesh (and replicated over the others).
+        tensor: a plain tensor, a fragment or rows; or a DTensor that is replicated, or sharded
+            along dim 0 over one axis of its mesh (and replicated over the others).
 
     Raises:
         InputError: it is a DTensor of another placement; a checkpoint holds rows only.
     """
+    if isinstance(tensor, Rows):
+        return Interval(tensor.as_subclass(Tensor), tensor.start, tensor.whole)
     if not isinstance(tensor, DTensor):
         return tensor
     split = [axis for axis, p in enumerate(tensor.placements) if not p.is_replicate()]

@@ -71,6 +71,7 @@ class Foreign(PreTrainedModel):
         kind: the class.
         saved_config: its configuration as the directory has it.
         ways: how it is run; None before it was looked at.
+        fused: linear layers that hold several projections (fused.py), if that was looked at.
         is_mixture: whether it has experts.
         router_loss: what its balancing loss is multiplied by in training; 0: it is left out.
     """
@@ -78,6 +79,7 @@ class Foreign(PreTrainedModel):
     kind: type[PreTrainedModel]
     saved_config: PreTrainedConfig
     ways: Ways | None
+    fused: Mapping[str, tuple[int, ...]]
     is_mixture: bool
     router_loss: float
     _unit_names: tuple[str, ...]
@@ -283,6 +285,7 @@ def empty_foreign(
     model.__class__ = type(kind.__name__, (Foreign, kind), {"forward": _forward(kind)})
     foreign = cast(Foreign, model)
     foreign.kind, foreign.saved_config, foreign.ways = kind, deepcopy(config), None
+    foreign.fused = {}
     foreign.is_mixture, foreign.router_loss = is_mixture, 0.0
     foreign._unit_names, foreign._accepted = names, _accepts(type(model.base_model))
     foreign.config.use_cache = False

@@ -1,5 +1,6 @@
 """From settings and groups to an optimizer, and the table that `--print-groups` prints."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from llmnorm.optim import nap
 from llmnorm.optim.adamw import AdamW
+from llmnorm.optim.fragments import whole_shape
 from llmnorm.optim.groups import Groups, check_gradients, matrices, width
 from llmnorm.optim.settings import AdamWSettings, MatrixSettings, OptimizerSettings
 from llmnorm.optim.stacks import Hyperparameters, RuleOptimizer
@@ -76,7 +78,7 @@ def raise_rates(
         factors: parameter's name -> factor on the rate of its group.
     """
     by_factor: dict[float, set[int]] = {}
-    for members in groups:
+    for members in (groups.matrices, groups.auxiliary):
         for name, parameter in members.items():
             if name in factors:
                 by_factor.setdefault(factors[name], set()).add(id(parameter))
@@ -94,34 +96,63 @@ def raise_rates(
 def describe(
     settings: OptimizerSettings, groups: Groups, factors: Mapping[str, float] | None = None
 ) -> str:
-    """A line for every matrix and auxiliary parameter: name, shape, rule, lr, weight decay.
+    """A line for every matrix and auxiliary parameter: name, shape, rule, lr, weight decay, a note.
+
+    The experts of a stack are one line, `8 of 48 x 32`. AdamW cuts and transposes nothing.
 
     Args:
         factors: as in `raise_rates`.
     """
     factors = factors or {}
     rates = _rates(settings, groups)
-    sizes = getattr(settings, "split_sizes", {})
-    rows: list[tuple[str, ...]] = [("parameter", "shape", "rule", "lr", "weight decay")]
-    for matrix in matrices(groups, sizes):
+    own = isinstance(settings, MatrixSettings)
+    layouts = groups.layouts if own else {}
+    found = matrices(groups._replace(layouts=layouts), getattr(settings, "split_sizes", {}))
+    rows: list[tuple[str, ...]] = [("parameter", "shape", "rule", "lr", "weight decay", "")]
+    for matrix in found:
         lr, decay = rates["matrices"]
         lr *= factors.get(matrix.name, 1.0)
         shape = f"{matrix.rows} x {matrix.columns}"
-        name = matrix.name + matrix.suffix
-        rows.append((name, shape, settings.label, _number(lr), _number(decay)))
+        if len(whole_shape(matrix.parameter)) == 3:
+            shape = f"{matrix.count} of {shape}"
+        notes = ["transposed"] if matrix.transposed else []
+        if not matrix.suffix and matrix.name in layouts and layouts[matrix.name].note:
+            notes.append(f"one matrix: {layouts[matrix.name].note}")
+        name, note = matrix.name + matrix.suffix, "; ".join(notes)
+        rows.append((name, shape, settings.label, _number(lr), _number(decay), note))
     for name, parameter in groups.auxiliary.items():
         lr, decay = rates["auxiliary"]
         lr *= factors.get(name, 1.0)
         shape = " x ".join(map(str, parameter.shape)) or "scalar"
-        rows.append((name, shape, "adamw", _number(lr), _number(decay)))
+        rows.append((name, shape, "adamw", _number(lr), _number(decay), ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    counts = [sum(p.numel() for p in members.values()) for members in groups]
+    counts = [sum(p.numel() for p in members.values()) for members in groups[:2]]
     lines.append(
-        f"{counts[0]} numbers in {len(groups.matrices)} hidden matrices, "
+        f"{counts[0]} numbers in {sum(matrix.count for matrix in found)} hidden matrices, "
         f"{counts[1]} in {len(groups.auxiliary)} auxiliary parameters"
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def describe_matrices(groups: Groups) -> str:
+    """What the matrices of a rule are found in, and how many numbers AdamW trains: a line."""
+    of = groups.layouts
+    experts = [p for p in groups.matrices.values() if len(whole_shape(p)) == 3]
+    cut = sum(1 for name, p in groups.matrices.items() if name in of and of[name].pieces)
+    notes = Counter(layout.note for layout in of.values() if layout.note)
+    parts = [f"{_millions(groups.matrices)} numbers in hidden matrices"]
+    if experts:
+        size = sum(whole_shape(p).numel() for p in experts)
+        parts.append(f"{size / 1e6:.2f}M of them in {len(experts)} stacks of experts")
+    if cut:
+        parts.append(f"{cut} parameters are cut into projections")
+    parts += [f"{count} are one matrix each: {note}" for note, count in notes.items()]
+    return f"{', '.join(parts)}; AdamW trains {_millions(groups.auxiliary)}"
+
+
+def _millions(members: Mapping[str, nn.Parameter]) -> str:
+    return f"{sum(whole_shape(p).numel() for p in members.values()) / 1e6:.2f}M"
 
 
 def _rates(settings: OptimizerSettings, groups: Groups) -> dict[str, tuple[float, float]]:

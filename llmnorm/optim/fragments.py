@@ -5,6 +5,9 @@ some of its rows. Under ZeRO (parallel/zero.py) each process has a `Fragment` of
 weights of every parameter, stored on the parameter as its attribute `master`. Groups, optimizers,
 their state, moving averages and checkpoints use masters; only the model uses parameters.
 
+The state of a stack of experts is shared out too: a process has the `Rows` of the experts that it
+owns.
+
 What would surprise: elements are counted row by row, a fragment is one-dimensional, and it may be
 empty. Under ZeRO-3 the parameter too is empty between its uses, so shapes are those of masters.
 """
@@ -37,6 +40,26 @@ class Fragment(nn.Parameter):
     def like(self, data: Tensor) -> "Fragment":
         """A fragment of the same elements with the numbers `data`."""
         return Fragment.of(data, self.whole, self.cuts, self.rank)
+
+
+class Rows(Tensor):
+    """Consecutive rows of a tensor along its first axis; other processes hold the other rows.
+
+    Attributes:
+        start: the first of them.
+        whole: the shape of the tensor.
+    """
+
+    start: int
+    whole: tuple[int, ...]
+
+    @classmethod
+    def of(cls, data: Tensor, start: int, whole: tuple[int, ...]) -> "Rows":
+        """The rows `data`, which it shares memory with."""
+        assert data.shape[1:] == torch.Size(whole[1:]) and start + len(data) <= whole[0]
+        rows = data.detach().as_subclass(cls)
+        rows.start, rows.whole = start, whole
+        return rows
 
 
 def master(parameter: nn.Parameter) -> nn.Parameter:

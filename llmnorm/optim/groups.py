@@ -1,69 +1,53 @@
 """Which parameter gets which rule. No other file decides it.
 
-Hidden matrices (weights of linear layers inside the blocks) go to the matrix rule. Embeddings, all
-heads (an encoder's too), norms, biases, scalars, convolutions and any other parameter are
-auxiliary: they go to AdamW, with a learning rate of their own. A tied head counts as the embedding.
-Frozen parameters are in no group.
+Hidden matrices (weights of linear layers inside the blocks, and the experts of a mixture) go to the
+matrix rule. Embeddings, all heads (an encoder's too), routers, norms, biases, scalars, convolutions
+and any other parameter are auxiliary: they go to AdamW, with a learning rate of their own. A tied
+head counts as the embedding. Frozen parameters are in no group.
 
-What would surprise: two axes do not make a parameter a matrix. A gain of (heads, head_dim) or a
-table is not a linear map, and orthogonalising it would be wrong. So the kind of module decides, not
-the shape.
+    matrices                 found by
+    linear layers            nn.Linear; Conv1D of transformers, which stores the transpose
+    a stack of experts       three axes, the first as long as the `num_experts` of its module; gate
+                             and up are two matrices where the module says `is_concatenated`
+    fused projections        `model.fused` (models/fused.py), or `optimizer.split_sizes`
+
+What would surprise:
+- Two axes do not make a parameter a matrix. A gain of (heads, head_dim) or a table is not a linear
+  map, and orthogonalising it would be wrong. So the kind of module decides, not the shape. Three
+  axes do not make a stack: a depthwise convolution has them too.
+- A linear layer with an output an expert, beside a stack, is a router: auxiliary.
+- What holds several projections whose rows cannot be told apart is one matrix, and
+  `--print-groups` says so.
 """
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llmnorm.optim.fragments import master, whole_shape
+from llmnorm.optim.matrix import Layout, Layouts, Matrix, matrix_shape
 from llmnorm.part import InputError, nearest
+
+GATE_AND_UP = "gate_up_proj"  # of every module of experts in transformers that has a gate
+ALTERNATING = "rows of gate and up alternate"
+UNCLEAR = "rows of its projections cannot be told apart"
 
 
 class Groups(NamedTuple):
-    """Trainable parameters by name, each in exactly one group."""
+    """Trainable parameters by name, each in exactly one group.
+
+    Attributes:
+        layouts: of parameters of `matrices` that are not one matrix as they are stored.
+    """
 
     matrices: dict[str, nn.Parameter]
     auxiliary: dict[str, nn.Parameter]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix of a rule: a parameter, or some of its rows where projections are fused.
-
-    Attributes:
-        name: name of the parameter.
-        suffix: "", or ".0", ".1", ... for the pieces of a fused parameter; ends the names of the
-            piece's state.
-        start, stop: the rows [start, stop) of the parameter.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    suffix: str
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of this matrix."""
-        return self.stop - self.start
-
-    @property
-    def columns(self) -> int:
-        """Number of columns of this matrix."""
-        return whole_shape(self.parameter)[1]
-
-    def weight(self) -> Tensor:
-        """The weights, (rows, columns), in the parameter's memory."""
-        return self.parameter.detach()[self.start : self.stop]
-
-    def grad(self) -> Tensor:
-        """The gradient, (rows, columns)."""
-        assert self.parameter.grad is not None
-        return self.parameter.grad[self.start : self.stop]
+    layouts: Layouts = {}
 
 
 def split(model: nn.Module) -> Groups:
@@ -77,14 +61,74 @@ def split(model: nn.Module) -> Groups:
     base = getattr(model, "base_model", model)  # Hugging Face's name for the model without a head
     if isinstance(base, nn.Module):
         outside |= {id(p) for p in model.parameters()} - {id(p) for p in base.parameters()}
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - outside
-    groups = Groups({}, {})
+    layouts = {id(p): layout for p, layout in _found(model) if id(p) not in outside}
+    groups, known = Groups({}, {}), {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = groups.matrices if id(parameter) in linear else groups.auxiliary
+            group = groups.matrices if id(parameter) in layouts else groups.auxiliary
             group[name] = master(parameter)
+            if layouts.get(id(parameter), Layout()) != Layout():
+                known[name] = layouts[id(parameter)]
+    groups = groups._replace(layouts=known)
     check(groups, model)
     return groups
+
+
+def _found(model: nn.Module) -> Iterator[tuple[nn.Parameter, Layout]]:
+    """The parameters that are matrices, heads among them, each with its layout."""
+    modules, fused = dict(model.named_modules()), getattr(model, "fused", {})
+    routers = _routers(modules)
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear | Conv1D):
+            if name not in routers:
+                pieces = fused.get(name, ())
+                note = UNCLEAR if name in fused and not pieces else ""
+                transposed, weight = isinstance(module, Conv1D), module.get_parameter("weight")
+                yield weight, Layout(transposed, tuple(pieces), note)
+            continue
+        for own, parameter in _stacks(module).items():
+            transposed = bool(getattr(module, "is_transposed", False))
+            if own != GATE_AND_UP:
+                yield parameter, Layout(transposed)
+            elif getattr(module, "is_concatenated", False):
+                half = matrix_shape(master(parameter), transposed)[0] // 2
+                yield parameter, Layout(transposed, (half, half))
+            else:
+                said = hasattr(module, "is_concatenated")
+                yield parameter, Layout(transposed, (), ALTERNATING if said else UNCLEAR)
+
+
+def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own stacks of experts by name, each (experts, *, *)."""
+    experts = getattr(module, "num_experts", None)
+    if not isinstance(experts, int):
+        return {}
+    shapes = {name: whole_shape(master(p)) for name, p in module.named_parameters(recurse=False)}
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters(recurse=False)
+        if len(shapes[name]) == 3 and shapes[name][0] == experts
+    }
+
+
+def _routers(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Names of linear layers that choose experts.
+
+    They have an output an expert, and stand beside a stack, or in a module that has `num_experts`.
+    """
+    beside = [
+        (f"{name.rpartition('.')[0]}.".lstrip("."), module.num_experts)
+        for name, module in modules.items()
+        if _stacks(module)
+    ]
+    found = set()
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear):
+            inside = modules[name.rpartition(".")[0]] if name else module
+            near = {experts for block, experts in beside if name.startswith(block)}
+            if module.out_features in near | {getattr(inside, "num_experts", None)}:
+                found.add(name)
+    return found
 
 
 def check(groups: Groups, model: nn.Module) -> None:
@@ -93,7 +137,7 @@ def check(groups: Groups, model: nn.Module) -> None:
     Raises:
         ValueError: a parameter is in no group or in several, or does not belong there; names it.
     """
-    claims = Counter(id(p) for members in groups for p in members.values())
+    claims = Counter(id(p) for members in groups[:2] for p in members.values())
     for name, parameter in model.named_parameters():
         count = claims.pop(id(master(parameter)), 0)
         if count != int(parameter.requires_grad):
@@ -107,30 +151,34 @@ def matrices(groups: Groups, split_sizes: Mapping[str, list[int]]) -> list[Matri
     """The matrices in the order of the model's parameters, fused projections cut into pieces.
 
     Args:
-        split_sizes: pattern of parameter names (`*.qkv.weight`) -> rows of each piece.
+        split_sizes: pattern of parameter names (`*.qkv.weight`) -> rows of each piece, in the place
+            of the pieces that were found.
 
     Raises:
         InputError: a pattern matches nothing, two match one parameter, or the rows do not add up.
     """
     found: list[Matrix] = []
     used: set[str] = set()
+    number = 0
     for name, parameter in groups.matrices.items():
         patterns = [p for p in split_sizes if fnmatch.fnmatchcase(name, p)]
         if len(patterns) > 1:
             raise InputError(f"optimizer.split_sizes: {' and '.join(patterns)} both match {name}")
         used.update(patterns)
-        rows = whole_shape(parameter)[0]
-        sizes = split_sizes[patterns[0]] if patterns else [rows]
+        layout, shape = groups.layouts.get(name, Layout()), whole_shape(parameter)
+        rows = matrix_shape(parameter, layout.transposed)[0]
+        sizes = split_sizes[patterns[0]] if patterns else layout.pieces or [rows]
         if sum(sizes) != rows:
             raise InputError(
                 f"optimizer.split_sizes: {patterns[0]}: {sizes} are {sum(sizes)} rows, "
                 f"{name} has {rows}"
             )
-        start = 0
-        for number, size in enumerate(sizes):
-            suffix = f".{number}" if patterns else ""
-            found.append(Matrix(name, parameter, suffix, start, start + size))
-            start += size
+        experts = shape[0] if len(shape) == 3 else 1
+        for piece, (start, stop) in enumerate(pairwise(accumulate(sizes, initial=0))):
+            suffix = f".{piece}" if len(sizes) > 1 else ""
+            place = layout.transposed, 0, experts, number
+            found.append(Matrix(name, parameter, suffix, start, stop, *place))
+            number += experts
     for pattern in split_sizes:
         if pattern not in used:
             hint = nearest(pattern, list(groups.matrices)[:100])  # a model may have thousands
@@ -151,4 +199,8 @@ def check_gradients(matrices: Mapping[str, nn.Parameter]) -> None:
 
 def width(groups: Groups) -> int:
     """The width of the model: the most frequent number of columns of its hidden matrices."""
-    return Counter(whole_shape(p)[-1] for p in groups.matrices.values()).most_common(1)[0][0]
+    columns = (
+        whole_shape(p)[-2 if groups.layouts.get(name, Layout()).transposed else -1]
+        for name, p in groups.matrices.items()
+    )
+    return Counter(columns).most_common(1)[0][0]

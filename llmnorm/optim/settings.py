@@ -159,8 +159,8 @@ class MatrixSettings(OptimizerSettings):
     auxiliary: AuxiliaryAdamWSettings = AuxiliaryAdamWSettings()
     """Embeddings, head, norms, biases and scalars: AdamW."""
     split_sizes: dict[str, list[Width]] = {}
-    """Fused projections, cut into matrices of their own: pattern of parameter names -> rows of each
-    piece, e.g. {"*.qkv_proj.weight": [512, 512, 512]}."""
+    """How fused projections are cut, where it is not found out: pattern of parameter names -> rows
+    of each matrix, e.g. {"*.qkv_proj.weight": [512, 512, 512]}; all rows as one number: not cut."""
 
     @abstractmethod
     def rule(self) -> "Rule":

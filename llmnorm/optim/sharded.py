@@ -1,8 +1,9 @@
 """Any rule on matrices that are spread over processes, with the result of a single process.
 
-A rule needs whole matrices. So every hidden matrix has an owner: the process that has its state and
-computes its update, with the rule and the arithmetic of a single process (stacks.py). A step does
-for every bucket of matrices:
+A rule needs whole matrices. So every parameter that holds matrices has an owner, and of a stack of
+experts every process owns consecutive ones: who owns a matrix has its state and computes its
+update, with the rule and the arithmetic of a single process (stacks.py); owners.py chooses it. A
+step does for every bucket of matrices:
 
     weights spread           all-to-all of the gradient's parts to the owners (for rules that read
                              weights a second one, of weights), the rule, all-to-all of deltas back
@@ -19,9 +20,12 @@ What would surprise:
 - Processes wait for each other at every bucket. So owners have about equal work within each bucket,
   and the heaviest part of a bucket goes to the process that has the least work so far. The next
   bucket's gradients travel while the rule runs on this one.
-- A part of a matrix is a range of elements, counted row by row. FSDP2 gives each process
-  ceil(rows / W) rows, the last processes fewer or none; a part of ZeRO's may end inside a row
-  (fragments.py).
+- A part of a parameter is a range of elements, counted row by row. FSDP2 gives each process
+  ceil(rows / W) rows (of a stack: experts), the last processes fewer or none; a part of ZeRO's may
+  end inside a row (fragments.py).
+- What travels is laid out as the parameter is. Its owner transposes it, and cuts fused projections.
+- Experts that divide evenly belong to the processes in order, which is how FSDP2 has them: then
+  nothing of them travels.
 - In replicas of spread weights (HSDP) every replica does all of the work inside its own group.
 """
 
@@ -38,7 +42,8 @@ from torch.distributed.tensor import DTensor
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.optim.adamw import AdamW
 from llmnorm.optim.fragments import Fragment
-from llmnorm.optim.groups import Matrix
+from llmnorm.optim.matrix import Matrix
+from llmnorm.optim.owners import Block, blocks, owners
 from llmnorm.optim.stacks import (
     Hyperparameters,
     Rule,
@@ -49,7 +54,7 @@ from llmnorm.optim.stacks import (
     deltas,
 )
 
-# Bytes of gradients that travel at once. A bucket has at least two matrices for every process.
+# Bytes of gradients that travel at once. A bucket has at least two blocks for every process.
 BUCKET_BYTES = 2**26
 
 
@@ -79,9 +84,15 @@ class Exchange:
         """The elements [first, last) that process `rank` has of a parameter that is spread."""
         if isinstance(parameter, Fragment):
             return parameter.cuts[rank], parameter.cuts[rank + 1]
-        rows, columns = parameter.shape
+        rows, size = parameter.shape[0], parameter.shape[1:].numel()
         block = -(-rows // dist.get_world_size(self.group))
-        return min(block * rank, rows) * columns, min(block * (rank + 1), rows) * columns
+        return min(block * rank, rows) * size, min(block * (rank + 1), rows) * size
+
+    def own(self, parameter: Tensor) -> tuple[int, int]:
+        """The elements [first, last) that this process has of a parameter."""
+        if not self.spread:
+            return 0, parameter.numel()
+        return self.cut(parameter, dist.get_rank(self.group))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes that have parts of the same tensor, in place."""
@@ -92,14 +103,14 @@ class Exchange:
 
 
 class Bucket(NamedTuple):
-    """Matrices whose updates travel together.
+    """Blocks whose updates travel together.
 
     Attributes:
-        owned: by process, the matrices that it owns.
-        stacks: those of this process.
+        owned: by process, the blocks that it owns.
+        stacks: those of this process's matrices.
     """
 
-    owned: list[list[Matrix]]
+    owned: list[list[Block]]
     stacks: list[Stack]
 
 
@@ -120,16 +131,18 @@ class ShardedRuleOptimizer(RuleOptimizer):
     ) -> None:
         self.exchange = exchange
         self.rank, self.world = dist.get_rank(exchange.group), dist.get_world_size(exchange.group)
+        self._cuts: dict[tuple[int, int], tuple[int, int]] = {}  # by block (its id) and process
         super().__init__(matrices, auxiliary, rule, hyperparameters)
 
     def _allocate(self, matrices: list[Matrix]) -> list[Stack]:
-        parts, load = owners(matrices, self.world)
+        every, total = blocks(matrices, self.world), sum(matrix.count for matrix in matrices)
+        parts, load = owners(every, self.world, BUCKET_BYTES)
         self.balance = max(load) * self.world / sum(load)
         self.buckets = []
-        for owned in parts:
-            mine = {number: matrices[number] for number in owned[self.rank]}
-            stacks = allocate(mine, len(matrices), self.rule)
-            self.buckets.append(Bucket([[matrices[n] for n in part] for part in owned], stacks))
+        for numbers in parts:
+            owned = [[every[number] for number in part] for part in numbers]
+            mine = [matrix for block in owned[self.rank] for matrix in block.pieces]
+            self.buckets.append(Bucket(owned, allocate(mine, total, self.rule)))
         return [stack for bucket in self.buckets for stack in bucket.stacks]
 
     def _update(self, hyperparameters: Hyperparameters) -> None:
@@ -139,17 +152,7 @@ class ShardedRuleOptimizer(RuleOptimizer):
             grads, weights = arriving()
             if number + 1 < len(self.buckets):
                 arriving = self._to_owners(self.buckets[number + 1])
-            updates = {
-                id(matrix): delta
-                for stack in bucket.stacks
-                for matrix, delta in deltas(
-                    stack,
-                    self.rule,
-                    hyperparameters,
-                    lambda matrix, grads=grads: grads[id(matrix)],  # type: ignore[misc]
-                    lambda matrix, weights=weights: weights[id(matrix)],  # type: ignore[misc]
-                )
-            }
+            updates = self._updates(bucket, grads, weights, hyperparameters)
             del grads, weights
             # The last bucket's deltas have travelled while the rule ran on this one.
             if finish is not None:
@@ -158,6 +161,37 @@ class ShardedRuleOptimizer(RuleOptimizer):
         assert finish is not None
         finish()
 
+    def _updates(
+        self,
+        bucket: Bucket,
+        grads: dict[int, Tensor],
+        weights: dict[int, Tensor],
+        hyperparameters: Hyperparameters,
+    ) -> dict[int, Tensor]:
+        """The deltas of this process's own blocks, laid out as `grads` and `weights` are.
+
+        Args:
+            grads, weights: whole ones by the id of the `Block`, in its shape.
+        """
+        of = {id(m): block for block in bucket.owned[self.rank] for m in block.pieces}
+        updates: dict[int, Tensor] = {}
+        for stack in bucket.stacks:
+            for (matrix, experts), delta in deltas(
+                stack,
+                self.rule,
+                hyperparameters,
+                lambda matrix: matrix.within(grads[id(of[id(matrix)])]),
+                lambda matrix: matrix.within(weights[id(of[id(matrix)])]),
+            ):
+                block = of[id(matrix)]
+                if block.is_matrix:
+                    updates[id(block)] = delta
+                    continue
+                if id(block) not in updates:
+                    updates[id(block)] = delta.new_empty(block.shape)
+                matrix.within(updates[id(block)])[experts] = delta
+        return updates
+
     def _to_owners(
         self, bucket: Bucket
     ) -> Callable[[], tuple[dict[int, Tensor], dict[int, Tensor]]]:
@@ -165,12 +199,12 @@ class ShardedRuleOptimizer(RuleOptimizer):
 
         Returns:
             A function that waits and returns whole gradients and whole weights of this process's
-            own matrices, by the id of the `Matrix`.
+            own blocks, by the id of the `Block`, in its shape.
         """
         mine, reads = bucket.owned[self.rank], self.rule.decay == "inside"
         if not self.exchange.spread:
-            grads = {id(m): m.grad() for m in mine}
-            weights = {id(m): m.weight() for m in mine} if reads else {}
+            grads = {id(b): self._whole(b, gradient=True) for b in mine}
+            weights = {id(b): self._whole(b, gradient=False) for b in mine} if reads else {}
             return lambda: (grads, weights)
         sending = [self._gather(bucket, gradient=True)]
         if reads:
@@ -182,28 +216,32 @@ class ShardedRuleOptimizer(RuleOptimizer):
 
         return wait
 
+    def _whole(self, block: Block, *, gradient: bool) -> Tensor:
+        """The weights or the gradient of a block whose parameter is not spread, in its shape."""
+        return self._local(block, gradient).view(block.shape)
+
     def _gather(self, bucket: Bucket, *, gradient: bool) -> Callable[[], dict[int, Tensor]]:
         """Send parts of gradients or weights to the owners.
 
         Returns:
-            A function that waits and returns the whole ones of this process's own matrices.
+            A function that waits and returns the whole ones of this process's own blocks.
         """
         mine = bucket.owned[self.rank]
-        send = [self._local(m, gradient) for part in bucket.owned for m in part]
-        pieces = [(m, self._numel(m, rank)) for rank in range(self.world) for m in mine]
+        send = [self._local(block, gradient) for block in self._held(bucket)]
+        pieces = [(block, self._numel(block, rank)) for rank in range(self.world) for block in mine]
         wait = self._all_to_all(
             # Weights are never rounded on their way: the rule reads what the weights are.
             self._packed(send, None if not gradient else self.exchange.payload),
-            [sum(self._numel(m, self.rank) for m in part) for part in bucket.owned],
-            [sum(self._numel(m, rank) for m in mine) for rank in range(self.world)],
+            [sum(self._numel(block, self.rank) for block in part) for part in bucket.owned],
+            [sum(self._numel(block, rank) for block in mine) for rank in range(self.world)],
         )
 
         def unpack() -> dict[int, Tensor]:
-            arrived: dict[int, list[Tensor]] = {id(m): [] for m in mine}
+            arrived: dict[int, list[Tensor]] = {id(block): [] for block in mine}
             flat = wait().split([numel for _, numel in pieces])
-            for (matrix, _), piece in zip(pieces, flat, strict=True):
-                arrived[id(matrix)].append(piece)
-            return {id(m): torch.cat(arrived[id(m)]).view(m.rows, m.columns) for m in mine}
+            for (block, _), piece in zip(pieces, flat, strict=True):
+                arrived[id(block)].append(piece)
+            return {id(block): torch.cat(arrived[id(block)]).view(block.shape) for block in mine}
 
         return unpack
 
@@ -213,57 +251,62 @@ class ShardedRuleOptimizer(RuleOptimizer):
         """Send deltas off; the returned function waits for them and applies them to the weights.
 
         Args:
-            updates: the deltas of this process's own matrices, by the id of the `Matrix`.
+            updates: the deltas of this process's own blocks, by the id of the `Block`.
         """
         mine, payload = bucket.owned[self.rank], self.exchange.payload
-        sizes = [sum(self._numel(m, self.rank) for m in part) for part in bucket.owned]
+        sizes = [sum(self._numel(block, self.rank) for block in part) for part in bucket.owned]
         if self.exchange.spread:
             send = [
-                updates[id(m)].reshape(-1)[slice(*self._cut(m, rank))]
+                updates[id(block)].reshape(-1)[slice(*self._cut(block, rank))]
                 for rank in range(self.world)
-                for m in mine
+                for block in mine
             ]
-            counts = [sum(self._numel(m, rank) for m in mine) for rank in range(self.world)]
+            counts = [sum(self._numel(block, rank) for block in mine) for rank in range(self.world)]
             wait = self._all_to_all(self._packed(send, payload), counts, sizes)
         else:
-            wait = self._all_gather(self._packed([updates[id(m)] for m in mine], payload), sizes)
+            send = [updates[id(block)] for block in mine]
+            wait = self._all_gather(self._packed(send, payload), sizes)
 
         def finish() -> None:
-            matrices = [m for part in bucket.owned for m in part]
-            for matrix, delta in zip(
-                matrices,
-                wait().split([self._numel(m, self.rank) for m in matrices]),
+            held = self._held(bucket)
+            for block, delta in zip(
+                held,
+                wait().split([self._numel(block, self.rank) for block in held]),
                 strict=True,
             ):
-                weight = self._local(matrix, gradient=False)
+                weight = self._local(block, gradient=False)
                 apply(self.rule, weight, delta.to(wide_dtype(weight.dtype)), hyperparameters)
 
         return finish
 
-    def _cut(self, matrix: Matrix, rank: int) -> tuple[int, int]:
-        """The elements [first, last) of a matrix that process `rank` has."""
-        start, stop = matrix.start * matrix.columns, matrix.stop * matrix.columns
-        if not self.exchange.spread:
-            return 0, stop - start
-        first, last = self.exchange.cut(matrix.parameter, rank)
-        first, last = min(max(first, start), stop), min(max(last, start), stop)
-        return first - start, last - start
+    def _held(self, bucket: Bucket) -> list[Block]:
+        """The blocks that this process has elements of, in the order of their owners."""
+        return [b for part in bucket.owned for b in part if self._numel(b, self.rank)]
 
-    def _numel(self, matrix: Matrix, rank: int) -> int:
-        first, last = self._cut(matrix, rank)
+    def _cut(self, block: Block, rank: int) -> tuple[int, int]:
+        """The elements [first, last) of a block that process `rank` has."""
+        if (cut := self._cuts.get((id(block), rank))) is None:
+            start, stop = block.elements
+            first, last = start, stop
+            if self.exchange.spread:
+                first, last = self.exchange.cut(block.parameter, rank)
+                first, last = min(max(first, start), stop), min(max(last, start), stop)
+            cut = self._cuts[id(block), rank] = first - start, last - start
+        return cut
+
+    def _numel(self, block: Block, rank: int) -> int:
+        first, last = self._cut(block, rank)
         return last - first
 
-    def _local(self, matrix: Matrix, gradient: bool) -> Tensor:
-        """This process's elements of a matrix or of its gradient, (elements,)."""
-        whole = matrix.parameter.grad if gradient else matrix.parameter.detach()
+    def _local(self, block: Block, gradient: bool) -> Tensor:
+        """This process's elements of a block or of its gradient, (elements,)."""
+        whole = block.parameter.grad if gradient else block.parameter.detach()
         assert whole is not None
         part = self.exchange.local(whole)
         part = part.reshape(-1) if gradient else part.view(-1)  # weights are changed in place
-        first, last = self._cut(matrix, self.rank)
-        begin = matrix.start * matrix.columns + first
-        if self.exchange.spread:
-            begin -= self.exchange.cut(matrix.parameter, self.rank)[0]
-        return part[begin : begin + last - first] if last > first else part[:0]
+        first, last = self._cut(block, self.rank)
+        begin = block.elements[0] + first - self.exchange.own(block.parameter)[0]
+        return part[begin : begin + last - first]
 
     def _packed(self, tensors: list[Tensor], payload: torch.dtype | None) -> Tensor:
         """All tensors as one flat tensor in the dtype that travels."""
@@ -300,42 +343,3 @@ class ShardedRuleOptimizer(RuleOptimizer):
             return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
 
         return wait
-
-
-def owners(matrices: list[Matrix], world: int) -> tuple[list[list[list[int]]], list[int]]:
-    """Who owns which matrix.
-
-    Returns:
-        By bucket and process the indices of the matrices that it owns, ascending; and the work of
-        every process over all buckets, as a sum of shorter side^2 * longer side.
-    """
-    work = [min(m.rows, m.columns) * m.rows * m.columns for m in matrices]
-    load, found = [0] * world, []
-    for numbers in _buckets(matrices, world):
-        parts: list[list[int]] = [[] for _ in range(world)]
-        inside = [0] * world
-        names = {n: (matrices[n].name, matrices[n].start) for n in numbers}
-        for number in sorted(numbers, key=lambda n: (-work[n], names[n])):
-            least = inside.index(min(inside))
-            parts[least].append(number)
-            inside[least] += work[number]
-        # The heaviest part to the process that has least so far.
-        heaviest = sorted(range(world), key=lambda part: (-inside[part], part))
-        idlest = sorted(range(world), key=lambda rank: (load[rank], rank))
-        of_rank = dict(zip(idlest, heaviest, strict=True))
-        for rank, part in of_rank.items():
-            load[rank] += inside[part]
-        found.append([sorted(parts[of_rank[rank]]) for rank in range(world)])
-    return found, load
-
-
-def _buckets(matrices: list[Matrix], world: int) -> list[list[int]]:
-    """Indices of consecutive matrices, cut into buckets of about the same size."""
-    sizes = [4 * m.rows * m.columns for m in matrices]
-    count = max(1, min(sum(sizes) // BUCKET_BYTES, len(matrices) // (2 * world)))
-    buckets: list[list[int]] = [[] for _ in range(count)]
-    reached = 0
-    for number, size in enumerate(sizes):
-        buckets[min(reached * count // sum(sizes), count - 1)].append(number)
-        reached += size
-    return [bucket for bucket in buckets if bucket]

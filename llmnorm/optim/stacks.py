@@ -1,8 +1,8 @@
 """Any rule on all hidden matrices of a model, AdamW on the rest: one torch optimizer.
 
-A rule (muon.py, conda.py, ...) gets stacks (n, rows, columns) of matrices of one shape: gradients
-in float32 and the state of the n matrices. This file makes stacks of matrices, and new weights of
-what the rule returns:
+A rule (muon.py, conda.py, ...) gets stacks (n, rows, columns) of matrices of one shape, experts
+among them: gradients in float32 and the state of the n matrices. This file makes stacks of
+matrices, and new weights of what the rule returns:
 
     decay "before"  W <- W (1 - lr wd) - delta
     decay "after"   W <- (W - delta) (1 - lr wd)
@@ -20,9 +20,12 @@ What would surprise:
   over steps by it.
 - A parameter of several fused projections is several matrices: the names of its state end in .0,
   .1, ...
+- The state of a stack of experts is one tensor (experts, ...) for each field. A rule gets many
+  experts at once, as views where they lie next to each other. An expert that no token came to has a
+  gradient of zeros, and its momentum moves it all the same, as under AdamW.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -31,7 +34,8 @@ from torch import Tensor
 
 from llmnorm.nn.precision import wide_dtype
 from llmnorm.optim.adamw import AdamW
-from llmnorm.optim.groups import Matrix, check_gradients
+from llmnorm.optim.groups import check_gradients
+from llmnorm.optim.matrix import Matrix
 from llmnorm.optim.state import load_in_place
 
 Decay = Literal["before", "after", "inside"]
@@ -87,9 +91,21 @@ class Rule(Protocol):
         """
 
 
+class Part(NamedTuple):
+    """Some of a matrix's experts, counted from its own first; the whole matrix without a stack."""
+
+    matrix: Matrix
+    experts: slice
+
+    @property
+    def size(self) -> int:
+        """How many experts."""
+        return int(self.experts.stop - self.experts.start)
+
+
 @dataclass(frozen=True)
 class Stack:
-    """Matrices of one shape, dtype and device.
+    """Matrices of one shape, dtype and device; n of them, experts counted one by one.
 
     Attributes:
         matrices: its members.
@@ -101,12 +117,23 @@ class Stack:
     state: State
     chunk_bytes: int
 
-    def chunks(self) -> Iterator[slice]:
-        """The members, cut into chunks of at most `chunk_bytes`."""
+    def chunks(self) -> Iterator[tuple[slice, list[Part]]]:
+        """The stack in chunks of at most `chunk_bytes`: which of its n, and whose they are."""
         first = self.matrices[0]
-        count = max(1, self.chunk_bytes // (4 * first.rows * first.columns))
-        for start in range(0, len(self.matrices), count):
-            yield slice(start, start + count)
+        most = max(1, self.chunk_bytes // (4 * first.rows * first.columns))
+        parts: list[Part] = []
+        start, taken = 0, 0
+        for matrix in self.matrices:
+            done = 0
+            while done < matrix.count:
+                new = min(matrix.count - done, most - taken)
+                parts.append(Part(matrix, slice(done, done + new)))
+                done, taken = done + new, taken + new
+                if taken == most:
+                    yield slice(start, start + taken), parts
+                    start, parts, taken = start + taken, [], 0
+        if parts:
+            yield slice(start, start + taken), parts
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -137,10 +164,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._named = {m.name: m.parameter for m in matrices}
         self.stacks = self._allocate(matrices)
         for stack in self.stacks:
-            for number, matrix in enumerate(stack.matrices):
+            first = 0
+            for matrix in stack.matrices:
+                members = slice(first, first + matrix.count)
                 for field, value in stack.state.items():
-                    part = value if field == "step" else value[number]
+                    part = value if field == "step" else matrix.named(value[members])
                     self.state[matrix.parameter][field + matrix.suffix] = part
+                first += matrix.count
         self._auxiliary = auxiliary
         if auxiliary is not None:
             self.param_groups += auxiliary.param_groups  # the same dicts, so both see a new lr
@@ -172,14 +202,16 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _allocate(self, matrices: list[Matrix]) -> list[Stack]:
         """The stacks whose state this process has."""
-        return allocate(dict(enumerate(matrices)), len(matrices), self.rule)
+        return allocate(matrices, sum(matrix.count for matrix in matrices), self.rule)
 
     def _update(self, hyperparameters: Hyperparameters) -> None:
         """Give every matrix its new weights."""
         for stack in self.stacks:
             weights, grads = Matrix.weight, Matrix.grad
-            for matrix, delta in deltas(stack, self.rule, hyperparameters, grads, weights):
-                apply(self.rule, matrix.weight(), delta, hyperparameters)
+            for (matrix, experts), delta in deltas(
+                stack, self.rule, hyperparameters, grads, weights
+            ):
+                apply(self.rule, matrix.weight()[experts], delta, hyperparameters)
 
 
 def deltas(
@@ -188,24 +220,23 @@ def deltas(
     hyperparameters: Hyperparameters,
     grad: Callable[[Matrix], Tensor],
     weight: Callable[[Matrix], Tensor],
-) -> Iterator[tuple[Matrix, Tensor]]:
-    """Each matrix of a stack with its delta; updates the stack's state.
+) -> Iterator[tuple[Part, Tensor]]:
+    """Each part of a stack with its delta (experts, rows, columns); updates the stack's state.
 
     Args:
-        grad, weight: gradient and weights of a matrix, (rows, columns).
+        grad, weight: gradient and weights of a matrix, (count, rows, columns).
     """
-    for members in stack.chunks():
-        matrices = stack.matrices[members]
+    for members, parts in stack.chunks():
         state = {k: v if k == "step" else v[members] for k, v in stack.state.items()}
-        dtype = wide_dtype(matrices[0].parameter.dtype)
+        dtype = wide_dtype(parts[0].matrix.parameter.dtype)
         inside = rule.decay == "inside"
         delta = rule.update(
-            _stacked([grad(matrix) for matrix in matrices], dtype),
+            _stacked([grad(matrix)[experts] for matrix, experts in parts], dtype),
             state,
             hyperparameters,
-            _stacked([weight(matrix) for matrix in matrices], dtype) if inside else None,
+            _stacked([weight(m)[experts] for m, experts in parts], dtype) if inside else None,
         )
-        yield from zip(matrices, delta, strict=True)
+        yield from zip(parts, delta.split([part.size for part in parts]), strict=True)
     if "step" in stack.state:
         stack.state["step"] += 1
 
@@ -220,35 +251,34 @@ def apply(rule: Rule, weight: Tensor, delta: Tensor, hyperparameters: Hyperparam
         weight.mul_(kept)
 
 
-def allocate(matrices: Mapping[int, Matrix], count: int, rule: Rule) -> list[Stack]:
+def allocate(matrices: Sequence[Matrix], total: int, rule: Rule) -> list[Stack]:
     """Stacks of matrices of one shape, dtype and device, their state as before the first step.
 
     Args:
-        matrices: index among all `count` matrices of the model -> matrix.
+        total: number of all matrices of the model, experts counted one by one.
     """
-    members: dict[Any, list[int]] = {}
-    for number, matrix in matrices.items():
+    members: dict[Any, list[Matrix]] = {}
+    for matrix in matrices:
         kind = (matrix.rows, matrix.columns, matrix.parameter.dtype, matrix.parameter.device)
-        members.setdefault(kind, []).append(number)
+        members.setdefault(kind, []).append(matrix)
     stacks = []
-    for (rows, columns, _, device), numbers in members.items():
-        dtype = wide_dtype(matrices[numbers[0]].parameter.dtype)
+    for (rows, columns, _, device), alike in members.items():
+        dtype = wide_dtype(alike[0].parameter.dtype)
+        count = sum(matrix.count for matrix in alike)
         state = {
-            field: torch.zeros(len(numbers), *shape, dtype=dtype, device=device)
+            field: torch.zeros(count, *shape, dtype=dtype, device=device)
             for field, shape in rule.fields(rows, columns).items()
         }
         if "step" in rule.scalars:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         if "phase" in rule.scalars:
-            indices = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-            state["phase"] = indices / count
+            numbers = [m.number + expert for m in alike for expert in range(m.first, m.last)]
+            state["phase"] = torch.tensor(numbers, dtype=torch.float32, device="cpu") / total
         chunk = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-        stacks.append(Stack([matrices[number] for number in numbers], state, chunk))
+        stacks.append(Stack(alike, state, chunk))
     return stacks
 
 
 def _stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The tensors as (n, rows, columns) in `dtype`; of a single tensor it may be a view."""
-    if len(tensors) == 1:
-        return tensors[0].to(dtype).unsqueeze(0)
-    return torch.stack(tensors).to(dtype)
+    """The tensors (count, rows, columns) as one in `dtype`, contiguous; of one it may be a view."""
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype).contiguous()

@@ -23,12 +23,14 @@ from llmnorm.models.convert import named_weights
 from llmnorm.models.foreign import Foreign, Head, Rows, Ways, empty_foreign, skeleton
 from llmnorm.models.foreign_adapters import foreign_targets, inject_in_blocks
 from llmnorm.models.frozen import freeze, narrow
+from llmnorm.models.fused import fused_rows
 from llmnorm.models.looks import WIDTH, Looks, look
 from llmnorm.models.router_loss import coefficient
 from llmnorm.nn.experts import stacked_modules
 from llmnorm.objectives.apart import padding
 from llmnorm.objectives.contract import MicroBatch, Objective
-from llmnorm.optim.fragments import master, whole_shape
+from llmnorm.optim.build import describe_matrices
+from llmnorm.optim.groups import split
 from llmnorm.optim.settings import AdamWSettings
 from llmnorm.parallel.processes import Parallel, local
 from llmnorm.part import InputError
@@ -102,6 +104,7 @@ def outline_of_foreign(config: RunConfig) -> Foreign:
     )
     assert source.kind is not None
     model = empty_foreign(source.kind, source.config)
+    _look_for_fused(config, model)
     if config.freezes:
         choose_trained(config, model)
     return model
@@ -149,14 +152,8 @@ def looked_at(config: RunConfig, model: Foreign, parallel: Parallel) -> Looks:
     )
     model.ways = _agreed(found.ways, parallel)
     parallel.say(f"{model.kind.__name__}, as it was found to be:\n{found.table()}")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    shapes = [whole_shape(master(p)) for p in trained]
-    stacks = sum(shape.numel() for shape in shapes if len(shape) > 2)
-    if stacks and not isinstance(config.optimizer, AdamWSettings):
-        parallel.say(
-            f"  {'optimizer':{WIDTH}}  {stacks / 1e6:.2f}M trained numbers are stacks, which have "
-            "no matrix rule: AdamW trains them"
-        )
+    if not isinstance(config.optimizer, AdamWSettings):
+        parallel.say(f"  {'optimizer':{WIDTH}}  {describe_matrices(split(model))}")
     return found
 
 
@@ -289,3 +286,10 @@ def _finish(config: RunConfig, objective: Objective, model: Foreign, ends: Token
     for each in (model.config, model.saved_config):
         each.eos_token_id = ends
     model.saved_config.architectures = [name]
+    _look_for_fused(config, model)
+
+
+def _look_for_fused(config: RunConfig, model: Foreign) -> None:
+    """Find the fused projections of a model on the meta device, if a rule wants matrices."""
+    if not isinstance(config.optimizer, AdamWSettings):
+        model.fused = fused_rows(model)

@@ -3,6 +3,7 @@
 tools/bench/foreign.py runs all families through it.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,16 +12,17 @@ from llmnorm.config.adapter import LoraSettings
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.models.adapters import is_adapter, loaded_name, set_first_values
 from llmnorm.models.convert import named_weights
-from llmnorm.models.foreign import empty_foreign, skeleton
+from llmnorm.models.foreign import Foreign, empty_foreign, skeleton
 from llmnorm.models.foreign_adapters import foreign_targets, inject_in_blocks
 from llmnorm.models.frozen import freeze
+from llmnorm.models.fused import fused_rows
 from llmnorm.models.looks import look
 from llmnorm.objectives.apart import as_asked
 from llmnorm.optim.groups import split
-from llmnorm.optim.settings import AdamWSettings
 from llmnorm.parallel.check import check
 from llmnorm.parallel.processes import Parallel
 from llmnorm.training.step import count, forward_backward
+from tests.distributed.tiny import settings_of
 from tests.families import packed_rows, tiny
 
 STEPS, ROWS = 4, 4
@@ -49,19 +51,28 @@ def steps(
     adapter: bool = False,
     recomputed: bool = False,
     micro_batches: int = 1,
+    optimizer: str = "adamw",
     router_loss: float = 0.0,
+    replicas: int = 1,
+    dtype: torch.dtype = torch.float32,
+    after: Callable[[Foreign, torch.optim.Optimizer], None] = lambda model, optimizer: None,
 ) -> Found:
-    """Train a tiny model of a family for some steps of AdamW; every process makes the call.
+    """Train a tiny model of a family for some steps; every process makes the call.
 
     Args:
         router_loss: what a mixture's balancing loss is multiplied by.
+        dtype: of the weights.
+        after: called after the last step.
     """
     parallel = Parallel(
-        ParallelSettings(sharding=sharding, activation_checkpointing=recomputed),
+        ParallelSettings(sharding=sharding, replicas=replicas, activation_checkpointing=recomputed),
         TrainingSettings(steps=1, device="cpu"),
     )
     own = tiny(family)
-    model = empty_foreign(type(own), own.config).train()
+    model = empty_foreign(type(own), own.config).train().to(dtype)
+    model.fused = fused_rows(model)
+    if dtype == torch.float64:  # which grouped products do not take
+        model.config._experts_implementation = "eager"
     if adapter:
         settings, blocks = LoraSettings(rank=4), [*model.units()]
         names = foreign_targets(skeleton(type(own), own.config), settings, blocks).names
@@ -80,7 +91,7 @@ def steps(
     replica = parallel.prepare(model, fill)
     look(model, autocast=parallel.autocast, gradient=parallel.gradient, recomputes=recomputed)
     groups = split(model)
-    optimizer = AdamWSettings(lr=1e-3).build(groups, parallel.exchange())
+    rule = settings_of(optimizer, lr=1e-3).build(groups, parallel.exchange())
     parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
     share = ROWS // parallel.world // micro_batches
     losses, norms, balances = [], [], []
@@ -97,8 +108,9 @@ def steps(
         norms.append(float(parallel.clip(parameters, 1.0)))
         losses.append(float(loss))
         if step < STEPS:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            rule.step()
+        rule.zero_grad(set_to_none=True)
         parallel.end_step()
+    after(model, rule)
     assert model.ways is not None
     return Found([*model.ways], losses, norms, balances)

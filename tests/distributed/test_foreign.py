@@ -16,14 +16,15 @@ CELLS: dict[str, tuple[str, str, dict[str, Any]]] = {
         ("gemma2", "fsdp2", {"recomputed": True}),
         ("gemma2", "zero3", {}),
         ("gpt_oss", "fsdp2", {"adapter": True}),
-        ("gpt_oss", "zero3", {"router_loss": 0.5}),
+        ("gpt_oss", "zero3", {"router_loss": 0.5, "optimizer": "muon"}),
         ("qwen3_moe", "ddp", {"router_loss": 0.5, "micro_batches": 2}),
-        ("qwen3_moe", "fsdp2", {"router_loss": 0.5, "recomputed": True}),
+        ("qwen3_moe", "fsdp2", {"router_loss": 0.5, "recomputed": True, "optimizer": "normuon"}),
+        ("mixtral", "ddp", {"optimizer": "adamp"}),
         ("falcon_h1", "ddp", {}),
         ("falcon_h1", "fsdp2", {}),
         ("mamba2", "zero3", {"adapter": True}),
         ("gpt2", "fsdp2", {"micro_batches": 2}),
-        ("gpt2", "zero1", {}),
+        ("gpt2", "zero1", {"optimizer": "muon"}),
     ]
 }
 
@@ -59,13 +60,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_two_processes_train_what_one_does(two: dict[str, Any], name: str) -> None:
-    """Oracle: one process; losses and gradient norms of 4 steps of AdamW and of one more."""
+    """Oracle: one process; losses and gradient norms of 4 steps and of one more."""
     if name not in two:
         pytest.skip("the extra deepspeed is not installed")
     family, _, options = CELLS[name]
     ways, losses, norms, balances = two[name]
-    kept = {key: options[key] for key in ("adapter", "router_loss") if key in options}
-    alone = steps(family, "none", **kept)
+    own = ("adapter", "router_loss", "optimizer")
+    alone = steps(family, "none", **{key: options[key] for key in own if key in options})
     assert ways == alone.ways
     assert losses == pytest.approx(alone.losses, rel=1e-5)
     assert norms == pytest.approx(alone.norms, rel=1e-4)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.optim.groups import Groups
+from llmnorm.optim.matrix import Layouts
 from llmnorm.optim.settings import (
     AdamPSettings,
     AdamWSettings,
@@ -64,10 +65,11 @@ class Run:
         settings: OptimizerSettings,
         weights: dict[str, Tensor],
         auxiliary: dict[str, Tensor] | None = None,
+        layouts: Layouts | None = None,
     ) -> None:
         self.weights = {name: nn.Parameter(w.clone()) for name, w in weights.items()}
         self.auxiliary = {name: nn.Parameter(w.clone()) for name, w in (auxiliary or {}).items()}
-        self.optimizer = settings.build(Groups(self.weights, self.auxiliary))
+        self.optimizer = settings.build(Groups(self.weights, self.auxiliary, layouts or {}))
 
     def step(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights after one step."""

@@ -55,7 +55,7 @@ def test_a_model_is_split_into_projections_and_the_rest() -> None:
 def test_a_parameter_claimed_twice_or_never_is_named() -> None:
     """Oracle: groups with one mistake each."""
     model = Odd()
-    matrices_, auxiliary = split(model)
+    matrices_, auxiliary, _ = split(model)
     weight = matrices_["hidden.weight"]
     with pytest.raises(ValueError, match="hidden.weight: trainable, but in 2"):
         check(Groups(matrices_, {**auxiliary, "again": weight}), model)

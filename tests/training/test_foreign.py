@@ -35,6 +35,7 @@ RUNS = {
     + ["training.ema=0.9", "training.micro_batch=2", "optimizer=muon"],
     "gpt_oss": ["adapter=dora", "training.precision=bf16", "adapter.targets=[q_proj,v_proj]"],
     "mamba2": ["training.micro_batch=2"],
+    "qwen3_moe": ["optimizer=conda", "optimizer.refresh_every=3"],
     "gpt2": ["adapter=dora", "model.dropout=config", "training.trainable=norms"],
 }
 
@@ -308,9 +309,16 @@ def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(
 def test_print_groups_names_the_classs_parameters(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Oracle: GPT-2's names; nothing is written."""
-    llmnorm("train", *words(place, "text", "gpt2", tmp_path / "run"), "--print-groups")
-    assert "transformer.h.0.attn.c_attn.weight" in capsys.readouterr().out
+    """Oracle: GPT-2's names, and its values cut off under a rule; nothing is written."""
+    at = words(place, "text", "gpt2", tmp_path / "run")
+    for rule, suffix, expected in (
+        ("adamw", "", ["32", "x", "96", "adamw"]),
+        ("muon", ".2", ["32", "x", "32", "muon"]),
+    ):
+        llmnorm("train", *at, f"optimizer={rule}", "--print-groups")
+        rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+        (row,) = (r for r in rows if r[0] == f"transformer.h.0.attn.c_attn.weight{suffix}")
+        assert row[1:5] == expected and ("transposed" in row) is (rule == "muon")
     assert not (tmp_path / "run").exists()
 
 

@@ -29,7 +29,7 @@ from tests.families import FAMILIES
 from tests.models.test_foreign import own_distance
 
 LIMIT, OF_NORMS = 1e-5, 1e-4
-LAYOUTS: dict[str, dict[str, bool]] = {"ddp": {}, "fsdp2": {"recomputed": True}, "zero3": {}}
+LAYOUTS: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp2": {"recomputed": True}, "zero3": {}}
 
 
 def under(_: Path, rank: int, world: int, *, family: str) -> dict[str, Any]:
