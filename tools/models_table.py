@@ -182,7 +182,7 @@ Nothing about a family is written down. A run looks at the model when its weight
 - **Documents** of a packed row are kept apart by `positions` that restart at 0, by transformers' packed `mask` besides, or each gets a row of its own (`apart`), padded on the right.
 - **Head**: `linear` means that the loss is made in chunks without logits; `own`, that the class's own forward pass makes it of the labelled hidden states, in chunks; `logits`, that all logits are there at once.
 - **Recomputed**: `parallel.activation_checkpointing` gives the gradients that a run without it has.
-- **LoRA**: how many linear layers of four blocks get an adapter under `adapter.targets: all-linear`. In brackets: layers that get none, since PEFT would not load an adapter there.
+- **LoRA**: how many linear layers of four blocks get an adapter under `adapter.targets: all-linear`. In brackets: layers that get none, since PEFT would not load an adapter there. Stacks of experts and their routers are no linear layers; [`adapter.parameters`](fine-tuning.md#adapters-of-experts) asks for stacks.
 - **Sharded**: a step of two processes under `fsdp2` is that of one.
 - **Merged**: an exported adapter computes the same in plain PEFT, and merged in plain transformers.
 

@@ -7,6 +7,8 @@ and two narrow matrices A (rank, in) and B (out, rank) are trained:
     dora    y = m (W + s B A) x / |W + s B A|         m (out,) is trained too; the norms are those
                                                       of the rows
 
+Experts that a class of transformers keeps as a stack have such matrices each (`parameters`).
+
 The classes hold data alone, since this file is on the ground floor; `models/adapters.py` puts the
 layers into a model, by PEFT.
 """
@@ -53,9 +55,16 @@ class LowRankSettings(AdapterSettings):
     """Multiply by alpha / sqrt(rank) instead (rsLoRA: Kalajdzievski 2023, arXiv 2312.03732)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the adapter's inputs that is dropped in training."""
-    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear", "none"] = (
+        "all-linear"
+    )
     """The linear layers that get an adapter, by their last names, e.g. [q_proj, v_proj];
-    `all-linear`: all of the blocks, whatever the mixer."""
+    `all-linear`: all of the blocks, whatever the mixer; experts in stacks and most routers are no
+    linear layers. `none`: none, where `parameters` names stacks."""
+    parameters: Annotated[list[str], Field(min_length=1)] | None = None
+    """The stacks of experts that get an adapter beside that (PEFT's `target_parameters`), by the
+    ends of their names, e.g. [gate_up_proj, experts.down_proj]; LoRA without dropout alone, and
+    only in a class of transformers. Left out, none."""
     b_lr_ratio: float = Field(default=1.0, gt=0, le=1e6)
     """How many times A's learning rate B's is, AdamW only (LoRA+: Hayou et al. 2024,
     arXiv 2402.12354, which recommends 16)."""
@@ -83,8 +92,11 @@ class LowRankSettings(AdapterSettings):
         }
 
     def refusal(self, config: "RunConfig") -> str | None:
-        """Refuse an optimizer that cannot train it, and the head of a tied model as a target."""
+        """Refuse an optimizer that cannot train it, and targets that cannot have it."""
         from llmnorm.optim.settings import AdamWSettings
+
+        if (why := self._refusal_of_stacks(config.model.foreign)) is not None:
+            return why
 
         if self.b_lr_ratio != 1 and not isinstance(config.optimizer, AdamWSettings):
             label = getattr(config.optimizer, "name", "this one")
@@ -101,6 +113,32 @@ class LowRankSettings(AdapterSettings):
             return (
                 "adapter.targets: 'lm_head' is the embedding in a model with "
                 "model.tie_word_embeddings, and an adapter would part them; leave it out"
+            )
+        return None
+
+    def _refusal_of_stacks(self, foreign: bool) -> str | None:
+        """Why `parameters` cannot be had, or `targets: none` not without it; None if it can."""
+        if self.parameters is None:
+            if self.targets == "none":
+                return (
+                    "adapter.targets: 'none' leaves nothing with an adapter; add "
+                    "adapter.parameters, or leave it out"
+                )
+            return None
+        if not foreign:
+            return (
+                "adapter.parameters: names stacks of experts, which llmnorm's own classes do not "
+                "have; leave it out"
+            )
+        if self.magnitude:
+            return (
+                "adapter.parameters: PEFT puts LoRA alone around stacks of experts, and the "
+                "adapter trains magnitudes too (DoRA); give adapter.name=lora, or leave it out"
+            )
+        if self.dropout:
+            return (
+                f"adapter.parameters: adapter.dropout is {self.dropout:g}, and an adapter of a "
+                "stack of experts has no inputs of its own to drop; give 0, or leave it out"
             )
         return None
 

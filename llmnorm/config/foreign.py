@@ -18,6 +18,7 @@ KEPT = (
     "trust_remote_code",
     "dropout",
     "router_loss",
+    "quantize",
     "vocab_size",
     "max_position_embeddings",
     "tie_word_embeddings",
@@ -66,11 +67,6 @@ def foreign_refusal(config: "RunConfig") -> str | None:
         return (
             f"model.dropout: {model.dropout}; a class of transformers has its own places for it: "
             "give 0, or config for the values of its config.json"
-        )
-    if model.quantize is not None:
-        return (
-            f"model.quantize: '{model.quantize}' is for llmnorm's own classes (Llama, Mistral, "
-            "Qwen2, Qwen3); leave it out"
         )
     if not getattr(config.objective, "foreign", False):
         name = getattr(config.objective, "name", "this one")

@@ -1,11 +1,11 @@
 """Weights of a run that has left some as they were: the base's, and what was trained.
 
 A checkpoint of such a run holds what is trained alone. A tensor of the model is one of four: the
-base's own; one that was trained whole (a norm, a new head); the base's with an adapter, merged in
-float32 when it is read; or the base's embedding or head with the rows of new tokens. Where the run
-stored linear layers of the base in NF4, these are rounded to NF4 first, since that is what was
-trained beside. So memory is needed for one tensor at a time, and whoever reads weights need not
-know how they were trained.
+base's own; one that was trained whole (a norm, a new head); the base's with an adapter (a linear
+layer's, or a stack of experts), merged in float32 when it is read; or the base's embedding or head
+with the rows of new tokens. Where the run stored linear layers of the base in NF4, these are
+rounded to NF4 first, since that is what was trained beside. So memory is needed for one tensor at a
+time, and whoever reads weights need not know how they were trained.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmnorm.config.adapter import ALL_LINEAR, Adapter, LowRankSettings, NoAdapterSettings
+from llmnorm.config.adapter import Adapter, LowRankSettings, NoAdapterSettings
 from llmnorm.machine import reading
 from llmnorm.models import nf4
-from llmnorm.models.adapters import Factors, factor_names, is_adapter, merged, target_modules
+from llmnorm.models.adapters import Factors, factor_names, is_adapter, merged
 from llmnorm.models.convert import Stored, named_weights
+from llmnorm.models.expert_adapters import merged_stack, target_stacks
+from llmnorm.models.four_bit_layers import stored_in_four_bits
 from llmnorm.models.new_rows import rows_name
 from llmnorm.part import InputError, Settings
 
@@ -114,12 +116,14 @@ def beside(
         and a function that fills tensors of any dtype, rounding once what was computed in float32.
     """
     names, config = named_weights(model), model.config
+    asked = None if trained.adapter is None else trained.adapter.parameters
+    stacks = {stack.name: stack for stack in target_stacks(model, asked)}
     turned = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
     }
     in_four_bits: set[str] = set()
     if trained.quantize is not None:
-        in_four_bits = {f"{layer}.weight" for layer in target_modules(model, ALL_LINEAR)}
+        in_four_bits = {f"{layer}.weight" for layer in stored_in_four_bits(model)}
     own = set(trained.whole)
     embedding = model.get_input_embeddings().weight
     new = base[next(name for name, p in model.named_parameters() if p is embedding)].dtype
@@ -143,7 +147,8 @@ def beside(
     def read_into(into: Mapping[str, Tensor]) -> None:
         rest = {}
         for name, tensor in into.items():
-            factors = _factors(name, trained)
+            stack = stacks.get(name)
+            factors = _factors(f"{stack.layer}.weight" if stack else name, trained)
             if name in own:
                 trained.read_into({name: tensor})
             elif (rows := rows_name(name)) in trained.tensors:
@@ -156,12 +161,16 @@ def beside(
                 weight = torch.empty(base[name].shape, dtype=torch.float32)
                 read_base({name: weight})
                 if name in in_four_bits:
-                    weight = nf4.rounded(weight)
+                    weight = nf4.rounded(weight, turned=name in turned)
                 with torch.no_grad():
                     if factors is not None:
                         assert trained.adapter is not None
                         scale = trained.adapter.scale
-                        weight = merged(weight, factors, scale, turned=name in turned)
+                        if stack is None:
+                            weight = merged(weight, factors, scale, turned=name in turned)
+                        else:
+                            a, b, _ = factors
+                            weight = merged_stack(weight, a, b, scale, turned=stack.turned)
                     tensor.copy_(weight)
         read_base(rest)
 
@@ -169,7 +178,12 @@ def beside(
 
 
 def _factors(name: str, trained: Trained) -> Factors | None:
-    """The adapter of a weight, read; None where it has none."""
+    """The adapter of a weight, read; None where it has none.
+
+    Args:
+        name: of the weight in the model without an adapter; of a stack as if it were the weight of
+            the layer around it.
+    """
     a, b, m = factor_names(name)
     if trained.adapter is None or a not in trained.tensors:
         return None

@@ -7,9 +7,10 @@
 
 What was trained beside weights in NF4 belongs to the base in NF4: the card loads it so.
 
-PEFT reads what was trained whole beside an adapter (a new head, norms) as its `modules_to_save`,
-and rows of new tokens as its `trainable_token_indices`. vLLM and llama.cpp read neither, which is
-said when such a directory is written.
+PEFT reads adapters of stacks of experts as its `target_parameters`, what was trained whole beside
+an adapter (a new head, norms) as its `modules_to_save`, and rows of new tokens as its
+`trainable_token_indices`. vLLM and llama.cpp do not read what was trained whole, and no new rows,
+which is said when such a directory is written.
 
 What would surprise: PEFT does not give a base the rows that its embedding lacks. So where the new
 tokens are more than the base's rows, the base is resized before the adapter is loaded; the card has
@@ -29,6 +30,7 @@ from llmnorm.exchange.model_card import adapter_card
 from llmnorm.exchange.source import Source
 from llmnorm.generation.prompts import begin_with
 from llmnorm.models.adapters import WEIGHTS, peft_name, write_config
+from llmnorm.models.four_bit_layers import skipped_by_name, stored_in_four_bits
 
 
 def write_adapter(source: Source, directory: Path, *, ema: bool) -> None:
@@ -44,12 +46,15 @@ def write_adapter(source: Source, directory: Path, *, ema: bool) -> None:
     """
     trained = source.trained
     assert trained is not None and trained.adapter is not None
-    card = adapter_card(directory.name, source, ema=ema)
+    model, skipped = plain_model(source), []
+    if trained.quantize is not None and source.kind is not None:
+        skipped = skipped_by_name(model, stored_in_four_bits(model))
+    card = adapter_card(directory.name, source, ema=ema, not_in_four_bits=skipped)
     with new_directory(directory, card) as temporary:
         write_config(
             temporary,
             trained.adapter,
-            model=plain_model(source),
+            model=model,
             trained=trained.tensors,
             base=str(trained.base),
             new_tokens=trained.new_tokens,
@@ -79,6 +84,11 @@ def write_adapter(source: Source, directory: Path, *, ema: bool) -> None:
         print(
             "it was trained beside weights in NF4: load its base in NF4 too, as README.md shows; "
             "--merge writes a whole model of what was trained, for tools that do not"
+        )
+    if trained.adapter.parameters is not None:
+        print(
+            "it has adapters of stacks of experts: PEFT reads them here (target_parameters); "
+            "--merge writes a whole model for tools that do not"
         )
     if whole := trained.whole:
         more = f" and {len(whole) - 1} more" if len(whole) > 1 else ""

@@ -38,10 +38,15 @@ def _kind(architecture: str) -> _Kind:
     return next((k for ending, k in _KINDS.items() if architecture.endswith(ending)), causal)
 
 
-_NF4 = (  # the layers that llmnorm stores so: all linear ones but the head
-    'config = BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type="nf4", '
-    "bnb_4bit_use_double_quant=True\n)\n"
-)
+def _nf4(skipped: Sequence[str]) -> str:
+    """What loads a base as llmnorm stores it: left to itself it skips the head alone."""
+    skip = f",\n    llm_int8_skip_modules={json.dumps([*skipped])}," if skipped else ""
+    return (
+        'config = BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        f"bnb_4bit_use_double_quant=True{skip}\n)\n"
+    )
+
+
 _PACKAGES = ("llmnorm", "torch", "transformers", "tokenizers", "safetensors")
 
 
@@ -76,13 +81,17 @@ def model_card(
     return "\n\n".join(blocks) + "\n"
 
 
-def adapter_card(name: str, source: Source, *, ema: bool) -> str:
+def adapter_card(
+    name: str, source: Source, *, ema: bool, not_in_four_bits: Sequence[str] = ()
+) -> str:
     """The card's Markdown of an adapter, as `model_card`'s of a model.
 
     Args:
         name: the heading.
         source: of the run that has trained it.
         ema: whether the weights are their moving average.
+        not_in_four_bits: beside a base in NF4, the names of linear layers that are not stored so;
+            empty: all but the head are.
     """
     trained = source.trained
     assert trained is not None and trained.adapter is not None
@@ -93,7 +102,8 @@ def adapter_card(name: str, source: Source, *, ema: bool) -> str:
     given = ", num_labels=N" if architecture.endswith("ForSequenceClassification") else ""
     needs, before, resized, ends = "", "", "", ""
     if trained.quantize == "nf4":
-        needs, given, before = ", BitsAndBytesConfig", f"{given}, quantization_config=config", _NF4
+        needs, given = ", BitsAndBytesConfig", f"{given}, quantization_config=config"
+        before = _nf4(not_in_four_bits)
     if trained.new_tokens.stop > trained.base_rows:
         rows = trained.new_tokens.stop
         resized = f"base.resize_token_embeddings({rows})  # rows of new tokens\n"

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from llmnorm.config.adapter import ALL_LINEAR, AdapterSettings, LowRankSettings
 from llmnorm.machine import reading
 from llmnorm.machine.doctor import missing_extra
+from llmnorm.models.expert_adapters import target_stacks, written_stacks
 from llmnorm.models.new_rows import NEW_ROWS, is_new_rows
 from llmnorm.models.nf4 import bitsandbytes
 from llmnorm.nn.precision import wide_dtype
@@ -64,7 +65,9 @@ def widen(model: nn.Module) -> None:
     layers = dict(model.named_modules())
     for name, module in layers.items():
         if match := _MODULE.fullmatch(name):
-            base = layers[f"{match[1]}.base_layer"].weight
+            around: Any = layers[match[1]]
+            stack = hasattr(around, "get_param")  # a layer around a stack of experts
+            base = around.get_param() if stack else around.base_layer.weight
             assert isinstance(base, Tensor) and isinstance(module.weight, Tensor)
             module.weight.data = module.weight.data.to(wide_dtype(base.dtype))
 
@@ -124,8 +127,11 @@ def is_adapter(name: str) -> bool:
 
 
 def loaded_name(name: str) -> str:
-    """The name that a parameter has in a model without an adapter: W's, without `.base_layer`."""
-    return name.replace(".base_layer.", ".")
+    """The name that a parameter has in a model without an adapter: W's, without `.base_layer`.
+
+    Of a module with two stacks of experts the name has it twice (expert_adapters.py).
+    """
+    return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
 @torch.no_grad()
@@ -157,7 +163,8 @@ def set_first_values(modules: Mapping[str, nn.Module], *, seed: int) -> None:
             base = modules[f"{match[1]}.base_layer"]
             loaded = base.weight
             assert isinstance(loaded, Tensor)
-            inputs = 0 if isinstance(base, Conv1D) else 1
+            turned = isinstance(base, Conv1D) or getattr(base, "turned", False)
+            inputs = 0 if turned else 1
             weight.copy_(torch.linalg.norm(loaded.to(weight.dtype), dim=inputs))
 
 
@@ -233,7 +240,9 @@ def write_config(
         InputError: PEFT is not installed; a layer is trained in part, which PEFT cannot express.
     """
     names = list(trained)
+    stacks = target_stacks(model, settings.parameters)
     layers = {match[1] for n in names if (match := _MODULE.fullmatch(n.rpartition(".")[0]))}
+    layers -= {stack.layer for stack in stacks}
     whole = dict.fromkeys(n.rpartition(".")[0] for n in names if not is_adapter(n))
     for module in whole:
         own = [n for n, _ in model.get_submodule(module).named_parameters()]
@@ -246,13 +255,14 @@ def write_config(
     tasks = {"ForSequenceClassification": "SEQ_CLS", "ForMaskedLM": None}
     peft_package().LoraConfig(
         target_modules=written_targets(model, layers),
+        target_parameters=written_stacks(model, stacks) or None,
         modules_to_save=[*whole] or None,
         trainable_token_indices=token_indices(names, new_tokens) or None,
         base_model_name_or_path=base,
         # transformers' classes of language models have several endings
         task_type=next((t for end, t in tasks.items() if class_name.endswith(end)), "CAUSAL_LM"),
         inference_mode=True,
-        fan_in_fan_out=all(isinstance(model.get_submodule(n), Conv1D) for n in layers),
+        fan_in_fan_out={type(model.get_submodule(n)) for n in layers} == {Conv1D},
         **settings.peft_keys(),
     ).save_pretrained(str(directory))
 
@@ -364,7 +374,7 @@ class PeftFiles:
         if unasked := sorted(set(self._shapes) - set(trained)):
             raise InputError(
                 f"{where}: holds '{unasked[0]}', which this run does not train; its layers are "
-                f"{layers} (adapter.targets)"
+                f"{layers} (adapter.targets, adapter.parameters)"
             )
 
     def read_into(self, into: Mapping[str, Tensor]) -> None:
@@ -380,4 +390,4 @@ class PeftFiles:
 
 def _layer(name: str) -> str:
     """The last name of the layer of an adapter's tensor in PEFT's files."""
-    return name.partition(".lora_")[0].rpartition(".")[2]
+    return loaded_name(name).partition(".lora_")[0].rpartition(".")[2]

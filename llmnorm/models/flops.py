@@ -8,7 +8,8 @@ not counted.
 
 Of a class of transformers, whose modules say nothing of what they do: a stack of matrices counts
 with the share of its matrices that a token is sent to, and attention as softmax attention over the
-context or its window.
+context or its window. A frozen stack with an adapter has six operations: its own gradient is made,
+for that of the adapter. The adapter is added to it once a step and not multiplied with tokens.
 """
 
 import torch
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from llmnorm.models import nf4
 from llmnorm.models.building import class_of
 from llmnorm.models.configuration import LlmNormConfig
+from llmnorm.models.expert_adapters import stack_layers
 from llmnorm.models.foreign import Foreign
 from llmnorm.nn.mixers.contract import Mixer
 
@@ -38,21 +40,28 @@ def flops_per_token(
     modules = list(model.modules())
     base = set((model.base_model if isinstance(model, PreTrainedModel) else model).modules())
     products = 4.0 * sum(layer.shape.numel() for layer in nf4.layers(model).values())
+    around = stack_layers(model)
+    added = {id(m) for layer in around for m in (*layer.lora_A.values(), *layer.lora_B.values())}
     products += sum(
         (6.0 if m.weight.requires_grad else 4.0)
         * (m.in_features * m.out_features * (1.0 if m in base else head_share))
         for m in modules
-        if isinstance(m, nn.Linear)
+        if isinstance(m, nn.Linear) and id(m) not in added
     )
     if isinstance(model, Foreign):
-        products += sum(_of_stacks(m) for m in modules)
+        adapted = {id(layer.get_param()) for layer in around}
+        products += sum(_of_stacks(m, adapted) for m in modules)
         return products + 3.0 * sum(_of_attention(m, context_length) for m in modules)
     mixing = sum(m.flops_per_token(context_length) for m in modules if isinstance(m, Mixer))
     return products + 3.0 * mixing
 
 
-def _of_stacks(module: nn.Module) -> float:
-    """Operations of a module's own matrices that are no linear layer: GPT-2's, and experts'."""
+def _of_stacks(module: nn.Module, adapted: set[int]) -> float:
+    """Operations of a module's own matrices that are no linear layer: GPT-2's, and experts'.
+
+    Args:
+        adapted: the ids of stacks with an adapter.
+    """
     if isinstance(module, Conv1D):
         return (6.0 if module.weight.requires_grad else 4.0) * module.weight.numel()
     stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
@@ -62,7 +71,11 @@ def _of_stacks(module: nn.Module) -> float:
     config = getattr(module, "config", None)
     chosen = [getattr(at, n, None) for at in (module, config) for n in _CHOSEN]
     per_token = next((n for n in chosen if isinstance(n, int)), experts)
-    own = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in stacks if len(p) == experts)
+    own = sum(
+        (6.0 if p.requires_grad or id(p) in adapted else 4.0) * p.numel()
+        for p in stacks
+        if len(p) == experts
+    )
     return own * per_token / experts
 
 

@@ -278,7 +278,7 @@ def empty_foreign(
             f"{kind.__name__}: has no base model beside its head, so that its hidden states cannot "
             "be asked for"
         )
-    names = _unit_names(model)
+    names = unit_names(model)
     is_mixture = bool(routers(model)) or any(stack_names(m) for m in model.modules())
     give_precision(model)
     _give_language_head(model)
@@ -323,7 +323,7 @@ def _is_accepted(names: frozenset[str], every: bool, name: str) -> bool:
     return every or name in names
 
 
-def _unit_names(model: PreTrainedModel) -> tuple[str, ...]:
+def unit_names(model: PreTrainedModel) -> tuple[str, ...]:
     """The blocks: those that the class says not to split, else the items of its longest list."""
     kinds = set(model._no_split_modules or ())
     found: list[str] = []

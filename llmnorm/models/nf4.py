@@ -15,6 +15,8 @@ What would surprise:
   of another block where rows are no multiple of 64 long.
 - `NF4Linear` is no nn.Linear: what it holds are buffers, which no checkpoint has, and reading its
   `weight` computes it.
+- GPT-2's `Conv1D` has (in, out) weights. W is the (out, in) one here too, as transformers stores it
+  in NF4; what is read and set as `weight` has the axes of the layer.
 """
 
 import logging
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from llmnorm.machine.doctor import missing_extra
 from llmnorm.nn.linear import output, product
@@ -87,8 +90,14 @@ def from_four_bits(four_bits: FourBits, shape: torch.Size, dtype: torch.dtype) -
     return flat[: shape.numel()].view(shape).to(dtype)
 
 
-def rounded(weight: Tensor) -> Tensor:
-    """The weight (float32, on the CPU) that a run in NF4 computes with, as float32."""
+def rounded(weight: Tensor, *, turned: bool = False) -> Tensor:
+    """The weight (float32, on the CPU) that a run in NF4 computes with, as float32.
+
+    Args:
+        turned: the weight is (in, out), and so is what is returned.
+    """
+    if turned:
+        return rounded(weight.T).T
     return from_four_bits(to_four_bits(weight), weight.shape, torch.float32)
 
 
@@ -100,13 +109,16 @@ class NF4Linear(nn.Module):
 
     Attributes:
         in_features, out_features: of the layer.
+        turned: whether the layer's weight is (in, out).
         bias: the layer's own parameter, or None.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D) -> None:
         super().__init__()
         assert not any(parameter.requires_grad for parameter in layer.parameters())
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.turned = isinstance(layer, Conv1D)
+        rows, columns = layer.weight.shape
+        self.out_features, self.in_features = (columns, rows) if self.turned else (rows, columns)
         self.bias = layer.bias
         blocks = -(-layer.weight.numel() // BLOCK)
         empty = FourBits(
@@ -132,17 +144,19 @@ class NF4Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W (out, in) in float32, computed at every reading; PEFT's DoRA takes its norms."""
-        return from_four_bits(self.four_bits, self.shape, torch.float32)
+        """The layer's weight in float32, computed at every reading; PEFT's DoRA takes its norms."""
+        weight = from_four_bits(self.four_bits, self.shape, torch.float32)
+        return weight.T if self.turned else weight
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
-        """Round a weight (out, in), float32 on the CPU, and hold it.
+        """Round the layer's weight, float32 on the CPU, and hold it.
 
         Raises:
             InputError: bitsandbytes is not installed.
         """
-        for place, tensor in zip(self.four_bits, to_four_bits(weight), strict=True):
+        stored = to_four_bits(weight.T if self.turned else weight)
+        for place, tensor in zip(self.four_bits, stored, strict=True):
             place.copy_(tensor)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,10 +205,10 @@ def quantize(model: nn.Module, names: Iterable[str]) -> None:
     """
     for name in names:
         layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear):
+        if hasattr(layer, "base_layer"):
             name = f"{name}.base_layer"
             layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, nn.Linear | Conv1D)
         model.set_submodule(name, NF4Linear(layer))
 
 
@@ -214,7 +228,7 @@ def fill(
     """
     for name, module in modules.items():
         if isinstance(module, NF4Linear):
-            weight = torch.empty(module.shape)
+            weight = torch.empty(module.shape[::-1] if module.turned else module.shape)
             read_into({f"{name}.weight": weight})
             module.set_weight(weight)
 

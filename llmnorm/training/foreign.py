@@ -12,16 +12,18 @@ import torch
 from torch import nn
 
 from llmnorm.checkpoints.checkpoints import Checkpoint
-from llmnorm.config.adapter import LowRankSettings
+from llmnorm.config.adapter import LowRankSettings, quantized_refusal
 from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import RunConfig
 from llmnorm.exchange.foreign_source import class_of_run
 from llmnorm.exchange.loading import open_source
 from llmnorm.exchange.source import Source, base_path, refuse_other_base
+from llmnorm.models import nf4
 from llmnorm.models.adapters import PeftFiles, is_adapter, loaded_name, set_first_values
 from llmnorm.models.convert import named_weights
 from llmnorm.models.foreign import Foreign, Head, Rows, Ways, empty_foreign, skeleton
 from llmnorm.models.foreign_adapters import foreign_targets, inject_in_blocks
+from llmnorm.models.four_bit_layers import share_left_out, stored_in_four_bits
 from llmnorm.models.frozen import freeze, narrow
 from llmnorm.models.fused import fused_rows
 from llmnorm.models.looks import WIDTH, Looks, look
@@ -50,9 +52,11 @@ def foreign_model(
         InputError: the directory cannot be read, or has no class that can be trained so; the
             vocabulary is too small for the tokenizer, the context longer than the model's; the
             tokenizer wants tokens that the model has no rows for; a mixture's balancing loss or its
-            load is asked for and cannot be had; or the base is another one than the checkpoint
-            names.
+            load is asked for and cannot be had; the base is another one than the checkpoint names;
+            or `model.quantize` is asked of several processes.
     """
+    if config.model.quantize is not None and parallel.sharding != "none":
+        raise InputError(quantized_refusal(config.model.quantize, parallel.sharding))
     if start is not None and not config.freezes:
         found = class_of_run(start.meta, str(start.path))
         model = empty_foreign(found.kind, found.config, dropout=config.model.dropout == "config")
@@ -82,6 +86,9 @@ def foreign_model(
         lacking = own & named.keys() - {n for n in named if loaded_name(n) in source.tensors}
         assert not lacking, f"no weights for {sorted(lacking)[:3]}"
         source.read_into({n: t for n, t in loaded.items() if n in source.tensors})
+        nf4.fill(
+            modules, lambda into: source.read_into({loaded_name(n): t for n, t in into.items()})
+        )
         set_first_values(modules, seed=config.seed)
         if first is not None:
             trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -117,24 +124,34 @@ def choose_trained(config: RunConfig, model: Foreign) -> str:
         What is to be said of it.
 
     Raises:
-        InputError: a target of the adapter is not there, or nothing is left to train.
+        InputError: a target of the adapter is not there, nothing is left to train, or no layer can
+            be stored in few bits.
     """
-    note = ""
+    note = f"training.trainable: {config.trainable}"
+    plain = skeleton(model.kind, model.saved_config)
     if isinstance(config.adapter, LowRankSettings):
         blocks = [*model.units()]
-        plain = skeleton(model.kind, model.saved_config)
         targets = foreign_targets(plain, config.adapter, blocks)
-        inject_in_blocks(model, config.adapter, targets.names, blocks)
-        note = targets.describe() or f"adapter: around {len(targets.names)} linear layers"
+        inject_in_blocks(model, config.adapter, targets.names, blocks, targets.stacks)
+        note = targets.describe()
     freeze(model, norms=config.trainable == "norms", new_head=False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
             f"training.trainable: '{config.trainable}', but the model has none with weights; "
             "nearest: adapter=lora"
         )
+    if config.model.quantize is not None:
+        stored = stored_in_four_bits(plain)
+        if not stored:
+            raise InputError(
+                f"model.quantize: {model.kind.__name__} has no linear layer in its blocks that "
+                f"'{config.model.quantize}' stores; leave it out"
+            )
+        nf4.quantize(model, stored)
+        note += f"\n{share_left_out(plain, stored)}"
     if config.training.precision == "bf16":
         narrow(model)
-    return note or f"training.trainable: {config.trainable}"
+    return note
 
 
 def looked_at(config: RunConfig, model: Foreign, parallel: Parallel) -> Looks:
@@ -205,7 +222,7 @@ def refuse_unused(
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
         cure = (
-            "leave that layer out of adapter.targets"
+            "leave that layer out of adapter.targets, or that stack out of adapter.parameters"
             if is_adapter(without[0])
             else "the class does not use it here; train with adapter=lora"
         )
@@ -219,7 +236,7 @@ def refuse_unused(
     found = parallel.reduce(torch.stack(sums).float()).tolist()
     kinds: dict[str, float] = {}
     for (name, _), size in zip(factors, found, strict=True):
-        kind = name.split(".lora_B.")[0].rpartition(".")[2]
+        kind = loaded_name(name).split(".lora_B.")[0].rpartition(".")[2]
         kinds[kind] = kinds.get(kind, 0.0) + size
     if idle := [kind for kind, size in kinds.items() if size == 0]:
         raise InputError(

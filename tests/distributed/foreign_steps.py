@@ -49,6 +49,7 @@ def steps(
     sharding: str,
     *,
     adapter: bool = False,
+    experts: bool = False,
     recomputed: bool = False,
     micro_batches: int = 1,
     optimizer: str = "adamw",
@@ -60,6 +61,8 @@ def steps(
     """Train a tiny model of a family for some steps; every process makes the call.
 
     Args:
+        adapter: train LoRA around all linear layers that PEFT wraps.
+        experts: and around the stacks of experts.
         router_loss: what a mixture's balancing loss is multiplied by.
         dtype: of the weights.
         after: called after the last step.
@@ -74,9 +77,10 @@ def steps(
     if dtype == torch.float64:  # which grouped products do not take
         model.config._experts_implementation = "eager"
     if adapter:
-        settings, blocks = LoraSettings(rank=4), [*model.units()]
-        names = foreign_targets(skeleton(type(own), own.config), settings, blocks).names
-        inject_in_blocks(model, settings, names, blocks)
+        stacks = ["gate_up_proj", "down_proj"] if experts else None
+        settings, blocks = LoraSettings(rank=4, parameters=stacks), [*model.units()]
+        targets = foreign_targets(skeleton(type(own), own.config), settings, blocks)
+        inject_in_blocks(model, settings, targets.names, blocks, targets.stacks)
         freeze(model, norms=False, new_head=False)
     values = own.state_dict()
     model.router_loss = router_loss

@@ -20,6 +20,8 @@ CELLS: dict[str, tuple[str, str, dict[str, Any]]] = {
         ("qwen3_moe", "ddp", {"router_loss": 0.5, "micro_batches": 2}),
         ("qwen3_moe", "fsdp2", {"router_loss": 0.5, "recomputed": True, "optimizer": "normuon"}),
         ("mixtral", "ddp", {"optimizer": "adamp"}),
+        ("gpt_oss", "zero3", {"adapter": True, "experts": True}),
+        ("qwen3_moe", "fsdp2", {"adapter": True, "experts": True, "recomputed": True}),
         ("falcon_h1", "ddp", {}),
         ("falcon_h1", "fsdp2", {}),
         ("mamba2", "zero3", {"adapter": True}),
@@ -65,7 +67,7 @@ def test_two_processes_train_what_one_does(two: dict[str, Any], name: str) -> No
         pytest.skip("the extra deepspeed is not installed")
     family, _, options = CELLS[name]
     ways, losses, norms, balances = two[name]
-    own = ("adapter", "router_loss", "optimizer")
+    own = ("adapter", "experts", "router_loss", "optimizer")
     alone = steps(family, "none", **{key: options[key] for key in own if key in options})
     assert ways == alone.ways
     assert losses == pytest.approx(alone.losses, rel=1e-5)

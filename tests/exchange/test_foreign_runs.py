@@ -28,12 +28,12 @@ WORDS += ["model=null", "tokenizer=null", "data.context_length=32", "training.gl
 KINDS = {"gpt2": "dora", "qwen3_next": "lora"}
 
 
-def base_of(family: str, directory: Path, data: Path) -> Path:
+def base_of(family: str, directory: Path, data: Path, **other: Any) -> Path:
     """A directory of a tiny model with the smoke tokenizer."""
     settings = load(SMOKE, [f"data.dir={data}"]).config
     found = packing.find(settings.data, settings.tokenizer)
     assert found is not None
-    tiny(family, vocab_size=512).save_pretrained(directory)
+    tiny(family, **({"vocab_size": 512} | other)).save_pretrained(directory)
     shutil.copytree(found.tokenizer_directory, directory, dirs_exist_ok=True)
     return directory
 

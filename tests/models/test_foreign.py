@@ -343,7 +343,7 @@ def test_a_class_without_blocks_is_refused() -> None:
     own = nn.Linear(2, 2)
     own._no_split_modules = None  # type: ignore[assignment]
     with pytest.raises(InputError, match="has no blocks that can be sharded"):
-        foreign_file._unit_names(cast(Any, own))
+        foreign_file.unit_names(cast(Any, own))
 
 
 def test_flops_are_counted_from_the_modules() -> None:

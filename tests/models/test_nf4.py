@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llmnorm.config.adapter import ALL_LINEAR
 from llmnorm.models import nf4
@@ -108,6 +109,24 @@ def test_the_product_is_that_of_the_rounded_weight(bias: bool, dtype: torch.dtyp
         assert x.grad is not None and x.grad.any() and y.dtype == dtype
         found.append((y, x.grad, module.weight))
     assert all(ours.equal(theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def test_a_transposed_layer_computes_what_it_is_there_for() -> None:
+    """Oracle: GPT-2's own layer with the rounded weight; its rows are blocks as transformers has
+    them, which are columns of the layer's weight."""
+    plain = Conv1D(100, 80).requires_grad_(False)
+    plain.weight.copy_(weights(80, 100))
+    plain.bias.copy_(weights(1, 100).squeeze(0))
+    with torch.device("meta"):
+        quantized = NF4Linear(Conv1D(100, 80).requires_grad_(False)).to_empty(device="cpu")
+    nf4.fill({"it": quantized}, lambda into: into["it.weight"].copy_(plain.weight))
+    quantized.bias.copy_(plain.bias)
+    assert quantized.shape == (100, 80)
+    plain.weight.copy_(rounded(plain.weight.T).T)
+    assert quantized.weight.equal(plain.weight)
+    assert rounded(weights(80, 100), turned=True).equal(plain.weight)
+    x = weights(12, 80, seed=1)
+    torch.testing.assert_close(quantized(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_backward_pass_keeps_the_four_bits_alone() -> None:

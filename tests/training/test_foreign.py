@@ -241,7 +241,25 @@ def test_a_dry_run_shows_the_table_and_writes_nothing(
         (["model.depth_scaling=lns"], "model.depth_scaling: .* has none of llmnorm's parts"),
         (["model.dropout=0.1"], "give 0, or config for the values of its config.json"),
         (["model.classes=own"], "'gpt2' cannot be loaded .* model.classes=transformers trains it"),
-        (["model.quantize=nf4", "adapter=lora"], "model.quantize: 'nf4' is for llmnorm's own"),
+        (["model.quantize=nf4"], "model.quantize: 'nf4' stores weights that an adapter is trained"),
+        (
+            ["model.quantize=nf4", "adapter=lora", "parallel.sharding=ddp"],
+            "model.quantize: 'nf4' is for one process",
+        ),
+        (
+            ["adapter=dora", "adapter.parameters=[down_proj]"],
+            "adapter.parameters: PEFT puts LoRA alone .* give adapter.name=lora",
+        ),
+        (
+            ["adapter=lora", "adapter.parameters=[down_proj]", "adapter.dropout=0.1"],
+            "adapter.parameters: adapter.dropout is 0.1",
+        ),
+        (["adapter=lora", "adapter.parameters=[]"], "adapter.parameters: expected 1 values"),
+        (["adapter=lora", "adapter.targets=none"], "adapter.targets: 'none' leaves nothing"),
+        (
+            ["adapter=lora", "adapter.parameters=[down_proj]"],
+            "adapter.parameters: GPT2LMHeadModel has no stacks of experts; leave it out",
+        ),
         (["objective=masked_lm"], "masked_lm"),
         (["objective.name=distill", "objective.teacher=x"], "choose causal_lm or sft"),
         (["selection=random", "selection.pool=8"], "selection: measures rows in llmnorm's own"),
@@ -271,6 +289,7 @@ def test_what_a_foreign_class_cannot_have_is_refused_by_name(
     [
         (["model.dropout=config"], "model.dropout: 'config' is for a class of transformers"),
         (["model.trust_remote_code=true"], "model.trust_remote_code: is for a class"),
+        (["adapter=lora", "adapter.parameters=[down_proj]"], "adapter.parameters: names stacks of"),
         (["model.router_loss=0.1"], "model.router_loss: 0.1; llmnorm's own model has no experts"),
     ],
 )
@@ -279,6 +298,16 @@ def test_what_our_own_class_cannot_have_is_refused_by_name(
 ) -> None:
     """Oracle: the same."""
     assert why in said(capfd, *words(place, "text", "llama", tmp_path / "run", *more))
+
+
+def test_a_launch_that_would_shard_a_base_in_nf4_is_refused(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the message; what accelerate exports for its FSDP file, which no key names."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    more = ["adapter=lora", "model.quantize=nf4"]
+    line = said(capfd, *words(place, "text", "gpt2", tmp_path / "run", *more))
+    assert "'nf4' is for one process" in line and "parallel.sharding is 'fsdp2'" in line
 
 
 def test_new_tokens_of_a_template_are_refused(

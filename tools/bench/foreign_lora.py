@@ -7,7 +7,8 @@ Both train rank 16 on every linear layer of the blocks that PEFT wraps, in the s
 same weights and first values, on the same rows of 512 tokens, of which a quarter is labelled, with
 the same AdamW and clipping at norm 1, in float32 on the CPU; their losses must agree. The shapes
 have a width of 512, two to four layers and a vocabulary of 32,768: 24 to 60M parameters, phi3 39M,
-gemma3_text 27M, mamba2 37M.
+gemma3_text 27M, mamba2 37M. `mixture` is a qwen3_moe of 35M with 8 experts a layer, and `mixture
+experts` has rank 16 around its stacks of experts too (adapter.parameters).
   ours     the functions of llmnorm/training/step.py, the class as models/looks.py has found it
   trainer  transformers.Trainer.train() with PEFT around the class
 They take turns (turns.py); speed is the median over the rounds of (its time / ours in that round),
@@ -38,7 +39,7 @@ from llmnorm.config.adapter import LoraSettings
 from llmnorm.models.adapters import is_adapter, loaded_name, set_first_values
 from llmnorm.models.convert import named_weights
 from llmnorm.models.foreign import empty_foreign, skeleton
-from llmnorm.models.foreign_adapters import foreign_targets, inject_in_blocks
+from llmnorm.models.foreign_adapters import Targets, foreign_targets, inject_in_blocks
 from tests.families import FAMILIES, class_of, configuration
 
 # The three of the bar, and what the others are to reach.
@@ -52,6 +53,10 @@ _SHAPE: dict[str, Any] = {
     "head_dim": 64,
     "max_position_embeddings": LENGTH,
 }
+_MIXTURE: dict[str, Any] = {
+    **{"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6},
+    **{"num_experts": 8, "moe_intermediate_size": 224},
+}
 # transformers' own code for a CPU keeps (chunk x state) numbers a token and head.
 _MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _LARGER: dict[str, dict[str, Any]] = {
@@ -64,6 +69,8 @@ _LARGER: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA,
     "lfm2": {"block_multiple_of": 256, "block_ff_dim": 1280, "block_dim": 512, "conv_dim": 512},
     "qwen3_moe": {"moe_intermediate_size": 640},
+    "mixture": _MIXTURE,
+    "mixture experts": _MIXTURE,
     "gpt_oss": {"intermediate_size": 640},
     "qwen3_next": {
         **{"moe_intermediate_size": 640, "shared_expert_intermediate_size": 640},
@@ -72,14 +79,18 @@ _LARGER: dict[str, dict[str, Any]] = {
     },
 }
 _WINDOW = {"sliding_window": 128}
+# What has another name than its family.
+OF_FAMILY = dict.fromkeys(("mixture", "mixture experts"), "qwen3_moe")
+STACKS = {"mixture experts": ["gate_up_proj", "down_proj"]}
 
 
 def made(family: str) -> PreTrainedModel:
     """A model of a family with random weights, always the same."""
-    shape = _SHAPE if family not in ("gpt2", "mamba2") else {}
-    window = _WINDOW if "sliding_window" in FAMILIES[family] else {}
+    kind = OF_FAMILY.get(family, family)
+    shape = _SHAPE if kind not in ("gpt2", "mamba2") else {}
+    window = _WINDOW if "sliding_window" in FAMILIES[kind] else {}
     config = configuration(
-        family, **(shape | window | _LARGER.get(family, {}) | {"vocab_size": VOCABULARY})
+        kind, **(shape | window | _LARGER.get(family, {}) | {"vocab_size": VOCABULARY})
     )
     for name, value in vars(config).items():  # the peer has dropout off too
         if isinstance(value, float) and "drop" in name:
@@ -89,11 +100,16 @@ def made(family: str) -> PreTrainedModel:
     return class_of(config)(config).float().train()
 
 
-def targets(model: PreTrainedModel) -> list[str]:
-    """The layers that both train an adapter around."""
+def settings_of(family: str) -> LoraSettings:
+    """The adapter that both train."""
+    return LoraSettings(rank=RANK, alpha=ALPHA, parameters=STACKS.get(family))
+
+
+def targets(model: PreTrainedModel, family: str) -> Targets:
+    """What both train an adapter around."""
     plain = skeleton(type(model), model.config)
     blocks = [*empty_foreign(type(model), model.config).units()]
-    return foreign_targets(plain, LoraSettings(rank=RANK, alpha=ALPHA), blocks).names
+    return foreign_targets(plain, settings_of(family), blocks)
 
 
 def ours(family: str, count: int) -> Iterator[float]:
@@ -112,8 +128,9 @@ def ours(family: str, count: int) -> Iterator[float]:
     parallel = Parallel(ParallelSettings(), TrainingSettings(steps=1, device="cpu"))
     own = made(family)
     model = empty_foreign(type(own), own.config).train()
-    settings = LoraSettings(rank=RANK, alpha=ALPHA)
-    inject_in_blocks(model, settings, targets(own), [*model.units()])
+    around = targets(own, family)
+    blocks = [*model.units()]
+    inject_in_blocks(model, settings_of(family), around.names, blocks, around.stacks)
     freeze(model, norms=False, new_head=False)
     weights = own.state_dict()
     del own
@@ -157,8 +174,14 @@ def peer(family: str, count: int, steps: int, done: Done) -> None:
     from peft import LoraConfig
 
     own = made(family)
-    names = targets(own)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM")
+    around = targets(own, family)
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=around.names,
+        target_parameters=[stack.name for stack in around.stacks] or None,
+        task_type="CAUSAL_LM",
+    )
     lora_step.train("trainer", own, config, count, steps, done)
 
 
@@ -255,7 +278,8 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     if options.out.is_file() and not options.quick:
         found = json.loads(options.out.read_text())["families"]
-    for family in options.families or [*BARS, *(f for f in FAMILIES if f not in BARS)]:
+    others = [family for family in (*FAMILIES, *OF_FAMILY) if family not in BARS]
+    for family in options.families or [*BARS, *others]:
         if family in found:
             continue
         found[family] = measure(family, options)
