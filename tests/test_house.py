@@ -40,7 +40,7 @@ FLOORS = {
 }
 # Files beside the rooms; any other stands on the ground.
 TOP = {"cli": 11, "__main__": 11}
-LIGHT = {"optim/schedule"}  # settings and all that is built from them
+LIGHT = {"optim/schedule", "optim/rates"}  # settings and all that is built from them
 DISTRIBUTED = (
     "optim/sharded.py",
     "parallel/",

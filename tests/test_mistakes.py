@@ -279,6 +279,37 @@ SETTINGS = {
         "<place>: optimizer.nap takes the place of decay on hidden matrices; "
         "set optimizer.weight_decay=0",
     ),
+    "tasks between evaluations": setting(
+        "evaluation.tasks=[a.yaml] evaluation.every=50 evaluation.tasks_every=120",
+        "<place>: evaluation.tasks_every 120 is no multiple of evaluation.every 50: tasks are "
+        "scored at evaluations",
+    ),
+    "limit of no tasks": setting(
+        "evaluation.tasks_limit=5",
+        "<place>: evaluation.tasks_limit: there are no evaluation.tasks; leave it out",
+    ),
+    "tasks of an encoder": setting(
+        "objective=masked_lm tokenizer.mask=true model.mixer=hydra model.mlp=none "
+        "evaluation.tasks=[a.yaml]",
+        "<place>: evaluation.tasks: lm-eval's tasks ask for a causal language model, and this "
+        "objective trains a LlmNormForMaskedLM; leave it out",
+    ),
+    "window of few steps": setting(
+        "training.spike.window=4", AT_LEAST, "training.spike.window", "at least 8, got 4"
+    ),
+    "group that is given nothing": setting(
+        "optimizer.groups=[{'match':'*.mlp.*'}]",
+        "<place>: optimizer.groups.0: '*.mlp.*' is given nothing; give lr, weight_decay or rule",
+    ),
+    "rule of another optimizer": setting(
+        "optimizer=muon optimizer.groups=[{'match':'*.mlp.*','rule':'mun'}]",
+        "<place>: optimizer.groups.0.rule: 'mun' is no rule of this optimizer; <hint>",
+        "did you mean 'muon'?",
+    ),
+    "rule that is everybody's": setting(
+        "optimizer.groups=[{'match':'*.mlp.*','rule':'adamw'}]",
+        "<place>: optimizer.groups.0.rule: 'adamw' updates every parameter here; leave it out",
+    ),
     "gram form in bf16": setting(
         "optimizer=normuon optimizer.orthogonalize=gram optimizer.precision=bf16",
         "<place>: optimizer.orthogonalize=gram diverges in bf16; "
@@ -295,6 +326,18 @@ SETTINGS = {
         "optimizer.split_sizes={'*.q_proj.weight':[9,9]}",
         "optimizer.split_sizes: *.q_proj.weight: [9, 9] are 18 rows, <name> has <n>",
         ("has 64",),
+    ),
+    "pattern of no name": Case(
+        f"train {SMOKE} --print-groups "
+        "optimizer.groups=[{'match':'norm.weight','lr':2},{'match':'*.mpl.*','lr':0.5}]",
+        "optimizer.groups.1.match: '<pattern>' matches no parameter that is trained; <hint>",
+        ("'*.mpl.*'", "did you mean '*.mlp.*'?"),
+    ),
+    "rule of a vector": Case(
+        f"train {SMOKE} --print-groups optimizer=muon "
+        "optimizer.groups=[{'match':'*','rule':'muon'}]",
+        "optimizer.groups.0.rule: muon updates matrices of two axes, and <name> has the shape "
+        "(64,); choose a pattern that does not match it",
     ),
     "two lengths": setting(
         "training.tokens=9",
@@ -329,6 +372,21 @@ SETTINGS = {
         f"train {SMOKE} data.sources.0.weight=null",
         "<place>: data.sources: '<source>' has no weight; give all sources one, or none",
         ("'prose'",),
+    ),
+    "stages that do not end": setting(
+        'data.stages=[{"weights":{"prose":1}},{"weights":{"notes":1}}]',
+        "<place>: data.stages.<n>: does not end; give it 'until' (a share of the run, e.g. 0.8), "
+        "'rows' or 'tokens'; only the last stage lasts to the end of the run",
+    ),
+    "stage of an unknown source": setting(
+        'data.stages=[{"weights":{"prosa":1}}]',
+        "<place>: data.stages.<n>.weights: no source is called '<source>'; <hint>",
+        "'prosa'; did you mean 'prose'?",
+    ),
+    "decay longer than the run": setting(
+        "schedule=wsd schedule.decay=99",
+        "<place>: schedule.decay <n> is not less than training.steps <n>; give fewer steps, or a "
+        "share",
     ),
     "two origins": setting(
         "data.sources.0.dataset=x", "<place>: exactly one of 'path' and 'dataset' must be given"
@@ -588,6 +646,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LENGTH = "training.steps=4 checkpoint.every=2 evaluation.every=4"
+POINT = "run/checkpoints/step_00000004"
 RUNS = {
     "run of other settings": Case(
         f"train {SMOKE} run_dir=run {LENGTH} optimizer.lr=1",
@@ -608,6 +667,41 @@ RUNS = {
         "(<directory>); restore the corpus or start a new run_dir",
         ("step_00000004",),
         lambda: other_text(),
+    ),
+    "stages of rows that were read": Case(
+        'train run training.steps=6 data.stages=[{"weights":{"notes":1}}]',
+        "data.stages: <checkpoint> has read the rows before <n> as it was told, so only what "
+        "begins at row <n> (step <n>) or later can change; for another mixture from there on, "
+        "start a branch: run_dir=NEW training.branch_from=<checkpoint>",
+        ("step_00000004",),
+    ),
+    "branch of another model": Case(
+        f"train {SMOKE} run_dir=b {LENGTH} training.branch_from={POINT} model.norm=layer",
+        "training.branch_from: <checkpoint> has model.norm.name <part>, and this run <part>; a "
+        "branch keeps its parent's model: give model.norm.name=<part>, or leave "
+        "training.branch_from out and train from the first step",
+        ("step_00000004", "rms, and this run layer"),
+    ),
+    "branch of another optimizer": Case(
+        f"train {SMOKE} run_dir=b {LENGTH} training.branch_from={POINT} optimizer=conda",
+        "training.branch_from: <checkpoint> was trained by optimizer '<part>', whose state is none "
+        "of '<part>'; give optimizer=<part>, or begin with these weights and a new optimizer: "
+        "model.pretrained=<checkpoint> in the place of training.branch_from",
+        ("'adamw'", "'conda'"),
+    ),
+    "branch with another tokenizer": Case(
+        f"train {SMOKE} run_dir=b {LENGTH} training.branch_from={POINT} "
+        'data.sources=[{"name":"prose","path":"tests/data/text/prose.jsonl"}]',
+        "tokenizer: this run branches from <checkpoint> onto other data, and would train a "
+        "tokenizer of its own; keep its parent's: tokenizer.path=<directory> <setting> (the "
+        "default, since none is trained)",
+        ("tokenizer.path=run/tokenizer tokenizer.vocab_size=32768",),
+    ),
+    "branch in epochs onto other rows": Case(
+        f"train {SMOKE} run_dir=b training.branch_from={POINT} data.context_length=32 "
+        "training.steps=null training.epochs=2",
+        "training.epochs: counts passes over one corpus, and this branch reads other rows than its "
+        "parent; give training.steps or training.tokens, which count its parent's too",
     ),
     "run directory that is a file": Case(
         f"train {SMOKE} run_dir={SMOKE}", "run_dir: <path> is a file", (SMOKE,)
@@ -832,7 +926,7 @@ TROUBLE = {
     "did you mean 'ddp'?",
     "replicas, ddp": "parallel.replicas: <n> has no meaning for sharding '<sharding>'; "
     "launch with launch/accelerate/fsdp2.yaml",
-    "whole model": "<option>: needs the whole model on every process, which sharding '<sharding>' "
+    "whole model": "--adapter: needs the whole model on every process, which sharding '<sharding>' "
     "does not give; launch with launch/accelerate/ddp.yaml and parallel.sharding=auto",
     "silent process": "rank <n> (host <host>, process <n>): not heard of for <n> s: it was killed "
     "or stopped, or its host is gone; last step <n>, in phase <phase><more>",
@@ -1084,10 +1178,8 @@ def test_what_launch_file_and_key_disagree_in(name: str, place: Path) -> None:
     assert contents(place) == before
 
 
-def test_tasks_want_the_whole_model(place: Path) -> None:
-    words = "eval run parallel.sharding=fsdp2 --tasks tests/data/tasks/weather.yaml"
-    shutil.copytree(ROOT / "tests/data/tasks", place / "tests/data/tasks", dirs_exist_ok=True)
-    done = llmnorm(place, words)
+def test_an_adapter_wants_the_whole_model(place: Path) -> None:
+    done = llmnorm(place, "eval run parallel.sharding=fsdp2 --adapter adapter")
     assert done.returncode == 2 and says("whole model", done.stderr), done.stderr
 
 

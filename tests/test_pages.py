@@ -35,6 +35,8 @@ PAGES = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", *WRITTEN]}
 NOT_RUN = {
     "bash launch/quickstart.sh": "installs from the network and trains for minutes",
     "bash launch/exspec_pair.sh": "trains for an hour; tests/objectives/test_distill.py trains one",
+    "llmnorm train configs/recipes/anneal/": "trains for minutes on a corpus from the network; "
+    "tests/training/test_branches.py goes this way",
     "bash tools/test.sh": "runs this test",
     "bash tools/bootstrap.sh": "installs from the network",
     "accelerate launch": "tests/distributed launches several processes",

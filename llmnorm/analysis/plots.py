@@ -4,8 +4,10 @@
     plot([Path("runs/a"), Path("runs/b")], Path("a-b.png"))
 
 One picture shows all the runs together: loss against tokens and against time, bits per byte by
-source, learning rate, gradient norm and throughput. A single run is shown beside gzip and xz. A
-second picture shows the load of experts, where a run has measured it (expert_load.py).
+source, learning rate, gradient norm and throughput, and scores on lm-eval's tasks where a run has
+taken some (`evaluation.tasks`). A single run is shown beside gzip and xz. A dotted line stands
+where a stage of the data begins (`data.stages`). A second picture shows the load of experts, where
+a run has measured it (expert_load.py).
 
 What would surprise: the loss axis is scaled to the losses after the first tenth of a run, and that
 of the gradient norm to its lower 98 %; all of them would flatten the rest.
@@ -26,6 +28,7 @@ from llmnorm.runs.record import Record, read_metrics, smoothed
 # Okabe and Ito's palette, which colour-blind readers can tell apart; references are greys.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")  # where the colours are used up
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREYS = ("#C4C4C4", "#404040", "#808080")
 MOST_BARS = 5  # of a source; of more runs only the bars of all sources together are drawn
 
@@ -85,7 +88,8 @@ def draw(records: Mapping[str, Record], output: Path, rates: References | None =
 
     figure = Figure(figsize=(15, 8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    scored = any(record.tasks for record in records.values())
+    axes = figure.subplots(3 if scored else 2, 3)
     styles = {
         name: {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % 4]}
         for i, name in enumerate(records)
@@ -108,6 +112,15 @@ def draw(records: Mapping[str, Record], output: Path, rates: References | None =
     norms = sorted(value for record in records.values() for value in record.training["grad_norm"])
     if norms and norms[-1] > 0:
         axes[1, 1].set_ylim(0, 1.15 * max(norms[int(0.98 * (len(norms) - 1))], 1e-12))
+    if scored:
+        figure.set_figheight(11.5)
+        for axis in axes[2]:
+            axis.remove()
+        _tasks(figure.add_subplot(axes[0, 0].get_gridspec()[2, :]), records, styles)
+    for axis in (axes[0, 0], *axes[1]):
+        for name, record in records.items():
+            for begins in record.stages:  # where the data's mixture changes
+                axis.axvline(begins, color=styles[name]["color"], linestyle=":", linewidth=0.9)
     _engineering(axes[1, 2].yaxis)
     axes[1, 0].yaxis.set_major_formatter("{x:g}")
     if len(records) == 1:
@@ -237,6 +250,28 @@ def _rates(
         axis.legend(
             frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(columns)
         )
+
+
+def _tasks(
+    axis: Any, records: Mapping[str, Record], styles: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The scores of lm-eval's tasks: a marker a task, a colour a run (of one run a task)."""
+    alone = len(records) == 1
+    tasks = list(dict.fromkeys(task for record in records.values() for task in record.tasks))
+    for name, record in records.items():
+        for number, task in enumerate(tasks):
+            if task not in record.tasks:
+                continue
+            own = COLOURS[number % len(COLOURS)] if alone else styles[name]["color"]
+            axis.plot(
+                *record.tasks[task],
+                color=own,
+                linestyle="-" if alone else styles[name]["linestyle"],
+                marker=MARKERS[number % len(MARKERS)],
+                label=task if alone else f"{name}: {task}",
+            )
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    _finish(axis, "Scores on benchmark tasks", "training tokens", "tokens")
 
 
 def _finish(axis: Any, title: str, below: str, over: str) -> None:

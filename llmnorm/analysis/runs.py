@@ -5,7 +5,8 @@
     layer      1500/2500  2.6021  2.6021 interrupted   0.004         layer
 
 `loss` and `best` are the last and the lowest validation loss. The columns on the right are the
-settings that differ between the runs. The states are
+settings that differ between the runs; where a run has branched from another, a column before them
+names that run and the step. The states are
 
     running       a process holds the run's lock
     finished      it reached its last step, or `evaluation.patience` has ended it
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmnorm.config.manifest import STEP
 from llmnorm.config.saved import differences
 from llmnorm.config.tree import RunConfig, TrainingSettings
 from llmnorm.config.yaml_text import read_yaml
@@ -39,6 +41,7 @@ from llmnorm.runs.lines import Lines, damage, read_lines
 from llmnorm.runs.lock import is_locked
 
 WIDEST = 40  # characters of a setting's value
+BRANCH = "training.branch_from"
 
 
 def describe_runs(directory: Path) -> str:
@@ -54,16 +57,20 @@ def describe_runs(directory: Path) -> str:
         raise InputError(f"{directory}: holds no run directory (one with a config.yaml)")
     runs = [_look(RunDirectory(path)) for path in found]
     keys = differing([run.settings for run in runs if run.settings is not None])
-    rows = [["run", "steps", "loss", "best", "state", *keys]]
+    keys = [key for key in keys if key != BRANCH]
+    parents = [_parent(run.settings) for run in runs]
+    branch = ["branch of"] if any(parents) else []
+    rows = [["run", "steps", "loss", "best", "state", *branch, *keys]]
     problems, accounts = [], {}
-    for run in runs:
+    for run, parent in zip(runs, parents, strict=True):
         path = run.directory.path
         name = str(path.relative_to(directory)) if path != directory else str(directory)
         losses = run.losses
         last, best = (f"{losses[-1]:.4f}", f"{min(losses):.4f}") if losses else ("-", "-")
         leaves = [_shown(run.settings, key) for key in keys]
         total = "?" if run.settings is None else _total(run.settings)
-        rows.append([name, f"{run.step}/{total}", last, best, run.state, *leaves])
+        whose = [parent or "-"] if branch else []
+        rows.append([name, f"{run.step}/{total}", last, best, run.state, *whose, *leaves])
         problems += run.problems
         accounts[name] = run.account
     text = "\n".join([_aligned(rows), *problems])
@@ -192,6 +199,16 @@ def _settings(run: RunDirectory) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{run.config}: expected a mapping of sections")
     return {key: value for key, value in tree.items() if key != "run_dir"}
+
+
+def _parent(settings: Any) -> str | None:
+    """The run and the step that a run has branched from: "stable step 2000"."""
+    point = _value(settings, BRANCH)
+    if point is None:
+        return None
+    path = Path(str(point))
+    number = STEP.fullmatch(path.name)
+    return f"{path.parent.parent.name} step {int(number[1])}" if number else str(point)
 
 
 def _value(tree: Any, key: str) -> Any:

@@ -115,6 +115,32 @@ class BaseMeta(_Strict):
     """The first id of the tokens that were new to them, and the id behind the last."""
 
 
+class StageMeta(_Strict):
+    """A stage of a run (data/run_data.py)."""
+
+    row: Size
+    """The run's row that it begins with."""
+    weights: dict[str, Size]
+    """Of the sources, by their names."""
+    setting: int | None
+    """Which of `data.stages` it is; None where a run further up has read it."""
+
+
+class BranchMeta(_Strict):
+    """Where a run has branched from another."""
+
+    path: str
+    """The checkpoint."""
+    step: Size
+    """Its step."""
+    data: str
+    """The identity of the data that the other had read."""
+    row: Size
+    """The branch's first row."""
+    anew: bool
+    """Whether the branch counts its rows from 0, since they are others than its parent's."""
+
+
 class RunMeta(_Strict):
     """What a run's checkpoint holds beside tensors (`training/keeping.py` writes it)."""
 
@@ -125,6 +151,9 @@ class RunMeta(_Strict):
     tokens: Size
     skipped_steps: Size
     skipped_in_a_row: Size
+    skipped_spikes: Size = 0
+    spikes_in_a_row: Size = 0
+    window: list[list[float]] = []
     best_loss: float | None = None
     best_step: Size = 0
     not_better: Size = 0
@@ -137,6 +166,8 @@ class RunMeta(_Strict):
     sources: list[dict[str, Any]]
     llmnorm: str
     base: BaseMeta | None = None
+    stages: Annotated[list[StageMeta], Field(min_length=1)] | None = None
+    branches: list[BranchMeta] = []
 
 
 def steps_in(directory: Path) -> list[int]:

@@ -20,6 +20,7 @@ CHANGEABLE = (
     "training.epochs",
     "training.micro_batch",
     "training.device",
+    "data.stages",  # what was read already stays: data/stages.py
     "evaluation",
     "checkpoint",
     "parallel",

@@ -36,6 +36,15 @@ Tracker = Literal[
 ]
 
 
+class SpikeSettings(Settings):
+    """Which steps are left out since their loss or gradient norm leaps out of those before."""
+
+    sigma: float = Field(default=6.0, gt=0)
+    """How many deviations above the mean a value is a spike."""
+    window: Annotated[int, Field(ge=8, le=10_000)] = 128
+    """Of how many steps mean and deviation are; from half as many on they are used."""
+
+
 class TrainingSettings(Settings):
     """Length, batch and arithmetic of a run. Exactly one of steps, tokens, epochs is the length."""
 
@@ -61,7 +70,11 @@ class TrainingSettings(Settings):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 = never (the norm is still logged)."""
     max_skipped_steps: Count = 5
-    """The run stops after this many steps in a row with a non-finite loss or gradient."""
+    """The run stops after this many steps in a row with a non-finite loss or gradient. So many
+    spikes are left out in a row at most."""
+    spike: SpikeSettings | None = None
+    """Leave the update of a step out whose finite loss or gradient norm is a spike; `{}`: by 6
+    deviations of the last 128 steps. Left out, never."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights with this decay, e.g. 0.999."""
     trainable: Literal["all", "norms", "adapter"] | None = None
@@ -69,8 +82,9 @@ class TrainingSettings(Settings):
     the norms (beside an adapter, where there is one); `adapter`, the adapter alone. A new head is
     trained in any case. Left out, `adapter` where there is one, else `all`."""
     branch_from: LocalPath | None = None
-    """Start with weights, optimizer state and row number of this checkpoint
-    (RUN/checkpoints/step_N); the run's length counts its steps too."""
+    """Start with weights, optimizer state and rows of this checkpoint (RUN/checkpoints/step_N); the
+    run's length counts its steps too. On other data, or with another `data.context_length`, rows
+    begin at 0."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingSettings":
@@ -161,6 +175,14 @@ class EvaluationSettings(Settings):
     answers: int = Field(default=0, ge=0, le=100_000)
     """How many held-out examples of each source are answered greedily at every evaluation; the
     share of them whose answer is the reference is `exact_match`. For `sft` alone."""
+    tasks: list[str] = []
+    """lm-eval's tasks that the weights, and their moving average, are scored on: names, YAML files,
+    or directories of them. For causal language models alone; needs `llmnorm[eval]`."""
+    tasks_every: Count | None = None
+    """Steps between two scorings, a multiple of `every`; left out, with every evaluation. Always
+    done at the end."""
+    tasks_limit: Count | None = None
+    """How many examples of every task are scored at most; left out, all."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluationSettings":
@@ -168,6 +190,16 @@ class EvaluationSettings(Settings):
             raise ValueError(
                 f"evaluation.patience {self.patience} counts evaluations, and there is only the "
                 "one at the end; give evaluation.every"
+            )
+        for key in ("tasks_every", "tasks_limit"):
+            if getattr(self, key) is not None and not self.tasks:
+                raise ValueError(f"evaluation.{key}: there are no evaluation.tasks; leave it out")
+        if self.tasks_every is not None and (
+            self.every is None or self.tasks_every % self.every != 0
+        ):
+            raise ValueError(
+                f"evaluation.tasks_every {self.tasks_every} is no multiple of evaluation.every "
+                f"{self.every or '(not given)'}: tasks are scored at evaluations"
             )
         return self
 
@@ -331,12 +363,24 @@ class RunConfig(Settings):
         warmup, steps = getattr(self.schedule, "warmup", 0), self.training.steps
         if steps is not None and warmup >= max(steps, 2):
             raise ValueError(f"schedule.warmup {warmup} is not less than training.steps {steps}")
+        decay = getattr(self.schedule, "decay", 0)
+        if steps is not None and decay >= max(steps, 2):
+            raise ValueError(
+                f"schedule.decay {decay} is not less than training.steps {steps}; give fewer "
+                "steps, or a share"
+            )
         if getattr(self.objective, "even_batches", True):
             self.training.check_micro_batch()
         if self.evaluation.answers and not getattr(self.objective, "answers", False):
             name = getattr(self.objective, "name", "this objective")
             raise ValueError(
                 f"evaluation.answers: the rows of '{name}' have no answers; leave it out"
+            )
+        architecture = getattr(self.objective, "architecture", "LlmNormForCausalLM")
+        if self.evaluation.tasks and architecture != "LlmNormForCausalLM":
+            raise ValueError(
+                "evaluation.tasks: lm-eval's tasks ask for a causal language model, and this "
+                f"objective trains a {architecture}; leave it out"
             )
         loaded = all(isinstance(mixer, MixerSettings) for mixer in self.model.mixers())
         if loaded and isinstance(self.objective, ObjectiveSettings):

@@ -142,11 +142,11 @@ class Conversations(RunData):
     sources: list[ConversationSource]
     template: ChatTemplate = field(repr=False)
 
-    @property
-    def row_tokens(self) -> float:
-        """Tokens that an average example takes of a row, by the sources' weights."""
-        taken = sum(s.weight * (s.tokens / s.examples - 1) for s in self.sources)
-        return taken / sum(source.weight for source in self.sources)
+    def row_tokens(self, examples: int) -> float:
+        """Tokens that an average example takes of a row, in a run of so many examples."""
+        weights = self.mixture(examples)
+        pairs = zip(weights, self.sources, strict=True)
+        return sum(w * (s.tokens / s.examples - 1) for w, s in pairs) / sum(weights)
 
 
 class ConversationData(Preparation[Conversations]):

@@ -5,8 +5,8 @@ Shape legend: b = rows of a micro batch, C = context_length. A batch holds CPU t
 each; `sources` and `rows` (the row's number in the run), (b,) each.
 
 What would surprise:
-- There is no state to save. Row n of the run is a pure function of the seed (order.py), so how far
-  a run has read is one number.
+- There is no state to save. Row n of the run is a pure function of seed and stages (order.py), so
+  how far a run has read is one number.
 - The first token of a document is not a label. Positions restart at 0 where a document starts, and
   where a row does.
 - No thread reads ahead: reading costs well below 1 % of a step (docs/results/data.json).
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmnorm.data.order import Order
 from llmnorm.data.packed import PackedData
 from llmnorm.data.shards import TokenStream
 
@@ -40,10 +39,9 @@ class TrainingRows:
     """
 
     def __init__(self, packed: PackedData, seed: int) -> None:
-        sources = packed.sources
-        self._streams = [source.train for source in sources]
+        self._streams = [source.train for source in packed.sources]
         self._context = packed.context_length
-        self.order = Order([s.weight for s in sources], [s.rows for s in sources], seed)
+        self.order = packed.order(seed)
 
     def batch(
         self,

@@ -1,8 +1,9 @@
-"""The order of rows: a run's row n -> (source, index), a pure function of (seed, weights, n).
+"""The order of rows: a run's row n -> (source, index), a pure function of (seed, stages, n).
 
 Shape legend: every array is (count,). `n` counts the run's rows from 0, through all epochs; `visit`
 counts the rows that one source has given so far; `index` numbers a source's rows. Of a visit,
-`epoch` = visit // rows and `slot` = visit mod rows.
+`epoch` = visit // rows and `slot` = visit mod rows. A run has one stage, or several with weights of
+their own.
 
 Which source. The sources are the leaves of a binary tree. An inner node shares its visits between
 its two sides as Bresenham's line does: with total weight B and weight A on the left, visit m goes
@@ -18,6 +19,17 @@ Five rows of two sources with the weights 3 and 2, so A = 3 and B = 5:
     2       1           4: right   1        2 - 1 = 1   0
     3       4           7: left    0        1           1
     4       2           5: left    0        2           2
+
+A later stage has a tree of its own, whose visits m count from the stage's first row. Its sources
+begin with the visits that they have had before, which need no counting: of the m visits of a node,
+m A // B went left. So a source goes on with the row that it would have given next, and its epochs
+run on over stages. Here the weights are 1 and 4 from row 3 on, before which source 0 has had one
+visit and source 1 has had two, all of its rows:
+
+    n = 3 + m   m A mod B   + A >= B   source   before + its visit   index
+    3 = 3 + 0   0           1: right   1        2 + 0, epoch 1       1
+    4 = 3 + 1   1           2: right   1        2 + 1, epoch 1       0
+    7 = 3 + 4   4           5: left    0        1 + 0, epoch 0       1
 
 Which row of the source. Each epoch of a source has a permutation of its own, keyed by (seed,
 source, epoch); index = permutation(slot). From 1,024 rows on it is a modular Feistel network of 8
@@ -56,25 +68,40 @@ class Order:
     >>> source, index = Order(weights=[3, 2], rows=[3, 2], seed=0).locate(0, 5)
     >>> source.tolist(), index.tolist()
     ([1, 0, 1, 0, 0], [1, 0, 0, 1, 2])
+    >>> source, index = Order([3, 2], rows=[3, 2], seed=0, later=[(3, [1, 4])]).locate(0, 8)
+    >>> source.tolist(), index.tolist()
+    ([1, 0, 1, 1, 1, 1, 1, 0], [1, 0, 0, 1, 0, 1, 0, 1])
 
     Args:
-        weights: whole numbers >= 1, one a source; a source's share of all rows.
+        weights: whole numbers, one a source; a source's share of all rows. A source of weight 0
+            gives none.
         rows: the rows that each source has.
         seed: seed of the permutations.
+        later: the stages behind the first, in their order: the run's row that each begins with,
+            and its weights.
 
     Raises:
-        InputError: the weights sum to 2**31 or more.
+        InputError: the weights of a stage sum to 2**31 or more.
     """
 
-    def __init__(self, weights: Sequence[int], rows: Sequence[int], seed: int) -> None:
-        assert len(weights) == len(rows) > 0 and min(weights) >= 1 and min(rows) >= 1
-        if sum(weights) >= 2**31:
-            raise InputError(
-                f"data.sources: the weights (or rows) sum to {sum(weights)}, which is not below "
-                "2**31; give every source a smaller weight"
-            )
-        self._grow_tree(list(weights))
+    def __init__(
+        self,
+        weights: Sequence[int],
+        rows: Sequence[int],
+        seed: int,
+        later: Sequence[tuple[int, Sequence[int]]] = (),
+    ) -> None:
+        assert len(rows) > 0 and min(rows) >= 1
+        self._stages = [(0, list(weights)), *((first, list(found)) for first, found in later)]
+        for _, found in self._stages:
+            assert len(found) == len(rows) and min(found) >= 0 < sum(found)
+            if sum(found) >= 2**31:
+                raise InputError(
+                    f"data.sources: the weights (or rows) sum to {sum(found)}, which is not below "
+                    "2**31; give every source a smaller weight"
+                )
         self._rows = np.asarray(rows, np.int64)
+        self._grow_trees()
         self._a = np.array([_side(n) for n in rows], np.uint64)
         self._b = np.array([-(-n // _side(n)) for n in rows], np.uint64)
         self._key = mix(np.array((seed + GOLDEN) % 2**64, np.uint64))
@@ -104,29 +131,54 @@ class Order:
             index[chosen] = self._by_sorting(int(small), epoch[chosen], slot[chosen])
         return source, index
 
-    def _grow_tree(self, weights: list[int]) -> None:
-        """The tree as arrays of its nodes; the first nodes are the leaves, one a source.
+    def visits(self, row: int) -> list[int]:
+        """How many rows each source has given before the run's row `row`."""
+        found = [0] * len(self._rows)
+        begins = [first for first, _ in self._stages]
+        for (first, weights), end in zip(self._stages, [*begins[1:], row], strict=True):
+            given = _visits_in_a_stage(weights, max(0, min(end, row) - first))
+            found = [sum(pair) for pair in zip(found, given, strict=True)]
+        return found
 
-        A leaf leads to itself, so that all rows can take as many steps as the tree is deep.
+    def _grow_trees(self) -> None:
+        """The stages' trees as arrays of their nodes, one stage's nodes behind the other's.
+
+        The first nodes of a tree are its leaves, one a source. A leaf leads to itself, so that all
+        rows can take as many steps as the trees are deep. All trees have one shape.
         """
-        sources = len(weights)
-        nodes = [(source, source, 1, 1) for source in range(sources)]  # left, right, A, B
+        nodes: list[tuple[int, int, int, int]] = []  # left, right, A, B
 
-        def grow(start: int, stop: int) -> tuple[int, int]:
-            """Node over the sources start .. stop - 1, and its depth."""
+        def grow(weights: list[int], first: int, start: int, stop: int) -> tuple[int, int]:
+            """Node over the sources start .. stop - 1, whose leaves begin at `first`; its depth."""
             if stop - start == 1:
-                return start, 0
+                return first + start, 0
             middle = (start + stop) // 2
-            (left, left_depth), (right, right_depth) = grow(start, middle), grow(middle, stop)
+            left, left_depth = grow(weights, first, start, middle)
+            right, right_depth = grow(weights, first, middle, stop)
             nodes.append((left, right, sum(weights[start:middle]), sum(weights[start:stop])))
             return len(nodes) - 1, 1 + max(left_depth, right_depth)
 
-        self._root, self._depth = grow(0, sources)
+        roots = []
+        for _, weights in self._stages:
+            leaves = range(len(nodes), len(nodes) + len(weights))
+            nodes += [(leaf, leaf, 1, 1) for leaf in leaves]
+            root, self._depth = grow(weights, leaves.start, 0, len(weights))
+            roots.append(root)
+        self._tree = len(nodes) // len(roots)  # nodes of one
         self._left, self._right, self._share, self._total = np.array(nodes, np.int64).T.copy()
+        self._roots = np.array(roots, np.int64)
+        self._begins = np.array([first for first, _ in self._stages], np.int64)
+        # The visits of a leaf's source before the leaf's stage; 0 of inner nodes.
+        before = np.zeros((len(roots), self._tree), np.int64)
+        for stage, (first, weights) in enumerate(self._stages):
+            before[stage, : len(weights)] = self.visits(first)
+        self._before = before.reshape(-1)
 
-    def _choose_source(self, visit: Integers) -> tuple[Integers, Integers]:
+    def _choose_source(self, row: Integers) -> tuple[Integers, Integers]:
         """The run's rows -> (source, visit of that source)."""
-        node = np.full_like(visit, self._root)
+        stage = np.searchsorted(self._begins, row, side="right") - 1
+        visit = row - self._begins[stage]
+        node = self._roots[stage]
         for _ in range(self._depth):
             share, total = self._share[node], self._total[node]
             # m A itself would overflow, so m is first split into whole cycles of B and a rest.
@@ -136,7 +188,7 @@ class Order:
             goes_left = remainder + share >= total
             visit = np.where(goes_left, left_before, visit - left_before)
             node = np.where(goes_left, self._left[node], self._right[node])
-        return node, visit
+        return node % self._tree, visit + self._before[node]
 
     def _feistel(self, source: Integers, epoch: Integers, slot: Integers) -> Integers:
         """Permutes each slot within its source; all sources and epochs of the window at once."""
@@ -170,6 +222,15 @@ class Order:
 
     def _epoch_key(self, source: Integers, epoch: Integers) -> Words:
         return mix(mix(self._key ^ source.astype(np.uint64)) ^ epoch.astype(np.uint64))
+
+
+def _visits_in_a_stage(weights: Sequence[int], count: int) -> list[int]:
+    """How the first `count` visits of the tree over these weights fall to its leaves."""
+    if len(weights) == 1:
+        return [count]
+    left, right = weights[: len(weights) // 2], weights[len(weights) // 2 :]
+    goes_left = count * sum(left) // max(sum(weights), 1)  # of weight 0 there is no visit
+    return _visits_in_a_stage(left, goes_left) + _visits_in_a_stage(right, count - goes_left)
 
 
 def _side(rows: int) -> int:

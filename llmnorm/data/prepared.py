@@ -115,14 +115,15 @@ class Preparation(ABC, Generic[Opened]):
             alone: whether this is the only process.
             command: the command that prepares the data, for the message.
             trained_on: what a run that goes on was trained on; no other data is returned or
-                prepared. If it is prepared, the corpus may be gone.
+                prepared, but for a branch. If it is prepared, the corpus may be gone.
 
         Raises:
             InputError: as `find` and `prepare`; or the data is missing and there are several
-                processes; or the settings now give other data than `trained_on`.
+                processes; or the settings now give other data than `trained_on`, or those of a
+                branch would train a tokenizer of their own.
         """
         format = FORMAT
-        if trained_on and alone and not self._finished(trained_on.identity):
+        if trained_on and alone and (trained_on.branch or not self._finished(trained_on.identity)):
             self._fetch()
         try:
             if trained_on is None:
@@ -225,9 +226,11 @@ class Preparation(ABC, Generic[Opened]):
         """The format in which the settings give the data `trained_on`.
 
         The input files are read, once, if they are not those that were prepared, by size and time.
+        Where the settings of a branch give other data, that is the newest format.
 
         Raises:
-            InputError: there is no such format.
+            InputError: there is no such format; or a branch reads other data and names no
+                tokenizer, so that it would not have its parent's.
         """
         sources = sources_of(self.data)
         if not sources:
@@ -243,6 +246,17 @@ class Preparation(ABC, Generic[Opened]):
                     found = self.data.directory / "packed" / "found" / key
                     files.write_file(found, trained_on.identity.encode())
                 return format
+        if trained_on.branch and self.tokenizer.path is None:
+            fields = TokenizerSettings.model_fields
+            given = [f" tokenizer.{k}={fields[k].default}" for k in self.tokenizer.of_training()]
+            default = f"{''.join(given)} (the default, since none is trained)" if given else ""
+            raise InputError(
+                f"tokenizer: this run branches from {trained_on.where} onto other data, and would "
+                "train a tokenizer of its own; keep its parent's: "
+                f"tokenizer.path={trained_on.where.parent.parent / 'tokenizer'}{default}"
+            )
+        if trained_on.branch:
+            return FORMAT
         raise InputError(
             f"{trained_on.where}: was trained on the data {trained_on.identity}, this run's data "
             f"is now {hash_of(made)} ({self.data.directory}); restore the corpus or "

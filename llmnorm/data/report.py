@@ -10,8 +10,9 @@ import numpy as np
 from llmnorm.data.conversations import Conversations
 from llmnorm.data.examples import Examples
 from llmnorm.data.loader import IGNORED, Loader
-from llmnorm.data.order import Order
 from llmnorm.data.packed import PackedData
+from llmnorm.data.run_data import RunData
+from llmnorm.data.stages import Course
 from llmnorm.data.tokenizer import TextEncoder
 
 
@@ -39,8 +40,7 @@ def show_conversations(conversations: Conversations, count: int, *, seed: int = 
 
     What is trained stands on lines of its own, between what is context.
     """
-    sources = conversations.sources
-    order = Order([s.weight for s in sources], [s.examples for s in sources], seed)
+    sources, order = conversations.sources, conversations.order(seed)
     for number, (source, index) in enumerate(zip(*order.locate(0, count), strict=True)):
         ids, trained = sources[source].train.read(int(index))
         print(
@@ -55,11 +55,11 @@ def show_conversations(conversations: Conversations, count: int, *, seed: int = 
 
 def sources_table(packed: PackedData, rows: int) -> str:
     """A line a source: its size, its share of a run of `rows` rows, and its epochs in it."""
-    total = sum(source.weight for source in packed.sources)
+    mixture = packed.mixture(rows)
     header = ["source", "documents", "MB", "tokens", "bytes/token", "rows", "share", "epochs"]
     lines = [[*header, "held out kB"]]
-    for source in packed.sources:
-        share = source.weight / total
+    for source, weight in zip(packed.sources, mixture, strict=True):
+        share = weight / sum(mixture)
         lines.append(
             [
                 source.name,
@@ -86,11 +86,11 @@ def conversations_table(conversations: Conversations, rows: int) -> str:
     Args:
         rows: examples that the run reads.
     """
-    total = sum(source.weight for source in conversations.sources)
+    mixture = conversations.mixture(rows)
     header = ["source", "examples", "tokens", "trained", "dropped", "share", "epochs", "held out"]
     lines = [header]
-    for source in conversations.sources:
-        share = source.weight / total
+    for source, weight in zip(conversations.sources, mixture, strict=True):
+        share = weight / sum(mixture)
         lines.append(
             [
                 source.name,
@@ -140,6 +140,43 @@ def examples_table(examples: Examples, names: tuple[str, str], rows: int) -> str
         f"{_aligned(lines)}\n{labels}; vocabulary {examples.vocab_size}, at most "
         f"{examples.context_length} tokens an example, identity {examples.identity}"
     )
+
+
+def stages_table(data: RunData, course: Course) -> str:
+    """A line a stage: its rows, and the share and the epochs of each source; empty for one stage.
+
+    A line below names each source of which the stage reads rows again.
+
+    Args:
+        data: read in the stages of the course.
+        course: of the run; of a stage ahead of its start the first step is told.
+    """
+    stages, rows, pace = course.stages, course.rows, course.pace
+    if len(stages) < 2:
+        return ""
+    order, lines = data.order(0), []
+    for number, stage in enumerate(stages, start=1):
+        end = stages[number].row if number < len(stages) else rows
+        before, after = order.visits(stage.row), order.visits(end)
+        texts, repeats = [], []
+        for source, first, last in zip(data.sources, before, after, strict=True):
+            if last == first:
+                continue
+            epochs = f"epochs {first / source.rows:.2f} to {last / source.rows:.2f}"
+            texts.append(f"{source.name} {(last - first) / (end - stage.row):.1%} ({epochs})")
+            if last > source.rows:
+                repeats.append(
+                    f"  no row of {source.name} is left over: by the end of stage {number} each "
+                    f"was read {last / source.rows:.2f} times"
+                )
+        where = f"rows {stage.row} to {end - 1}"
+        if stage.setting is None:
+            where += ", of the run that this one branches from"
+        elif stage.row >= pace.row and number > 1:
+            where += f", from step {pace.step_of(stage.row)} on"
+        lines.append(f"stage {number} of {len(stages)}, {where}: {', '.join(texts)}")
+        lines += repeats
+    return "\n".join(lines)
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

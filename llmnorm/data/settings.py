@@ -104,14 +104,42 @@ class SourceSettings(Settings):
         return self
 
 
+Weights = dict[str, Annotated[int, Field(ge=1, lt=2**31)]]
+"""Whole numbers by the names of sources."""
+
+
+class StageSettings(Settings):
+    """A stretch of the run with a mixture of its own. All but the last say where they end, by one
+    of `until`, `rows` and `tokens`."""
+
+    until: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Where it ends: a share of the run's length, e.g. 0.8; that of a whole step."""
+    rows: Annotated[int, Field(ge=1, le=10**15)] | None = None
+    """Where it ends: so many rows after the run's first (of `sft` examples)."""
+    tokens: Annotated[int, Field(ge=1, le=10**18)] | None = None
+    """Where it ends: so many tokens after the run's first, rounded up to whole global batches."""
+    weights: Weights | None = None
+    """Weights by the names of sources; a source that is not named gives no row of this stage. Left
+    out: the weights that all sources have without stages."""
+
+    @property
+    def ends(self) -> list[str]:
+        """The keys that say where it ends."""
+        return [key for key in ("until", "rows", "tokens") if getattr(self, key) is not None]
+
+
 class DataSettings(Settings):
     """What the run reads."""
 
     sources: Literal["default"] | list[SourceSettings] = "default"
     """The corpora of the mixture; `default`: the six small corpora that `llmnorm data` fetches."""
-    weights: dict[str, Annotated[int, Field(ge=1, lt=2**31)]] | None = None
+    weights: Weights | None = None
     """Weights of all sources by their names, e.g. `{books: 3, web: 1}`, also of `default`; they are
     used in the place of the sources' own. Nothing is prepared anew for them."""
+    stages: list[StageSettings] | None = None
+    """Mixtures that follow each other along the run, e.g. `[{until: 0.8, weights: {web: 8, code:
+    2}}, {weights: {books: 5, code: 5}}]`. A source goes on in a stage with the row that it would
+    have given next. `train RUN data.stages=...` may change what lies ahead of a run."""
     context_length: int = Field(default=1024, ge=2, le=2**24)
     """Labels in a row; a row holds one token more."""
     validation_bytes: Count = 4_000_000
@@ -161,6 +189,13 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _weights_agree(self) -> "DataSettings":
+        if self.stages is not None:
+            _check_ends(self.stages)
+            if self.weights is not None and all(stage.weights for stage in self.stages):
+                raise InputError(
+                    "data.weights: would not be used, since all of data.stages have weights; "
+                    "leave it out"
+                )
         if isinstance(self.sources, list):
             self.weighted(self.sources)
         return self
@@ -172,24 +207,63 @@ class DataSettings(Settings):
             sources: those of `sources`, or of the default corpus.
 
         Raises:
-            InputError: `weights` names what is no source, or not all sources.
+            InputError: `weights` names what is no source, or not all sources; or a stage names
+                what is no source.
         """
+        names = [source.name for source in sources]
+        for number, stage in enumerate(self.stages or ()):
+            _check_weights(f"data.stages.{number}.weights", stage.weights, names)
         if self.weights is None:
             return sources
-        names = [source.name for source in sources]
-        for name in self.weights:
-            if name not in names:
-                raise InputError(
-                    f"data.weights: no source is called '{name}'; {nearest(name, names)}"
-                )
+        _check_weights("data.weights", self.weights, names)
         if missing := [name for name in names if name not in self.weights]:
             raise InputError(
                 f"data.weights: '{missing[0]}' has no weight; give all sources one, or leave "
                 "data.weights out"
             )
-        if sum(self.weights.values()) >= 2**31:
-            raise InputError("data.weights: must sum to less than 2147483648 (2**31)")
         return [s.model_copy(update={"weight": self.weights[s.name]}) for s in sources]
+
+
+def _check_ends(stages: list[StageSettings]) -> None:
+    """Refuse stages that do not end, or do not follow each other as far as their keys tell."""
+    if not stages:
+        raise InputError("data.stages: is empty; give at least one stage, or leave the key out")
+    for number, stage in enumerate(stages[:-1]):
+        if not stage.ends:
+            raise InputError(
+                f"data.stages.{number}: does not end; give it 'until' (a share of the run, e.g. "
+                "0.8), 'rows' or 'tokens'; only the last stage lasts to the end of the run"
+            )
+        if len(stage.ends) > 1:
+            raise InputError(
+                f"data.stages.{number}: has {' and '.join(stage.ends)}; give one of them"
+            )
+    if stages[-1].ends:
+        raise InputError(
+            f"data.stages.{len(stages) - 1}: is the last and has '{stages[-1].ends[0]}', but it "
+            "lasts to the end of the run; leave the key out, or add the stage that follows"
+        )
+    for number, (one, two) in enumerate(zip(stages, stages[1:-1], strict=False)):
+        (key,) = one.ends
+        before, end = getattr(one, key), getattr(two, key)
+        if end is not None and end <= before:
+            raise InputError(
+                f"data.stages.{number + 1}.{key}: {end} is not behind {before}, where the stage "
+                "before it ends"
+            )
+
+
+def _check_weights(key: str, weights: Weights | None, names: list[str]) -> None:
+    """Refuse weights of what is no source, and sums that the order of rows cannot hold."""
+    if weights is None:
+        return
+    if not weights:
+        raise InputError(f"{key}: names no source; give at least one a weight, or leave it out")
+    for name in weights:
+        if name not in names:
+            raise InputError(f"{key}: no source is called '{name}'; {nearest(name, names)}")
+    if sum(weights.values()) >= 2**31:
+        raise InputError(f"{key}: must sum to less than 2147483648 (2**31)")
 
 
 class TokenizerSettings(Settings):
@@ -228,13 +302,17 @@ class TokenizerSettings(Settings):
         """
         return None if self.path is None else locate(self.path, "tokenizer.path")
 
+    def of_training(self) -> list[str]:
+        """The keys that say how a tokenizer is trained and are not at their defaults."""
+        fields = type(self).model_fields
+        keys = "vocab_size", "train_bytes", "mask"
+        return [key for key in keys if getattr(self, key) != fields[key].default]
+
     @model_validator(mode="after")
     def _train_or_load(self) -> "TokenizerSettings":
         # A run's saved configuration holds every default, so a default counts as left out.
-        fields = type(self).model_fields
-        for name in ("vocab_size", "train_bytes", "mask"):
-            if self.path is not None and getattr(self, name) != fields[name].default:
-                raise ValueError(f"'{name}' belongs to a tokenizer that is trained, not to 'path'")
+        if self.path is not None and (given := self.of_training()):
+            raise ValueError(f"'{given[0]}' belongs to a tokenizer that is trained, not to 'path'")
         if self.mask and self.vocab_size == SMALLEST_VOCABULARY:
             raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY + 1} with a mask")
         return self
@@ -247,11 +325,13 @@ class TrainedOn(NamedTuple):
         where: the run or checkpoint that says so.
         identity: of the data.
         otherwise: what else can be done where the corpus is another, for the message.
+        branch: whether it is the run that this one branches from, so that another corpus will do.
     """
 
     where: Path
     identity: str
     otherwise: str = "start a new run_dir"
+    branch: bool = False
 
 
 def source_keys(sources: list[SourceSettings]) -> list[str]:

@@ -6,7 +6,7 @@ masked tokens loss and accuracy; a classification's scores), of every source and
 the one that training calls. So with the same processes and micro batch, it gives the figures of a
 run's last evaluation again, to the last digit. A run has validation rows of its own. For a
 directory without a run, `--data` names the corpus, and the directory's tokenizer makes the rows.
-benchmark_tasks.py runs lm-eval's tasks.
+objectives/benchmark_tasks.py runs lm-eval's tasks.
 
 The file is `RUN/eval/step_00001000.json` (`step_00001000-ema.json` for the moving average), of an
 exported or stock directory `DIR/eval.json`, with an adapter `ADAPTER/eval.json`.
@@ -21,7 +21,6 @@ from torch import nn
 from llmnorm.config.foreign import LONGEST
 from llmnorm.config.pretrained import refuse_encoder
 from llmnorm.config.tree import ParallelSettings, RunConfig, TrainingSettings
-from llmnorm.evaluation import benchmark_tasks
 from llmnorm.exchange.loading import empty_of, open_source, tokenizer_of
 from llmnorm.exchange.peft_adapter import with_adapter
 from llmnorm.exchange.source import Source
@@ -31,6 +30,7 @@ from llmnorm.models.building import class_of
 from llmnorm.models.convert import named_weights
 from llmnorm.models.foreign import empty_foreign
 from llmnorm.models.looks import look
+from llmnorm.objectives import benchmark_tasks
 from llmnorm.objectives.figures import table
 from llmnorm.objectives.heldout import configuration, validation_objective
 from llmnorm.objectives.settings import CausalLMSettings
@@ -83,10 +83,10 @@ def evaluate_directory(
         config.training if config else TrainingSettings(steps=1),
     )
     try:
-        if parallel.spread and (adapter is not None or benchmark):
+        if parallel.spread and adapter is not None:
             raise InputError(
-                f"--{'adapter' if adapter else 'tasks'}: needs the whole model on every process, "
-                f"which sharding '{parallel.sharding}' does not give; launch with "
+                "--adapter: needs the whole model on every process, which sharding "
+                f"'{parallel.sharding}' does not give; launch with "
                 "launch/accelerate/ddp.yaml and parallel.sharding=auto"
             )
         objective = None
@@ -126,8 +126,14 @@ def evaluate_directory(
             result |= {"data": objective.data.identity, "validation": figures}
             paragraphs.append(table(figures))
         if benchmark:
+            own = config.evaluation.micro_batch if config else None  # as in the run's own scores
             results = benchmark_tasks.run(
-                benchmark, scored, tokenizer, parallel, batch_size=batch_size or 8, limit=limit
+                benchmark,
+                scored,
+                tokenizer,
+                parallel,
+                batch_size=batch_size or own or benchmark_tasks.AT_ONCE,
+                limit=limit,
             )
             if results is not None:
                 result |= {"limit": limit, "tasks": benchmark_tasks.figures(results)}

@@ -1,7 +1,7 @@
 """The README.md of an exported model or adapter: data, settings and losses, and how to load it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -175,6 +175,9 @@ def _of_the_run(
                 if only_adapter
                 else "They are what was merged here."
             )
+    for branch in meta.get("branches", ()):
+        rows = "on rows of its own" if branch["anew"] else f"from row {branch['row']:,} on"
+        weights += f" Branched from {branch['path']} at step {branch['step']:,}, {rows}."
     if teacher := meta.get("teacher"):
         weights += f" They learned the distributions of {teacher['path']}."
     facts = (
@@ -183,9 +186,25 @@ def _of_the_run(
     )
     return [
         f"## Training\n\n{weights} {facts}",
-        "## Data\n\n" + _table(meta["sources"], ("name", "documents", "bytes", "tokens", "weight")),
+        "## Data\n\n" + _data(meta),
         "## Validation\n\n" + _losses(source, len(steps) > 1, ema),
     ]
+
+
+def _data(meta: Mapping[str, Any]) -> str:
+    """The sources, and the stages that the run has read where there is more than one."""
+    table = _table(meta["sources"], ("name", "documents", "bytes", "tokens", "weight"))
+    stages = [stage for stage in meta.get("stages") or () if stage["row"] < meta["row"]]
+    if len(stages) < 2:
+        return table
+    rows = [
+        {
+            "from row": stage["row"],
+            "weights": ", ".join(f"{name} {w}" for name, w in stage["weights"].items() if w),
+        }
+        for stage in stages
+    ]
+    return f"{table}\n\nRead in stages:\n\n{_table(rows, ('from row', 'weights'))}"
 
 
 def _losses(source: Source, averaged: bool, ema: bool) -> str:

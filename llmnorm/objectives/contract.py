@@ -4,7 +4,7 @@ The training loop takes micro-batches from `batches`, divides the summed loss by
 whole step, and calls `evaluate` at intervals. It knows nothing else about what is learned.
 
 What would surprise: an objective has no state to save. Row n of a run, and all that is drawn at
-random for it, is a function of the configuration and n.
+random for it, is a function of the configuration, the stages (data/stages.py) and n.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 from llmnorm.config.stock import Tokens
 from llmnorm.config.tree import TrainingSettings
 from llmnorm.data.prepared import Preparation
-from llmnorm.data.run_data import RunData
+from llmnorm.data.run_data import RunData, Stage
 from llmnorm.objectives.teacher import Teacher
 from llmnorm.parallel.processes import Parallel
 
@@ -95,6 +95,10 @@ class Objective:
             world: the number of processes.
         """
         return training.micro_batch or max(1, training.rows // world)
+
+    def read_in(self, stages: Sequence[Stage]) -> None:
+        """Read the rows in these stages; who trains calls it once, before any row is asked for."""
+        self.data = self.data.in_stages(stages)
 
     def learn_from(self, teacher: Teacher) -> None:
         """Take the model of `ObjectiveSettings.teacher_directory`; who trains calls it once."""

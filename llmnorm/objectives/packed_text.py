@@ -23,8 +23,10 @@ class PackedText(Objective):
 
     Attributes:
         config: the run's settings.
-        packed: the prepared data.
+        data: the prepared data.
     """
+
+    data: packing.PackedData
 
     def __init__(
         self,
@@ -35,9 +37,12 @@ class PackedText(Objective):
         trained_on: packing.TrainedOn | None = None,
     ) -> None:
         self.config = config
-        self.data = self.packed = preparation(config).ready(
-            alone=alone, command=command, trained_on=trained_on
-        )
+        self.data = preparation(config).ready(alone=alone, command=command, trained_on=trained_on)
+
+    @property
+    def packed(self) -> packing.PackedData:
+        """The prepared data."""
+        return self.data
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """The model's inputs for a batch of training rows, and what is counted of them."""

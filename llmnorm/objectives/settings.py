@@ -272,6 +272,12 @@ class SFTSettings(ObjectiveSettings):
                 "training.tokens counts rows that are full, and rows of 'sft' are examples; give "
                 "training.epochs or training.steps"
             )
+        for number, stage in enumerate(config.data.stages or ()):
+            if stage.tokens is not None:
+                return (
+                    f"data.stages.{number}.tokens counts rows that are full, and rows of 'sft' are "
+                    "examples; give 'rows' or 'until'"
+                )
         if automatic := config.automatic():
             return (
                 f"{automatic[0]}: auto: the Step Law is one of pretraining and says nothing about "

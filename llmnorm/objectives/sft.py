@@ -37,8 +37,8 @@ from llmnorm.data.conversations import (
     ExampleStream,
 )
 from llmnorm.data.loader import AHEAD, document_bounds
-from llmnorm.data.order import Order
 from llmnorm.data.report import conversations_table
+from llmnorm.data.run_data import Stage
 from llmnorm.data.settings import TrainedOn
 from llmnorm.objectives.answers import Answers
 from llmnorm.objectives.contract import MicroBatch, Objective
@@ -77,18 +77,24 @@ class SFT(Objective):
         conversations: the prepared data.
     """
 
+    data: Conversations
+
     def __init__(self, config: RunConfig, conversations: Conversations) -> None:
-        self.config = config
-        self.data = self._conversations = conversations
-        sources = conversations.sources
-        self._order = Order(
-            [source.weight for source in sources],
-            [source.examples for source in sources],
-            config.data_seed,
-        )
-        labels = sum(s.weight * s.trained_tokens / s.examples for s in sources)
-        weights = sum(source.weight for source in sources)
-        self.head_share = labels / weights / conversations.row_tokens  # of an average example
+        self.config, self.data = config, conversations
+        self._follow_stages()
+
+    def read_in(self, stages: Sequence[Stage]) -> None:
+        """Read the examples in these stages."""
+        super().read_in(stages)
+        self._follow_stages()
+
+    def _follow_stages(self) -> None:
+        data, examples = self.data, self.config.total_steps(self.data.rows) * self.config.pool
+        self._order = data.order(self.config.data_seed)
+        weights = data.mixture(examples)
+        pairs = zip(weights, data.sources, strict=True)
+        labels = sum(w * s.trained_tokens / s.examples for w, s in pairs) / sum(weights)
+        self.head_share = labels / data.row_tokens(examples)  # of an average example
 
     @classmethod
     def on_disk(
@@ -111,7 +117,7 @@ class SFT(Objective):
     @property
     def ends(self) -> Tokens:
         """The tokenizer's end token, and what ends a turn in its chat template."""
-        return all_tokens(self.data.eos, self._conversations.template.stops)
+        return all_tokens(self.data.eos, self.data.template.stops)
 
     def rows_at_once(self, training: TrainingSettings, world: int) -> int:
         """How many rows one process runs at once: `training.micro_batch`, or its share of a step.
@@ -125,8 +131,8 @@ class SFT(Objective):
         """What a run of `rows` examples reads of each source, a line each; how full rows are."""
         batch = self.config.training.rows
         return (
-            f"{conversations_table(self._conversations, rows)}\n{batch} examples a step in rows of "
-            f"{self._conversations.context_length} tokens, which are {self._layout.filled:.1%} "
+            f"{conversations_table(self.data, rows)}\n{batch} examples a step in rows of "
+            f"{self.data.context_length} tokens, which are {self._layout.filled:.1%} "
             f"filled; the head runs for {self.head_share:.1%} of the examples' tokens"
         )
 
@@ -162,8 +168,8 @@ class SFT(Objective):
         micro_batch: int,
     ) -> list[MicroBatch]:
         """This process's rows of a step's examples, of which `numbers` are the run's."""
-        streams = [source.train for source in self._conversations.sources]
-        rows = best_fit(self._sizes(source, index), self._conversations.context_length)
+        streams = [source.train for source in self.data.sources]
+        rows = best_fit(self._sizes(source, index), self.data.context_length)
         share = -(-len(rows) // world)
         mine = [*rows[rank::world], []][:share]  # a row of padding where one is missing
         return [
@@ -181,7 +187,7 @@ class SFT(Objective):
     ) -> dict[str, Any]:
         """Loss in nats a trained token, perplexity, and the share of answers that are right."""
         sources: dict[str, dict[str, float]] = {}
-        for source in self._conversations.sources:
+        for source in self.data.sources:
             batches = self._evaluation_batches(source, micro_batch, parallel)
             summed, labels = summed_loss(model, batches, parallel)
             sources[source.name] = _figures(summed / labels)
@@ -199,12 +205,12 @@ class SFT(Objective):
 
     @cached_property
     def _answers(self) -> Answers:
-        return Answers(self.config, self._conversations)
+        return Answers(self.config, self.data)
 
     @cached_property
     def _layout(self) -> Layout:
-        batch, room = self.config.training.rows, self._conversations.context_length
-        steps = min(max(1, SURVEYED // batch), max(1, self._conversations.rows // batch))
+        batch, room = self.config.training.rows, self.data.context_length
+        steps = min(max(1, SURVEYED // batch), max(1, self.data.rows // batch))
         taken, counts = 0, []
         for _, source, index in islice(self._steps(0, batch), steps):
             sizes = self._sizes(source, index)
@@ -229,7 +235,7 @@ class SFT(Objective):
         sizes = np.empty(len(source), np.int64)
         for number in np.unique(source).tolist():
             chosen = source == number
-            sizes[chosen] = self._conversations.sources[number].train.sizes[index[chosen]] - 1
+            sizes[chosen] = self.data.sources[number].train.sizes[index[chosen]] - 1
         return sizes
 
     def _evaluation_batches(
@@ -240,7 +246,7 @@ class SFT(Objective):
         Every process yields the same number of batches, of equally many rows.
         """
         stream, world = source.validation, parallel.world
-        rows = best_fit(stream.sizes - 1, self._conversations.context_length)
+        rows = best_fit(stream.sizes - 1, self.data.context_length)
         rows_at_once = min(micro_batch, -(-len(rows) // world))
         for first in range(0, len(rows), world * rows_at_once):
             start = first + parallel.rank * rows_at_once
@@ -256,7 +262,7 @@ class SFT(Objective):
         examples: list[list[Example]] = [
             [stream.read(index) for stream, index in row] for row in rows
         ]
-        data = self._conversations
+        data = self.data
         inputs = lay_out(examples, data.context_length, data.pad)
         bounds = document_bounds(inputs["position_ids"])
         read, spans = 0, list[tuple[int, int]]()
@@ -277,8 +283,8 @@ class SFT(Objective):
     def _mean(self, sources: dict[str, dict[str, float]], name: str) -> float:
         """The mean of a figure over the sources that have it."""
         found = {source: figures.get(name) for source, figures in sources.items()}
-        share = self._conversations.mean({s: float(f is not None) for s, f in found.items()})
-        return self._conversations.mean({s: f or 0.0 for s, f in found.items()}) / share
+        share = self.data.mean({s: float(f is not None) for s, f in found.items()})
+        return self.data.mean({s: f or 0.0 for s, f in found.items()}) / share
 
 
 def _figures(nats_per_token: float) -> dict[str, float]:

@@ -10,7 +10,14 @@ from torch import nn
 from llmnorm.optim import nap
 from llmnorm.optim.adamw import AdamW
 from llmnorm.optim.fragments import whole_shape
-from llmnorm.optim.groups import Groups, check_gradients, matrices, width
+from llmnorm.optim.groups import (
+    Groups,
+    assign,
+    check_gradients,
+    matrices,
+    width,
+)
+from llmnorm.optim.matrix import AS_ITS_GROUP, Rates
 from llmnorm.optim.settings import AdamWSettings, MatrixSettings, OptimizerSettings
 from llmnorm.optim.stacks import Hyperparameters, RuleOptimizer
 from llmnorm.part import InputError
@@ -20,7 +27,12 @@ if TYPE_CHECKING:
 
 
 def adamw(settings: AdamWSettings, groups: Groups, exchange: "Exchange | None" = None) -> AdamW:
-    """AdamW on everything."""
+    """AdamW on everything.
+
+    Raises:
+        InputError: `optimizer.groups` do not fit.
+    """
+    rates = assign(groups, settings).rates
     kinds = {"matrices": groups.matrices, "auxiliary": groups.auxiliary}
     param_groups = [
         _param_group(kind, members.values(), *_rates(settings, groups)[kind])
@@ -28,6 +40,7 @@ def adamw(settings: AdamWSettings, groups: Groups, exchange: "Exchange | None" =
         if members
     ]
     optimizer = AdamW(param_groups, betas=settings.betas, eps=settings.eps)
+    _set_apart(optimizer, groups, rates)
     optimizer.register_step_pre_hook(lambda *_: check_gradients(groups.matrices))
     if settings.nap:
         nap.attach(optimizer, groups.matrices, exchange)
@@ -40,21 +53,23 @@ def with_rule(
     """A rule on the hidden matrices, AdamW on the rest.
 
     Raises:
-        InputError: there is no hidden matrix to train, or `split_sizes` do not fit.
+        InputError: there is no hidden matrix to train, or `split_sizes` or `groups` do not fit.
     """
-    if not groups.matrices:
+    chosen, own_rates = assign(groups, settings)
+    if not chosen.matrices:
         raise InputError(
             f"optimizer: {settings.label} has no hidden matrix to train here; use adamw"
         )
     rates = _rates(settings, groups)
     auxiliary = None
-    if groups.auxiliary:
+    if chosen.auxiliary:
         auxiliary = AdamW(
-            [_param_group("auxiliary", groups.auxiliary.values(), *rates["auxiliary"])],
+            [_param_group("auxiliary", chosen.auxiliary.values(), *rates["auxiliary"])],
             betas=settings.auxiliary.betas,
             eps=settings.auxiliary.eps,
         )
-    pieces, rule = matrices(groups, settings.split_sizes), settings.rule()
+        _set_apart(auxiliary, chosen, own_rates)
+    pieces, rule = matrices(chosen, settings.split_sizes, own_rates), settings.rule()
     first = Hyperparameters(*rates["matrices"], momentum=settings.momentum_at(0))
     optimizer: RuleOptimizer
     if exchange is None:
@@ -77,20 +92,29 @@ def raise_rates(
         optimizer: over `groups`; AdamW, since a matrix rule has one rate for all matrices.
         factors: parameter's name -> factor on the rate of its group.
     """
-    by_factor: dict[float, set[int]] = {}
+    _set_apart(optimizer, groups, {name: Rates(lr=factor) for name, factor in factors.items()})
+
+
+def _set_apart(
+    optimizer: torch.optim.Optimizer, groups: Groups, rates: Mapping[str, Rates]
+) -> None:
+    """Put the parameters of an optimizer that have rates of their own into groups of their own.
+
+    The first param group stays the first, with the rate of all others, though it may be empty then.
+    """
+    by_rates: dict[Rates, set[int]] = {}
     for members in (groups.matrices, groups.auxiliary):
         for name, parameter in members.items():
-            if name in factors:
-                by_factor.setdefault(factors[name], set()).add(id(parameter))
-    for factor, chosen in by_factor.items():
+            if rates.get(name, AS_ITS_GROUP) != AS_ITS_GROUP:
+                by_rates.setdefault(rates[name], set()).add(id(parameter))
+    for own, apart in by_rates.items():
         for group in list(optimizer.param_groups):
-            moved = [p for p in group["params"] if id(p) in chosen]
+            moved = [p for p in group["params"] if id(p) in apart]
             if moved:
-                group["params"] = [p for p in group["params"] if id(p) not in chosen]
-                peak = factor * group["peak_lr"]
-                optimizer.param_groups.append(
-                    group | {"params": moved, "lr": peak, "peak_lr": peak}
-                )
+                group["params"] = [p for p in group["params"] if id(p) not in apart]
+                lr, decay = own.of(group["peak_lr"], group["weight_decay"])
+                new = {"params": moved, "lr": lr, "peak_lr": lr, "weight_decay": decay}
+                optimizer.param_groups.append(group | new)
 
 
 def describe(
@@ -106,31 +130,34 @@ def describe(
     factors = factors or {}
     rates = _rates(settings, groups)
     own = isinstance(settings, MatrixSettings)
-    layouts = groups.layouts if own else {}
-    found = matrices(groups._replace(layouts=layouts), getattr(settings, "split_sizes", {}))
+    chosen, own_rates = assign(groups, settings)
+    layouts = chosen.layouts if own else {}
+    found = matrices(chosen._replace(layouts=layouts), getattr(settings, "split_sizes", {}))
+
+    def row(name: str, suffix: str, shape: str, kind: str, note: str = "") -> tuple[str, ...]:
+        lr, decay = own_rates.get(name, AS_ITS_GROUP).of(*rates[kind])
+        rule = settings.label if kind == "matrices" else "adamw"
+        lr *= factors.get(name, 1.0)
+        return (name + suffix, shape, rule, _number(lr), _number(decay), note)
+
     rows: list[tuple[str, ...]] = [("parameter", "shape", "rule", "lr", "weight decay", "")]
     for matrix in found:
-        lr, decay = rates["matrices"]
-        lr *= factors.get(matrix.name, 1.0)
         shape = f"{matrix.rows} x {matrix.columns}"
         if len(whole_shape(matrix.parameter)) == 3:
             shape = f"{matrix.count} of {shape}"
         notes = ["transposed"] if matrix.transposed else []
         if not matrix.suffix and matrix.name in layouts and layouts[matrix.name].note:
             notes.append(f"one matrix: {layouts[matrix.name].note}")
-        name, note = matrix.name + matrix.suffix, "; ".join(notes)
-        rows.append((name, shape, settings.label, _number(lr), _number(decay), note))
-    for name, parameter in groups.auxiliary.items():
-        lr, decay = rates["auxiliary"]
-        lr *= factors.get(name, 1.0)
+        rows.append(row(matrix.name, matrix.suffix, shape, "matrices", "; ".join(notes)))
+    for name, parameter in chosen.auxiliary.items():
         shape = " x ".join(map(str, parameter.shape)) or "scalar"
-        rows.append((name, shape, "adamw", _number(lr), _number(decay), ""))
+        rows.append(row(name, "", shape, "auxiliary"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    counts = [sum(p.numel() for p in members.values()) for members in groups[:2]]
+    counts = [sum(p.numel() for p in members.values()) for members in chosen[:2]]
     lines.append(
         f"{counts[0]} numbers in {sum(matrix.count for matrix in found)} hidden matrices, "
-        f"{counts[1]} in {len(groups.auxiliary)} auxiliary parameters"
+        f"{counts[1]} in {len(chosen.auxiliary)} auxiliary parameters"
     )
     return "\n".join(line.rstrip() for line in lines)
 

@@ -14,25 +14,30 @@ head counts as the embedding. Frozen parameters are in no group.
 What would surprise:
 - Two axes do not make a parameter a matrix. A gain of (heads, head_dim) or a table is not a linear
   map, and orthogonalising it would be wrong. So the kind of module decides, not the shape. Three
-  axes do not make a stack: a depthwise convolution has them too.
+  axes do not make a stack: a depthwise convolution has them too. `optimizer.groups` may move a
+  parameter of two axes to the rule all the same.
 - A linear layer with an output an expert, beside a stack, is a router: auxiliary.
 - What holds several projections whose rows cannot be told apart is one matrix, and
   `--print-groups` says so.
 """
 
+import difflib
 import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmnorm.optim.fragments import master, whole_shape
-from llmnorm.optim.matrix import Layout, Layouts, Matrix, matrix_shape
+from llmnorm.optim.matrix import AS_ITS_GROUP, Layout, Layouts, Matrix, Rates, matrix_shape
 from llmnorm.part import InputError, nearest
 
+if TYPE_CHECKING:
+    from llmnorm.optim.rates import GroupSettings
+    from llmnorm.optim.settings import OptimizerSettings
 GATE_AND_UP = "gate_up_proj"  # of every module of experts in transformers that has a gate
 ALTERNATING = "rows of gate and up alternate"
 UNCLEAR = "rows of its projections cannot be told apart"
@@ -48,6 +53,18 @@ class Groups(NamedTuple):
     matrices: dict[str, nn.Parameter]
     auxiliary: dict[str, nn.Parameter]
     layouts: Layouts = {}
+
+
+class Assigned(NamedTuple):
+    """Parameters as `optimizer.groups` has them.
+
+    Attributes:
+        groups: which are updated by the matrix rule, and which by AdamW.
+        rates: name -> what differs from the parameter's group; other names are left out.
+    """
+
+    groups: Groups
+    rates: dict[str, Rates]
 
 
 def split(model: nn.Module) -> Groups:
@@ -147,12 +164,84 @@ def check(groups: Groups, model: nn.Module) -> None:
         raise ValueError("an optimizer group has a parameter that the model does not have")
 
 
-def matrices(groups: Groups, split_sizes: Mapping[str, list[int]]) -> list[Matrix]:
+def assign(groups: Groups, settings: "OptimizerSettings") -> Assigned:
+    """Give parameters what `optimizer.groups` says of them.
+
+    Of several patterns that match a name the last counts, alone.
+
+    Raises:
+        InputError: a pattern matches nothing, the rule cannot update a parameter, or a hidden
+            matrix is to decay under NaP.
+    """
+    names = [*groups.matrices, *groups.auxiliary]
+    of_name: dict[str, tuple[str, GroupSettings]] = {}
+    for number, group in enumerate(settings.groups):
+        matched = [name for name in names if _matches(name, group.match)]
+        if not matched:
+            raise InputError(
+                f"optimizer.groups.{number}.match: '{group.match}' matches no parameter that is "
+                f"trained; {_near(group.match, names)}"
+            )
+        of_name |= dict.fromkeys(matched, (f"optimizer.groups.{number}", group))
+
+    hidden, auxiliary = dict(groups.matrices), dict(groups.auxiliary)
+    rates = {}
+    for name in [name for name in names if name in of_name]:
+        key, group = of_name[name]
+        if group.rule == "adamw" and name in hidden:
+            auxiliary[name] = hidden.pop(name)
+        elif group.rule not in (None, "adamw") and name in auxiliary:
+            shape = tuple(whole_shape(auxiliary[name]))
+            if len(shape) != 2:
+                raise InputError(
+                    f"{key}.rule: {group.rule} updates matrices of two axes, and {name} has the "
+                    f"shape {shape}; choose a pattern that does not match it"
+                )
+            hidden[name] = auxiliary.pop(name)
+        if settings.nap and group.weight_decay and name in groups.matrices:
+            raise InputError(
+                f"{key}.weight_decay: optimizer.nap takes the place of decay on hidden matrices "
+                f"such as {name}; leave it out"
+            )
+        own = Rates(1.0 if group.lr is None else group.lr, group.weight_decay)
+        if own != AS_ITS_GROUP:
+            rates[name] = own
+    layouts = {name: layout for name, layout in groups.layouts.items() if name in hidden}
+    return Assigned(Groups(hidden, auxiliary, layouts), rates)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether the name of a parameter, or its end from some dot on, matches a pattern."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def _near(pattern: str, names: list[str]) -> str:
+    """What a pattern may have meant that matches none of the names: the end of a message.
+
+    `*.mpl.*` -> `*.mlp.*`: every part between dots that no name has becomes the nearest that one
+    has, if that makes it match.
+    """
+    parts = list(dict.fromkeys(part for name in names for part in name.split(".")))
+    changed = []
+    for part in pattern[:200].split("."):
+        close = difflib.get_close_matches(part, parts, n=1)
+        word = not (part.isdigit() or set(part) & set("*?["))  # layer 17 is not layer 1 misspelt
+        changed.append(close[0] if close and word else part)
+    meant = ".".join(changed)
+    if any(_matches(name, meant) for name in names):
+        return f"did you mean '{meant}'?"
+    return f"names are such as {', '.join(names[:3])} (--print-groups lists all)"
+
+
+def matrices(
+    groups: Groups, split_sizes: Mapping[str, list[int]], rates: Mapping[str, Rates] | None = None
+) -> list[Matrix]:
     """The matrices in the order of the model's parameters, fused projections cut into pieces.
 
     Args:
         split_sizes: pattern of parameter names (`*.qkv.weight`) -> rows of each piece, in the place
             of the pieces that were found.
+        rates: as in `Assigned`.
 
     Raises:
         InputError: a pattern matches nothing, two match one parameter, or the rows do not add up.
@@ -173,10 +262,11 @@ def matrices(groups: Groups, split_sizes: Mapping[str, list[int]]) -> list[Matri
                 f"optimizer.split_sizes: {patterns[0]}: {sizes} are {sum(sizes)} rows, "
                 f"{name} has {rows}"
             )
+        own = (rates or {}).get(name, AS_ITS_GROUP)
         experts = shape[0] if len(shape) == 3 else 1
         for piece, (start, stop) in enumerate(pairwise(accumulate(sizes, initial=0))):
             suffix = f".{piece}" if len(sizes) > 1 else ""
-            place = layout.transposed, 0, experts, number
+            place = layout.transposed, 0, experts, number, own
             found.append(Matrix(name, parameter, suffix, start, stop, *place))
             number += experts
     for pattern in split_sizes:

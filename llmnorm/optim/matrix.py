@@ -32,6 +32,23 @@ class Layout(NamedTuple):
     note: str = ""
 
 
+class Rates(NamedTuple):
+    """What a parameter has beside the learning rate and the decay of its group.
+
+    Attributes:
+        lr: factor on the group's learning rate.
+        weight_decay: in place of the group's; None: the group's.
+    """
+
+    lr: float = 1.0
+    weight_decay: float | None = None
+
+    def of(self, lr: float, weight_decay: float) -> tuple[float, float]:
+        """The parameter's learning rate and decay, from those of its group."""
+        return lr * self.lr, weight_decay if self.weight_decay is None else self.weight_decay
+
+
+AS_ITS_GROUP = Rates()
 Layouts = Mapping[str, Layout]
 """By name of a parameter; one that is not named is a single matrix as it is stored."""
 
@@ -48,6 +65,7 @@ class Matrix:
         transposed: as in `Layout`.
         first, last: the experts [first, last) of a stack; [0, 1) where there is none.
         number: among all matrices of the model, that of the parameter's first expert.
+        rates: of the parameter.
     """
 
     name: str
@@ -59,6 +77,7 @@ class Matrix:
     first: int
     last: int
     number: int
+    rates: Rates = AS_ITS_GROUP
 
     @property
     def rows(self) -> int:

@@ -106,6 +106,22 @@ def _steps_or_share(value: Any) -> Any:
     )
 
 
+def _decay_steps_or_share(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and (0 < value <= 1 or (2 <= value <= 10**12 and float(value).is_integer())):
+        return float(value) if value <= 1 else value
+    raise PydanticCustomError(
+        "decay",
+        "expected a share of all steps, above 0 and at most 1, or a whole number of at least 2 "
+        "steps; got {value}",
+        {"value": shown(value)},
+    )
+
+
+Decay = Annotated[
+    Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2)],
+    BeforeValidator(_decay_steps_or_share),
+]
 Warmup = Annotated[
     Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)],
     BeforeValidator(_steps_or_share),
@@ -190,17 +206,21 @@ class WSDSettings(WarmupSettings):
     """
 
     name: Literal["wsd"] = "wsd"
-    decay: float = Field(default=0.2, gt=0, le=1)
-    """Share of all steps that the decay takes."""
+    decay: Decay = 0.2
+    """Share of all steps that the decay takes; from 2 on a number of steps."""
     shape: Literal["linear", "sqrt"] = "linear"
     """`linear`: 1 - (1 - final) u; `sqrt`: final + (1 - final) (1 - sqrt(u)), u from 0 to 1."""
     final: float = Field(default=0.0, ge=0, le=1)
     """The last step's factor."""
 
+    def decay_steps(self, steps: int) -> int:
+        """Length of the decay in a run of `steps` steps, in steps."""
+        return self.decay if isinstance(self.decay, int) else round(self.decay * steps)
+
     def after(self, warmup: int, steps: int) -> Multiplier:
-        """1, and over the last `decay * steps` steps down to `final`."""
-        # The last stable step is where u = 0, so the decay itself has round(decay * steps) steps.
-        start = max(warmup, steps - 1 - round(self.decay * steps))
+        """1, and over the last `decay_steps` steps down to `final`."""
+        # The last stable step is where u = 0, so the decay itself has `decay_steps` steps.
+        start = max(warmup, steps - 1 - self.decay_steps(steps))
         share = _share(start, steps)
         if self.shape == "linear":
             return lambda s: 1 - (1 - self.final) * share(s)

@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmnorm.config.values import Count, Width
+from llmnorm.optim.rates import (
+    AuxiliaryAdamWSettings,
+    AuxiliarySettings,
+    GroupSettings,
+    Rate,
+    check_rules,
+)
 from llmnorm.optim.schedule import (
-    AuxiliarySchedule,
     Beta,
     HyperparameterSchedule,
     Momentum,
@@ -23,35 +29,15 @@ if TYPE_CHECKING:
     from llmnorm.optim.sharded import Exchange
     from llmnorm.optim.stacks import Rule, RuleOptimizer
 
-Rate = Annotated[float, Field(ge=0)] | Literal["auto"]
-
-
-class AuxiliarySettings(Settings):
-    """The parameters that are not hidden matrices: embeddings, head, norms, biases, scalars."""
-
-    lr: Annotated[float, Field(ge=0)] | None = None
-    """Their peak learning rate; left out, the rate at which AdamW's steps are as large as those of
-    the hidden matrices (for `adamw` itself `optimizer.lr`)."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Their decay, times their learning rate."""
-    schedule: AuxiliarySchedule = SameSettings()
-    """How their learning rate moves over the run; left out, as the run's `schedule` says."""
-
-
-class AuxiliaryAdamWSettings(AuxiliarySettings):
-    """The auxiliary parameters of an optimizer with a matrix rule: AdamW updates them."""
-
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """AdamW's decay rates of the first and the second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the bias-corrected root of the second moment."""
-
 
 class OptimizerSettings(Settings):
     """What the settings of every optimizer have; base class of an optimizer of your own."""
 
     auxiliary: AuxiliarySettings = AuxiliarySettings()
     """Embeddings, head, norms, biases and scalars."""
+    groups: list[GroupSettings] = []
+    """Parameters with another learning rate, decay or rule, chosen by their names, e.g.
+    [{match: "*.mlp.*", lr: 0.5}]; of several that match a name the last counts, alone."""
     nap: bool = False
     """Normalize-and-Project: after every step each hidden matrix is scaled back to its initial
     norm (Lyle et al. 2024, arXiv 2407.01800)."""
@@ -69,6 +55,11 @@ class OptimizerSettings(Settings):
     def over_adamw(self) -> float:
         """The best learning rate divided by AdamW's best, both in AdamW's unit (`adamw_lr`)."""
         return 1.0
+
+    @model_validator(mode="after")
+    def _groups_have_rules(self) -> "OptimizerSettings":
+        check_rules(self.groups, self.label)
+        return self
 
     @model_validator(mode="after")
     def _nothing_decays_under_nap(self) -> "OptimizerSettings":
@@ -120,7 +111,7 @@ class OptimizerSettings(Settings):
         """The optimizer over `groups`, its state allocated.
 
         Each of its param groups has a `kind` ("matrices" or "auxiliary") and its peak learning rate
-        as `peak_lr`; `hyperparameters` sets the rate of a step.
+        as `peak_lr`; `hyperparameters` sets the rate of a step. `optim/build.py` serves `groups`.
 
         Args:
             exchange: the processes that share the matrices; None for a single process.

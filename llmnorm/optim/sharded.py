@@ -52,6 +52,7 @@ from llmnorm.optim.stacks import (
     allocate,
     apply,
     deltas,
+    hyperparameters_of,
 )
 
 # Bytes of gradients that travel at once. A bucket has at least two blocks for every process.
@@ -275,7 +276,8 @@ class ShardedRuleOptimizer(RuleOptimizer):
                 strict=True,
             ):
                 weight = self._local(block, gradient=False)
-                apply(self.rule, weight, delta.to(wide_dtype(weight.dtype)), hyperparameters)
+                delta, own = delta.to(wide_dtype(weight.dtype)), block.pieces[0]
+                apply(self.rule, weight, delta, hyperparameters_of(own, hyperparameters))
 
         return finish
 

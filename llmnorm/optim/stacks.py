@@ -23,6 +23,8 @@ What would surprise:
 - The state of a stack of experts is one tensor (experts, ...) for each field. A rule gets many
   experts at once, as views where they lie next to each other. An expert that no token came to has a
   gradient of zeros, and its momentum moves it all the same, as under AdamW.
+- The members of a stack have one learning rate and one decay: matrices to which `optimizer.groups`
+  gives others are in stacks of their own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +107,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices of one shape, dtype and device; n of them, experts counted one by one.
+    """Matrices of one shape, dtype, device, learning rate and decay; n of them, with each expert.
 
     Attributes:
         matrices: its members.
@@ -211,7 +213,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             for (matrix, experts), delta in deltas(
                 stack, self.rule, hyperparameters, grads, weights
             ):
-                apply(self.rule, matrix.weight()[experts], delta, hyperparameters)
+                own = hyperparameters_of(matrix, hyperparameters)
+                apply(self.rule, matrix.weight()[experts], delta, own)
+
+
+def hyperparameters_of(matrix: Matrix, hyperparameters: Hyperparameters) -> Hyperparameters:
+    """The hyperparameters of one matrix, from those of all matrices."""
+    lr, weight_decay = matrix.rates.of(hyperparameters.lr, hyperparameters.weight_decay)
+    return hyperparameters._replace(lr=lr, weight_decay=weight_decay)
 
 
 def deltas(
@@ -224,8 +233,10 @@ def deltas(
     """Each part of a stack with its delta (experts, rows, columns); updates the stack's state.
 
     Args:
+        hyperparameters: those of all matrices.
         grad, weight: gradient and weights of a matrix, (count, rows, columns).
     """
+    hyperparameters = hyperparameters_of(stack.matrices[0], hyperparameters)
     for members, parts in stack.chunks():
         state = {k: v if k == "step" else v[members] for k, v in stack.state.items()}
         dtype = wide_dtype(parts[0].matrix.parameter.dtype)
@@ -242,7 +253,11 @@ def deltas(
 
 
 def apply(rule: Rule, weight: Tensor, delta: Tensor, hyperparameters: Hyperparameters) -> None:
-    """Change weights in place by their delta and by decay, both of any one shape."""
+    """Change weights in place by their delta and by decay, both of any one shape.
+
+    Args:
+        hyperparameters: those of the matrix that the weights belong to.
+    """
     kept = 1 - hyperparameters.lr * hyperparameters.weight_decay
     if rule.decay == "before" and kept != 1:
         weight.mul_(kept)  # torch._foreach_mul_ would round `kept` to bf16
@@ -252,17 +267,18 @@ def apply(rule: Rule, weight: Tensor, delta: Tensor, hyperparameters: Hyperparam
 
 
 def allocate(matrices: Sequence[Matrix], total: int, rule: Rule) -> list[Stack]:
-    """Stacks of matrices of one shape, dtype and device, their state as before the first step.
+    """Stacks of matrices that are alike (`Stack`), their state as before the first step.
 
     Args:
         total: number of all matrices of the model, experts counted one by one.
     """
     members: dict[Any, list[Matrix]] = {}
     for matrix in matrices:
-        kind = (matrix.rows, matrix.columns, matrix.parameter.dtype, matrix.parameter.device)
+        parameter = matrix.parameter
+        kind = (matrix.rows, matrix.columns, parameter.dtype, parameter.device, matrix.rates)
         members.setdefault(kind, []).append(matrix)
     stacks = []
-    for (rows, columns, _, device), alike in members.items():
+    for (rows, columns, _, device, _), alike in members.items():
         dtype = wide_dtype(alike[0].parameter.dtype)
         count = sum(matrix.count for matrix in alike)
         state = {

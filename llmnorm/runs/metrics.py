@@ -2,9 +2,9 @@
 
 metrics.jsonl has a line for each logged step (`step`, `tokens`, `loss`, `grad_norm`, `lr`,
 `tokens_per_second`, ..., at intervals `health`) and one for each evaluation (`step`, `tokens`,
-`validation`). Losses are in nats per token. Both say what the time since the last line was spent on
-(account.py). samples.jsonl has a line for each evaluation (`step`, `tokens`, `samples`). A number
-that is not finite is null (`machine/files.py`).
+`validation`, and `tasks` where lm-eval's tasks were scored). Losses are in nats per token. Both say
+what the time since the last line was spent on (account.py). samples.jsonl has a line for each
+evaluation (`step`, `tokens`, `samples`). A number that is not finite is null (`machine/files.py`).
 
 What would surprise: on resume both files are cut to the checkpoint's step (lines.py), so that they
 read as if the run had not stopped. The lines that are taken back go to metrics.repeated.jsonl.
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from llmnorm.machine.files import json_text
+from llmnorm.objectives.benchmark_tasks import sentence as in_a_sentence
 from llmnorm.objectives.figures import sentence
 from llmnorm.part import InputError
 from llmnorm.runs.account import Timekeeper
@@ -226,11 +227,20 @@ class Metrics:
         )
 
     def log_evaluation(
-        self, step: int, tokens: int, figures: dict[str, Any], samples: list[dict[str, str]]
+        self,
+        step: int,
+        tokens: int,
+        figures: dict[str, Any],
+        samples: list[dict[str, str]],
+        tasks: dict[str, Any],
     ) -> None:
         """Write an evaluation into both files and print it above the bar.
 
         The line of metrics.jsonl comes last: where it is, the evaluation is whole (`keep_until`).
+
+        Args:
+            tasks: scores under "tasks", and under "ema_tasks" those of the moving average; empty
+                where none were taken.
         """
         if self._file and samples:
             line = {"step": step, "tokens": tokens, "samples": samples}
@@ -241,10 +251,11 @@ class Metrics:
             ):
                 file.write(text + "\n")
             self._trackers.log(line)
-        self._write(
-            {"step": step, "tokens": tokens, "validation": figures, "seconds": self.seconds}
-        )
+        line = {"step": step, "tokens": tokens, "validation": figures, **tasks}
+        self._write({**line, "seconds": self.seconds})
         self.say(f"step {step}: validation {sentence(figures)}")
+        for name, found in tasks.items():
+            self.say(f"step {step}: {name.replace('_', ' ')} {in_a_sentence(found)}")
         for sample in samples:
             right = f" ({_short(sample['reference'])})" if "reference" in sample else ""
             self.say(f"  {_short(sample['prompt'])} → {_short(sample['continuation'])}{right}")

@@ -7,6 +7,7 @@ lines, so that `logging.every` does not change it. Steps without a finite loss a
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llmnorm.part import InputError
@@ -39,13 +40,19 @@ class Record(NamedTuple):
         damaged: a sentence about damaged lines, which are left out; None if there are none.
         expert_load: by layer the loads of its experts along the run; empty where none were
             measured.
+        tasks: of each of lm-eval's tasks that evaluations have scored ("arc_easy acc", the first
+            metric of each): the tokens trained on, and the scores.
+        stages: the tokens at the first logged step of each later stage of the data; empty where
+            there is one.
     """
 
     training: dict[str, list[float]]
     validation: dict[str, list[float]]
     bits_per_byte: dict[str, float]
-    damaged: str | None
-    expert_load: dict[str, list[Load]]
+    damaged: str | None = None
+    expert_load: Mapping[str, list[Load]] = MappingProxyType({})
+    tasks: Mapping[str, tuple[list[float], list[float]]] = MappingProxyType({})
+    stages: tuple[float, ...] = ()
 
 
 def read_metrics(path: Path) -> Record:
@@ -62,6 +69,9 @@ def read_metrics(path: Path) -> Record:
     validation: dict[str, list[float]] = {key: [] for key in COLUMNS[:4]}
     bits_per_byte: dict[str, float] = {}
     loads: dict[str, list[Load]] = {}
+    tasks: dict[str, tuple[list[float], list[float]]] = {}
+    stages: list[float] = []
+    stage: Any = None
     for entry in lines.entries:
         try:
             if "validation" in entry.value:
@@ -74,12 +84,20 @@ def read_metrics(path: Path) -> Record:
                     if "bits_per_byte" in values
                 }
                 into = validation
+                for task, scores in entry.value.get("tasks", {}).items():
+                    metric, score = next(iter(scores.items()))
+                    points = tasks.setdefault(f"{task} {metric}", ([], []))
+                    points[0].append(_number(entry.value["tokens"]))
+                    points[1].append(_number(score))
             else:
                 row, into = _row(entry.value, training), training
                 for layer, figures in entry.value.get("health", {}).items():
                     if found := figures.get("expert_load"):
                         load = Load(_number(entry.value["tokens"]), [*map(_number, found)])
                         loads.setdefault(layer, []).append(load)
+                before, stage = stage, entry.value.get("stage")
+                if before is not None and stage != before:
+                    stages.append(row[1])
         except (ValueError, KeyError, TypeError, AttributeError):
             damaged.append((entry.number, entry.raw))
             continue
@@ -89,7 +107,8 @@ def read_metrics(path: Path) -> Record:
     if not training["loss"] and not validation["loss"]:
         text = damage(path, damaged)
         raise InputError(f"{path} holds no loss yet; {text or 'train the run first'}")
-    return Record(training, validation, bits_per_byte, damage(path, sorted(damaged)), loads)
+    told = damage(path, sorted(damaged))
+    return Record(training, validation, bits_per_byte, told, loads, tasks, tuple(stages))
 
 
 def _row(entry: Mapping[str, Any], keys: Iterable[str]) -> list[float]:

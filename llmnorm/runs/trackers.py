@@ -67,7 +67,8 @@ def values(line: Mapping[str, Any]) -> dict[str, float | str]:
             for number, sample in enumerate(line["samples"])
         }
     if "validation" in line:
-        return dict(_leaves("validation", line["validation"]))
+        parts = [part for part in ("validation", "tasks", "ema_tasks") if part in line]
+        return dict(leaf for part in parts for leaf in _leaves(part, line[part]))
     trained = {key: value for key, value in line.items() if key not in (*LEFT_OUT, "health")}
     return dict(_leaves("train", trained)) | dict(_leaves("health", line.get("health", {})))
 

@@ -35,6 +35,7 @@ from llmnorm.training.health import health
 from llmnorm.training.prepare import Prepared
 from llmnorm.training.profiling import Profiler
 from llmnorm.training.signals import StopRequest
+from llmnorm.training.spike import Spike
 from llmnorm.training.state import environment
 from llmnorm.training.step import Outcome, rehearse
 
@@ -98,6 +99,8 @@ def keep_line(
             f"({progress.skipped_in_a_row} in a row; the run gives up at "
             f"{run.config.training.max_skipped_steps})"
         )
+    if outcome.spike is not None:
+        metrics.say(_spike_message(run, outcome.spike, updated=outcome.updated))
     line: dict[str, Any] = {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -108,6 +111,10 @@ def keep_line(
     }
     if isinstance(run.model, Foreign) and run.model.router_loss:
         line["router_loss"] = outcome.router_loss
+    if run.config.training.spike is not None:
+        line["skipped_spikes"] = progress.skipped_spikes
+    if len(run.objective.data.all_stages) > 1:
+        line["stage"] = run.objective.data.stage_at(progress.row - run.config.pool)
     if run.selecting is not None:
         run.selecting.step_ended()
     for note in run.stragglers.notes():
@@ -120,6 +127,25 @@ def keep_line(
             line |= run.selecting.line()
         line |= run.stragglers.line()
         metrics.log_step(line)
+
+
+def _spike_message(run: Prepared, spike: Spike, *, updated: bool) -> str:
+    """What is said of a step that is a spike, in a line."""
+    progress, training = run.progress, run.config.training
+    assert training.spike is not None
+    text = (
+        f"step {progress.step}: {spike.name} {spike.value:.4g}, and {spike.limit:.4g} is "
+        f"{training.spike.sigma:g} deviations above the mean of {spike.steps} steps before it: "
+    )
+    if updated:
+        return (
+            f"{text}the update was made all the same, after {training.max_skipped_steps} skipped "
+            "steps (training.max_skipped_steps)"
+        )
+    return (
+        f"{text}the step was skipped and the weights are as before it "
+        f"({progress.spikes_in_a_row} since the last update)"
+    )
 
 
 def keep_evaluation(run: Prepared, metrics: Metrics, stop: StopRequest) -> int:
@@ -146,9 +172,12 @@ def keep_evaluation(run: Prepared, metrics: Metrics, stop: StopRequest) -> int:
             # Nothing can be sampled from logits that are not finite.
             sound = math.isfinite(figures["loss"])
             texts = run.objective.texts(run.model, parallel) if sound else []
+            scored: dict[str, Any] = {}
+            if run.tasks is not None and sound and run.tasks.due(progress.step):
+                scored = run.tasks.scores(run.model, parallel, run.ema)
     except Interrupted as found:
         return stop.agree(found.asked)
-    metrics.log_evaluation(progress.step, progress.tokens, figures, texts)
+    metrics.log_evaluation(progress.step, progress.tokens, figures, texts, scored)
     progress.count_evaluation(figures["loss"])
     if run.saved != progress.step and (_best_is_kept(run) or out_of_patience(run)):
         save(run, metrics)
@@ -198,6 +227,8 @@ def save(run: Prepared, metrics: Metrics) -> None:
         "config": to_tree(portable(run.config)),
         "model": json.loads(_configuration(run.model).to_json_string()),
         "sources": data.sizes(),
+        "stages": data.saved_stages(),
+        "branches": run.branches,
         "llmnorm": run_directory.version(),
     }
     if run.base is not None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from torch import nn
 from llmnorm.checkpoints.checkpoints import Checkpoints, State
 from llmnorm.checkpoints.store import Keep
 from llmnorm.config.tree import RunConfig
+from llmnorm.data.report import stages_table
+from llmnorm.data.stages import Course, course
 from llmnorm.models import nf4
 from llmnorm.models.adapters import rate_factors
 from llmnorm.models.foreign import Foreign
@@ -33,12 +36,14 @@ from llmnorm.runs.directory import RunDirectory, agree
 from llmnorm.runs.lock import RunLock
 from llmnorm.runs.remote_run import RemoteRun
 from llmnorm.selection.settings import SelectionSettings
+from llmnorm.training.branch import ancestors, check_branch, where_a_branch_reads
 from llmnorm.training.ema import EMA
 from llmnorm.training.foreign import foreign_model, looked_at
 from llmnorm.training.model import Base, run_model
 from llmnorm.training.selecting import Selecting
 from llmnorm.training.state import (
     Progress,
+    came_from,
     end_tokens,
     named_tensors,
     resume,
@@ -48,6 +53,7 @@ from llmnorm.training.state import (
 )
 from llmnorm.training.stragglers import Stragglers
 from llmnorm.training.stretch import former_steps, stretched
+from llmnorm.training.tasks import RunTasks
 from llmnorm.training.teacher import NamedTeacher, give_teacher
 
 
@@ -67,6 +73,9 @@ class Prepared:
         hyperparameters: what a step's learning rates and momentum are.
         state: what this process writes of a checkpoint, by name.
         progress: how far the run is.
+        course: what it reads, from where it has started.
+        branches: the checkpoints that it and its parents have branched from, as checkpoints keep
+            them, the oldest first.
         steps: the run's length, its parent's steps included.
         former_steps: its length when it wrote the checkpoint that it goes on from; None where there
             is no checkpoint of its own, or where that cannot be told.
@@ -76,6 +85,7 @@ class Prepared:
         selecting: chooses the rows of a step, where the run has a selection.
         elsewhere: copies the run directory up, where it is an address.
         stragglers: which processes hold the others up.
+        tasks: lm-eval's, that evaluations score, where there are any.
     """
 
     config: RunConfig
@@ -94,6 +104,8 @@ class Prepared:
     checkpoints: Checkpoints
     state: State
     progress: Progress
+    course: Course
+    branches: list[dict[str, Any]]
     steps: int
     former_steps: int | None
     saved: int | None
@@ -102,6 +114,7 @@ class Prepared:
     selecting: Selecting | None
     elsewhere: RemoteRun | None
     stragglers: Stragglers
+    tasks: RunTasks | None
 
     def batches(self) -> Iterator[list[MicroBatch]]:
         """Yield, without end, this process's micro-batches of each step from the run's next on.
@@ -120,6 +133,11 @@ class Prepared:
         """
         return next(self._in_order(self.progress.row if first_row is None else first_row))
 
+    def begins_a_stage(self) -> bool:
+        """Whether a stage of the data begins with a row of the run's next step."""
+        stage_at, row = self.objective.data.stage_at, self.progress.row
+        return stage_at(row - 1) != stage_at(row + self.config.pool - 1)
+
     def _in_order(self, first_row: int) -> Iterator[list[MicroBatch]]:
         steps = self.objective.batches(
             first_row,
@@ -134,19 +152,16 @@ class Prepared:
         """What the run reads, a line a source; its processes, its size and its length."""
         weights = sum(whole_shape(master(p)).numel() for p in self.model.parameters())
         weights += sum(layer.shape.numel() for layer in nf4.layers(self.model).values())
-        hidden = sum(
-            whole_shape(p).numel()
-            for group in self.optimizer.param_groups
-            if group["kind"] == "matrices"
-            for p in group["params"]
-        )
+        hidden = sum(whole_shape(p).numel() for p in split(self.model).matrices.values())
         trained = f"{hidden / 1e6:.2f}M in hidden matrices"
         if self.base is not None:
             numbers = sum(whole_shape(p).numel() for p in self.parameters)
             trained = f"{numbers / 1e6:.2f}M of them trained, {trained}"
         selection = "" if self.selecting is None else f"\n{self.selecting.describe()}"
+        stages = stages_table(self.objective.data, self.course)
+        reads = f"{self.objective.describe(self.course.rows)}\n{stages}".rstrip("\n")
         return (
-            f"{self.objective.describe(self.steps * self.config.pool)}\n"
+            f"{reads}\n"
             f"{describe(self.parallel, self.model, self.optimizer)}; {weights / 1e6:.2f}M "
             f"parameters ({trained}); {self.steps} steps{selection}"
         )
@@ -199,8 +214,6 @@ def prepare(
         trained_on=trained_on(run, config.training.branch_from),
     )
     data = objective.data
-    micro_batch = _micro_batch(config, objective, parallel)
-    steps = config.total_steps(data.rows)
 
     # The run directory, and the checkpoint to start from.
     if remote is None and not dry_run:
@@ -221,7 +234,14 @@ def prepare(
     if not dry_run:
         checkpoints.clean()
     start = starting_point(checkpoints, config.training.branch_from, parallel)
-    own = start is not None and start.path.parent == run.checkpoints
+    from_there = came_from(run, start, data)
+    own = from_there is not None and from_there.own
+    if from_there is not None and not own:
+        check_branch(config, data, from_there)
+    reads = course(config, data, from_there)
+    objective.read_in(reads.stages)
+    micro_batch, steps = _micro_batch(config, objective, parallel), reads.steps
+    tasks = RunTasks(config, data, steps) if config.evaluation.tasks else None
 
     # Model, layout, optimizer, schedule. A branch may learn from another teacher than its parent.
     teacher = give_teacher(config, objective, parallel, start.meta if start and own else {})
@@ -250,10 +270,13 @@ def prepare(
     if selecting is not None:
         state |= selecting.state
     written = checkpoints.without_copies(state)
-    own = start is not None and start.path.parent == run.checkpoints
     if start is not None and not own:
         state = without_selection(state, start)
-    progress, message = resume(checkpoints, start, state, data, parallel)
+    progress, message = resume(checkpoints, start, state, reads, parallel)
+    if not own:
+        progress.window, progress.spikes_in_a_row = [], 0  # what is usual in a branch is not known
+    if message and from_there is not None and not own:
+        message += where_a_branch_reads(reads, from_there, data)
     parallel.phases.step = progress.step
     parallel.weights_changed()  # what was loaded reaches the model under ZeRO too
     if message:
@@ -282,6 +305,8 @@ def prepare(
         checkpoints=checkpoints,
         state=written,
         progress=progress,
+        course=reads,
+        branches=ancestors(reads, from_there),
         steps=steps,
         former_steps=before,
         saved=progress.step if own else None,
@@ -290,6 +315,7 @@ def prepare(
         selecting=selecting,
         elsewhere=elsewhere,
         stragglers=Stragglers(parallel),
+        tasks=tasks,
     )
 
 

@@ -100,7 +100,7 @@ class Selecting:
         if isinstance(settings, KeepSettings):
             self._kept = settings.kept(self._names, sizes, config.seed)
         self._feature, self._at = _feature(settings, model, parallel, config)
-        self._seed = config.seed
+        self._seed, self._rows = config.seed, config.total_steps(objective.data.rows) * config.pool
         self.state: dict[str, Tensor] = {
             f"{SELECTION}{name}": tensor for name, tensor in self._selector.state().items()
         }
@@ -175,7 +175,7 @@ class Selecting:
             lines.append(f"rows are measured at the weight of {self._at} in the last layer")
         if self._kept is not None:
             data = self._objective.data
-            weights = [source.weight for source in data.sources]
+            weights = data.mixture(self._rows)
             mixture = [weight / sum(weights) for weight in weights]
             shares = self._kept.shares(mixture, self._pool, self._batch)
             trained = ", ".join(

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ from llmnorm.config.stock import Tokens, all_tokens
 from llmnorm.config.tree import RunConfig
 from llmnorm.data.run_data import RunData
 from llmnorm.data.settings import TrainedOn
+from llmnorm.data.stages import Course, Start
 from llmnorm.models.convert import named_weights
 from llmnorm.optim.fragments import Fragment, master
 from llmnorm.optim.state import named_state
@@ -48,7 +49,14 @@ class Progress:
     tokens: int = 0
     """Trained on so far, over all processes; an objective says which of its tokens count."""
     skipped_steps: int = 0
+    """Steps without an update, since a number was not finite."""
     skipped_in_a_row: int = 0
+    skipped_spikes: int = 0
+    """Steps without an update, since a number was a spike (spike.py)."""
+    spikes_in_a_row: int = 0
+    """Of those, the ones since the last update."""
+    window: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the last steps, where `training.spike` is given; oldest first."""
     best_loss: float | None = None
     """Lowest validation loss of the run; None before there is a finite one."""
     best_step: int = 0
@@ -62,9 +70,12 @@ class Progress:
 
     @classmethod
     def of(cls, meta: dict[str, Any]) -> Self:
-        """The counts in a checkpoint's meta; an older version's has none of evaluations."""
+        """The counts in a checkpoint's meta; an older version's lacks some."""
         start = asdict(cls())
-        later = ("best_loss", "best_step", "not_better", "evaluated_step")
+        later = (
+            *("best_loss", "best_step", "not_better", "evaluated_step"),
+            *("skipped_spikes", "spikes_in_a_row", "window"),
+        )
         return cls(**{k: meta.get(k, start[k]) if k in later else meta[k] for k in start})
 
     def count_evaluation(self, loss: float) -> None:
@@ -150,7 +161,8 @@ def trained_on(run: RunDirectory, branch_from: Path | None) -> TrainedOn | None:
     paths = [store.path(step) for step in reversed(store.steps())]
     for path in [*paths, branch_from] if branch_from else paths:
         with suppress(InputError):  # `starting_point` says what is wrong with it
-            return TrainedOn(path, read_checkpoint(path).meta["data"])
+            identity = read_checkpoint(path).meta["data"]
+            return TrainedOn(path, identity, branch=path not in paths)
     return None
 
 
@@ -203,36 +215,50 @@ def end_tokens(config: RunConfig, start: Checkpoint | None, own: Tokens) -> Toke
     return all_tokens(own, base.config.get("eos_token_id")) if same else own
 
 
+def came_from(run: RunDirectory, start: Checkpoint | None, data: RunData) -> Start | None:
+    """What the run's starting point says of its rows.
+
+    Raises:
+        InputError: it is the run's own and was trained on other data.
+    """
+    if start is None:
+        return None
+    meta = meta_of_run(start.path, start.manifest)
+    own = start.path.parent == run.checkpoints
+    if own and meta["data"] != data.identity:
+        raise InputError(
+            f"{start.path}: was trained on the data {meta['data']}, this run's data is now "
+            f"{data.identity} ({data.directory}); restore the corpus or start a new run_dir"
+        )
+    return Start(start.path, meta, own)
+
+
 def resume(
     checkpoints: Checkpoints,
     start: Checkpoint | None,
     state: State,
-    data: RunData,
+    course: Course,
     parallel: Parallel,
 ) -> tuple[Progress, str | None]:
     """Copy the starting point into `state`.
 
     Returns:
-        The counts there (zeros without a starting point), and a message for the user.
+        The counts there (zeros without a starting point), with the row that the run goes on with;
+        and a message for the user.
 
     Raises:
-        InputError: the checkpoint was trained on other data, or holds other tensors.
+        InputError: the checkpoint holds other tensors.
     """
     if start is None:
         return Progress(), None
     path, meta = start.path, meta_of_run(start.path, start.manifest)
-    if meta["data"] != data.identity:
-        raise InputError(
-            f"{path}: was trained on the data {meta['data']}, this run's data is now "
-            f"{data.identity} ({data.directory}); restore the corpus or start a new run_dir"
-        )
     checkpoints.load(start, state)
     here, there = environment(parallel), meta["environment"]
     changed = [f"{k} {there[k]} -> {here[k]}" for k in here if here[k] != there.get(k, here[k])]
     message = f"going on from {path}"
     if changed:
         message += f"; the last bits may differ from an uninterrupted run: {', '.join(changed)}"
-    return Progress.of(meta), message
+    return Progress.of({**meta, "row": course.pace.row}), message
 
 
 def environment(parallel: Parallel) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from llmnorm.part import InputError
 from llmnorm.training.foreign import refuse_unused
 from llmnorm.training.prepare import Prepared
 from llmnorm.training.signals import StopRequest
+from llmnorm.training.spike import Spike, look
 
 
 class Outcome(NamedTuple):
@@ -37,6 +38,8 @@ class Outcome(NamedTuple):
         lr: learning rate of the first parameter group.
         tokens: trained on in this step, over all processes.
         exit_code: 0, or what the process exits with because some process was asked to stop.
+        spike: what leapt out of the step, if `training.spike` is given.
+        updated: whether the weights were updated.
     """
 
     loss: float
@@ -45,18 +48,21 @@ class Outcome(NamedTuple):
     lr: float
     tokens: int
     exit_code: int
+    spike: Spike | None
+    updated: bool
 
     @property
     def finite(self) -> bool:
-        """Whether the weights were updated; a step with a non-finite number is skipped."""
+        """Whether loss and gradient norm are finite; else the step is skipped."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def step(run: Prepared, micro_batches: list[MicroBatch], stop: StopRequest) -> Outcome:
     """Take the next step of `run`; every process calls it with its own micro-batches.
 
-    A step whose loss or gradient norm is not finite leaves weights, optimizer state and running
-    statistics as they were; it still advances the rows, the schedule and the moving average.
+    A step whose loss or gradient norm is not finite, or a spike (spike.py), leaves weights,
+    optimizer state and running statistics as they were; it still advances the rows, the schedule
+    and the moving average.
     """
     parallel, optimizer, progress = run.parallel, run.optimizer, run.progress
     phases = parallel.phases
@@ -69,24 +75,25 @@ def step(run: Prepared, micro_batches: list[MicroBatch], stop: StopRequest) -> O
     run.hyperparameters.set(optimizer.param_groups, progress.step)
 
     # One reduction serves the losses, the agreement to stop and the processes' times; one read all.
-    mine = torch.stack([loss, balance, loss.new_full((), stop.exit_code)])
+    # All processes get the norm that process 0 has computed, so that they judge the same number.
+    theirs = norm.to(loss.dtype) if parallel.is_main else torch.zeros_like(loss)
+    mine = torch.stack([loss, balance, loss.new_full((), stop.exit_code), theirs])
     reduced = parallel.reduce(torch.cat([mine, run.stragglers.slots(loss)]))
-    read = torch.cat([reduced.double(), norm.double().view(1), counts.double()])
+    read = torch.cat([reduced.double(), counts.double()])
     with phases.waiting(DEVICE):
-        mean_loss, router_loss, stopping, *seconds, grad_norm, _, tokens = read.tolist()
+        mean_loss, router_loss, stopping, grad_norm, *seconds, _, tokens = read.tolist()
     run.stragglers.hear(seconds, progress.step + 1)
     exit_code = stop.agree(round(stopping))
     lr = optimizer.param_groups[0]["lr"]
-    outcome = Outcome(mean_loss, router_loss, grad_norm, lr, round(tokens), exit_code)
+    spike, updated = _judge(run, mean_loss, grad_norm)
+    tokens = round(tokens)
+    outcome = Outcome(mean_loss, router_loss, grad_norm, lr, tokens, exit_code, spike, updated)
 
-    if outcome.finite:
+    if updated:
         optimizer.step()
         run.statistics.commit()  # norms with running statistics count optimizer steps
-        progress.skipped_in_a_row = 0
     else:
         run.statistics.discard()  # what these norms have summed over the step's micro-batches
-        progress.skipped_steps += 1
-        progress.skipped_in_a_row += 1
     optimizer.zero_grad(set_to_none=True)
     parallel.end_step()  # ZeRO's master weights become the model's, its gradients are dropped
     if run.ema:
@@ -97,6 +104,25 @@ def step(run: Prepared, micro_batches: list[MicroBatch], stop: StopRequest) -> O
     phases.enter(LOOP)
     phases.end_step(progress.step)
     return outcome
+
+
+def _judge(run: Prepared, loss: float, grad_norm: float) -> tuple[Spike | None, bool]:
+    """What leaps out of a step, and whether it is updated with; counts the steps that are not."""
+    progress, training = run.progress, run.config.training
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+        return None, False
+    progress.skipped_in_a_row = 0
+    if run.begins_a_stage():
+        progress.window.clear()  # what is usual in it is not known yet
+    spike = None if training.spike is None else look(progress, training.spike, loss, grad_norm)
+    if spike is not None and progress.spikes_in_a_row < training.max_skipped_steps:
+        progress.skipped_spikes += 1
+        progress.spikes_in_a_row += 1
+        return spike, False
+    progress.spikes_in_a_row = 0
+    return spike, True
 
 
 def count(micro_batches: list[MicroBatch], parallel: Parallel) -> Tensor:

@@ -78,7 +78,7 @@ def _instead(config: RunConfig, before: int, steps: int) -> str:
     new = f"llmnorm train {run.path} run_dir={free(run.path)} training.steps={steps}"
     stable = 0  # the last step at the peak, where the decay comes at the end
     if isinstance(config.schedule, WSDSettings):
-        decay = round(config.schedule.decay * before)
+        decay = config.schedule.decay_steps(before)
         stable = max(config.schedule.warmup_steps(before), before - 1 - decay) + 1
     store = Store(run.checkpoints)
     kept = [step for step in store.steps() if step <= stable]

@@ -79,6 +79,26 @@ def test_the_picture_of_a_run_shows_every_curve_and_source(run: Path) -> None:
     assert "behind gzip" not in texts
 
 
+def test_scores_of_tasks_have_a_row_of_their_own(run: Path) -> None:
+    """Oracle: the texts of the drawn SVG; the points of the record, read by hand."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scored = [line for line in lines if "validation" in line]
+    for number, line in enumerate(scored):
+        line["tasks"] = {"weather": {"acc": number / 9, "acc_stderr": 0.1}, "tides": {"f1": 0.5}}
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    record = read_metrics(run / "metrics.jsonl")
+    tokens = [float(line["tokens"]) for line in scored]
+    assert record.tasks == {
+        "weather acc": (tokens, [number / 9 for number in range(len(tokens))]),
+        "tides f1": (tokens, [0.5] * len(tokens)),
+    }
+    picture = run / "plots" / "loss.svg"
+    plot([run], picture)
+    text = drawn(picture)
+    for expected in ("Scores on benchmark tasks", "weather acc", "tides f1"):
+        assert f"<!-- {expected} -->" in text
+
+
 def test_several_runs_share_a_picture_and_are_told_by_name(run: Path, capsys) -> None:
     """Oracle: the texts of the SVG; one run has no evaluation yet."""
     other = run.parent / "other"

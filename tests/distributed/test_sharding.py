@@ -22,7 +22,13 @@ from tests.distributed.tiny import OPTIMIZERS, Run, tensor_of
 STEPS = 2  # and as many after them
 NORMS = ("power", "unified")  # whose statistics are sums over the processes
 FROZEN = ("embed_tokens.weight", "q_proj.weight", "up_proj.weight")
-CASES = [*OPTIMIZERS, *(f"adamw, {norm}" for norm in NORMS), "muon, frozen"]
+GROUPS: list[dict[str, Any]] = [
+    {"match": "*.mlp.*", "lr": 0.5, "weight_decay": 0.0},
+    {"match": "layers.0.*_proj.weight", "rule": "adamw", "weight_decay": 0.2},
+    {"match": "embed_tokens.weight", "rule": "muon", "lr": 0.5},
+    {"match": "model.norm.weight", "lr": 2.0, "weight_decay": 0.1},
+]
+CASES = [*OPTIMIZERS, *(f"adamw, {norm}" for norm in NORMS), "muon, frozen", "muon, groups"]
 TOLERANCE = 1e-9
 MIXERS: dict[str, dict[str, Any]] = {
     "softmax": {"name": "softmax"},
@@ -64,6 +70,8 @@ def started(sharding: str, case: str, replicas: int = 1, **keys: Any) -> Run:
     optimizer, _, special = case.partition(", ")
     if special == "frozen":
         keys["frozen"] = FROZEN
+    elif special == "groups":
+        keys["groups"] = GROUPS
     elif special:
         # Statistics of a batch are those of its rows on all processes: not the same rows as of one.
         keys |= {"model": {"norm": {"name": special, "allow_leak": True}}, "micro_batches": 1}

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llmnorm.checkpoints import checkpoints as module
+from tests.benchmarks import INSTALLED, write_tasks
 from tests.distributed.processes import command, launch_environment
 from tests.distributed.processes import run as run_processes
 from tests.running import (
@@ -97,14 +98,27 @@ def sharding(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def two(sharding, tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """lm-eval's, where it is installed: of unequal work for two processes."""
+    return write_tasks(tmp_path_factory.mktemp("tasks")) if INSTALLED else []
+
+
+@pytest.fixture(scope="module")
+def scored(tasks: list[str]) -> list[str]:
+    """The setting of a run that scores them."""
+    return [f"evaluation.tasks={json.dumps(tasks)}"]
+
+
+@pytest.fixture(scope="module")
+def two(sharding, scored, tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
     """A run of 5 steps of 2 processes, each accumulating over 2 micro-batches."""
     if sharding == "zero3":
         pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
     directory = tmp_path_factory.mktemp(sharding)
     run = directory / "run"
     words = ["train", str(SMOKE), f"run_dir={run}", f"data.dir={smoke_data}", "training.steps=5"]
-    said = launch(sharding, directory / "launch", [*words, *COMMON, "training.micro_batch=4"])
+    words += [*COMMON, *scored, "training.micro_batch=4"]
+    said = launch(sharding, directory / "launch", words)
     assert said.count(f"2 process(es) on cpu (gloo), sharding {sharding}, precision") == 1
     weights, gradients, state = SHARDINGS[sharding]
     assert f"holds {weights} MiB of weights, {gradients} MiB of gradients, {state}" in said
@@ -112,10 +126,11 @@ def two(sharding, tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) ->
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
+def one(scored, tmp_path_factory: pytest.TempPathFactory, smoke_data: Path) -> Path:
     """8 steps of one process."""
     run = tmp_path_factory.mktemp("one") / "run"
-    llmnorm("train", SMOKE, f"run_dir={run}", f"data.dir={smoke_data}", "training.steps=8", *COMMON)
+    words = [f"run_dir={run}", f"data.dir={smoke_data}", "training.steps=8", *COMMON, *scored]
+    llmnorm("train", SMOKE, *words)
     return run
 
 
@@ -152,6 +167,10 @@ def test_two_processes_compute_the_same_steps_as_one(two, one, cut) -> None:
         for figures, expected in pairs:
             for key in ("loss", "bits_per_byte"):
                 assert figures[key] == pytest.approx(expected[key], rel=1e-6)
+        assert found.keys() == other.keys()
+        for key in {"tasks", "ema_tasks"} & found.keys():  # a choice may turn with the last bits
+            assert found[key].keys() == other[key].keys() == {"weather", "tides", "winds"}
+            assert found[key]["tides"] == pytest.approx(other[key]["tides"], rel=1e-5)
     # Adam divides by the root of a second moment that may be nearly 0: the yardstick is what the
     # same rows in other micro-batches do to one process.
     assert difference(two, one) <= 3 * difference(cut, one)
@@ -190,14 +209,18 @@ def test_two_processes_generate_what_one_does(two, one) -> None:
 
 
 def test_eval_under_the_same_sharding_gives_the_last_validation_again(
-    two, sharding, tmp_path
+    two, sharding, tasks, tmp_path
 ) -> None:
-    """Oracle: the line of metrics.jsonl that the run itself wrote."""
+    """Oracle: the line of metrics.jsonl that the run itself wrote; its scores are the same too."""
     words = ["eval", str(two), f"parallel.sharding={sharding}"]
+    words += ["--tasks", ",".join(tasks)] if tasks else []
     assert codes(tmp_path / "eval", words) == [0, 0]
-    found = json.loads((two / "eval" / "step_00000005.json").read_text())["validation"]
+    written = json.loads((two / "eval" / "step_00000005.json").read_text())
     (line,) = [line for line in metrics_of(two) if "validation" in line]
-    assert found["loss"] == line["validation"]["loss"]
+    assert written["validation"]["loss"] == line["validation"]["loss"]
+    for task, values in line["tasks"].items() if tasks else ():
+        for metric, value in values.items():
+            assert written["tasks"]["results"][task][f"{metric},none"] == value
 
 
 def test_a_sharded_run_is_exported_from_its_files(two, sharding, tmp_path) -> None:
@@ -212,10 +235,12 @@ def test_a_sharded_run_is_exported_from_its_files(two, sharding, tmp_path) -> No
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(two, sharding, tmp_path, smoke_data) -> None:
+def test_a_killed_run_goes_on_to_the_same_numbers(
+    two, sharding, scored, tmp_path, smoke_data
+) -> None:
     """Oracle: the run that was not stopped, to the bit; kill -9 of one process while it saves."""
     words = ["train", str(SMOKE), f"run_dir={tmp_path}/run", f"data.dir={smoke_data}", *COMMON]
-    words += ["training.steps=5", "training.micro_batch=4", "checkpoint.every=2"]
+    words += ["training.steps=5", "training.micro_batch=4", "checkpoint.every=2", *scored]
     words += [f"parallel.sharding={sharding}"]
     first, second = codes(tmp_path / "killed", words, scenario=dying)
     assert (first, second) == (74, -signal.SIGKILL)

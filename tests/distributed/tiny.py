@@ -3,7 +3,7 @@
 tools/bench/sharding.py trains it too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -61,11 +61,11 @@ CONFIG = {
 ROWS, LENGTH = 24, 12
 
 
-def settings_of(name: str, lr: float = 1e-2) -> Any:
-    """Of an optimizer of the table; products of matrices in full precision."""
+def settings_of(name: str, lr: float = 1e-2, **more: Any) -> Any:
+    """Of an optimizer of the table, with more keys; products of matrices in full precision."""
     kind, keys = OPTIMIZERS[name]
     precision = {"precision": "fp32"} if "precision" in KINDS[kind].model_fields else {}
-    return KINDS[kind](lr=lr, **(precision | keys))
+    return KINDS[kind](lr=lr, **(precision | keys | more))
 
 
 def tensor_of(part: Tensor | Interval) -> Tensor:
@@ -79,6 +79,7 @@ class Run:
     Args:
         sharding, replicas: of `parallel`.
         optimizer: a name of the table.
+        groups: of `optimizer`.
         model: other settings of the model.
         frozen: how the names end of parameters that are not trained.
         adapter: what is trained beside frozen weights, which are then stored for their products.
@@ -97,6 +98,7 @@ class Run:
         optimizer: str,
         replicas: int = 1,
         *,
+        groups: Sequence[dict[str, Any]] = (),
         model: dict[str, Any] | None = None,
         frozen: tuple[str, ...] = (),
         adapter: LowRankSettings | None = None,
@@ -129,10 +131,10 @@ class Run:
         self.replica = self.parallel.prepare(self.model, self._fill)
         self.micro_batches = micro_batches
         self.statistics = RunningStatistics(self.model, self.parallel.reduce)
-        groups = split(self.model)
-        self.parameters = [*groups.matrices.values(), *groups.auxiliary.values()]
-        settings = settings_of(optimizer, lr)
-        self.optimizer = settings.build(groups, self.parallel.exchange())
+        members = split(self.model)
+        self.parameters = [*members.matrices.values(), *members.auxiliary.values()]
+        settings = settings_of(optimizer, lr, groups=list(groups))
+        self.optimizer = settings.build(members, self.parallel.exchange())
         self.hyperparameters = settings.hyperparameters(lambda step: 1.0, 1)
         self.state = named_tensors(self.model, self.optimizer, None)
 

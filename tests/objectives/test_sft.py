@@ -23,6 +23,9 @@ from llmnorm.config.file import load
 from llmnorm.config.tree import ParallelSettings, TrainingSettings
 from llmnorm.data.best_fit import lay_out
 from llmnorm.data.order import Order
+from llmnorm.data.report import stages_table
+from llmnorm.data.run_data import Stage
+from llmnorm.data.stages import Course, Pace
 from llmnorm.exchange.loading import load_model
 from llmnorm.generation.prompts import open_tokenizer
 from llmnorm.models import LlmNormConfig, LlmNormForCausalLM
@@ -132,6 +135,20 @@ def test_an_epoch_shows_each_example_once() -> None:
         parts = [(s, i) for _, s, i in islice(sft._steps(18 * epoch, 6), 3)]
         places = [(s, i) for source, index in parts for s, i in zip(source, index, strict=True)]
         assert len(set(places)) == 18
+
+
+def test_stages_choose_the_examples_and_the_average_one() -> None:
+    """Oracle: by hand: 10 examples of the first source, then 10 of the second."""
+    data = conversations([[(6, 5)] * 7, [(2, 9)] * 4], room=30)
+    sft = objective(data, "training.steps=4", batch=5)
+    stages = Stage(0, (1, 0)), Stage(10, (0, 1))
+    sft.read_in(stages)
+    assert sft.sources(np.arange(20)).tolist() == [0] * 10 + [1] * 10
+    seen = [first for first, source, _ in islice(sft._steps(0, 5), 4) if source.any()]
+    assert seen == [10, 15]
+    assert sft.head_share == (0.5 * 5 + 0.5 * 9) / 10
+    table = stages_table(sft.data, Course(stages, Pace(0, 0, 5), 4))
+    assert "stage 2 of 2, rows 10 to 19, from step 3 on: source_1 100.0%" in table
 
 
 def test_the_settings_of_a_batch_count_examples_and_rows() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from llmnorm.models import LlmNormConfig
 from llmnorm.models.modeling import LlmNormForCausalLM
 from llmnorm.optim.build import describe
-from llmnorm.optim.groups import Groups, check, matrices, split
+from llmnorm.optim.groups import Groups, assign, check, matrices, split
 from llmnorm.optim.schedule import ConstantSettings
 from llmnorm.optim.settings import (
     AdamWSettings,
@@ -158,3 +158,142 @@ def test_the_rest_is_adamw_with_its_own_rate_decay_and_schedule(name: str) -> No
     assert torch.equal(run.auxiliary["b"], alone.weights["b"])
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 4 / 5)
     assert RULES[name]().hyperparameters(of_the_run, 10).lr["auxiliary"] is of_the_run
+
+
+def table(settings: object) -> dict[str, list[str]]:
+    """By parameter: shape, rule, rate and decay, as `--print-groups` prints them."""
+    with torch.device("meta"):
+        groups = split(LlmNormForCausalLM(LlmNormConfig(**SMALL)))
+    lines = describe(settings, groups).splitlines()
+    return {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
+
+
+def test_the_last_pattern_that_matches_a_name_counts_alone() -> None:
+    """Oracle: lines written by hand; patterns of whole names and of their ends."""
+    settings = MuonSettings(
+        lr=0.1,
+        weight_decay=0.2,
+        auxiliary={"lr": 0.01, "weight_decay": 0.3},
+        groups=[
+            {"match": "*.mlp.*", "lr": 0.5, "weight_decay": 0},
+            {"match": "layers.0.*", "rule": "adamw"},
+            {"match": "model.layers.0.mlp.up_proj.weight", "lr": 2},
+            {"match": "embed_tokens.weight", "rule": "muon", "lr": 0.1},
+            {"match": "norm.weight", "weight_decay": 0.7},
+        ],
+    )
+    rows = table(settings)
+    assert rows["model.layers.1.mlp.up_proj.weight"][3:] == ["muon", "0.05", "0"]
+    assert rows["model.layers.0.mlp.gate_proj.weight"][3:] == ["adamw", "0.01", "0.3"]
+    assert rows["model.layers.0.mlp.up_proj.weight"][3:] == ["muon", "0.2", "0.2"]
+    assert rows["model.layers.1.self_attn.q_proj.weight"][3:] == ["muon", "0.1", "0.2"]
+    assert rows["model.embed_tokens.weight"] == ["32", "x", "16", "muon", "0.01", "0.2"]
+    assert rows["lm_head.weight"][3:] == ["adamw", "0.01", "0.3"]
+    assert rows["model.norm.weight"] == ["16", "adamw", "0.01", "0.7"]
+    # The pattern begins behind a dot: `input_layernorm.weight` has none before `norm`.
+    assert rows["model.layers.1.input_layernorm.weight"][1:] == ["adamw", "0.01", "0.3"]
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    """Oracle: the messages."""
+    with torch.device("meta"):
+        groups = split(LlmNormForCausalLM(LlmNormConfig(**SMALL)))
+
+    def refused(match: str, *, nap: bool = False, **keys: object) -> str:
+        decay = {"nap": True, "weight_decay": 0} if nap else {}
+        settings = MuonSettings(groups=[{"match": match, **keys}], **decay)
+        with pytest.raises(InputError) as error:
+            assign(groups, settings)
+        return str(error.value)
+
+    assert "did you mean 'layers.*.mlp.up_proj.weight'?" in refused(
+        "layers.*.mpl.up_proj.weight", lr=1
+    )
+    assert "names are such as model.layers.0." in refused("*.17.*", lr=1)
+    assert "norm.weight has the shape (16,)" in refused("model.*norm.weight", rule="muon")
+    said = refused("*.mlp.*", nap=True, weight_decay=0.1)
+    assert (
+        "optimizer.nap takes the place of decay on hidden matrices such as model.layers.0" in said
+    )
+    model = Odd()
+    model.hidden.weight.requires_grad_(False)
+    with pytest.raises(InputError, match="'hidden.weight' matches no parameter that is trained"):
+        assign(split(model), AdamWSettings(groups=[{"match": "hidden.weight", "lr": 2}]))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_group_has_its_own_rate_and_decay(name: str) -> None:
+    """Oracle: runs in which all parameters have the rate and decay of the one, to the bit."""
+    weights = {"a": draw(6, 10), "b": draw(6, 10, seed=1), "c": draw(8, 8)}
+    vectors = {"bias": draw(7), "gain": draw(7, seed=2)}
+    auxiliary = {"lr": 0.02, "weight_decay": 0.1}
+    own = {"match": "[bg]*", "lr": 0.5, "weight_decay": 0.7}
+
+    def trained(**keys: object) -> dict[str, torch.Tensor]:
+        run = Run(RULES[name](**{"weight_decay": 0.1} | keys), weights, vectors)
+        for step in range(4):
+            shapes = {k: w.shape for k, w in (weights | vectors).items()}
+            run.step({k: draw(*shape, seed=9 * step + len(k)) for k, shape in shapes.items()})
+        return {k: p.detach() for k, p in (run.weights | run.auxiliary).items()}
+
+    found = trained(lr=0.1, auxiliary=auxiliary, groups=[own, {"match": "bias", "lr": 1}])
+    plain = trained(lr=0.1, auxiliary=auxiliary)
+    other = {"lr": 0.01, "weight_decay": 0.7}
+    theirs = trained(lr=0.05, weight_decay=0.7, auxiliary=other)
+    for key in weights | vectors:
+        assert torch.equal(found[key], theirs[key] if key in ("b", "gain") else plain[key]), key
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if n != "adamw"])
+def test_a_group_has_its_own_rule(name: str) -> None:
+    """Oracle: AdamW and the rule by themselves, to the bit; the state's names."""
+    matrix, table_, vector = draw(6, 10), draw(8, 8), draw(7)
+    auxiliary = {"lr": 0.02, "weight_decay": 0.1}
+    settings = RULES[name]()
+    groups = [
+        {"match": "w", "rule": "adamw", "lr": 0.5},
+        {"match": "table", "rule": settings.label, "lr": 2},
+    ]
+    run = Run(
+        RULES[name](lr=0.1, auxiliary=auxiliary, groups=groups),
+        {"w": matrix},
+        {"table": table_, "b": vector},
+    )
+    alone = Run(AdamWSettings(lr=0.01, weight_decay=0.1), {"w": matrix})
+    rule = Run(RULES[name](lr=0.2), {"table": table_})
+    for step in range(4):
+        grads = {"w": draw(6, 10, seed=step), "table": draw(8, 8, seed=step + 9), "b": draw(7)}
+        run.step(grads)
+        alone.step({"w": grads["w"]})
+        rule.step({"table": grads["table"]})
+    assert torch.equal(run.weights["w"], alone.weights["w"])
+    assert torch.equal(run.auxiliary["table"], rule.weights["table"])
+    assert set(run.optimizer.state[run.weights["w"]]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert "exp_avg" not in run.optimizer.state[run.auxiliary["table"]]
+
+
+def test_a_schedule_moves_the_rates_of_groups_too() -> None:
+    """Oracle: the products written out, at a step whose factor is 1/2."""
+    groups = [{"match": "*", "lr": 0.5}, {"match": "v", "weight_decay": 0.3}]
+    settings = AdamWSettings(lr=0.1, groups=groups)
+    run = Run(settings, {"w": draw(4, 6), "v": draw(4, 6)}, {"b": draw(5)})
+    hyperparameters = settings.hyperparameters(ConstantSettings(warmup=4).build(10), 10)
+    hyperparameters.set(run.optimizer.param_groups, 1)
+    of = {id(p): g for g in run.optimizer.param_groups for p in g["params"]}
+    found = {k: of[id(p)] for k, p in (run.weights | run.auxiliary).items()}
+    assert {k: g["lr"] for k, g in found.items()} == {"w": 0.025, "v": 0.05, "b": 0.025}
+    assert {k: g["weight_decay"] for k, g in found.items()} == {"w": 0.1, "v": 0.3, "b": 0.0}
+    first = run.optimizer.param_groups[0]
+    assert first["lr"] == 0.05  # what the metrics name: the rate without groups
+
+
+def test_nap_holds_a_hidden_matrix_that_adamw_updates() -> None:
+    """Oracle: the norm from before the first step."""
+    groups = [{"match": "w", "rule": "adamw"}]
+    settings = MuonSettings(lr=0.1, weight_decay=0, nap=True, groups=groups)
+    run = Run(settings, {"w": draw(6, 10), "v": draw(6, 10, seed=1)})
+    norms = {k: p.detach().norm() for k, p in run.weights.items()}
+    for step in range(3):
+        run.step({"w": draw(6, 10, seed=step), "v": draw(6, 10, seed=step + 5)})
+    for key, parameter in run.weights.items():
+        torch.testing.assert_close(parameter.detach().norm(), norms[key])

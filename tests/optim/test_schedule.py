@@ -54,6 +54,20 @@ def test_wsd_is_stable_then_decays_over_its_share(shape) -> None:
         assert factor(s) == pytest.approx(expected)
 
 
+def test_a_decay_of_two_or_more_is_a_number_of_steps() -> None:
+    """Oracle: the same decay as a share; where the rate is at its peak for the last time."""
+    for steps in (100, 260):
+        factor = WSDSettings(warmup=5, decay=25).build(steps)
+        assert [factor(steps - 27), factor(steps - 26)] == [1, 1] and factor(steps - 25) < 1
+        assert factor(steps - 1) == 0
+    one, other = (WSDSettings(warmup=5, decay=decay).build(100) for decay in (25, 0.25))
+    assert [one(s) for s in range(100)] == [other(s) for s in range(100)]
+    assert [WSDSettings(decay=d).decay_steps(40) for d in (1, 1.0, 2.0, 3e1)] == [40, 40, 2, 30]
+    for wrong in (0, -3, 1.5, 2.5, True, "x"):
+        with pytest.raises(ValueError, match="share of all steps, above 0|least 2 steps"):
+            WSDSettings(decay=wrong)
+
+
 def test_warmup_below_one_is_a_share() -> None:
     assert CosineSettings(warmup=0.1).warmup_steps(200) == 20
     assert CosineSettings(warmup=7).warmup_steps(200) == 7

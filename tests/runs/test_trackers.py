@@ -193,6 +193,13 @@ def test_what_a_tracker_is_told_of_a_line() -> None:
     }
     line = {"step": 3, "validation": {"loss": 1.0, "sources": {"prose": {"loss": 0.5}}}}
     assert trackers.values(line) == {"validation/loss": 1.0, "validation/prose/loss": 0.5}
+    line |= {"tasks": {"weather": {"acc": 0.5}}, "ema_tasks": {"weather": {"acc": 0.75}}}
+    assert trackers.values(line) == {
+        "validation/loss": 1.0,
+        "validation/prose/loss": 0.5,
+        "tasks/weather/acc": 0.5,
+        "ema_tasks/weather/acc": 0.75,
+    }
     line = {"step": 3, "samples": [{"prompt": "The", "continuation": " end"}]}
     assert trackers.values(line) == {"samples/0": "The →  end"}
     line["samples"][0]["reference"] = "end"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmnorm.evaluation import benchmark_tasks
+from llmnorm.objectives import benchmark_tasks
 from tests.running import ROOT, llmnorm
 from tests.serving.served import NAME, Served, save_model, serving
 from tests.stock import CONTEXT

@@ -1,6 +1,7 @@
 """The order of rows against its definition in plain Python, and as a permutation."""
 
 import doctest
+import hashlib
 import math
 import re
 
@@ -120,7 +121,69 @@ def test_the_worked_example_is_what_the_code_gives() -> None:
     assert n == [0, 1, 2, 3, 4] and remainder == [3 * m % 5 for m in n]
     assert of_source == source.tolist() and of_index == index.tolist()
     results = doctest.testmod(order_of_rows)
-    assert results.attempted == 2 and not results.failed
+    assert results.attempted == 4 and not results.failed
+
+
+def test_the_worked_example_of_a_later_stage_is_what_the_code_gives() -> None:
+    """Oracle: the three lines of the file's second table, whose row, source and index are read."""
+    pattern = r"^ +(\d) = 3 \+ \d +\d +\d: (?:left|right) +(\d) .* (\d)$"
+    lines = re.findall(pattern, str(order_of_rows.__doc__), re.M)
+    source, index = Order([3, 2], [3, 2], 0, later=[(3, [1, 4])]).locate(0, 8)
+    found = [(n, source[n], index[n]) for n in (3, 4, 7)]
+    assert [tuple(map(int, line)) for line in lines] == found
+
+
+STAGES = st.lists(
+    st.tuples(
+        st.integers(1, 150),
+        st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=40)
+@given(stages=STAGES, rows=st.lists(st.integers(1, 1500), min_size=3, max_size=3))
+def test_a_stage_goes_on_with_the_visits_that_each_source_has_had(stages, rows) -> None:
+    """Oracle: in each stage a tree walked with counters from 0; of each source the rows that a run
+    of it alone would give, one after the other through all stages."""
+    first, later, begins = stages[0][1], [], 0
+    for (length, _), (_, weights) in zip(stages, stages[1:], strict=False):
+        begins += length
+        later.append((begins, weights))
+    order, count = Order(first, rows, 3, later), begins + stages[-1][0]
+    sources = [s for length, weights in stages for s in visits_one_by_one(weights, length)]
+    alone = []
+    for number in range(3):
+        only = [int(number == other) for other in range(3)]
+        alone.append(iter(Order(only, rows, 3).locate(0, count)[1].tolist()))
+    source, index = order.locate(0, count)
+    assert source.tolist() == sources
+    assert index.tolist() == [next(alone[s]) for s in sources]
+    for row in {0, 1, begins, count // 2, count}:
+        assert order.visits(row) == [sources[:row].count(number) for number in range(3)]
+
+
+def test_a_run_without_later_stages_has_the_order_that_it_always_had() -> None:
+    """Oracle: a hash of rows that was taken before there were stages."""
+    order = Order([5, 3, 2, 7, 1, 1], [2000, 40, 1024, 5000, 3, 10**6], 11)
+    found = hashlib.sha256()
+    for first in (0, 10**12):
+        found.update(np.stack(order.locate(first, 5000)).tobytes())
+    assert found.hexdigest().startswith("88264859fbf7afa7")
+
+
+def test_a_stage_that_begins_far_away_is_found_at_once() -> None:
+    """Oracle: exact integers of Python: of m rows with the weights A and B - A, m A // B are the
+    first source's."""
+    begins, a, b = 10**14 + 7, 2**30, 2**31 - 1
+    order = Order([a, b - a], [2000, 3000], 0, [(begins, [0, 1])])
+    given = begins * a // b
+    assert order.visits(begins) == [given, begins - given]
+    source, index = order.locate(begins, 3)
+    alone = Order([0, 1], [2000, 3000], 0).locate(begins - given, 3)
+    assert source.tolist() == [1, 1, 1] and index.tolist() == alone[1].tolist()
 
 
 @pytest.mark.parametrize("rows", [1024, 1031, 1999])

@@ -39,6 +39,52 @@ def test_a_run_prints_the_table_of_stats_before_its_first_step(
         assert cells["held_out"] == f"{source.validation_bytes / 1000:.0f}"
 
 
+def test_stages_are_printed_with_their_rows_shares_and_epochs(
+    tmp_path: Path, smoke_data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: rows counted one by one in the run's own order; a source without a row left over."""
+    words = [f"data.dir={smoke_data}", f"run_dir={tmp_path}/run", "training.steps=200"]
+    words += ["data.stages=[{rows: 192, weights: {prose: 3, notes: 1}}, {weights: {notes: 1}}]"]
+    llmnorm("data", SMOKE, *words, "--stats", "--show", "200")
+    out = capfd.readouterr().out
+    rows, table = out[: out.index(HEADER)], out[out.index(HEADER) :]
+    llmnorm("train", SMOKE, *words, "--dry-run")
+    assert capfd.readouterr().err.count(table) == 1
+
+    shown = [line.split()[3] for line in rows.splitlines() if line.startswith("row ")]
+    assert shown == ["notes," if s == "notes," else "prose," for s in shown]
+    assert shown[192:] == ["notes,"] * 8 and shown[:192].count("notes,") == 48
+    config = load(SMOKE, words).config
+    packed = packing.find(config.data, config.tokenizer)
+    assert packed is not None
+    prose, notes = (source.rows for source in packed.sources)
+    _, *sources, _, first, second = [x for x in table.splitlines() if not x.startswith("  ")]
+    assert first == (
+        f"stage 1 of 2, rows 0 to 191: prose 75.0% (epochs 0.00 to {144 / prose:.2f}), "
+        f"notes 25.0% (epochs 0.00 to {48 / notes:.2f})"
+    )
+    assert second == (
+        "stage 2 of 2, rows 192 to 3199, from step 13 on: notes 100.0% "
+        f"(epochs {48 / notes:.2f} to {3056 / notes:.2f})"
+    )
+    again = [line for line in table.splitlines() if line.startswith("  no row of")]
+    wanted = [
+        f"  no row of {name} is left over: by the end of stage {number} each was read "
+        f"{read / count:.2f} times"
+        for number, name, read, count in (
+            (1, "prose", 144, prose),
+            (1, "notes", 48, notes),
+            (2, "notes", 3056, notes),
+        )
+        if read > count
+    ]
+    assert again == wanted and wanted
+    assert [line.split()[6:8] for line in sources] == [
+        [f"{read / 3200:.1%}", f"{read / count:.2f}"]
+        for read, count in ((144, prose), (3056, notes))
+    ]
+
+
 def test_a_classification_prints_its_files(
     tmp_path: Path, smoke_data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 from llmnorm.analysis.compare import runs
 from llmnorm.analysis.compare.arms import read_arms, read_protocol
 from llmnorm.analysis.compare.ledger import Record
+from llmnorm.config.file import load
 from tests.objectives.examples import on_disk
 from tests.running import ROOT, SMOKE
 
@@ -85,6 +86,50 @@ def test_a_page_shows_the_table_of_its_results(name: str, results: str, page: st
     text = table(task, found, measured) if name == "mixers" else table(found)
     assert (directory / "table.md").read_text() == text + "\n"
     assert text in (ROOT / "docs" / f"{page}.md").read_text()
+
+
+def test_anneals_branch_from_the_last_step_of_their_stable_run(tmp_path: Path) -> None:
+    """Oracle: the configurations that the commands give: one length, and decay, for all anneals."""
+    module = script("anneal")
+    settings = ["stable.training.steps=400", "data.validation_bytes=99"]
+    found = {}
+    for arm in (module.STABLE, *module.ANNEALS, module.STAGES):
+        command, file, *words = module.words(arm, 2, tmp_path, settings)
+        assert command == "train"
+        found[arm] = load(Path(file), words).config
+        assert found[arm].data.validation_bytes == 99 and found[arm].seed == 2
+        assert found[arm].run_dir == tmp_path / f"{arm}-2"
+    assert (found["stable"].training.steps, found["stages"].training.branch_from) == (400, None)
+    for arm in module.ANNEALS:
+        point = tmp_path / "stable-2" / "checkpoints" / "step_00000400"
+        assert found[arm].training.branch_from == point and found[arm].training.steps == 2500
+        assert found[arm].schedule.decay_steps(2500) == 500
+    tokens = {c.training.rows * c.data.context_length for c in found.values()}
+    assert len(tokens) == 1  # of a step
+
+
+def test_the_table_of_the_anneals_is_of_paired_seeds(tmp_path: Path) -> None:
+    """Oracle: losses made of an arm's and a seed's part, so that the seeds' cancels."""
+    module = script("anneal")
+    arms = {"stable": 3.5, "same": 3.0, "better": 2.9, "longer": 3.1}
+    losses = {
+        arm: {
+            str(seed): {"code": loss + 0.3 * seed, "notes": 2 * loss + 0.1 * seed}
+            for seed in (1, 2, 3)
+        }
+        for arm, loss in arms.items()
+    }
+    course = [
+        {"step": step, "tokens": 9 * step, "sources": {"code": 4 - step / 9, "notes": 5 - step / 9}}
+        for step in (1, 2, 3)
+    ]
+    found = {"losses": {"64": losses}, "stages": {"1": course}, "rows": [{}, {"step": 2}]}
+    text = module.table(found)
+    assert "Rows of 64 tokens:" in text
+    assert "| +0.1000 [+0.1000, +0.1000] | -0.1000 [-0.1000, -0.1000] |" in text
+    assert "| +0.2000 [+0.2000, +0.2000] | -0.2000 [-0.2000, -0.2000] |" in text
+    module.draw(found, tmp_path / "anneal.png")
+    assert (tmp_path / "anneal.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("task", ["language", "masked", "recall"])

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from llmnorm import cli
 from llmnorm.optim.muon import Muon
 from tests.running import SMOKE, assert_same_run, llmnorm, state_of
 
@@ -25,7 +26,11 @@ OPTIONS = {
         "optimizer.momentum={from: 0.5, to: 0.95, steps: 6}",  # 4 steps before the resumption
     ],
     "conda": ["optimizer.refresh_every=3", "optimizer.refresh=staggered"],
-    "adamp": ["optimizer.lr=0.01"],
+    "adamp": [
+        "optimizer.lr=0.01",
+        "optimizer.groups=[{match: '*.mlp.*', lr: 0.5, weight_decay: 0}, "
+        "{match: 'layers.1.*.down_proj.weight', rule: adamw}]",
+    ],
     "soap": ["optimizer.lr=0.01", "optimizer.precondition_frequency=2"],
 }
 
@@ -51,7 +56,7 @@ def test_a_run_gives_every_step_its_momentum(tmp_path, smoke_data, monkeypatch) 
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_run_learns_and_goes_on(name: str, tmp_path, smoke_data) -> None:
+def test_a_run_learns_and_goes_on(name: str, tmp_path, smoke_data, capsys) -> None:
     """Oracle: the uninterrupted run; the fields' names; a loss that has fallen."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = ["training.steps=8", "checkpoint.every=4", "evaluation.samples=0"]
@@ -68,3 +73,8 @@ def test_a_run_learns_and_goes_on(name: str, tmp_path, smoke_data) -> None:
     (cut / "DONE").unlink()
     llmnorm("train", SMOKE, f"run_dir={cut}", *words)
     assert_same_run(cut, whole, 8)
+    if name == "adamp":  # a branch keeps the rules of its parent's state
+        branch = [f"training.branch_from={whole}/checkpoints/step_00000004", "optimizer.groups=[]"]
+        words += [f"run_dir={tmp_path}/branch", *branch]
+        assert cli.main(["train", str(SMOKE), *words]) == 2
+        assert "layers.1.*.down_proj.weight: adamw by optimizer.groups" in capsys.readouterr().err

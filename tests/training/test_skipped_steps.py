@@ -23,6 +23,7 @@ from llmnorm.training.signals import EXIT_CODES
 from tests.distributed.processes import command
 from tests.distributed.processes import run as run_processes
 from tests.running import SMOKE, assert_same_run, metrics_of, state_of
+from tests.training.test_spike import larger
 
 CONSTANT = ("schedule=constant", "evaluation.samples=0", "training.max_skipped_steps=3")
 
@@ -197,21 +198,46 @@ def skipping(directory: Path, rank: int, world: int, *, words: list[str], steps:
         return command(directory, rank, world, words=words)
 
 
+def leaping(directory: Path, rank: int, world: int, *, words: list[str]) -> Any:
+    """A scenario: a command on every process, and in which steps it has updated its weights.
+
+    Step 8 is a spike on the second process alone, step 9 on both.
+    """
+    updated, real = [], loop.step
+
+    def step(run: Prepared, *args: Any) -> Any:
+        updated.append(real(run, *args))
+        return updated[-1]
+
+    loop.step = step
+    with larger({8: 1000.0, 9: 1000.0} if rank else {9: 1000.0}):
+        answer = command(directory, rank, world, words=words)
+    return [*answer, [outcome.updated for outcome in updated]]
+
+
 @pytest.mark.parametrize("sharding", ["ddp", "zero1"])
 def test_two_processes_give_up_together(tmp_path: Path, smoke_data: Path, sharding: str) -> None:
-    """Oracle: exit code, sign and checkpoint of one process, and a resumed run that ends."""
+    """Oracle: exit code, sign and checkpoint of one process, and a resumed run that ends.
+
+    The resumed run is one of spikes too, which the processes judge together.
+    """
     if sharding != "ddp":
         pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
     run = tmp_path / "run"
     words = ["train", str(SMOKE), f"run_dir={run}", f"data.dir={smoke_data}", *CONSTANT]
     words += ["training.steps=5", "checkpoint.every=1", f"parallel.sharding={sharding}"]
+    words += ["training.spike={sigma: 50, window: 8}"]  # judges from four finite steps on
     scenario = partial(skipping, words=words, steps=[3, 4, 5])
     answers = run_processes(scenario, tmp_path / "first")
     assert [code for code, *_ in answers] == [3, 3], answers
     assert signs(run) == {"DIVERGED": 5}
     before, after = state_of(run, 2), state_of(run, 5)
     assert all(tensor.equal(before[name]) for name, tensor in after.items())
-    words = ["train", str(run), "training.steps=6"]
-    answers = run_processes(partial(skipping, words=words, steps=[]), tmp_path / "second")
+    words = ["train", str(run), "training.steps=9"]
+    answers = run_processes(partial(leaping, words=words), tmp_path / "second")
     assert [code for code, *_ in answers] == [0, 0], answers
-    assert signs(run) == {"DONE": 6}
+    assert signs(run) == {"DONE": 9}
+    # What only one process holds for a spike is none; what process 0 does is one for all.
+    assert [answer[-1] for answer in answers] == [[True, True, True, False]] * 2
+    before, after = state_of(run, 8), state_of(run, 9)
+    assert all(tensor.equal(before[name]) for name, tensor in after.items())

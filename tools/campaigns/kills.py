@@ -2,9 +2,10 @@
 
     python tools/campaigns/kills.py [--out FILE]
 
-Of 115 trials, 100 kill a run of one process once; 10 kill one of two processes under FSDP2, and 5
-under ZeRO-2, three times each, before it may end: one process or both. A third of the kills come
-inside a save: the run is held (SIGSTOP) when the files of an unfinished checkpoint are there, and
+The runs have two stages of data, so that kills come before and behind their boundary. Of 115
+trials, 100 kill a run of one process once; 10 kill one of two processes under FSDP2, and 5 under
+ZeRO-2, three times each, before it may end: one process or both. A third of the kills come inside a
+save: the run is held (SIGSTOP) when the files of an unfinished checkpoint are there, and
 killed if they still are. At the end the weights, the optimizer state and the metrics must be those
 of the run that was not killed, to the bit. No kill may cost more steps than lie between two
 checkpoints.

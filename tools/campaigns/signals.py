@@ -34,7 +34,11 @@ TIMES = (
     *("spent", "wall", "goodput", "clock"),
 )
 CONFIG = """
-data: {sources: [{name: text, path: text.txt}], context_length: 32, dir: data}
+data:
+  sources: [{name: text, path: text.txt}, {name: more, path: more.txt}]
+  stages: [{until: 0.4, weights: {text: 2, more: 1}}, {weights: {more: 1}}]
+  context_length: 32
+  dir: data
 tokenizer: {vocab_size: 300}
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, tie_word_embeddings: true}
 training: {steps: 12, global_batch: 4, ema: 0.9}
@@ -66,6 +70,7 @@ def prepared() -> Path:
     words = ["river", "stone", "light", "green", "under", "window", "paper", "walked", "and"]
     text = "\n\n".join(" ".join(chance.choices(words, k=60)) for _ in range(500))
     (folder / "text.txt").write_text(text)
+    (folder / "more.txt").write_text("\n\n".join(reversed(text.split("\n\n")[:200])))
     (folder / "run.yaml").write_text(CONFIG)
     result = command(["data", "run.yaml"], folder, seconds=300)
     assert result.code == 0, result.err

@@ -20,6 +20,7 @@ from llmnorm.analysis.compare.plan import Arm, Horizons, Protocol, Run
 from llmnorm.config.file import load
 from llmnorm.config.saved import changeable, differences, portable, to_tree
 from llmnorm.config.tree import RunConfig
+from llmnorm.data.stages import course
 from llmnorm.machine.files import write_whole
 from llmnorm.machine.reading import read_settings
 from llmnorm.part import InputError, Settings, nearest
@@ -178,7 +179,7 @@ def check_same_arms(protocol: Protocol, directory: Path) -> None:
         listed = ", ".join(
             f"{key} ({old} there, {new} here)"
             for key, (old, new) in changed.items()
-            if not changeable(key) or key in LENGTHS
+            if not changeable(key) or key in (*LENGTHS, "data.stages")
         )
         if listed:
             raise InputError(
@@ -264,7 +265,8 @@ def _row_tokens(name: str, config: RunConfig) -> float:
             f"--arm {name}: objective: how many tokens the examples of '{config.objective.name}' "
             "have is known once the data is prepared; run `llmnorm data` once"
         )
-    return float(prepared.row_tokens)
+    in_stages = prepared.in_stages(course(config, prepared).stages)
+    return float(in_stages.row_tokens(config.total_steps(prepared.rows) * config.pool))
 
 
 def _steps(name: str, config: RunConfig) -> int:

@@ -38,8 +38,8 @@ def words(sharding: str, *more: str) -> list[str]:
         sharding: "none" is one process, which needs no launcher.
         more: settings.
     """
-    text, data = prepared() / "text.txt", prepared() / "data"
-    sources = [f"data.sources=[{{name: text, path: {text}}}]", f"data.dir={data}"]
+    places = ", ".join(f"{{name: {n}, path: {prepared() / n}.txt}}" for n in ("text", "more"))
+    sources = [f"data.sources=[{places}]", f"data.dir={prepared() / 'data'}"]
     settings = ["optimizer=muon", f"checkpoint.every={EVERY}", f"parallel.sharding={sharding}"]
     command = ["train", str(prepared() / "run.yaml"), "run_dir=run", *sources, *settings, *more]
     return command if sharding == "none" else ["2", *command]
