@@ -98,7 +98,7 @@ def _train(
         print(groups_table(config))
         return 0
     if parsed.print_memory:
-        from llmnorm.training.memory import memory_table
+        from llmnorm.analysis.plan.report import memory_table
 
         print(memory_table(config))
         return 0

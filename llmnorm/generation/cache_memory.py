@@ -6,7 +6,7 @@ from llmnorm.config.generation import GenerationSettings
 from llmnorm.generation.contract import Step
 from llmnorm.machine.memory import available
 from llmnorm.nn.cache import KeyValues
-from llmnorm.nn.layer_cache import PADDING, rounded
+from llmnorm.nn.layer_cache import PADDING, LayerCache, rounded
 from llmnorm.part import InputError
 
 GIB = 2**30
@@ -62,12 +62,19 @@ def refuse_what_does_not_fit(
 
 def row_bytes(step: Step, context: int, padding: int) -> int:
     """Bytes of one row of a cache of the step. Its keys and values are not made for it."""
-    meta = torch.device("meta")
     return sum(
-        layer.reserve(
-            1, context, padding, step.dtype, meta if isinstance(layer, KeyValues) else step.device
-        )
+        layer_bytes(layer, context, padding, step.dtype, step.device)
         for layer in step.new_cache().layers
+    )
+
+
+def layer_bytes(
+    layer: LayerCache, context: int, padding: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes of one row of a layer's cache; keys and values are not made, states are."""
+    meta = torch.device("meta")
+    return layer.reserve(
+        1, context, padding, dtype, meta if isinstance(layer, KeyValues) else device
     )
 
 

@@ -12,6 +12,8 @@ context or its window. A frozen stack with an adapter has six operations: its ow
 for that of the adapter. The adapter is added to it once a step and not multiplied with tokens.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,6 +29,20 @@ from llmnorm.nn.mixers.contract import Mixer
 _CHOSEN = ("top_k", "num_experts_per_tok")  # experts that a token is sent to
 
 
+class Flops(NamedTuple):
+    """Forward and backward operations for one token, by kind.
+
+    Attributes:
+        products: of the weights.
+        attention: of mixers that do more for a token of a longer row.
+        recurrences: of mixers that do not.
+    """
+
+    products: float
+    attention: float
+    recurrences: float
+
+
 def flops_per_token(
     model: nn.Module | LlmNormConfig, context_length: int, *, head_share: float = 1.0
 ) -> float:
@@ -34,6 +50,13 @@ def flops_per_token(
 
     `head_share`: of the tokens, how many reach what stands behind the last block.
     """
+    return sum(flops_by_kind(model, context_length, head_share=head_share))
+
+
+def flops_by_kind(
+    model: nn.Module | LlmNormConfig, context_length: int, *, head_share: float = 1.0
+) -> Flops:
+    """What `flops_per_token` is the sum of."""
     if isinstance(model, LlmNormConfig):
         with torch.device("meta"):
             model = class_of(model)(model)
@@ -51,9 +74,15 @@ def flops_per_token(
     if isinstance(model, Foreign):
         adapted = {id(layer.get_param()) for layer in around}
         products += sum(_of_stacks(m, adapted) for m in modules)
-        return products + 3.0 * sum(_of_attention(m, context_length) for m in modules)
-    mixing = sum(m.flops_per_token(context_length) for m in modules if isinstance(m, Mixer))
-    return products + 3.0 * mixing
+        return Flops(products, 3.0 * sum(_of_attention(m, context_length) for m in modules), 0.0)
+    attention = recurrences = 0.0
+    for mixer in (m for m in modules if isinstance(m, Mixer)):
+        mixing = 3.0 * mixer.flops_per_token(context_length)
+        if mixer.flops_per_token(context_length) > mixer.flops_per_token(1):
+            attention += mixing
+        else:
+            recurrences += mixing
+    return Flops(products, attention, recurrences)
 
 
 def _of_stacks(module: nn.Module, adapted: set[int]) -> float:

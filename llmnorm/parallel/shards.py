@@ -139,8 +139,8 @@ class _Scatter(DefaultReduceScatter):
 
 def _sum(buckets: Buckets, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     buckets.note()
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
+    buffer = bucket.buffer()  # summed in place
+    return dist.all_reduce(buffer, async_op=True).get_future().then(lambda _: buffer)
 
 
 def _allocate(modules: Mapping[str, nn.Module], device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """Numbers for `optimizer.lr: auto` and `training.global_batch: auto`, before a run begins.
 
 Both come from the Step Law (optim/step_law.py). The run's saved settings hold the numbers, so that
-a resumed run keeps them. How they were derived is printed, and saved beside them.
+a resumed run keeps them. How they were derived is printed, and saved beside them. `llmnorm plan`
+shows the same numbers beside those that were given.
 """
 
 import math
@@ -18,6 +19,43 @@ class Resolved(NamedTuple):
 
     config: RunConfig
     notes: list[str]
+
+
+class Advice(NamedTuple):
+    """What the Step Law says of a run.
+
+    Attributes:
+        batch: tokens a step.
+        law: AdamW's learning rate at that batch.
+        smaller: factor on the rate at the run's own batch.
+        adamw: the product of the two, with three digits.
+        lr: the rate of the run's own optimizer that makes steps as good.
+        fitted: whether the model is of a size that the law was fitted to.
+    """
+
+    batch: float
+    law: float
+    smaller: float
+    adamw: float
+    lr: float
+    fitted: bool
+
+
+def advice(config: RunConfig, parameters: int, tokens: float) -> Advice:
+    """The Step Law's batch and learning rate.
+
+    Args:
+        config: its batch is a number.
+        parameters: outside of embedding and head.
+        tokens: the run's length.
+    """
+    optimizer = config.optimizer
+    best, law = step_law.batch_tokens(tokens), step_law.learning_rate(parameters, tokens)
+    smaller = min(1.0, math.sqrt(config.training.rows * config.data.context_length / best))
+    adamw = _rounded(law * smaller)
+    lr = adamw * optimizer.over_adamw / optimizer.adamw_lr(1.0, config.model.hidden_size)
+    low, high = step_law.FITTED
+    return Advice(best, law, smaller, adamw, lr, low <= parameters <= high)
 
 
 def resolve(config: RunConfig) -> Resolved:
@@ -59,11 +97,9 @@ def resolve(config: RunConfig) -> Resolved:
             f"{best:.4g} tokens, rows of {context}; {sizes}"
         )
     if optimizer.lr == "auto":
-        law = step_law.learning_rate(parameters, tokens)
         batch = training.rows * context
-        smaller = min(1.0, math.sqrt(batch / best))
-        adamw = _rounded(law * smaller)
-        lr = adamw * optimizer.over_adamw / optimizer.adamw_lr(1.0, config.model.hidden_size)
+        found = advice(config.model_copy(update={"training": training}), parameters, tokens)
+        _, law, smaller, adamw, lr, _ = found
         update: dict[str, Any] = {"lr": _rounded(lr)}
         if optimizer.auxiliary.lr is None:
             auxiliary = optimizer.auxiliary.model_copy(update={"lr": adamw})

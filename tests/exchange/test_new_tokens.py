@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmnorm import cli
+from llmnorm.analysis.plan.layout import alone
+from llmnorm.analysis.plan.memory import memory
 from llmnorm.checkpoints.format import read_checkpoint
 from llmnorm.config.file import load
 from llmnorm.exchange.loading import load_model
-from llmnorm.training.memory import memory
 from tests.running import llmnorm, metrics_of, state_of
 
 peft = pytest.importorskip("peft", reason="needs the extra finetune")
@@ -236,7 +237,7 @@ def test_a_checkpoint_is_as_large_as_planned(tuned: Any, name: str) -> None:
     """Oracle: the bytes of all tensors in the run's checkpoint."""
     config = load(tuned[name], ["training.micro_batch=1"]).config
     written = sum(tensor.nbytes for tensor in state_of(tuned[name], 6).values())
-    assert memory(config).checkpoint == written
+    assert memory(alone(config)).checkpoint == written
 
 
 def test_a_run_goes_on_to_the_same_numbers(

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmnorm.analysis.plan.storages import Storages
 from llmnorm.nn import linear
 from llmnorm.nn import loss as loss_module
 from llmnorm.nn.head import LanguageHead
 from llmnorm.nn.loss import NewRows, chunk_size, linear_cross_entropy, token_gradients, token_losses
-from llmnorm.training.memory import Storages
 
 
 def data(tokens: int, width: int, vocabulary: int, ignored: float = 0.3) -> tuple[Tensor, ...]:

@@ -100,7 +100,10 @@ def draw(found: dict[str, Any]) -> None:
     """The load of the experts along a run of each arm, as load.png; runs must still be there."""
     loads = {}
     for name, arm in found["arms"].items():
-        for run in sorted(RUNS.glob(f"{name}/lr{arm['lr']:.6g}-seed*-x1"))[-1:]:
+        tuned, untuned = (
+            RUNS.glob(f"{name}/{rate}seed*-x1") for rate in (f"lr{arm['lr']:.6g}-", "")
+        )
+        for run in sorted([*tuned, *untuned])[-1:]:
             loads[name] = read_metrics(run / "metrics.jsonl").expert_load
     if loads:
         save(expert_load.picture(loads), RESULTS / "load.png")

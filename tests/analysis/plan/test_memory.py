@@ -8,18 +8,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from llmnorm import cli
+from llmnorm.analysis.plan.layout import alone
+from llmnorm.analysis.plan.ledger import Ledger
+from llmnorm.analysis.plan.memory import memory
+from llmnorm.analysis.plan.optimizer import Owned, step_alone
+from llmnorm.analysis.plan.report import memory_table
 from llmnorm.config.file import load
 from llmnorm.config.tree import RunConfig
 from llmnorm.data import packing
-from llmnorm.optim.groups import split
+from llmnorm.optim.groups import matrices, split
+from llmnorm.optim.settings import MatrixSettings
 from llmnorm.part import InputError
 from llmnorm.runs import directory
-from llmnorm.training.memory import Storages, memory, scratch_of
 from llmnorm.training.prepare import prepare
 from llmnorm.training.signals import StopRequest
 from llmnorm.training.step import step
@@ -118,7 +122,7 @@ def test_planned_bytes_are_those_of_a_step(
         else "data.context_length=256"
     )
     config = load(SMOKE, [*COMMON, length, *words, *places]).config
-    planned, counted = memory(config), allocated(config)
+    planned, counted = memory(alone(config)), allocated(config)
     assert planned.peak == pytest.approx(counted, rel=0.05)
     assert bool(planned.teacher) == (TAUGHT[0] in words)
 
@@ -129,9 +133,11 @@ def test_scratch_of_every_rule(name: str) -> None:
 
     15 % of Conda's, which are not planned, are the work space of LAPACK's call."""
     more = {"max_precond_dim": 300} if name == "soap" else {}
-    with FakeTensorMode(), Storages() as storages:
-        planned = scratch_of(with_gradients(RULES[name](**more)), storages, "cpu")
-    optimizer, counted = with_gradients(RULES[name](**more)), 0
+    settings, model, ledger = RULES[name](**more), with_gradients(), Ledger()
+    if isinstance(settings, MatrixSettings):
+        step_alone(Owned(settings.rule(), matrices(split(model), {}), None), "cpu", ledger)
+    planned = ledger.peak
+    optimizer, counted = settings.build(split(model)), 0
     for _ in range(4):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             optimizer.step()
@@ -141,15 +147,14 @@ def test_scratch_of_every_rule(name: str) -> None:
     assert counted > 2**18 or name == "adamw"
 
 
-def with_gradients(settings: Any) -> torch.optim.Optimizer:
-    """An optimizer over matrices of three shapes and a norm."""
+def with_gradients() -> torch.nn.Module:
+    """Matrices of three shapes and a norm."""
     shapes = {"wide": (192, 320), "wide too": (192, 320), "tall": (320, 192), "square": (224, 224)}
     modules = {name: torch.nn.Linear(*shape, bias=False) for name, shape in shapes.items()}
     model = torch.nn.ModuleDict({**modules, "norm": torch.nn.LayerNorm(320)})
-    optimizer: torch.optim.Optimizer = settings.build(split(model))
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape)
-    return optimizer
+    return model
 
 
 def test_the_table_needs_no_weights(
@@ -190,6 +195,6 @@ def test_what_cannot_be_planned_is_refused(
     assert cli.main(words) == 2
     assert "give training.micro_batch" in capsys.readouterr().err
     with pytest.raises(InputError, match="objective 'masked_lm' trains another class of model"):
-        memory(
+        memory_table(
             load(SMOKE, ["objective=masked_lm", "tokenizer.mask=true", "model.mixer=hydra"]).config
         )
