@@ -132,10 +132,10 @@ class Shards(Whole):
         super().__init__(layout, recording, ledger)
         shards = layout.shards
         units = [recording.weights[kind] for kind in recording.kinds]
-        self.parts = [_padded(unit, shards) for unit in units]
-        self.reduced = [_padded_gradients(unit, shards) for unit in units]
-        self.root = _padded(recording.rest, shards)
-        self.root_reduced = _padded_gradients(recording.rest, shards)
+        self.parts = [padded(unit, shards) for unit in units]
+        self.reduced = [padded_gradients(unit, shards) for unit in units]
+        self.root = padded(recording.rest, shards)
+        self.root_reduced = padded_gradients(recording.rest, shards)
         self.copies = shards > 1  # one process alone copies its weights and gathers nothing
         self.gathered = 0  # bytes of the last gather's own buffer
         self.whole = 0  # bytes of gradients that no reduction has taken yet
@@ -146,8 +146,8 @@ class Shards(Whole):
         """The padded rows of a process, trained and not trained."""
         shards, weights = self.layout.shards, self.recording.all_weights
         return (
-            _padded([w for w in weights if w.trained], shards) // shards,
-            _padded([w for w in weights if not w.trained], shards) // shards,
+            padded([w for w in weights if w.trained], shards) // shards,
+            padded([w for w in weights if not w.trained], shards) // shards,
         )
 
     def local_gradients(self) -> int:
@@ -363,12 +363,13 @@ def _gradients(weights: Sequence[Weight]) -> int:
     return sum(w.numel for w in weights if w.trained) * NUMBER
 
 
-def _padded(weights: Sequence[Weight], shards: int) -> int:
+def padded(weights: Sequence[Weight], shards: int) -> int:
     """Bytes of weights whose rows are padded to a multiple of the processes."""
     return sum(rows_of(w, shards) * shards * w.itemsize for w in weights)
 
 
-def _padded_gradients(weights: Sequence[Weight], shards: int) -> int:
+def padded_gradients(weights: Sequence[Weight], shards: int) -> int:
+    """Bytes of their gradients, padded likewise."""
     return sum(rows_of(w, shards) * shards for w in weights if w.trained) * NUMBER
 
 

@@ -31,7 +31,12 @@ from llmnorm.analysis.plan.gpus import Gpu
 from llmnorm.analysis.plan.layout import Layout
 from llmnorm.analysis.plan.optimizer import Owned
 from llmnorm.analysis.plan.recording import Recording, Weight
-from llmnorm.analysis.plan.shardings import NUMBER, ZERO3_LIVE, rows_of
+from llmnorm.analysis.plan.shardings import (
+    NUMBER,
+    ZERO3_LIVE,
+    padded,
+    padded_gradients,
+)
 from llmnorm.parallel.zero import REDUCE_ELEMENTS
 
 LINK_SHARE = 0.8  # of a link's speed on the data sheet that large messages reach
@@ -185,13 +190,3 @@ def _replicas(layout: Layout) -> Group:
 
 def _numel(own: Owned, number: int) -> int:
     return own.pieces[number].rows * own.pieces[number].columns
-
-
-def padded(weights: Sequence[Weight], shards: int) -> int:
-    """Bytes of weights whose rows are padded to a multiple of the processes."""
-    return sum(rows_of(w, shards) * shards * w.itemsize for w in weights)
-
-
-def padded_gradients(weights: Sequence[Weight], shards: int) -> int:
-    """Bytes of their gradients, padded likewise."""
-    return sum(rows_of(w, shards) * shards for w in weights if w.trained) * NUMBER
